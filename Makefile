@@ -1,0 +1,34 @@
+# Everything runs inside .venv, which `env` builds when it is missing or older than what it is built from.
+PYTHON ?= python3
+RUN := .venv/bin/python
+INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
+
+.PHONY: env demo test lint clean
+
+env: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@test -x $(RUN) || $(PYTHON) -m venv .venv
+	@echo "installing into .venv (about a minute)"
+	@$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "installing what the tests need into .venv"
+	@$(INSTALL) --editable '.[test]'
+	@touch $@
+
+demo: env
+	$(RUN) -m lin_jax.demo $(if $(DATA),--data $(DATA))
+
+test: .venv/installed-test
+	$(RUN) -m pytest $(PYTEST)
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
