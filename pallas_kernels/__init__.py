@@ -1,0 +1,1 @@
+"""Operations of lin_jax with interchangeable implementations, one folder each; knows nothing of lin_jax."""

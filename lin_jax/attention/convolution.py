@@ -1,0 +1,94 @@
+"""The masked depthwise convolution: one causal filter per head, over time, on the values."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attention.layout import Layout
+from lin_jax.attention.pairs import weighted_values
+
+
+class MaskedConvolution(nnx.Module):
+    """`o_t = sum_{j<W} w_j v_{t-j}`: a centred kernel of odd size with its future half masked away.
+
+    Only the `W = (kernel_size + 1) / 2` taps that the mask leaves are parameters, lag 0 first, one row per query head.
+    They start at zero, so that a converted model starts as it was.
+    """
+
+    def __init__(self, kernel_size: int, heads: int, kv_heads: int, *, param_dtype: jnp.dtype = jnp.float32) -> None:
+        self.width = (kernel_size + 1) // 2
+        self.kv_heads = kv_heads
+        self.taps = nnx.Param(jnp.zeros((heads, self.width), param_dtype))
+
+    def parallel(
+        self,
+        values: Float[Array, "B T K E"],
+        layout: Layout,
+        window: Float[Array, "B W_1 K E"] | None = None,
+    ) -> Float[Array, "B T K R E"]:
+        """Filters whole rows, as products with banded matrices of one chunk by two.
+
+        Args:
+            values: `[B, T, K, E]`.
+            layout: positions; a token sees no further back than the start of its document.
+            window: `[B, W-1, K, E]` the values before the row, newest last; None means zeros.
+        """
+        batch, length = values.shape[:2]
+        chunk = max(self.width - 1, min(32, length), 1)
+        count = -(-length // chunk)
+        before = jnp.zeros((batch, chunk, *values.shape[2:]), values.dtype)
+        if window is not None and self.width > 1:
+            before = before.at[:, chunk - self.width + 1 :].set(window.astype(values.dtype))
+        padding = ((0, 0), (0, count * chunk - length), (0, 0), (0, 0))
+        chunks = jnp.concatenate([before, jnp.pad(values, padding)], axis=1)
+        chunks = chunks.reshape(batch, count + 1, chunk, *values.shape[2:])
+        windows = jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=2)
+
+        lag = jnp.arange(chunk)[:, None] + chunk - jnp.arange(2 * chunk)
+        band = self._taps_at(lag, values.dtype)
+        if not layout.aligned:
+            positions = jnp.pad(layout.positions, padding[:2]).reshape(batch, count, chunk)
+            reach = lag <= positions[..., None]
+            band = jnp.where(reach[:, :, None, None], band, 0)
+        else:
+            band = jnp.broadcast_to(band, (batch, count, *band.shape))
+        outputs = weighted_values(band, windows)
+        return outputs.reshape(batch, count * chunk, *outputs.shape[3:])[:, :length]
+
+    def verify(
+        self,
+        values: Float[Array, "B N K E"],
+        depth: Int[Array, "*#B N"],
+        ancestors: Bool[Array, "*#B N N"],
+        window: Float[Array, "B W_1 K E"],
+    ) -> Float[Array, "B N K R E"]:
+        """Filters tree nodes: up the ancestors of each, then into the saved window.
+
+        Args:
+            values: `[B, N, K, E]` values of the nodes.
+            depth: `[N]` or `[B, N]` depth of each node.
+            ancestors: `[N, N]` or `[B, N, N]`, whether node j is node i or above it.
+            window: `[B, W-1, K, E]` the last committed values, newest last.
+        """
+        apart = depth[..., :, None] - depth[..., None, :]
+        among_nodes = self._taps_at(jnp.where(ancestors, apart, -1), values.dtype)
+        into_window = self._taps_at(depth[..., :, None] + self.width - 1 - jnp.arange(self.width - 1), values.dtype)
+        weights = jnp.concatenate([into_window, among_nodes], axis=-1)
+        weights = jnp.broadcast_to(weights, (values.shape[0], *weights.shape[-4:]))
+        return weighted_values(weights, jnp.concatenate([window.astype(values.dtype), values], axis=1))
+
+    def _taps_at(self, lag: Int[Array, "*batch T S"], dtype: jnp.dtype) -> Float[Array, "*batch K R T S"]:
+        """The filter's value at each lag, zero where the lag is negative or beyond the filter."""
+        taps = self.taps[...].astype(dtype).reshape(self.kv_heads, -1, self.width)
+        inside = (lag >= 0) & (lag < self.width)
+        found = jnp.moveaxis(taps[:, :, jnp.clip(lag, 0, self.width - 1)], (0, 1), (-4, -3))
+        return jnp.where(inside[..., None, None, :, :], found, 0)
+
+
+def shift_window(
+    window: Float[Array, "B W_1 K E"], path: Float[Array, "B P K E"], length: Int[Array, " B"]
+) -> Float[Array, "B W_1 K E"]:
+    """The window after `length` values of `path` were consumed, row by row."""
+    extended = jnp.concatenate([window, path.astype(window.dtype)], axis=1)
+    index = length[:, None] + jnp.arange(window.shape[1])
+    return jnp.take_along_axis(extended, index[:, :, None, None], axis=1)

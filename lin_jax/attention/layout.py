@@ -1,0 +1,70 @@
+"""Where each token of a batch stands: its position inside its own document, and which document that is."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layout:
+    """Positions and documents of the tokens of a batch.
+
+    Attributes:
+        positions: `[B, T]` position of each token, counted from the start of its own document (and onward from
+            the state, where one is given).
+        documents: `[B, T]` number of the document a token belongs to; equal numbers stand side by side, 0 is padding.
+        aligned: whether every row is one document that begins at position 0, so that groups are slices of the row.
+    """
+
+    positions: Int[Array, "B T"]
+    documents: Int[Array, "B T"]
+    aligned: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def valid(self) -> Bool[Array, "B T"]:
+        """Which tokens are real, not padding."""
+        return self.documents > 0
+
+    @property
+    def lengths(self) -> Int[Array, " B"]:
+        """How many real tokens each row holds."""
+        return jnp.sum(self.valid, axis=1)
+
+
+def whole_rows(batch: int, length: int) -> Layout:
+    """The layout of rows that are one document each, without padding, from position 0."""
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    return Layout(positions, jnp.ones_like(positions), aligned=True)
+
+
+def packed_rows(documents: Int[Array, "B T"], start: Int[Array, " B"] | None = None) -> Layout:
+    """The layout of rows that hold several documents or padding.
+
+    Args:
+        documents: `[B, T]` document numbers; equal numbers stand side by side, 0 is padding.
+        start: `[B]` how many tokens of the first document came before this row; None means none.
+    """
+    index = jnp.broadcast_to(jnp.arange(documents.shape[1]), documents.shape)
+    previous = jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
+    begins = jax.lax.cummax(jnp.where(documents != previous, index, 0), axis=1)
+    positions = index - begins
+    if start is not None:
+        continues = documents == first_document(documents)[:, None]
+        positions = positions + jnp.where(continues, start[:, None], 0)
+    return Layout(jnp.where(documents > 0, positions, 0), documents)
+
+
+def padded_rows(lengths: Int[Array, " B"], width: int, start: Int[Array, " B"]) -> Layout:
+    """The layout of rows of one document each that go on from `start` and are padded on the right to `width`."""
+    documents = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
+    return packed_rows(documents, start)
+
+
+def first_document(documents: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The document number of each row's first real token; 1 in a row of padding."""
+    first = jnp.argmax(documents > 0, axis=1)
+    number = jnp.take_along_axis(documents, first[:, None], axis=1)[:, 0]
+    return jnp.where(number > 0, number, 1)

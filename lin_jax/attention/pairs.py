@@ -1,0 +1,68 @@
+"""Scores and weighted sums over (query, key) pairs, with grouped-query heads, and which pairs may meet.
+
+Throughout, query heads are split into `K` key/value heads times `R` queries that share one.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class PairMasks(NamedTuple):
+    """Which (query, key) pairs of a causal sequence meet, and in which branch."""
+
+    same_group: Bool[Array, "*batch T S"]
+    """Key not after the query, in the same document and the same group: the local branch."""
+    earlier_group: Bool[Array, "*batch T S"] | None
+    """Key of the same document in a group before the query's: the grouped branch. None where there is no such pair."""
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which sums over `dtype` are kept: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def split_heads(queries: Float[Array, "*batch T H D"], kv_heads: int) -> Float[Array, "*batch T K R D"]:
+    """Splits query heads into key/value heads times the queries that share one."""
+    *lead, heads, size = queries.shape
+    return queries.reshape(*lead, kv_heads, heads // kv_heads, size)
+
+
+def merge_heads(outputs: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch T H D"]:
+    """The inverse of `split_heads`."""
+    *lead, kv_heads, share, size = outputs.shape
+    return outputs.reshape(*lead, kv_heads * share, size)
+
+
+def pair_scores(
+    queries: Float[Array, "*batch T K R D"], keys: Float[Array, "*batch S K D"]
+) -> Float[Array, "*batch K R T S"]:
+    """Inner products of queries and keys, accumulated in float32 or better."""
+    return jnp.einsum(
+        "...tkrd,...skd->...krts", queries, keys, preferred_element_type=accumulation_dtype(queries.dtype)
+    )
+
+
+def weighted_values(
+    weights: Float[Array, "*batch K R T S"], values: Float[Array, "*batch S K E"]
+) -> Float[Array, "*batch T K R E"]:
+    """Sums of values under the given weights, accumulated in float32 or better."""
+    return jnp.einsum(
+        "...krts,...ske->...tkre",
+        weights.astype(values.dtype),
+        values,
+        preferred_element_type=accumulation_dtype(values.dtype),
+    )
+
+
+def causal_masks(
+    query_positions: Int[Array, "*batch T"],
+    key_positions: Int[Array, "*batch S"],
+    group_size: int,
+    together: Bool[Array, "*batch T S"],
+) -> PairMasks:
+    """The masks of pairs that are `together` (same document, no padding), by absolute position."""
+    query, key = query_positions[..., :, None], key_positions[..., None, :]
+    same = query // group_size == key // group_size
+    return PairMasks(together & same & (key <= query), together & (key // group_size < query // group_size))

@@ -1,0 +1,106 @@
+"""The constant-size state of augmented linear attention, and how it moves on: by a path of nodes, or by whole rows."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention.convolution import shift_window
+from lin_jax.attention.grouped import fold
+from lin_jax.attention.layout import Layout, first_document
+from lin_jax.attention.mixer import Nodes
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class AugmentedState:
+    """What `B` sequences leave behind, at a size that does not grow. Parts that the mixer lacks are None.
+
+    Attributes:
+        memory: `[B, K, D, E]` `sum k v^T` over finished groups, float32 or better.
+        keys: `[B, G, K, D]` keys of the unfinished group, position p in slot `p % G`.
+        values: `[B, G, K, E]` its values.
+        window: `[B, W-1, K, E]` the last values, newest last.
+        position: `[B]` tokens consumed so far.
+    """
+
+    memory: Float[Array, "B K D E"] | None
+    keys: Float[Array, "B G K D"]
+    values: Float[Array, "B G K E"]
+    window: Float[Array, "B W_1 K E"] | None
+    position: Int[Array, " B"]
+
+
+def commit_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
+    """The state after the first `length` (at most G) nodes of the path, row by row.
+
+    A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
+    that plain decoding uses, so that both leave the same bits.
+    """
+    size = state.keys.shape[1]
+    filled = state.position % size
+    position = state.position + length
+    slot = jnp.arange(size)
+    order = (slot - filled[:, None]) % size
+    written = order < length[:, None]
+    wraps = slot < filled[:, None]
+
+    def merge(old: Array, new: Array) -> tuple[Array, Array]:
+        index = jnp.minimum(order, new.shape[1] - 1)[:, :, None, None]
+        placed = jnp.take_along_axis(new.astype(old.dtype), index, axis=1)
+        first = jnp.where((written & ~wraps)[..., None, None], placed, old)
+        return first, jnp.where((written & wraps)[..., None, None], placed, first)
+
+    group_keys, new_keys = merge(state.keys, path.keys)
+    group_values, new_values = merge(state.values, path.values)
+    memory = state.memory
+    if memory is not None:
+        finished = (position // size > state.position // size)[:, None, None, None]
+        memory = jax.lax.cond(
+            jnp.any(finished),
+            lambda: jnp.where(finished, memory + fold(group_keys, group_values), memory),
+            lambda: memory,
+        )
+    window = None if state.window is None else shift_window(state.window, path.values, length)
+    return AugmentedState(memory, new_keys, new_values, window, position)
+
+
+def advance(state: AugmentedState, keys: Array, values: Array, layout: Layout, memory: Array | None) -> AugmentedState:
+    """The state after whole rows: `memory` as given, the unfinished group and the window gathered from the rows."""
+    size = state.keys.shape[1]
+    valid = layout.valid
+    index = jnp.arange(keys.shape[1])
+    last_index = jnp.max(jnp.where(valid, index, -1), axis=1)
+    last = jnp.take_along_axis(layout.documents, jnp.maximum(last_index, 0)[:, None], axis=1)
+    count = jnp.sum(valid & (layout.documents == last), axis=1)
+    continues = (last[:, 0] == first_document(layout.documents)) | (last_index < 0)
+    position = jnp.where(continues, state.position, 0) + count
+    end = last_index + 1
+
+    def gather(old: Array, new: Array, distance: Array, old_index: Array) -> Array:
+        """Tokens `distance` before the end: from the rows where they reach that far, else from `old`."""
+        extended = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        in_row = distance <= count[:, None]
+        from_row = old.shape[1] + end[:, None] - distance
+        index = jnp.where(in_row, from_row, old_index)
+        found = jnp.take_along_axis(extended, jnp.clip(index, 0, extended.shape[1] - 1)[:, :, None, None], axis=1)
+        known = in_row | (continues[:, None] & (old_index >= 0))
+        return jnp.where(known[:, :, None, None], found, 0)
+
+    slot = jnp.arange(size)
+    in_group = slot < (position % size)[:, None]
+    distance = jnp.where(in_group, (position % size)[:, None] - slot, count[:, None] + 1)
+    old_slot = jnp.broadcast_to(slot, distance.shape)
+    window = state.window
+    if window is not None:
+        width = window.shape[1]
+        back = jnp.broadcast_to(jnp.arange(width, 0, -1), (keys.shape[0], width))
+        window = gather(window, values, back, width - (back - count[:, None]))
+    return AugmentedState(
+        memory,
+        gather(state.keys, keys, distance, old_slot),
+        gather(state.values, values, distance, old_slot),
+        window,
+        position,
+    )

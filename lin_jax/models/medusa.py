@@ -1,0 +1,47 @@
+"""Medusa heads (Cai et al. 2024): extra heads that guess the tokens after the next one from the same hidden vector."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lin_jax.models.llama import Llama
+
+
+class MedusaHeads(nnx.Module):
+    """Head m (from 0) gives `W1 (h + silu(W0 h + b0))`, logits of the token `m + 2` after the position of h.
+
+    `W0` and `b0` start at zero and `W1` as the language-model head, so that every head starts as a copy of it.
+
+    Attributes:
+        weight: `[M, E, E]` of the residual blocks.
+        bias: `[M, E]`.
+        output: `[M, E, V]`.
+    """
+
+    def __init__(self, heads: int, hidden_size: int, vocab_size: int, *, dtype: Any = jnp.float32) -> None:
+        self.weight = nnx.Param(jnp.zeros((heads, hidden_size, hidden_size), dtype))
+        self.bias = nnx.Param(jnp.zeros((heads, hidden_size), dtype))
+        self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype))
+
+    @classmethod
+    def on(cls, model: Llama, heads: int) -> "MedusaHeads":
+        """New heads for a model, started from its language-model head."""
+        kernel = model.embed.embedding[...].T if model.head is None else model.head.kernel[...]
+        medusa = cls(heads, *kernel.shape, dtype=kernel.dtype)
+        medusa.output[...] = jnp.broadcast_to(kernel, (heads, *kernel.shape))
+        return medusa
+
+    @property
+    def count(self) -> int:
+        """How many heads there are."""
+        return self.weight.shape[0]
+
+    def __call__(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch M V"]:
+        """Logits of every head, in float32 or better."""
+        weight, bias, output = (part[...].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
+        block = jax.nn.silu(jnp.einsum("...e,mef->...mf", hidden, weight) + bias)
+        logits = jnp.einsum("...me,mev->...mv", hidden[..., None, :] + block, output)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

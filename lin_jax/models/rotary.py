@@ -1,0 +1,165 @@
+"""Rotary positions (Su et al. 2021) with the frequency scalings that Hugging Face checkpoints name."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lin_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class RotaryConfig:
+    """Rotary frequencies. The fields and their meaning are those of Hugging Face's `rope_parameters`.
+
+    A recurrent state cannot rotate old keys anew when a text grows, so `dynamic` and `longrope`, whose frequencies
+    depend on the length, take them for `context_length` once and for all.
+
+    Attributes:
+        theta: base of the frequencies.
+        scaling: default, linear, dynamic, yarn, longrope, llama3 or proportional.
+        factor: how many times longer than in pretraining a text may be.
+        original_context_length: context length in pretraining.
+        context_length: length that `dynamic` and `longrope` are set for; None means the pretraining length.
+        attention_factor: factor on cos and sin (yarn, longrope); None derives it as the papers do.
+        beta_fast: yarn: rotations above which a frequency is kept.
+        beta_slow: yarn: rotations below which a frequency is divided by `factor`.
+        mscale: yarn: weight in the derived attention factor.
+        mscale_all_dim: yarn: weight in its denominator.
+        truncate: yarn: whether the bounds are rounded to whole dimensions.
+        low_freq_factor: llama3: lower bound of the smoothed band.
+        high_freq_factor: llama3: upper bound of the smoothed band.
+        short_factor: longrope: divisors `[D/2]` up to the pretraining length.
+        long_factor: longrope: divisors `[D/2]` beyond it.
+        partial_rotary_factor: proportional: share of the head that is rotated at all.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "default"
+    factor: float = 1.0
+    original_context_length: int = 2048
+    context_length: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+    partial_rotary_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scaling not in SCALINGS:
+            raise UserError(f"rotary.scaling '{self.scaling}' is unknown; choose one of {', '.join(SCALINGS)}")
+        if self.scaling == "longrope" and (self.short_factor is None or self.long_factor is None):
+            raise UserError("rotary.scaling 'longrope' needs rotary.short_factor and rotary.long_factor")
+
+
+def _base(theta: float, size: int) -> np.ndarray:
+    return theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+
+
+def _default(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    return _base(config.theta, size), 1.0
+
+
+def _linear(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    return _base(config.theta, size) / config.factor, 1.0
+
+
+def _dynamic(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    """NTK-aware: the base grows with the text's length."""
+    original = config.original_context_length
+    length = max(config.context_length or original, original)
+    growth = config.factor * length / original - (config.factor - 1)
+    return _base(config.theta * growth ** (size / (size - 2)), size), 1.0
+
+
+def _yarn(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023): fast frequencies kept, slow ones divided, a ramp between."""
+
+    def dimension(rotations: float) -> float:
+        ratio = config.original_context_length / (rotations * 2 * math.pi)
+        return size * math.log(ratio) / (2 * math.log(config.theta))
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = np.clip((np.arange(size // 2) - low) / (high - low if high != low else 0.001), 0, 1)
+    base = _base(config.theta, size)
+    return base / config.factor * ramp + base * (1 - ramp), _yarn_attention_factor(config)
+
+
+def _yarn_attention_factor(config: RotaryConfig) -> float:
+    def scale(weight: float) -> float:
+        return 1.0 if config.factor <= 1 else 0.1 * weight * math.log(config.factor) + 1.0
+
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return scale(config.mscale) / scale(config.mscale_all_dim)
+    return scale(1.0)
+
+
+def _longrope(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    """LongRoPE (Ding et al. 2024): a divisor of its own for every frequency."""
+    original = config.original_context_length
+    long = (config.context_length or original) > original
+    divisors = np.asarray(config.long_factor if long else config.short_factor, np.float64)
+    factor = config.attention_factor
+    if factor is None:
+        factor = 1.0 if config.factor <= 1 else math.sqrt(1 + math.log(config.factor) / math.log(original))
+    return _base(config.theta, size) / divisors, factor
+
+
+def _llama3(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    """Llama 3.1: low frequencies divided, high ones kept, a smooth band between."""
+    base = _base(config.theta, size)
+    rotations = config.original_context_length * base / (2 * math.pi)
+    smooth = (rotations - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    smooth = np.clip(smooth, 0, 1)
+    return base * (smooth + (1 - smooth) / config.factor), 1.0
+
+
+def _proportional(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
+    """Only the fastest frequencies rotate, the rest of the head stands still."""
+    turning = np.arange(size // 2) < int(config.partial_rotary_factor * size // 2)
+    return np.where(turning, _base(config.theta, size), 0.0) / config.factor, 1.0
+
+
+SCALINGS: dict[str, Callable[[RotaryConfig, int], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+}
+
+
+def rotary_table(
+    positions: Int[Array, "B T"], head_dim: int, config: RotaryConfig, dtype: jnp.dtype
+) -> tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]:
+    """Cosines and sines `[B, T, D/2]` of the rotation at each position, in float32 or better."""
+    frequencies, factor = SCALINGS[config.scaling](config, head_dim)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(
+    vectors: Float[Array, "B T H D"], table: tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]
+) -> Float[Array, "B T H D"]:
+    """Rotates the pairs `(x_k, x_{k + D/2})` of each head."""
+    cos, sin = (part[:, :, None] for part in table)
+    first, second = jnp.split(vectors.astype(cos.dtype), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(vectors.dtype)

@@ -1,0 +1,54 @@
+"""Identical layers with stacked parameters, run by one scan, so that compile time does not grow with depth."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+class LayerStack(nnx.Module):
+    """`count` layers built alike; every parameter has a leading layer axis.
+
+    Args:
+        build: makes one layer from random keys.
+        count: number of layers.
+        remat: recompute each layer's activations in the backward pass.
+        unroll: layers per step of the loop.
+        rngs: random keys.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[nnx.Rngs], nnx.Module],
+        count: int,
+        *,
+        remat: bool = False,
+        unroll: int = 1,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.count = count
+        self.remat = remat
+        self.unroll = unroll
+        self.layers = nnx.vmap(build)(rngs.fork(split=count))
+
+    def __call__(self, apply: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
+        """Runs `carry, output = apply(layer, carry, input)` over the layers.
+
+        Args:
+            apply: one layer's work.
+            carry: what goes from layer to layer.
+            inputs: a tree whose leaves have a leading layer axis, or None.
+        """
+        graph, parameters = nnx.split(self.layers)
+
+        def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
+            return apply(nnx.merge(graph, layer[0]), carry, layer[1])
+
+        if self.remat:
+            step = jax.checkpoint(step, prevent_cse=False)
+        return jax.lax.scan(step, carry, (parameters, inputs), length=self.count, unroll=self.unroll)
+
+    def stacked(self, make: Callable[[Any], Any]) -> Any:
+        """What `make(layer)` returns for each layer, stacked."""
+        return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
