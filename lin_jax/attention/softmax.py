@@ -1,15 +1,17 @@
 """Softmax attention, the baseline (Vaswani et al. 2017), with a preallocated cache as its state."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.mixer import Nodes
+from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, weighted_values
 from lin_jax.attention.tree import TreeArrays
 
 
@@ -56,11 +58,11 @@ class SoftmaxAttention(nnx.Module):
             if not layout.aligned:
                 together = layout.documents[:, :, None] == layout.documents[:, None, :]
                 mask = mask & together & layout.valid[:, None, :]
-            return jax.nn.dot_product_attention(queries, keys, values, mask=_per_head(mask)), None
+            return _attend(queries, keys, values, mask), None
         state = self.commit(state, Nodes(keys, values), layout.lengths)
         mask = jnp.arange(state.keys.shape[1]) <= layout.positions[..., None]
         cached = (state.keys.astype(keys.dtype), state.values.astype(values.dtype))
-        return jax.nn.dot_product_attention(queries, *cached, mask=_per_head(mask)), state
+        return _attend(queries, *cached, mask), state
 
     def verify(
         self,
@@ -83,8 +85,7 @@ class SoftmaxAttention(nnx.Module):
         )
         all_keys = jnp.concatenate([state.keys.astype(keys.dtype), keys], axis=1)
         all_values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
-        outputs = jax.nn.dot_product_attention(queries, all_keys, all_values, mask=_per_head(mask))
-        return outputs, Nodes(keys, values)
+        return _attend(queries, all_keys, all_values, mask), Nodes(keys, values)
 
     def commit(self, state: CacheState, path: Nodes, length: Int[Array, " B"]) -> CacheState:
         """The cache with the first `length` nodes of the path written behind it, row by row."""
@@ -98,6 +99,17 @@ class SoftmaxAttention(nnx.Module):
         return CacheState(write(state.keys, path.keys), write(state.values, path.values), state.position + length)
 
 
-def _per_head(mask: Array) -> Array:
-    """A mask `[..., T, S]` with the axes `[B, H, T, S]` that attention broadcasts over."""
-    return mask[None, None] if mask.ndim == 2 else mask[:, None]
+def _attend(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B S K D"],
+    values: Float[Array, "B S K E"],
+    mask: Bool[Array, "*#B T S"],
+) -> Float[Array, "B T H E"]:
+    """Softmax attention over the pairs that the mask allows."""
+    if queries.dtype != jnp.float64:
+        per_head = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        return jax.nn.dot_product_attention(queries, keys, values, mask=per_head)
+    # JAX's own function takes the softmax in float32 whatever it is given.
+    scores = pair_scores(split_heads(queries, keys.shape[2]), keys) / math.sqrt(queries.shape[-1])
+    scores = jnp.where(mask[..., None, None, :, :], scores, jnp.finfo(scores.dtype).min)
+    return merge_heads(weighted_values(jax.nn.softmax(scores), values))

@@ -30,7 +30,7 @@ class LayerStack(nnx.Module):
         self.count = count
         self.remat = remat
         self.unroll = unroll
-        self.layers = nnx.vmap(build)(rngs.fork(split=count))
+        self.layers = nnx.vmap(build)(rngs.split(count))
 
     def __call__(self, apply: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
         """Runs `carry, output = apply(layer, carry, input)` over the layers.

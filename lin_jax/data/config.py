@@ -1,0 +1,94 @@
+"""What to train on: where the text is, how it becomes tokens, and what is held out."""
+
+from dataclasses import dataclass
+
+from lin_jax.errors import UserError
+
+PYTHON_STDLIB = "python-stdlib"
+HUB_PREFIX = "hub:"
+
+# A byte-level vocabulary holds every byte and the end-of-text token, before any merge.
+SMALLEST_BPE = 257
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from and how it is cut into sequences.
+
+    In a folder, `.jsonl`, `.parquet` and `.arrow` files are tables with one document a row; any other
+    UTF-8 file is one document. A `.json` or `.csv` file is a table when it is named itself. Files
+    compressed with gzip or xz (`.gz`, `.xz`) are read like the files inside.
+
+    Attributes:
+        source: The text: "python-stdlib" (the sources of this Python's standard library), the path of a
+            file or folder, or "hub:OWNER/NAME" (a data set on the Hugging Face hub).
+        subset: Configuration name of a hub data set, such as "wikitext-2-raw-v1".
+        split: Split of a hub data set.
+        text_field: Column that holds the text, in tables and hub data sets.
+        streaming: Read tables or a hub data set as a stream, never whole in memory.
+        tokenizer: Folder or tokenizer.json file of a tokenizer, or "hub:OWNER/NAME"; by default a
+            byte-level BPE is trained on the text.
+        vocab_size: Vocabulary size of a trained tokenizer; at least 257.
+        sequence_length: Tokens that a model reads at once; rows hold one more, for the last target.
+        validation_fraction: Share of the documents held out, above 0 and below 1.
+        validation_batches: Batches of held-out text to validate on, at most.
+        document_separator: Marker between documents inside a text file, such as "<|endoftext|>"; by
+            default a file is one document.
+        max_bytes: Stop reading after this many bytes of text (UTF-8); by default read all.
+
+    Raises:
+        UserError: a value is out of range, or two options contradict each other.
+    """
+
+    source: str = PYTHON_STDLIB
+    subset: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = False
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    sequence_length: int = 256
+    validation_fraction: float = 0.05
+    validation_batches: int = 16
+    document_separator: str | None = None
+    max_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every value before anything is read."""
+        self._check_source()
+        if self.vocab_size < SMALLEST_BPE:
+            raise UserError(
+                f"vocab_size {self.vocab_size} is too small: a byte-level vocabulary needs {SMALLEST_BPE} or more"
+            )
+        for name in ("sequence_length", "validation_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be 1 or more")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction {self.validation_fraction} must lie between 0 and 1, such as 0.05")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise UserError(f"max_bytes {self.max_bytes} must be 1 or more, or null to read everything")
+        if self.document_separator is not None and not self.document_separator.strip():
+            raise UserError(
+                f"document_separator {self.document_separator!r} is blank: give a marker such as "
+                "'<|endoftext|>', or null to keep each file one document"
+            )
+
+    def _check_source(self) -> None:
+        if self.source.strip() in ("", HUB_PREFIX):
+            raise UserError(
+                f"data source {self.source!r} is empty: give '{PYTHON_STDLIB}', a path, or 'hub:OWNER/NAME'"
+            )
+        if self.subset is not None and not self.is_hub:
+            raise UserError(
+                f"subset {self.subset!r} is for hub data sets, and the source is {self.source!r}: "
+                "leave subset out, or give a source 'hub:OWNER/NAME'"
+            )
+        if self.streaming and self.source == PYTHON_STDLIB:
+            raise UserError(f"source '{PYTHON_STDLIB}' cannot be streamed: leave streaming off")
+        if self.streaming and self.max_bytes is not None:
+            raise UserError(f"max_bytes {self.max_bytes} does not apply to a stream: leave one of them out")
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the source is on the Hugging Face hub, so that reading it needs the network."""
+        return self.source.startswith(HUB_PREFIX)

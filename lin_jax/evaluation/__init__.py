@@ -1,0 +1,6 @@
+"""How good a model, or its draft heads, are on given text."""
+
+from lin_jax.evaluation.head_accuracy import HeadAccuracy as HeadAccuracy
+from lin_jax.evaluation.head_accuracy import head_accuracy as head_accuracy
+from lin_jax.evaluation.perplexity import Perplexity as Perplexity
+from lin_jax.evaluation.perplexity import evaluate as evaluate

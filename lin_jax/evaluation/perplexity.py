@@ -1,0 +1,52 @@
+"""Perplexity of a language model on held-out batches."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+from lin_jax.evaluation.targets import Batch, Sums, targets_ahead, token_sums, total
+from lin_jax.models import Llama
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A figure over `tokens` predicted tokens.
+
+    Attributes:
+        loss: mean cross entropy, in nats a token; NaN without any token.
+        tokens: how many tokens were predicted.
+    """
+
+    loss: float
+    tokens: int
+
+    @classmethod
+    def of(cls, sums: Sums) -> "Perplexity":
+        """The figure of a single predictor's sums `[1]`."""
+        tokens = int(sums.count[0])
+        return cls(float(sums.loss[0]) / tokens if tokens else math.nan, tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """`exp(loss)`, infinite where that is out of range."""
+        return math.exp(self.loss) if not self.loss > 700 else math.inf
+
+
+def next_token_sums(model: Llama, batch: Batch) -> Sums:
+    """Sums `[1]` of the next-token cross entropy of a batch; targets never cross documents."""
+    logits = model(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+    targets = targets_ahead(batch, 1)
+    return token_sums(logits[..., None, :], type(targets)(*(part[..., None] for part in targets)))
+
+
+_next_token_sums = jax.jit(next_token_sums)
+
+
+def evaluate(model: Llama, batches: Iterable[Batch]) -> Perplexity:
+    """Perplexity of a model on batches of `tokens` and `documents`, `[B, T+1]`.
+
+    Every token weighs the same, whatever batch it is in.
+    """
+    return Perplexity.of(total(lambda batch: _next_token_sums(model, dict(batch)), batches))

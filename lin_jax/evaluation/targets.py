@@ -1,0 +1,73 @@
+"""What a model should have predicted, and the sums over tokens that every loss and figure is made of.
+
+Losses and accuracies are kept as sums and counts to the very end, so that a batch gives the same figure however it
+is cut into pieces.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+Batch = Mapping[str, Any]
+
+
+class Targets(NamedTuple):
+    """The tokens to predict at every input position, and where there is one to predict."""
+
+    ids: Int[Array, "B T"]
+    included: Bool[Array, "B T"]
+
+
+class Sums(NamedTuple):
+    """Sums over tokens, for each of K predictors: cross entropy in nats, right first guesses, and targets."""
+
+    loss: Float[Array, " K"]
+    correct: Int[Array, " K"]
+    count: Int[Array, " K"]
+
+
+def targets_ahead(batch: Batch, ahead: int) -> Targets:
+    """The tokens `ahead` (from 1 to T) positions after each of the T inputs, within the same document.
+
+    Args:
+        batch: `tokens` and `documents`, `[B, T+1]`; document 0 is padding.
+        ahead: how far ahead.
+    """
+
+    def shift(rows: Array) -> Array:
+        return jnp.pad(rows[:, ahead:], ((0, 0), (0, ahead - 1)))
+
+    documents = jnp.asarray(batch["documents"])
+    here = documents[:, :-1]
+    return Targets(shift(jnp.asarray(batch["tokens"])), (shift(documents) == here) & (here > 0))
+
+
+def stack_targets(targets: Iterable[Targets]) -> Targets:
+    """Targets of K predictors side by side, `[B, T, K]`."""
+    ids, included = zip(*targets, strict=True)
+    return Targets(jnp.stack(ids, axis=-1), jnp.stack(included, axis=-1))
+
+
+def token_sums(logits: Float[Array, "B T K V"], targets: Targets) -> Sums:
+    """Sums of K predictors' cross entropies against targets `[B, T, K]`, in the type of the logits."""
+    right = jnp.take_along_axis(logits, targets.ids[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - right
+    # Equal to `argmax == target` but for ties, without a second, slower reduction over the vocabulary.
+    hits = (right >= jnp.max(logits, axis=-1)) & targets.included
+    return Sums(
+        jnp.sum(jnp.where(targets.included, losses, 0), axis=(0, 1)),
+        jnp.sum(hits, axis=(0, 1)),
+        jnp.sum(targets.included, axis=(0, 1)),
+    )
+
+
+def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
+    """The sums over all batches, in float64 on the host."""
+    totals = [np.zeros((), np.float64), np.zeros((), np.int64), np.zeros((), np.int64)]
+    for batch in batches:
+        totals = [old + np.asarray(new).astype(old.dtype) for old, new in zip(totals, sums(batch), strict=True)]
+    return Sums(*totals)

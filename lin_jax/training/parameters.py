@@ -1,0 +1,96 @@
+"""Modules and their parameters as plain trees: dictionaries of names down to arrays."""
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from lin_jax.errors import UserError
+from lin_jax.models import Llama, LlamaConfig
+
+Params = dict[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
+
+# Differences named in one message; a wholly different model has hundreds.
+_NAMED = 6
+
+
+def abstract_model(config: LlamaConfig) -> Llama:
+    """A model of shapes, without memory or work behind it.
+
+    Raises:
+        UserError: the configuration describes no model.
+    """
+    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def params_of(module: nnx.Module) -> Params:
+    """A module's parameters (arrays or shapes) as a plain tree."""
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def filled(module: Module, params: Params) -> Module:
+    """A copy of a module (which may be one of shapes) with the given parameters."""
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def shapes(params: Params) -> dict[str, str]:
+    """The type and shape of every parameter by its path: `{"embed/embedding": "float32[2048,256]"}`."""
+    return {
+        name: f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        for name, value in sorted(flatten_dict(params, sep="/").items())
+    }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """What two tables of names and values disagree about, a phrase each."""
+    phrases = []
+    for name in sorted(there.keys() | here.keys()):
+        if name not in here:
+            phrases.append(f"{name} {there[name]} exists only there")
+        elif name not in there:
+            phrases.append(f"{name} {here[name]} exists only here")
+        elif there[name] != here[name]:
+            phrases.append(f"{name} is {there[name]} there and {here[name]} here")
+    return phrases
+
+
+def listed(phrases: list[str]) -> str:
+    """Differences in one line, the first few by name."""
+    more = f"; and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""
+    return "; ".join(phrases[:_NAMED]) + more
+
+
+def initial_params(fresh: Params, base: Params) -> Params:
+    """A base model's parameters for a model that may mix tokens in another way.
+
+    Token mixers may differ: what the base lacks of them stays fresh, what only the base has is left out. That is how a
+    softmax Transformer becomes a linearized one.
+
+    Raises:
+        UserError: anything else differs; the message lists what.
+    """
+    own, given = flatten_dict(fresh), flatten_dict(base)
+    here = {name: kind for name, kind in shapes(fresh).items() if "/mixer/" not in name}
+    there = {name: kind for name, kind in shapes(base).items() if "/mixer/" not in name}
+    if phrases := differences(there, here):
+        raise UserError(f"init_from holds another model: {listed(phrases)}; make the model options equal to its own")
+    return unflatten_dict(
+        {
+            path: given[path] if path in given and given[path].shape == value.shape else value
+            for path, value in own.items()
+        }
+    )
+
+
+def placed(abstract: Any) -> Any:
+    """Shapes with a place for each array: its own sharding, or the default device."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+
+    return jax.tree.map(place, abstract)

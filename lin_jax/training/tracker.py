@@ -1,0 +1,101 @@
+"""Where figures go: a JSON line each, and TensorBoard, behind one small interface."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Tracker(Protocol):
+    """Takes the figures of a step."""
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Records figures by name."""
+
+    def close(self) -> None:
+        """Records what is still on its way."""
+
+
+class JsonLines:
+    """One JSON object a line, on disk as soon as it is logged.
+
+    A resumed run's file reads like that of an uninterrupted one: lines that the restored checkpoint does not know
+    are dropped, and so is the validation at its own step, which the loop repeats.
+
+    Args:
+        path: the file.
+        resumed_at: step of the restored checkpoint; None begins a new file.
+    """
+
+    def __init__(self, path: Path, resumed_at: int | None = None) -> None:
+        self.seconds = 0.0
+        kept = [] if resumed_at is None else [line for line in read_metrics(path) if _known(line, resumed_at)]
+        for line in kept:
+            self.seconds = line.get("seconds", self.seconds)
+        replacement = path.with_suffix(".new")
+        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(replacement, path)
+        self._file = path.open("a")
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Appends a line."""
+        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files that TensorBoard reads; it hides what an interrupted run wrote after its checkpoint."""
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        # Imported here: it takes its time, and reading configurations does not need it.
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=0 if resumed_at is None else resumed_at + 1)
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Adds a point to the curve of each figure."""
+        for name, value in figures.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Writes the event file out."""
+        self._writer.close()
+
+
+class Trackers:
+    """Several trackers as one."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self._trackers = trackers
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        """Records figures everywhere."""
+        for tracker in self._trackers:
+            tracker.log(step, figures)
+
+    def close(self) -> None:
+        """Closes all."""
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a torn last line, left by a killed run, is skipped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _known(line: dict[str, Any], step: int) -> bool:
+    return line["step"] < step or (line["step"] == step and "validation_loss" not in line)

@@ -1,0 +1,187 @@
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lin_jax.data import DataConfig, Document, StreamDecoder, Tokenizer, prepare_tokenizer
+from lin_jax.errors import UserError
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+TEXTS = ["def add(a, b):\n    return a + b\n" * 5, "The café is open — naïve 😀 日本語.", Path(__file__).read_text()]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return Tokenizer.train(TEXTS, 400)
+
+
+def with_metaspace() -> tokenizers.Tokenizer:
+    """A SentencePiece-like tokenizer: word-start marks, and bytes for what the vocabulary lacks."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcde."]
+    model = tokenizers.models.BPE(
+        {piece: number for number, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return backend
+
+
+@given(text=st.text())
+def test_text_round_trips_exactly(trained, text):
+    ids = trained.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.ndim == 1
+    assert trained.decode(ids) == text
+
+
+def test_documents_end_with_the_end_of_text(trained):
+    ids = trained.encode_document("a")
+    assert ids.dtype == np.int32
+    assert ids.tolist() == [*trained.encode("a"), trained.eos_id]
+    assert trained.bos_id is None
+    assert trained.decode(ids) == "a<|endoftext|>"
+    assert trained.decode(ids, skip_special_tokens=True) == "a"
+    assert trained.encode_document("").tolist() == [trained.eos_id]
+
+
+def test_one_token_for_both_ends_comes_once(trained):
+    both = Tokenizer(trained.backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    assert both.encode_document("a").tolist() == [*both.encode("a"), both.eos_id]
+    spiece = Tokenizer(with_metaspace(), bos_token="<s>", eos_token="</s>")
+    assert spiece.encode_document("a").tolist() == [1, *spiece.encode("a"), 2]
+
+
+def test_training_is_deterministic_and_sized(trained):
+    assert trained.vocab_size == 400
+    program = f"from lin_jax.data import Tokenizer; print(Tokenizer.train({TEXTS!r}, 400).fingerprint)"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == trained.fingerprint
+    assert Tokenizer.train(TEXTS, 399).fingerprint != trained.fingerprint
+    assert Tokenizer.train(["aaaa"], 5000).vocab_size < 300
+    with pytest.raises(UserError, match="257"):
+        Tokenizer.train(TEXTS, 256)
+
+
+def test_saved_folder_opens_here_and_in_transformers(trained, tmp_path):
+    from transformers import AutoTokenizer
+
+    trained.save(tmp_path)
+    assert {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert json.loads((tmp_path / "special_tokens_map.json").read_text())["eos_token"] == "<|endoftext|>"
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for loaded in (Tokenizer.load(tmp_path), Tokenizer.load(tmp_path / "tokenizer.json")):
+        assert (loaded.eos_id, loaded.bos_id) == (trained.eos_id, None)
+        assert loaded.fingerprint == trained.fingerprint
+        for text in [*TEXTS, " two  spaces <|endoftext|> . n't"]:
+            assert loaded.encode(text).tolist() == trained.encode(text).tolist() == theirs(text)["input_ids"]
+            assert theirs.decode(theirs(text)["input_ids"]) == text
+    again = tmp_path / "again"
+    Tokenizer.load(tmp_path).save(again)
+    assert Tokenizer.load(again).fingerprint == trained.fingerprint
+
+
+def test_truncation_in_a_file_does_not_cut_texts(trained, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(trained.backend.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    text = TEXTS[0]
+    assert Tokenizer.load(tmp_path / "tokenizer.json").decode(trained.encode(text)) == text
+
+
+def test_unreadable_tokenizers_say_what_to_do(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "missing", tmp_path / "tokenizer.json", tmp_path / "folder"):
+        with pytest.raises(UserError) as error:
+            Tokenizer.load(path)
+        assert str(path) in str(error.value)
+        assert "tokenizer.json" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_configuration_chooses_the_tokenizer(trained, tmp_path):
+    documents = [Document(str(number), text) for number, text in enumerate(TEXTS)]
+    assert prepare_tokenizer(DataConfig(vocab_size=400), documents).fingerprint == trained.fingerprint
+    trained.save(tmp_path)
+    config = DataConfig(tokenizer=str(tmp_path))
+    assert prepare_tokenizer(config, documents).fingerprint == trained.fingerprint
+
+
+def stream(tokenizer: Tokenizer, ids: list[int], cuts: list[int], skip: bool = False) -> list[str]:
+    decoder = StreamDecoder(tokenizer, skip_special_tokens=skip)
+    edges = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    pieces = [decoder.push(ids[start:end]) for start, end in itertools.pairwise(edges)]
+    return [*pieces, decoder.flush()]
+
+
+@settings(deadline=None)
+@given(text=st.text(), cuts=st.lists(st.integers(0, 40)))
+def test_stream_of_a_text_never_shows_half_a_character(trained, text, cuts):
+    ids = trained.encode(text).tolist()
+    pieces = stream(trained, ids, cuts)
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert pieces[-1] == ""
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 399)), cuts=st.lists(st.integers(0, 40)), skip=st.booleans())
+def test_stream_of_any_tokens_equals_decode(trained, ids, cuts, skip):
+    expected = trained.decode(ids, skip_special_tokens=skip)
+    assert "".join(stream(trained, ids, cuts, skip)) == expected
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 265)), cuts=st.lists(st.integers(0, 40)), skip=st.booleans())
+def test_stream_of_sentence_pieces_equals_decode(ids, cuts, skip):
+    tokenizer = Tokenizer(with_metaspace(), bos_token="<s>", eos_token="</s>")
+    expected = tokenizer.decode(ids, skip_special_tokens=skip)
+    assert "".join(stream(tokenizer, ids, cuts, skip)) == expected
+
+
+def test_stream_starts_afresh_after_a_flush(trained):
+    decoder = StreamDecoder(trained)
+    ids = trained.encode("日").tolist()
+    assert len(ids) > 1
+    assert decoder.push(ids[:-1]) == ""
+    assert decoder.flush() == "\ufffd"
+    assert decoder.push(ids) == "日"
+
+
+def test_published_vocabularies():
+    if not SHARED.exists():
+        pytest.skip("the folder of public data is not here")
+    gpt2 = tokenizers.ByteLevelBPETokenizer.from_file(
+        str(SHARED / "tokenizers/gpt2/encoder.json"), str(SHARED / "tokenizers/gpt2/vocab.bpe")
+    )
+    gpt2 = Tokenizer(tokenizers.Tokenizer.from_str(gpt2.to_str()), eos_token="<|endoftext|>")
+    assert (gpt2.vocab_size, gpt2.eos_id) == (50257, 50256)
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    bert = tokenizers.BertWordPieceTokenizer(str(SHARED / "tokenizers/bert-base-uncased/vocab.txt"))
+    bert = Tokenizer(tokenizers.Tokenizer.from_str(bert.to_str()))
+    for tokenizer in (gpt2, bert):
+        ids = tokenizer.encode("It isn't unaffable, naïve 😀 .").tolist()
+        for cut in range(len(ids)):
+            assert "".join(stream(tokenizer, ids, [cut, cut + 2])) == tokenizer.decode(ids)
