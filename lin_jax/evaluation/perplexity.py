@@ -25,7 +25,7 @@ class Perplexity:
     @classmethod
     def of(cls, sums: Sums) -> "Perplexity":
         """The figure of a single predictor's sums `[1]`."""
-        tokens = int(sums.count[0])
+        tokens = int(sums.tokens[0])
         return cls(float(sums.loss[0]) / tokens if tokens else math.nan, tokens)
 
     @property

@@ -23,11 +23,11 @@ class Targets(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, for each of K predictors: cross entropy in nats, right first guesses, and targets."""
+    """Sums over tokens, for each of K predictors: cross entropy in nats, right first guesses, and tokens predicted."""
 
     loss: Float[Array, " K"]
     correct: Int[Array, " K"]
-    count: Int[Array, " K"]
+    tokens: Int[Array, " K"]
 
 
 def targets_ahead(batch: Batch, ahead: int) -> Targets:
@@ -66,8 +66,10 @@ def token_sums(logits: Float[Array, "B T K V"], targets: Targets) -> Sums:
 
 
 def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
-    """The sums over all batches, in float64 on the host."""
-    totals = [np.zeros((), np.float64), np.zeros((), np.int64), np.zeros((), np.int64)]
-    for batch in batches:
-        totals = [old + np.asarray(new).astype(old.dtype) for old, new in zip(totals, sums(batch), strict=True)]
-    return Sums(*totals)
+    """The sums over all (at least one) batches, in float64 and int64 on the host."""
+    losses, correct, tokens = zip(*(jax.device_get(sums(batch)) for batch in batches), strict=True)
+    return Sums(
+        np.sum(losses, axis=0, dtype=np.float64),
+        np.sum(correct, axis=0, dtype=np.int64),
+        np.sum(tokens, axis=0, dtype=np.int64),
+    )

@@ -124,7 +124,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items)
         except OSError as error:
-            raise UserError(f"cannot write a checkpoint to {self.folder}: {error}; the last good one is {self.last_good()}")
+            raise UserError(
+                f"cannot write a checkpoint to {self.folder}: {error}; the last good one is {self.last_good()}"
+            )
         self.latest = step
 
     def wait(self) -> None:

@@ -3,7 +3,7 @@
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
 
 
 def load_run_config(path: str | Path) -> RunConfig:
-    """The configuration of a run folder, or in a YAML file.
+    """The configuration of a run folder (with `output` as it is given here), or in a YAML file.
 
     Raises:
         UserError: there is none, or it is not one that this version understands.
@@ -162,7 +162,7 @@ def load_run_config(path: str | Path) -> RunConfig:
     if path.is_dir():
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
-        path = path / CONFIG_FILE
+        return replace(load_run_config(path / CONFIG_FILE), output=str(path))
     return _parse(_parser(), ["--config", str(path)])[0]
 
 

@@ -4,6 +4,7 @@ An objective is pure: it knows no data, no optimiser and no step. It gives sums 
 them by the counts of the whole batch, so that accumulating over parts of a batch is the same as one large batch.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +18,7 @@ from lin_jax.evaluation.head_accuracy import head_accuracy
 from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.evaluation.targets import Batch, Sums, Targets, stack_targets, targets_ahead, token_sums
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, params_of
+from lin_jax.training.parameters import Params, abstract_heads, abstract_model, filled, initial_params, params_of
 
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
@@ -52,7 +53,7 @@ class Objective(Protocol):
     def figures(self, sums: Sums) -> dict[str, float]:
         """What to report beside the loss, of sums on the host."""
 
-    def report(self, params: Params, frozen: Params, batches: list[Batch], folder: Path) -> str | None:
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str | None:
         """Writes what else is worth knowing after the last step, and returns it as text."""
 
 
@@ -91,7 +92,7 @@ class LanguageModel:
         """The perplexity."""
         return {"perplexity": Perplexity.of(sums).perplexity}
 
-    def report(self, params: Params, frozen: Params, batches: list[Batch], folder: Path) -> str | None:
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str | None:
         """Nothing more."""
         return None
 
@@ -103,14 +104,10 @@ class Medusa:
     """
 
     def __init__(self, config: LlamaConfig, heads: int, decay: float) -> None:
-        assert config.vocab_size is not None
         self.heads = heads
         self.coefficients = tuple(decay**head for head in range(heads))
         self._base = abstract_model(config)
-        size, vocabulary = config.hidden_size, config.vocab_size
-        self._heads = nnx.eval_shape(
-            lambda: MedusaHeads(heads, size, vocabulary, dtype=jnp.dtype(config.param_dtype))
-        )
+        self._heads = abstract_heads(config, heads)
 
     @classmethod
     def check(cls, config: "RunConfig") -> None:
@@ -148,11 +145,11 @@ class Medusa:
     def figures(self, sums: Sums) -> dict[str, float]:
         """How often each head's first guess is right."""
         return {
-            f"accuracy_head_{head}": float(correct) / max(int(count), 1)
-            for head, (correct, count) in enumerate(zip(sums.correct, sums.count, strict=True))
+            f"accuracy_head_{head}": float(correct) / max(int(tokens), 1)
+            for head, (correct, tokens) in enumerate(zip(sums.correct, sums.tokens, strict=True))
         }
 
-    def report(self, params: Params, frozen: Params, batches: list[Batch], folder: Path) -> str:
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
         """How often each guess of each head is right, as `head_accuracy.json` and as a table."""
         accuracy = head_accuracy(*self.models(params, frozen), batches)
         path = folder / "head_accuracy.json"

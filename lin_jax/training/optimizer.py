@@ -1,7 +1,9 @@
 """AdamW (Loshchilov and Hutter 2019) with linear warm-up, a cosine, and clipping by the global norm."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ def decays(params: Params) -> Params:
     return path_aware_map(lambda path, _: path[-1] in DECAYING, params)
 
 
-def learning_rate(config: OptimizerConfig, steps: int, step: Array) -> Array:
+def learning_rate(config: OptimizerConfig, steps: int, step: int | Array) -> Array:
     """The learning rate of step `step` (from 0) out of `steps`.
 
     It rises to the peak at step `warmup_steps - 1`, and falls along half a cosine to `final_fraction` of it at the
@@ -36,15 +38,23 @@ def learning_rate(config: OptimizerConfig, steps: int, step: Array) -> Array:
     return config.learning_rate * jnp.where(step < config.warmup_steps, rise, share)
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+class Optimizer(NamedTuple):
+    """Turns gradients into updates, and tells the learning rate of a step (from 0)."""
+
+    transformation: optax.GradientTransformation
+    schedule: Callable[[Any], Array]
+
+
+def build_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
     """The optimiser of a run of `steps` steps."""
+    schedule = partial(learning_rate, config, steps)
     parts: list[Any] = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     parts += [
         optax.scale_by_adam(config.beta1, config.beta2, config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.scale_by_learning_rate(lambda count: learning_rate(config, steps, count)),
+        optax.scale_by_learning_rate(schedule),
     ]
-    return optax.chain(*parts)
+    return Optimizer(optax.chain(*parts), schedule)
 
 
 def widened(tree: Any) -> Any:

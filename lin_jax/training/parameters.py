@@ -1,13 +1,17 @@
 """Modules and their parameters as plain trees: dictionaries of names down to arrays."""
 
+import hashlib
+import json
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import Llama, LlamaConfig, MedusaHeads
 
 Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -23,6 +27,13 @@ def abstract_model(config: LlamaConfig) -> Llama:
         UserError: the configuration describes no model.
     """
     return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+
+
+def abstract_heads(config: LlamaConfig, heads: int) -> MedusaHeads:
+    """Medusa heads of shapes, for a model with the given configuration."""
+    assert config.vocab_size is not None, "filled in when a run begins"
+    size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
+    return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
 
 
 def params_of(module: nnx.Module) -> Params:
@@ -94,3 +105,19 @@ def placed(abstract: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
 
     return jax.tree.map(place, abstract)
+
+
+def fingerprint(params: Params) -> str:
+    """Stands for the values, types and names of parameters; the same on every machine."""
+    checksums = {name: int(_checksum(value)) for name, value in flatten_dict(params, sep="/").items()}
+    content = json.dumps([shapes(params), sorted(checksums.items())])
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+@jax.jit
+def _checksum(values: Array) -> Array:
+    """A weighted sum of an array's bits, in integers that wrap around: exact in any order, and fast on any device."""
+    narrow = jnp.uint16 if values.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
+    weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+    return jnp.sum(bits * weights, dtype=jnp.uint32)

@@ -18,7 +18,7 @@ class Progress:
     def __init__(self, steps: int, done: int = 0) -> None:
         self._steps = steps
         self._first = done
-        self._start = time.monotonic()
+        self._start: float | None = None
         self._bar = tqdm(
             total=steps, initial=done, unit="step", file=sys.stderr, dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
@@ -33,6 +33,9 @@ class Progress:
 
     def advance(self) -> None:
         """One step is done."""
+        if self._start is None:
+            # The first step is slow: it waits for the compiler.
+            self._first, self._start = self._first + 1, time.monotonic()
         self._bar.update()
 
     def show(self, step: int, loss: float, tokens_per_second: float) -> None:
@@ -41,7 +44,7 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(figures)
             return
-        elapsed = time.monotonic() - self._start
+        elapsed = 0.0 if self._start is None else time.monotonic() - self._start
         left = elapsed / max(step - self._first, 1) * (self._steps - step)
         self.note(f"step {step}/{self._steps}: {figures}, {tqdm.format_interval(left)} left")
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lin_jax.evaluation.targets import Batch, Sums
 from lin_jax.training.objectives import Objective
-from lin_jax.training.optimizer import widened
+from lin_jax.training.optimizer import Optimizer, widened
 from lin_jax.training.parameters import Params
 
 
@@ -34,9 +34,9 @@ class TrainState:
     key: Key[Array, ""]
 
     @classmethod
-    def new(cls, params: Params, optimizer: optax.GradientTransformation, key: Array) -> "TrainState":
+    def new(cls, params: Params, optimizer: Optimizer, key: Array) -> "TrainState":
         """The state before the first step."""
-        return cls(params, optimizer.init(widened(params)), jnp.zeros((), jnp.int32), key)
+        return cls(params, optimizer.transformation.init(widened(params)), jnp.zeros((), jnp.int32), key)
 
 
 class Figures(NamedTuple):
@@ -45,12 +45,14 @@ class Figures(NamedTuple):
     Attributes:
         loss: weighted mean losses, before the update.
         grad_norm: global norm of the gradient, before it is clipped.
+        learning_rate: of this step.
         finite: whether both are finite; where they are not, the update was left out.
         sums: sums over the tokens of the batch, for each of the objective's K predictors.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
     finite: Bool[Array, ""]
     sums: Sums
 
@@ -58,7 +60,7 @@ class Figures(NamedTuple):
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Figures]]
 
 
-def make_step(objective: Objective, optimizer: optax.GradientTransformation, accumulation: int = 1) -> Any:
+def make_step(objective: Objective, optimizer: Optimizer, accumulation: int = 1) -> Any:
     """The jitted `(state, frozen, batch) -> (state, figures)`; the old state's memory is reused for the new one.
 
     Args:
@@ -71,7 +73,7 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, acc
 
 def _step(
     objective: Objective,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     accumulation: int,
     state: TrainState,
     frozen: Params,
@@ -81,15 +83,15 @@ def _step(
     grad_norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     wide = widened(state.params)
-    updates, moments = optimizer.update(gradients, state.optimizer, wide)
-    params = jax.tree.map(
-        lambda old, own, update: (own + update).astype(old.dtype), state.params, wide, updates
-    )
+    updates, moments = optimizer.transformation.update(gradients, state.optimizer, wide)
+    params = jax.tree.map(lambda old, own, update: (own + update).astype(old.dtype), state.params, wide, updates)
     # A step without finite numbers must not spoil what is worth saving.
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.optimizer)
     )
-    return TrainState(params, moments, state.step + 1, state.key), Figures(loss, grad_norm, finite, sums)
+    return TrainState(params, moments, state.step + 1, state.key), Figures(
+        loss, grad_norm, optimizer.schedule(state.step), finite, sums
+    )
 
 
 def accumulate(
