@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 from golden_files import Golden, assert_close
 
 from lin_jax.attention import tree_arrays
+from lin_jax.decoding import DraftTree, Generator, MedusaDrafter, NgramDrafter
+from lin_jax.decoding.drafters import DraftContext
 from lin_jax.hub.llama import write_llama
 from lin_jax.models import Llama
 
@@ -103,3 +106,81 @@ def test_pieces_then_single_steps(golden: Golden, dtype: str) -> None:
 
 def test_there_are_files(pytestconfig: pytest.Config) -> None:
     assert list(pytestconfig.getoption("golden").glob("*.safetensors"))
+
+
+def decoding_inputs(golden: Golden, expected: str) -> dict[str, tuple[list[int], list[int]]]:
+    """Prompts and exact greedy continuations, by suffix; `expected` is the prefix of the latter."""
+    found = {
+        name.removeprefix("prompt_"): (value.tolist(), golden.outputs[expected + name.removeprefix("prompt_")].tolist())
+        for name, value in golden.inputs.items()
+        if name.startswith("prompt_") and expected + name.removeprefix("prompt_") in golden.outputs
+    }
+    if not found:
+        pytest.skip("holds no decoding of this kind")
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
+    """Token by token, and with drafts by prompt lookup, all prompts in one batch: the exact continuation."""
+    cases = decoding_inputs(golden, "full_tokens_")
+    model = golden.llama(dtype)
+    count = len(next(iter(cases.values()))[1])
+    for drafter in (None, NgramDrafter(depth=5, longest=2)):
+        generation = Generator(model, drafter=drafter, piece=7).generate([p for p, _ in cases.values()], count)
+        assert generation.tokens == [tokens for _, tokens in cases.values()]
+    for suffix, (prompt, tokens) in cases.items():
+        ids = jnp.asarray([prompt + tokens])
+        assert_close(forward(model, ids)[0, len(prompt) - 1 :], golden.outputs[f"full_logits_{suffix}"], dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exact_tree_decoding(golden: Golden, dtype: str) -> None:
+    """Medusa drafts in the file's tree: the exact greedy continuation, alone and in a batch of unequal rows."""
+    cases = decoding_inputs(golden, "greedy_full_tokens_")
+    tree = DraftTree(tuple(map(tuple, golden.config["tree"])))
+    drafter = MedusaDrafter(golden.heads(dtype), width=golden.config["topk"])
+    generator = Generator(golden.llama(dtype), drafter=drafter, tree=tree, piece=8)
+    longest = max(len(tokens) for _, tokens in cases.values())
+    together = generator.generate([prompt for prompt, _ in cases.values()], longest)
+    for (prompt, tokens), found in zip(cases.values(), together.tokens, strict=True):
+        assert found[: len(tokens)] == tokens
+        assert generator.generate([prompt], len(tokens)).tokens == [tokens]
+    assert together.mean_accepted_tokens > 1.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_first_tree(golden: Golden, dtype: str) -> None:
+    """The first tree's tokens, and every node's exact logits, also across the end of a group."""
+    cases = decoding_inputs(golden, "first_tree_tokens_")
+    model, heads = golden.llama(dtype), golden.heads(dtype)
+    tree = DraftTree(tuple(map(tuple, golden.config["tree"])))
+    drafter = MedusaDrafter(heads, width=golden.config["topk"])
+    for suffix, (prompt, tokens) in cases.items():
+        ids = jnp.asarray([prompt])
+        hidden, state = model.prefill(ids, jnp.asarray([len(prompt)]), model.init_state(1, 64))
+        root = jnp.argmax(model.logits(hidden[:, -1]), axis=-1)
+        context = DraftContext(hidden[:, -1], ids, jnp.asarray([len(prompt)]))
+        drafted = tree.place(root, drafter.guess(context))
+        if dtype == "float64":
+            assert drafted[0].tolist() == tokens
+        outputs, _ = model.verify(jnp.asarray([tokens]), tree.arrays(), state)
+        assert_close(model.logits(outputs)[0], golden.outputs[f"first_tree_full_forward_logits_{suffix}"], dtype)
+
+
+def test_tree_tables(golden: Golden) -> None:
+    """Ancestors, depths and root-to-leaf paths of every tree, as the published code numbers them."""
+    trees = golden.config.get("trees") or {"buffers": golden.config.get("tree")}
+    if trees == {"buffers": None}:
+        pytest.skip("holds no tree")
+    for name, paths in trees.items():
+        tree = DraftTree(tuple(map(tuple, paths)))
+        arrays = tree.arrays()
+        assert np.array_equal(arrays.ancestors, golden.outputs[f"{name}_medusa_attn_mask"][0, 0])
+        assert np.array_equal(arrays.depth, golden.outputs[f"{name}_medusa_position_ids"])
+        ranks = [0, *(1 + golden.config["topk"] * (len(path) - 1) + path[-1] for path in tree.paths)]
+        assert ranks == golden.outputs[f"{name}_tree_indices"].tolist()
+        chains = np.asarray(tree.chains())
+        for row in golden.outputs[f"{name}_retrieve_indices"]:
+            nodes = row[row >= 0]
+            assert chains[nodes[-1], : len(nodes)].tolist() == nodes.tolist()

@@ -96,7 +96,8 @@ class SoftmaxAttention(nnx.Module):
             rows = jnp.arange(cache.shape[0])[:, None]
             return cache.at[rows, slot].set(new.astype(cache.dtype), mode="drop")
 
-        return CacheState(write(state.keys, path.keys), write(state.values, path.values), state.position + length)
+        position = state.position + length.astype(state.position.dtype)
+        return CacheState(write(state.keys, path.keys), write(state.values, path.values), position)
 
 
 def _attend(

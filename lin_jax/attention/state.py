@@ -40,7 +40,7 @@ def commit_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) ->
     """
     size = state.keys.shape[1]
     filled = state.position % size
-    position = state.position + length
+    position = state.position + length.astype(state.position.dtype)
     slot = jnp.arange(size)
     order = (slot - filled[:, None]) % size
     written = order < length[:, None]
@@ -75,7 +75,7 @@ def advance(state: AugmentedState, keys: Array, values: Array, layout: Layout, m
     last = jnp.take_along_axis(layout.documents, jnp.maximum(last_index, 0)[:, None], axis=1)
     count = jnp.sum(valid & (layout.documents == last), axis=1)
     continues = (last[:, 0] == first_document(layout.documents)) | (last_index < 0)
-    position = jnp.where(continues, state.position, 0) + count
+    position = (jnp.where(continues, state.position, 0) + count).astype(state.position.dtype)
     end = last_index + 1
 
     def gather(old: Array, new: Array, distance: Array, old_index: Array) -> Array:

@@ -82,9 +82,7 @@ class Generator:
     ) -> None:
         self.model = model
         self.drafter = drafter or NoDrafter()
-        self.tree = (
-            DraftTree(tuple((0,) * d for d in range(1, self.drafter.depth + 1))) if tree is None else tree
-        )
+        self.tree = DraftTree(tuple((0,) * d for d in range(1, self.drafter.depth + 1))) if tree is None else tree
         self.end_tokens = tuple(end_tokens)
         self.piece = piece
         _check(self.model, self.drafter, self.tree)

@@ -1,0 +1,276 @@
+"""The forms of every token mixer agree with a float64 loop and with each other, over random shapes."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lin_jax.attention import (
+    REGISTRY,
+    AttentionConfig,
+    Nodes,
+    build_mixer,
+    packed_rows,
+    padded_rows,
+    tree_arrays,
+    whole_rows,
+)
+from pallas_kernels.augmented_attention import augmented_attention_reference
+
+NAMES = sorted(REGISTRY)
+SEEDS = range(3)
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def softmax_reference(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, parents: np.ndarray | None = None
+) -> np.ndarray:
+    length, heads, size = queries.shape
+    share = heads // keys.shape[1]
+    parents = np.arange(-1, length - 1) if parents is None else parents
+    outputs = np.zeros((length, heads, values.shape[2]))
+    for t in range(length):
+        history = [t]
+        while parents[history[-1]] >= 0:
+            history.append(parents[history[-1]])
+        for h in range(heads):
+            scores = keys[history, h // share] @ queries[t, h] / np.sqrt(size)
+            weights = np.exp(scores - scores.max())
+            outputs[t, h] = weights / weights.sum() @ values[history, h // share]
+    return outputs
+
+
+@dataclass
+class Case:
+    """A mixer of random sizes with random parameters, and random inputs for it."""
+
+    name: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng([self.seed, NAMES.index(self.name)])
+        self.kv_heads, share = self.rng.integers(1, 3, 2)
+        self.heads = int(self.kv_heads * share)
+        self.size = int(self.rng.choice([2, 4, 6]))
+        self.group_size = int(self.rng.integers(2, 9))
+        self.kernel_size = int(2 * self.rng.integers(0, 8) + 1)
+        self.length = int(self.rng.integers(3, 40))
+
+    @cached_property
+    def mixer(self) -> Any:
+        config = AttentionConfig(self.name, self.group_size, self.kernel_size, initial_alpha=0.7)
+        sizes = {"heads": self.heads, "kv_heads": int(self.kv_heads), "head_dim": self.size}
+        mixer = build_mixer(config, **sizes, param_dtype=jnp.float64)
+        if getattr(mixer, "convolution", None) is not None:
+            taps = mixer.convolution.taps
+            taps[...] = jnp.asarray(self.rng.normal(size=taps.shape))
+        return mixer
+
+    def inputs(self, batch: int, length: int) -> tuple[np.ndarray, ...]:
+        shapes = [(batch, length, heads, self.size) for heads in (self.heads, self.kv_heads, self.kv_heads)]
+        return tuple(self.rng.normal(size=shape) for shape in shapes)
+
+    def reference(self, *inputs: np.ndarray, parents: np.ndarray | None = None) -> np.ndarray:
+        if self.name == "softmax":
+            return softmax_reference(*inputs, parents=parents)
+        convolution = self.mixer.convolution
+        return augmented_attention_reference(
+            *inputs,
+            group_size=self.group_size,
+            alpha=None if self.mixer.alpha is None else float(self.mixer.alpha[0]),
+            taps=None if convolution is None else np.asarray(convolution.taps[...]),
+            **({} if self.mixer.local else {"local": None}),
+            parents=parents,
+        )
+
+    def state(self, batch: int) -> Any:
+        return self.mixer.init_state(batch, 128, jnp.float64)
+
+
+@pytest.fixture(params=[(name, seed) for name in NAMES for seed in SEEDS], ids=lambda p: f"{p[0]}-{p[1]}")
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(*request.param)
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
+
+
+@partial(jax.jit, static_argnames="aligned")
+def whole(mixer: Any, inputs: tuple[jax.Array, ...], aligned: bool = True) -> jax.Array:
+    batch, length = inputs[0].shape[:2]
+    layout = whole_rows(batch, length) if aligned else packed_rows(jnp.ones((batch, length), jnp.int32))
+    return mixer.parallel(*inputs, layout)[0]
+
+
+@jax.jit
+def piece(mixer: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    return mixer.parallel(*inputs, padded_rows(lengths, inputs[0].shape[1], state.position), state)
+
+
+@jax.jit
+def token_by_token(mixer: Any, inputs: tuple[jax.Array, ...], state: Any) -> tuple[jax.Array, Any]:
+    batch = inputs[0].shape[0]
+
+    def step(state: Any, token: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        outputs, nodes = mixer.verify(*(part[:, None] for part in token), tree_arrays((-1,)), state)
+        return mixer.commit(state, nodes, jnp.ones((batch,), int)), outputs[:, 0]
+
+    state, outputs = jax.lax.scan(step, state, tuple(jnp.moveaxis(part, 1, 0) for part in inputs))
+    return jnp.moveaxis(outputs, 0, 1), state
+
+
+def same_state(mixer: Any, one: Any, other: Any) -> None:
+    """Equal in all that a mixer will ever read; slots that are not in use may hold anything."""
+    assert one.position.tolist() == other.position.tolist()
+    if hasattr(one, "memory"):
+        used = one.position[:, None] % mixer.group_size > jnp.arange(mixer.group_size)
+        for part in ("memory", "window"):
+            if getattr(one, part) is not None:
+                close(getattr(one, part), getattr(other, part))
+    else:
+        used = one.position[:, None] > jnp.arange(one.keys.shape[1])
+    for part in ("keys", "values"):
+        close(*(jnp.where(used[..., None, None], getattr(state, part), 0) for state in (one, other)))
+
+
+def test_whole_rows_and_their_gradients(case: Case) -> None:
+    inputs = case.inputs(2, case.length)
+    expected = np.stack([case.reference(*(part[row] for part in inputs)) for row in range(2)])
+    close(whole(case.mixer, inputs), expected)
+    close(whole(case.mixer, inputs, aligned=False), expected)
+
+    cotangent = case.rng.normal(size=expected.shape)
+    direction = case.inputs(2, case.length)
+    gradients = jax.grad(lambda inputs: jnp.sum(whole(case.mixer, inputs) * cotangent))(inputs)
+    slope = sum(float(jnp.sum(g * d)) for g, d in zip(gradients, direction, strict=True))
+    step = 1e-5
+    ends = [
+        np.stack([case.reference(*(p[r] + sign * step * d[r] for p, d in zip(inputs, direction, strict=True)))
+                  for r in range(2)])
+        for sign in (1, -1)
+    ]  # fmt: skip
+    close(slope, np.sum((ends[0] - ends[1]) * cotangent) / (2 * step), 2e-5)
+
+
+def test_pieces_with_padding_and_single_tokens(case: Case) -> None:
+    """Rows of unequal length, cut at different places, go on from a state as if they had been read at once."""
+    total = np.array([case.length, max(case.length - 3, 1), 1])
+    inputs = case.inputs(3, case.length)
+    expected, _ = token_by_token(case.mixer, inputs, case.state(3))
+    close(expected, whole(case.mixer, inputs))
+    width = int(case.rng.integers(1, case.length + 1))
+    state, done = case.state(3), np.zeros(3, int)
+    while (done < total).any():
+        lengths = np.minimum(case.rng.integers(0, width + 1, 3), total - done)
+        garbage = tuple(1e3 * part for part in case.inputs(3, width))
+        for row, (begin, count) in enumerate(zip(done, lengths, strict=True)):
+            for part, source in zip(garbage, inputs, strict=True):
+                part[row, :count] = source[row, begin : begin + count]
+        outputs, state = piece(case.mixer, garbage, jnp.asarray(lengths), state)
+        for row, (begin, count) in enumerate(zip(done, lengths, strict=True)):
+            close(outputs[row, :count], expected[row, begin : begin + count])
+        done += lengths
+    for row, count in enumerate(total):
+        alone = token_by_token(case.mixer, tuple(part[row : row + 1, :count] for part in inputs), case.state(1))[1]
+        same_state(case.mixer, jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], state), alone)
+
+
+def test_packed_documents_and_padding(case: Case) -> None:
+    """Documents in one row, with padding on both sides, equal the documents alone, values and gradients."""
+    lengths = [int(n) for n in case.rng.integers(1, 20, 3)]
+    parts = [case.inputs(1, n) for n in lengths]
+    left, right = (case.inputs(1, int(n)) for n in case.rng.integers(1, 5, 2))
+    documents = np.concatenate(
+        [np.zeros(left[0].shape[1]), *(np.full(n, 7 - i) for i, n in enumerate(lengths)), np.zeros(right[0].shape[1])]
+    )[None].astype(np.int32)
+    row = tuple(np.concatenate([1e3 * l, *p, 1e3 * r], axis=1) for l, r, *p in zip(left, right, *parts, strict=True))  # noqa: E741
+    valid = jnp.asarray(documents > 0)[..., None, None]
+    mixer = case.mixer
+
+    @jax.jit
+    def packed(inputs: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        def outputs(inputs: tuple[jax.Array, ...]) -> jax.Array:
+            return jnp.where(valid, mixer.parallel(*inputs, packed_rows(jnp.asarray(documents)))[0], 0)
+
+        result, pull = jax.vjp(outputs, inputs)
+        return result, pull(cotangent)[0]
+
+    cotangent = case.rng.normal(size=row[0].shape)
+    outputs, gradients = packed(row, cotangent)
+    begin = left[0].shape[1]
+    for part, length in zip(parts, lengths, strict=True):
+        here = slice(begin, begin + length)
+        alone, pull = jax.vjp(lambda inputs: whole(mixer, inputs), part)
+        close(outputs[:, here], alone)
+        for found, expected in zip(gradients, pull(jnp.asarray(cotangent[:, here]))[0], strict=True):
+            close(found[:, here], expected)
+        begin += length
+
+
+def random_tree(rng: np.random.Generator, count: int, depth: int) -> tuple[int, ...]:
+    parents, depths = [-1], [0]
+    while len(parents) < count:
+        parent = int(rng.choice([n for n, d in enumerate(depths) if d < depth]))
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+    return tuple(parents)
+
+
+def test_tree_on_a_state(case: Case) -> None:
+    """Every node equals the sequence that leads to it, with rows standing before, at and after ends of groups."""
+    batch, size = 4, 7
+    parents = random_tree(case.rng, size, max(min(case.group_size - 1, 4), 1))
+    consumed = case.rng.integers(0, 3 * case.group_size, batch)
+    consumed[0] = 2 * case.group_size - 1
+    consumed[1] = 2 * case.group_size
+    before = case.inputs(batch, int(consumed.max()))
+    nodes = case.inputs(batch, size)
+    state = piece(case.mixer, before, jnp.asarray(consumed), case.state(batch))[1]
+    untouched = jax.tree.map(np.asarray, state)
+    outputs, _ = jax.jit(lambda mixer, inputs, state: mixer.verify(*inputs, tree_arrays(parents), state))(
+        case.mixer, nodes, state
+    )
+    for row, count in enumerate(consumed):
+        joined = tuple(np.concatenate([b[row, :count], n[row]]) for b, n in zip(before, nodes, strict=True))
+        chain = [*range(-1, count - 1), *(count - 1 if p < 0 else count + p for p in parents)]
+        close(outputs[row], case.reference(*joined, parents=np.array(chain))[count:])
+    jax.tree.map(np.testing.assert_array_equal, untouched, state)
+
+
+def test_commit_is_plain_decoding_to_the_bit(case: Case) -> None:
+    """Paths of any length, none included, leave the bits that committing node by node leaves, in float32."""
+    batch, width = 5, case.group_size
+    commit = jax.jit(lambda mixer, state, path, length: mixer.commit(state, path, length))
+    start = case.rng.integers(0, 2 * case.group_size, batch)
+    narrow = [part.astype(np.float32) for part in case.inputs(batch, int(start.max()) + 1)]
+    state = case.mixer.init_state(batch, 128, jnp.float32)
+    for t in range(int(start.max())):
+        step = Nodes(*(jnp.asarray(part[:, t : t + 1]) for part in narrow[1:]))
+        state = commit(case.mixer, state, step, jnp.asarray(t < start, int))
+    once = stepped = state
+    for _ in range(4):
+        lengths = case.rng.integers(0, width + 1, batch)
+        path = Nodes(*(jnp.asarray(part.astype(np.float32)) for part in case.inputs(batch, width)[1:]))
+        once = commit(case.mixer, once, path, jnp.asarray(lengths))
+        for t in range(width):
+            single = Nodes(path.keys[:, t : t + 1], path.values[:, t : t + 1])
+            stepped = commit(case.mixer, stepped, single, jnp.asarray(t < lengths, int))
+        jax.tree.map(np.testing.assert_array_equal, once, stepped)
+
+
+def test_state_is_float32_under_bfloat16(case: Case) -> None:
+    inputs = case.inputs(1, case.length)
+    exact = whole(case.mixer, inputs)
+    narrow = tuple(jnp.asarray(part, jnp.bfloat16) for part in inputs)
+    state = case.mixer.init_state(1, 64, jnp.bfloat16)
+    outputs, state = piece(case.mixer, narrow, jnp.asarray([case.length]), state)
+    assert outputs.dtype == jnp.bfloat16
+    if getattr(state, "memory", None) is not None:
+        assert state.memory.dtype == jnp.float32
+    scale = float(jnp.abs(exact).max())
+    close(outputs.astype(jnp.float64) / scale, exact / scale, 0.03)
