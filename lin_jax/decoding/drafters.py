@@ -11,6 +11,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.decoding.ngram import latest_continuation
+from lin_jax.decoding.tree import DraftTree
+from lin_jax.errors import UserError
 from lin_jax.models import MedusaHeads
 
 
@@ -54,7 +56,7 @@ class MedusaDrafter(nnx.Module):
 
     def __init__(self, heads: MedusaHeads, *, width: int = 10, depth: int | None = None) -> None:
         self.heads = heads
-        self.depth = depth or heads.count
+        self.depth = heads.count if depth is None else depth
         self.width = min(width, heads.output.shape[-1])
 
     def guess(self, context: DraftContext) -> Int[Array, "B M R"]:
@@ -97,3 +99,37 @@ class UnionDrafter(nnx.Module):
             ],
             axis=2,
         )
+
+
+HEAD_WIDTH = 10
+KINDS = ("none", "medusa", "ngram", "medusa+ngram")
+NGRAM_DEPTH = 8
+
+
+def build_drafter(kind: str, heads: MedusaHeads | None = None, *, tree: DraftTree | None = None) -> Drafter:
+    """A drafter by its name.
+
+    Args:
+        kind: one of KINDS; in `medusa+ngram` the ranks of the n-gram's guesses follow those of the heads.
+        heads: Medusa heads, where the kind needs them.
+        tree: the tree that will be used, so that heads and depths that it does not ask for are not computed.
+
+    Raises:
+        UserError: the kind is unknown, or needs heads that are not there.
+    """
+    if kind not in KINDS:
+        raise UserError(f"drafter '{kind}' is unknown; choose one of {', '.join(KINDS)}")
+    if "medusa" in kind and heads is None:
+        raise UserError(f"drafter '{kind}' needs Medusa heads and there are none; train some, or choose ngram")
+    parts: list[Drafter] = []
+    paths = None if tree is None else tree.paths
+    if heads is not None and "medusa" in kind:
+        asked = [len(path) for path in paths or () if path[-1] < HEAD_WIDTH]
+        parts.append(MedusaDrafter(heads, width=HEAD_WIDTH, depth=None if tree is None else max(asked, default=0)))
+    if "ngram" in kind:
+        offset = parts[0].width if parts else 0
+        asked = [len(path) for path in paths or () if path[-1] >= offset]
+        parts.append(NgramDrafter(depth=NGRAM_DEPTH if tree is None else max(asked, default=0)))
+    if not parts:
+        return NoDrafter()
+    return parts[0] if len(parts) == 1 else UnionDrafter(*parts)

@@ -210,6 +210,19 @@ class Generator:
         return start(self.model, loop_state, tree=self.tree, sampling=sampling, end_tokens=self.end_tokens)
 
 
+def joined(parts: Sequence[Generation]) -> Generation:
+    """One row's parts, as `Generator.stream` hands them over, put together again."""
+    return Generation(
+        [[token for part in parts for token in part.tokens[0]]],
+        [[origin for part in parts for origin in part.origins[0]]],
+        [sum(part.steps[0] for part in parts)],
+        np.sum([part.yields for part in parts], axis=0),
+        sum(part.prefill_seconds for part in parts),
+        sum(part.decode_seconds for part in parts),
+        parts[0].state_bytes,
+    )
+
+
 def state_bytes(state: object, batch: int) -> int:
     """Size in bytes of one sequence's share of a recurrent state."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // batch

@@ -54,7 +54,7 @@ class LoopState:
 def prefill_piece(
     model: Llama, state: Any, hidden: Float[Array, "B E"], tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> tuple[Any, Float[Array, "B E"]]:
-    """Consumes one piece of every prompt, `lengths` tokens of each row: the state, and the last hidden vector so far."""
+    """Consumes one piece of every prompt, `lengths` tokens of each row: the state, and the last hidden vector."""
     outputs, state = model.prefill(tokens, lengths, state)
     last = jnp.take_along_axis(outputs, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     return state, jnp.where((lengths > 0)[:, None], last, hidden)

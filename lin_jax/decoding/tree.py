@@ -17,7 +17,8 @@ Path = tuple[int, ...]
 class DraftTree:
     """A tree of guesses on top of the root, node 0, which is the token already chosen.
 
-    The node at `paths[i - 1] = (r_1, ..., r_d)` holds guess number `r_d` for depth d, under the node `(r_1, ..., r_{d-1})`.
+    The node at `paths[i - 1] = (r_1, ..., r_d)` holds guess number `r_d` for depth d, under the node at
+    `(r_1, ..., r_{d-1})`.
 
     Attributes:
         paths: every node but the root, sorted by length, then by ranks.

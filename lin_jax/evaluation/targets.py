@@ -23,11 +23,14 @@ class Targets(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over tokens, for each of K predictors: cross entropy in nats, right first guesses, and tokens predicted."""
+    """Sums over tokens, each `[K]` for K predictors; arrays of JAX, or of NumPy on the host.
 
-    loss: Float[Array, " K"]
-    correct: Int[Array, " K"]
-    tokens: Int[Array, " K"]
+    They are cross entropy in nats, right first guesses, and how many tokens were predicted.
+    """
+
+    loss: Any
+    correct: Any
+    tokens: Any
 
 
 def targets_ahead(batch: Batch, ahead: int) -> Targets:
@@ -67,9 +70,6 @@ def token_sums(logits: Float[Array, "B T K V"], targets: Targets) -> Sums:
 
 def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
     """The sums over all (at least one) batches, in float64 and int64 on the host."""
-    losses, correct, tokens = zip(*(jax.device_get(sums(batch)) for batch in batches), strict=True)
-    return Sums(
-        np.sum(losses, axis=0, dtype=np.float64),
-        np.sum(correct, axis=0, dtype=np.int64),
-        np.sum(tokens, axis=0, dtype=np.int64),
-    )
+    each = [jax.device_get(sums(batch)) for batch in batches]
+    wide = (np.float64, np.int64, np.int64)
+    return Sums(*(np.sum(part, axis=0, dtype=dtype) for part, dtype in zip(zip(*each, strict=True), wide, strict=True)))

@@ -41,9 +41,7 @@ class MedusaHeads(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "*batch E"], count: int | None = None) -> Float[Array, "*batch M V"]:
         """Logits of the first `count` heads (None for all), in float32 or better."""
-        weight, bias, output = (
-            part[:count].astype(hidden.dtype) for part in (self.weight, self.bias, self.output)
-        )
+        weight, bias, output = (part[:count].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
         block = jax.nn.silu(jnp.einsum("...e,mef->...mf", hidden, weight) + bias)
         logits = jnp.einsum("...me,mev->...mv", hidden[..., None, :] + block, output)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

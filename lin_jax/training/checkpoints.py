@@ -1,7 +1,7 @@
 """Checkpoints of a run: written by Orbax in the background, and read back exactly or not at all.
 
 A checkpoint holds, under `OUTPUT/checkpoints/STEP/`, the parameters that learn (`model`), the optimiser (`optimizer`),
-the random key (`key`), the position in the data (`data`), and what it is a checkpoint of (`about`).
+and as JSON the random key (`key`), the position in the data (`data`), and what it is a checkpoint of (`about`).
 """
 
 import logging
@@ -12,7 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from lin_jax.errors import UserError
@@ -50,8 +53,8 @@ class About:
     def demand_equal(self, saved: "About", where: Path) -> None:
         """Raises a `UserError` that lists what differs, if `saved` is of another model than this one."""
         phrases = differences({"objective": saved.objective}, {"objective": self.objective})
-        phrases += differences(saved.parameters, self.parameters)
         phrases += differences(_flat(saved.model), _flat(self.model))
+        phrases += differences(saved.parameters, self.parameters)
         phrases += differences({"tokenizer": saved.tokenizer}, {"tokenizer": self.tokenizer})
         phrases += differences({"base model": _fingerprint(saved)}, {"base model": _fingerprint(self)})
         if phrases:
@@ -62,7 +65,7 @@ class About:
 
 
 def _fingerprint(about: About) -> str | None:
-    return about.base and about.base["fingerprint"]
+    return None if about.base is None else about.base["fingerprint"]
 
 
 def _flat(model: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
@@ -117,7 +120,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             model=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            key=ocp.args.JaxRandomKeySave(state.key),
+            key=ocp.args.JsonSave(_key_to_json(state.key)),
             data=ocp.args.JsonSave(data),
             about=ocp.args.JsonSave({**vars(about), "step": step}),
         )
@@ -126,7 +129,7 @@ class Checkpoints:
         except OSError as error:
             raise UserError(
                 f"cannot write a checkpoint to {self.folder}: {error}; the last good one is {self.last_good()}"
-            )
+            ) from error
         self.latest = step
 
     def wait(self) -> None:
@@ -145,7 +148,7 @@ class Checkpoints:
     def restore_latest(self, like: TrainState, about: About) -> Restored:
         """The newest checkpoint that can be read.
 
-        Those that cannot are named in a warning and moved to `OUTPUT/unreadable`, so that their steps can be saved anew.
+        Those that cannot are named in a warning and moved to `OUTPUT/unreadable`, to make room for their steps.
 
         Args:
             like: a state of the same structure; its arrays (or shapes) say where restored ones are placed.
@@ -160,7 +163,7 @@ class Checkpoints:
 
         def read(step: int) -> Restored:
             about.demand_equal(read_about(run, step), self.path(step))
-            return _restore_state(self._manager, step, like)
+            return _restore_state(self.path(step), step, like)
 
         restored, broken = newest_readable(run, read)
         for step in broken:
@@ -172,18 +175,33 @@ class Checkpoints:
         return restored
 
 
-def _restore_state(manager: ocp.CheckpointManager, step: int, like: TrainState) -> Restored:
-    read = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            model=ocp.args.StandardRestore(placed(like.params)),
-            optimizer=ocp.args.StandardRestore(placed(like.optimizer)),
-            key=ocp.args.JaxRandomKeyRestore(),
-            data=ocp.args.JsonRestore(),
-        ),
+def _restore_state(folder: Path, step: int, like: TrainState) -> Restored:
+    state = TrainState(
+        params=_read_arrays(folder / "model", like.params),
+        optimizer=_read_arrays(folder / "optimizer", like.optimizer),
+        step=jnp.asarray(step, jnp.int32),
+        key=_key_from_json(_read_json(folder / "key")),
     )
-    state = TrainState(read["model"], read["optimizer"], like.step * 0 + step, read["key"])
-    return Restored(state, read["data"], step)
+    return Restored(state, _read_json(folder / "data"), step)
+
+
+def _read_arrays(folder: Path, like: Any) -> Any:
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(folder, placed(like))
+
+
+def _read_json(folder: Path) -> Any:
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(folder)
+
+
+# Not Orbax's own form of a random key: it logs a false alarm ("Skipping merge") at every save.
+def _key_to_json(key: Array) -> dict[str, Any]:
+    return {"implementation": str(jax.random.key_impl(key)), "data": jax.random.key_data(key).tolist()}
+
+
+def _key_from_json(saved: dict[str, Any]) -> Array:
+    return jax.random.wrap_key_data(jnp.asarray(saved["data"], jnp.uint32), impl=saved["implementation"])
 
 
 def _free(path: Path) -> Path:
@@ -225,16 +243,9 @@ def newest_readable(run: Path, read: Callable[[int], Loaded]) -> tuple[Loaded, l
     raise UserError(f"no checkpoint in {checkpoint_folder(run)} can be read; restore one from a backup, or start anew")
 
 
-def read_items(run: Path, step: int, **items: Any) -> Any:
-    """Items of a checkpoint, each as its restore argument says, without touching the folder."""
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(checkpoint_folder(run), options=options) as manager:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-
-
 def read_about(run: Path, step: int) -> About:
     """What a checkpoint is of."""
-    content = dict(read_items(run, step, about=ocp.args.JsonRestore())["about"])
+    content = dict(_read_json(checkpoint_folder(run) / str(step) / "about"))
     content.pop("step")
     return About(**content)
 
@@ -245,7 +256,7 @@ def read_params(run: Path, step: int, like: Params) -> Params:
     Raises:
         UserError: the checkpoint's parameters have other names or shapes; the message lists what differs.
     """
+    where = checkpoint_folder(run) / str(step)
     if phrases := differences(read_about(run, step).parameters, shapes(like)):
-        where = checkpoint_folder(run) / str(step)
         raise UserError(f"{where} is a checkpoint of another model: {listed(phrases)}")
-    return read_items(run, step, model=ocp.args.StandardRestore(placed(like)))["model"]
+    return _read_arrays(where / "model", like)

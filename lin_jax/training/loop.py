@@ -58,6 +58,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
         lines = JsonLines(run.folder / METRICS_FILE, start)
         trackers = Trackers(lines, TensorBoard(run.folder / TENSORBOARD_FOLDER, start))
         with Progress(training.steps, start or 0) as progress, StopRequest() as stop:
+            if start is not None:
+                progress.note(f"step {start}: going on from {checkpoints.path(start)}")
             loop = Loop(run, state, start or 0, lines.seconds, trackers, checkpoints, progress)
             try:
                 return loop.run_to_end(stop)

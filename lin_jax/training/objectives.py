@@ -41,8 +41,11 @@ class Objective(Protocol):
     def of(cls, config: "RunConfig") -> "Objective":
         """The objective of a run, whose model is fully described."""
 
-    def start(self, key: Array, base: Llama | None) -> tuple[Params, Params]:
-        """Initial parameters: those that learn, and the frozen ones."""
+    def start(self, key: Array, base: Llama | None) -> Params:
+        """Initial values of the parameters that learn."""
+
+    def frozen(self, base: Llama | None) -> Params:
+        """The parameters that do not learn."""
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """How many targets a batch has, for each predictor."""
@@ -75,10 +78,14 @@ class LanguageModel:
         """The objective of a run."""
         return cls(config.model)
 
-    def start(self, key: Array, base: Llama | None) -> tuple[Params, Params]:
+    def start(self, key: Array, base: Llama | None) -> Params:
         """Fresh parameters, or those of a base model."""
         fresh = params_of(jax.jit(lambda key: Llama(self._config, rngs=nnx.Rngs(key)))(key))
-        return (fresh if base is None else initial_params(fresh, params_of(base))), {}
+        return fresh if base is None else initial_params(fresh, params_of(base))
+
+    def frozen(self, base: Llama | None) -> Params:
+        """None: a base model's parameters go on learning."""
+        return {}
 
     def counts(self, batch: Batch) -> Int[Array, "1"]:
         """Targets in the same document as their input."""
@@ -127,10 +134,15 @@ class Medusa:
         """The objective of a run."""
         return cls(config.model, config.medusa_heads, config.medusa_decay)
 
-    def start(self, key: Array, base: Llama | None) -> tuple[Params, Params]:
-        """Heads that begin as copies of the base model's own, and the base model, frozen."""
+    def start(self, key: Array, base: Llama | None) -> Params:
+        """Heads that begin as copies of the base model's own."""
         assert base is not None, "checked with the configuration"
-        return params_of(MedusaHeads.on(base, self.heads)), params_of(base)
+        return params_of(MedusaHeads.on(base, self.heads))
+
+    def frozen(self, base: Llama | None) -> Params:
+        """The base model."""
+        assert base is not None, "checked with the configuration"
+        return params_of(base)
 
     def counts(self, batch: Batch) -> Int[Array, " M"]:
         """Targets in the same document as their input, for each head."""

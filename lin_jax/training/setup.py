@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from lin_jax.data import (
     Tokenizer,
@@ -24,7 +25,7 @@ from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.objectives import OBJECTIVES, Objective
-from lin_jax.training.optimizer import build_optimizer
+from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
 from lin_jax.training.step import TrainState, make_step
 
@@ -39,7 +40,7 @@ class Run:
         config: the configuration with every size filled in.
         objective: what to learn.
         step: the jitted step.
-        state: the state before the first step.
+        state: the state before the first step; shapes alone if the run is resumed.
         frozen: parameters that do not learn.
         batches: training batches, from the first.
         validation: held-out batches.
@@ -87,48 +88,81 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     folder = Path(config.output)
     _check_folder(folder, resume)
     _check_precision(config)
-    base = None if config.init_from is None else _load_base(config, resume)
+    base = _load_base(config, resume)
     if base is not None and config.objective == "medusa":
         config = replace(config, model=base.config.model)
     # A stand-in vocabulary: any size shows whether the rest describes a model.
     abstract_model(replace(config.model, vocab_size=config.model.vocab_size or 1))
-    documents = open_documents(config.data)
-    train, held_out = split_documents(documents, config.data.validation_fraction)
-    tokenizer = _tokenizer(config, base, train, folder, resume)
+    tokenizer, train, held_out = _read_text(config, base, resume)
     config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
-    validation = validation_batches(held_out, tokenizer, config.data, batch_size=_part(config))
     training = config.training
     batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
+    validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
     objective: Objective = OBJECTIVES[config.objective].of(config)
-    key, init_key = jax.random.split(jax.random.key(training.seed))
-    params, frozen = objective.start(init_key, None if base is None else base.model)
     optimizer = build_optimizer(config.optimizer, training.steps)
+    state = _first_state(config, objective, optimizer, base, resume)
     about = About(
         objective=config.objective,
         model=plain(config.model),
         tokenizer=tokenizer.fingerprint,
-        parameters=shapes(params),
+        parameters=shapes(state.params),
         base=base.reference(folder) if base is not None and config.objective == "medusa" else None,
     )
     if not resume:
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / TOKENIZER_FOLDER)
-        config.save(folder / CONFIG_FILE)
+        _write_folder(folder, config, tokenizer)
     return Run(
         config=config,
         objective=objective,
         step=make_step(objective, optimizer, training.accumulation),
-        state=TrainState.new(params, optimizer, key),
-        frozen=frozen,
+        state=state,
+        frozen=objective.frozen(None if base is None else base.model),
         batches=batches,
-        validation=validation,
+        validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
         about=about,
     )
 
 
-def _part(config: RunConfig) -> int:
-    """Rows that are in memory at once."""
-    return config.training.batch_size // config.training.accumulation
+def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
+    """Tokenizer, training documents and held-out documents.
+
+    The tokenizer is that of the run itself, or of the model it starts from, or a new one.
+    """
+    train, held_out = split_documents(open_documents(config.data), config.data.validation_fraction)
+    if resume:
+        tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
+    elif base is not None:
+        tokenizer = Tokenizer.load(base.folder / TOKENIZER_FOLDER)
+    else:
+        tokenizer = prepare_tokenizer(config.data, train)
+    return tokenizer, train, held_out
+
+
+def _first_state(
+    config: RunConfig, objective: Objective, optimizer: Optimizer, base: Base | None, resume: bool
+) -> TrainState:
+    """The state before the first step, or its shapes, to be filled from a checkpoint."""
+    key, init_key = jax.random.split(jax.random.key(config.training.seed))
+
+    def start() -> TrainState:
+        params = objective.start(init_key, None if base is None else base.model)
+        return TrainState.new(params, optimizer, key)
+
+    return jax.eval_shape(start) if resume else start()
+
+
+def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        config.save(folder / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another --output") from error
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """A batch in as many parts as a step takes it in: what a machine has memory for."""
+    columns = {name: np.split(rows, count) for name, rows in batch.items()}
+    return [{name: parts[index] for name, parts in columns.items()} for index in range(count)]
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -149,21 +183,13 @@ def _check_precision(config: RunConfig) -> None:
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
 
 
-def _load_base(config: RunConfig, resume: bool) -> Base:
-    assert config.init_from is not None
+def _load_base(config: RunConfig, resume: bool) -> Base | None:
+    if config.init_from is None or (resume and config.objective != "medusa"):
+        return None
     # Heads go on with the very model that they began with, even if its own run has gone on since.
-    step = read_base(config.output).step if resume and config.objective == "medusa" else None
+    step = read_base(config.output).step if resume else None
     model, base_config, step = load_model(config.init_from, step)
     return Base(Path(config.init_from), base_config, step, model)
-
-
-def _tokenizer(config: RunConfig, base: Base | None, documents: Any, folder: Path, resume: bool) -> Tokenizer:
-    """The tokenizer of the run itself, or of the model it starts from, or a new one."""
-    if resume:
-        return Tokenizer.load(folder / TOKENIZER_FOLDER)
-    if base is not None:
-        return Tokenizer.load(base.folder / TOKENIZER_FOLDER)
-    return prepare_tokenizer(config.data, documents)
 
 
 def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:

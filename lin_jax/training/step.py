@@ -80,7 +80,7 @@ def _step(
     batch: Batch,
 ) -> tuple[TrainState, Figures]:
     loss, sums, gradients = accumulate(objective, accumulation, state.params, frozen, batch)
-    grad_norm = optax.global_norm(gradients)
+    grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     wide = widened(state.params)
     updates, moments = optimizer.transformation.update(gradients, state.optimizer, wide)
@@ -89,9 +89,8 @@ def _step(
     params, moments = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old), (params, moments), (state.params, state.optimizer)
     )
-    return TrainState(params, moments, state.step + 1, state.key), Figures(
-        loss, grad_norm, optimizer.schedule(state.step), finite, sums
-    )
+    figures = Figures(loss, grad_norm, optimizer.schedule(state.step), finite, sums)
+    return TrainState(params, moments, state.step + 1, state.key), figures
 
 
 def accumulate(

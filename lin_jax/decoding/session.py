@@ -1,0 +1,147 @@
+"""A trained run, ready to decode: its model, tokenizer, heads, and the draft tree for this machine."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lin_jax.data import Tokenizer
+from lin_jax.decoding.drafters import KINDS, build_drafter
+from lin_jax.decoding.generator import Generator
+from lin_jax.decoding.plan import Plan, choose_plan, load_plan, measure_costs, measure_hits, save_plans
+from lin_jax.decoding.tree import DraftTree
+from lin_jax.errors import UserError
+from lin_jax.models import Llama, MedusaHeads
+
+PLAN_FILE = "speculation.json"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What decoding needs of a run.
+
+    Attributes:
+        folder: the run's folder; plans are kept there.
+        model: the target.
+        tokenizer: the run's tokenizer.
+        heads: Medusa heads, if there are any.
+    """
+
+    folder: Path
+    model: Llama
+    tokenizer: Tokenizer
+    heads: MedusaHeads | None
+
+    @classmethod
+    def load(cls, folder: str | Path, heads_folder: str | Path | None = None) -> "Session":
+        """Opens a run folder, and heads from `heads_folder` or from the folder `heads` inside the run.
+
+        Raises:
+            UserError: there is no such run, or its parts do not belong together.
+        """
+        from lin_jax.training.loading import load_heads, load_model
+
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"there is no run folder {folder}; give the output of a train.py run")
+        model, config, _ = load_model(folder)
+        tokenizer = Tokenizer.load(str(folder / "tokenizer"))
+        if tokenizer.vocab_size > (config.model.vocab_size or 0):
+            raise UserError(
+                f"the tokenizer in {folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model's vocabulary "
+                f"{config.model.vocab_size}; put the tokenizer there that the model was trained with"
+            )
+        inside = folder / "heads"
+        place = heads_folder or (inside if inside.is_dir() else None)
+        heads = None if place is None else load_heads(place, model=model)
+        return cls(folder, model, tokenizer, heads)
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt; an empty one is the start of a document."""
+        ids = self.tokenizer.encode(text).tolist()
+        first = self.tokenizer.bos_id
+        if first is not None and (not ids or first != self.tokenizer.eos_id):
+            ids = [first, *ids]
+        if not ids:
+            ids = list(self.end_tokens)
+        if not ids:
+            raise UserError("the prompt is empty and the tokenizer has no token to start a text with; give a prompt")
+        return ids
+
+    def generator(self, kind: str, tree: DraftTree) -> Generator:
+        """A generator with the given drafter and tree."""
+        drafter = build_drafter(kind, self.heads, tree=tree)
+        return Generator(self.model, drafter=drafter, tree=tree, end_tokens=self.end_tokens)
+
+    def plan(self, kind: str, note: Callable[[str], None] = lambda line: None) -> Plan:
+        """The tree for this machine: that of an earlier measurement, or of one that is made now and kept."""
+        if kind == "none":
+            return Plan(kind, (), "", 1.0, 1.0)
+        build_drafter(kind, self.heads)
+        found = load_plan(self.folder / PLAN_FILE, kind)
+        if found is None:
+            note("choosing draft trees for this machine (once, about half a minute)")
+            found = next(plan for plan in self.measure_plans() if plan.drafter == kind)
+        return found
+
+    def measure_plans(self, prompts: Sequence[Sequence[int]] | None = None, *, tokens: int = 192) -> list[Plan]:
+        """Chooses a tree for every drafter, by this machine's costs and by texts that the model writes; keeps them.
+
+        Args:
+            prompts: what the texts go on from; None takes starts of documents, sampled on.
+            tokens: length of the texts.
+        """
+        prompts = prompts or [self.encode_prompt("")] * 8
+        plain = self.generator("none", DraftTree())
+        texts = plain.generate(prompts, tokens).tokens
+        costs = measure_costs(self.model, self.heads)
+        plans = []
+        for kind in KINDS[1:]:
+            if self.heads is None and "medusa" in kind:
+                continue
+            drafter = build_drafter(kind, self.heads)
+            hits = measure_hits(self.model, drafter, prompts, texts)
+            heads = self.heads.count if self.heads is not None and "medusa" in kind else 0
+            plans.append(choose_plan(kind, hits, costs, drafter.width - ("ngram" in kind), heads))
+        if os.access(self.folder, os.W_OK):
+            save_plans(self.folder / PLAN_FILE, plans, costs)
+        return plans
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """Prompts from a file: the field `prompt` of each line of a .jsonl file, else the whole file as one.
+
+    Raises:
+        UserError: there is no such file, or it does not hold prompts.
+    """
+    import json
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"the prompt file {path} cannot be read ({error.__class__.__name__}); give a text file"
+        ) from None
+    if path.suffix != ".jsonl":
+        return [text]
+    try:
+        return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: every line must be a JSON object with the field 'prompt'") from None
+
+
+def check_length(prompts: Sequence[Sequence[int]], longest: int) -> None:
+    """Refuses prompts that are longer than allowed."""
+    length = int(np.max([len(prompt) for prompt in prompts]))
+    if length > longest:
+        raise UserError(
+            f"a prompt has {length} tokens, {longest} are allowed; shorten it, or raise --max-prompt-tokens"
+        )

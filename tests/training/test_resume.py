@@ -1,0 +1,97 @@
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.tracker import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 30
+
+
+def launch(output, corpus, *options):
+    """The training script in a process of its own; steps take long enough to be interrupted."""
+    settings = {
+        "output": output,
+        "data.source": corpus,
+        "data.document_separator": "<|endoftext|>",
+        "data.vocab_size": 280,
+        "data.sequence_length": 64,
+        "model.hidden_size": 64,
+        "training.steps": STEPS,
+        "training.batch_size": 8,
+        "training.log_every": 1,
+        "training.checkpoint_every": 3,
+        "training.evaluate_every": 10,
+    }
+    named = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, ROOT / "train.py", ROOT / "configs" / "tiny.yaml", *named, *options]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled")}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | cache)
+
+
+def interrupt(process, output, step, number):
+    """Sends a signal once `step` is in the metrics and a checkpoint on disk; returns the exit status and stderr."""
+    deadline = time.monotonic() + 120
+    while not saved_steps(output) or read_metrics(output / "metrics.jsonl")[-1]["step"] < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    return process.returncode, said
+
+
+def finish(process):
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_stopped_continues_exactly(tmp_path, corpus):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    kill_at, stop_at = random.randint(4, 9), random.randint(14, 19)
+    print(f"killed after step {kill_at}, stopped after step {stop_at}")
+    uninterrupted = launch(whole, corpus)
+
+    status, _ = interrupt(launch(broken, corpus), broken, kill_at, signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    assert saved_steps(broken)[-1] < STEPS
+
+    status, said = interrupt(launch(broken, corpus, "--resume"), broken, stop_at, signal.SIGTERM)
+    assert status == 143
+    last = saved_steps(broken)[-1]
+    assert f"stopped by SIGTERM; saved {broken / 'checkpoints'}/{last}; add --resume to go on" in said
+    assert stop_at <= last < STEPS
+
+    said = finish(launch(broken, corpus, "--resume"))
+    assert f"step {last}: going on from {broken / 'checkpoints'}/{last}" in said
+    finish(uninterrupted)
+    assert saved_steps(broken)[-1] == saved_steps(whole)[-1] == STEPS
+
+    timing = {"seconds", "tokens_per_second"}
+    found, expected = (
+        [{name: line[name] for name in line.keys() - timing} for line in read_metrics(run / "metrics.jsonl")]
+        for run in (broken, whole)
+    )
+    assert found == expected
+    assert [line["step"] for line in found if "loss" in line] == list(range(1, STEPS + 1))
+
+
+def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
+    from lin_jax.training.stopping import StopRequest
+
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
