@@ -106,10 +106,10 @@ class Generator:
             first_row: number of the first prompt, which keys its random numbers.
         """
         began = time.perf_counter()
-        state = self._begin(prompts, max_new_tokens, sampling, seed, first_row)
+        state = self.begin(prompts, max_new_tokens, sampling, seed, first_row)
         jax.block_until_ready(state.tokens)
         prefilled = time.perf_counter()
-        state = self._run(state, sampling, max_new_tokens)
+        state = self.advance(state, sampling, max_new_tokens)
         jax.block_until_ready(state.tokens)
         decoded = time.perf_counter()
         tokens, origins = _new_tokens(state, prompts)
@@ -138,7 +138,7 @@ class Generator:
         Each `Generation` holds the tokens since the one before it, and the figures of that part alone.
         """
         began = time.perf_counter()
-        state = self._begin([prompt], max_new_tokens, sampling, seed, first_row)
+        state = self.begin([prompt], max_new_tokens, sampling, seed, first_row)
         jax.block_until_ready(state.tokens)
         prefill_seconds, seen = time.perf_counter() - began, len(prompt)
         steps, yields, decode_seconds = 0, np.zeros(self.tree.depth + 1, np.int64), 0.0
@@ -159,25 +159,23 @@ class Generator:
                 return
             seen, steps, yields, prefill_seconds = length, total_steps, total_yields, 0.0
             visit = time.perf_counter()
-            state = self._run(state, sampling, steps_per_visit)
+            state = self.advance(state, sampling, steps_per_visit)
             jax.block_until_ready(state.tokens)
             decode_seconds = time.perf_counter() - visit
 
-    def _run(self, state: LoopState, sampling: Sampling, max_steps: int) -> LoopState:
-        return run(
-            self.model,
-            self.drafter,
-            state,
-            jnp.int32(max_steps),
-            tree=self.tree,
-            sampling=sampling,
-            end_tokens=self.end_tokens,
-        )
-
-    def _begin(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, seed: int, first_row: int
+    def begin(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        first_row: int = 0,
     ) -> LoopState:
-        """Reads the prompts, piece by piece, and chooses the first tokens."""
+        """Reads the prompts, piece by piece, and chooses the first tokens; arguments as in `generate`.
+
+        Raises:
+            UserError: there is no prompt, an empty one, or nothing to generate.
+        """
         if max_new_tokens < 1:
             raise UserError(f"the number of new tokens is {max_new_tokens}; give at least 1")
         if not prompts or not all(len(prompt) for prompt in prompts):
@@ -208,6 +206,18 @@ class Generator:
             yields=jnp.zeros(self.tree.depth + 1, jnp.int32),
         )
         return start(self.model, loop_state, tree=self.tree, sampling=sampling, end_tokens=self.end_tokens)
+
+    def advance(self, state: LoopState, sampling: Sampling, max_steps: int) -> LoopState:
+        """The state after `max_steps` more steps, or after all rows are finished; the given one is used up."""
+        return run(
+            self.model,
+            self.drafter,
+            state,
+            jnp.int32(max_steps),
+            tree=self.tree,
+            sampling=sampling,
+            end_tokens=self.end_tokens,
+        )
 
 
 def joined(parts: Sequence[Generation]) -> Generation:

@@ -14,11 +14,12 @@ from pathlib import Path as FilePath
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from flax import nnx
+from jaxtyping import Array, Bool, Int
 
-from lin_jax.decoding.drafters import DraftContext, Drafter, NgramDrafter, build_drafter
+from lin_jax.decoding.drafters import DraftContext, Drafter, MedusaDrafter
 from lin_jax.decoding.generator import Generator
-from lin_jax.decoding.tree import DraftTree, Path, chain
+from lin_jax.decoding.tree import DraftTree, Path
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, MedusaHeads
 
@@ -76,14 +77,28 @@ def device_kind() -> str:
     return device.device_kind
 
 
+class _SilentDrafter(nnx.Module):
+    """Never guesses, so that a step costs what verifying costs."""
+
+    depth = 1
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def guess(self, context: DraftContext) -> Int[Array, "B 1 R"]:
+        """A table without guesses."""
+        return jnp.full((context.length.shape[0], 1, self.width), -1)
+
+
 def measure_costs(
     model: Llama, heads: MedusaHeads | None, *, sizes: Sequence[int] = SIZES, steps: int = 48, rounds: int = 3
 ) -> Costs:
     """Times steps over trees of several sizes, in turn, and takes each one's median."""
     prompt = list(range(1, 17))
-    generators = [Generator(model, drafter=NgramDrafter(depth=size - 1) if size > 1 else None) for size in sizes]
+    flat = [DraftTree(tuple((rank,) for rank in range(size - 1))) for size in sizes]
+    generators = [Generator(model, drafter=_SilentDrafter(tree.width), tree=tree) for tree in flat]
     if heads is not None:
-        generators.append(Generator(model, drafter=build_drafter("medusa", heads), tree=chain(heads.count)))
+        generators.append(Generator(model, drafter=MedusaDrafter(heads), tree=DraftTree(((0,),))))
     seconds = np.array(
         [[_seconds_per_step(generator, prompt, steps) for generator in generators] for _ in range(rounds + 1)]
     )
@@ -91,7 +106,7 @@ def measure_costs(
     plain = np.maximum.accumulate(median[: len(sizes)])
     head_seconds = 0.0
     if heads is not None:
-        extra = float(median[-1]) - float(np.interp(heads.count + 1, sizes, plain))
+        extra = float(median[-1]) - float(np.interp(2, sizes, plain))
         head_seconds = max(extra, 0.0) / heads.count
     return Costs(tuple(sizes), tuple(float(x) for x in plain), head_seconds)
 

@@ -1,5 +1,6 @@
 """A trained run, ready to decode: its model, tokenizer, heads, and the draft tree for this machine."""
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,17 +42,18 @@ class Session:
         Raises:
             UserError: there is no such run, or its parts do not belong together.
         """
+        from lin_jax.training.checkpoints import read_about
         from lin_jax.training.loading import load_heads, load_model
 
         folder = Path(folder)
         if not folder.is_dir():
             raise UserError(f"there is no run folder {folder}; give the output of a train.py run")
-        model, config, _ = load_model(folder)
+        model, _, step = load_model(folder)
         tokenizer = Tokenizer.load(str(folder / "tokenizer"))
-        if tokenizer.vocab_size > (config.model.vocab_size or 0):
+        if tokenizer.fingerprint != read_about(folder, step).tokenizer:
             raise UserError(
-                f"the tokenizer in {folder / 'tokenizer'} has {tokenizer.vocab_size} tokens, the model's vocabulary "
-                f"{config.model.vocab_size}; put the tokenizer there that the model was trained with"
+                f"the tokenizer in {folder / 'tokenizer'} is not the one that the model was trained with; "
+                "put that one there"
             )
         inside = folder / "heads"
         place = heads_folder or (inside if inside.is_dir() else None)
@@ -107,7 +109,8 @@ class Session:
             if self.heads is None and "medusa" in kind:
                 continue
             drafter = build_drafter(kind, self.heads)
-            hits = measure_hits(self.model, drafter, prompts, texts)
+            # A path must be shorter than a group.
+            hits = measure_hits(self.model, drafter, prompts, texts)[:, : self.model.config.attention.group_size - 1]
             heads = self.heads.count if self.heads is not None and "medusa" in kind else 0
             plans.append(choose_plan(kind, hits, costs, drafter.width - ("ngram" in kind), heads))
         if os.access(self.folder, os.W_OK):
@@ -121,8 +124,6 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         UserError: there is no such file, or it does not hold prompts.
     """
-    import json
-
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")

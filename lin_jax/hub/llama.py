@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -50,10 +51,11 @@ def _kernel_entry(*path: str) -> Entry:
     return Entry((*path, "kernel"), _transpose, _transpose)
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = {
-    "model.embed_tokens.weight": Entry(("embed", "embedding")),
+    EMBEDDING: Entry(("embed", "embedding")),
     "model.norm.weight": Entry(("norm", "scale")),
-    "lm_head.weight": _kernel_entry("head"),
+    HEAD: _kernel_entry("head"),
 }
 LAYER = {
     "input_layernorm.weight": Entry(("attention_norm", "scale")),
@@ -75,12 +77,18 @@ HEADS = {
 }
 
 
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
 def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfig | None = None) -> LlamaConfig:
     """A LLaMA configuration from the contents of a `config.json`, with the given attention (default softmax).
 
     Raises:
-        UserError: an option that this model does not have.
+        UserError: a size is missing, or an option is set that this model does not have.
     """
+    missing = [name for name in REQUIRED if name not in config]
+    if missing:
+        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a LLaMA")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
     for option in ("attention_bias", "mlp_bias"):
@@ -103,13 +111,19 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
 
 def rotary_from_huggingface(config: Mapping[str, Any]) -> RotaryConfig:
     """Rotary options from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    options = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = options.pop("rope_theta", config.get("rope_theta", 10000.0))
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    options = {name: value for part in (beside, given) for name, value in part.items() if value is not None}
+    theta = options.pop("rope_theta", 10000.0)
     scaling = options.pop("rope_type", options.pop("type", "default"))
     trained = config.get("max_position_embeddings", 2048)
-    # In the dynamic scaling the limit is the pretraining length itself; the others may name another.
-    original = trained if scaling == "dynamic" else options.pop("original_max_position_embeddings", trained)
-    options.pop("original_max_position_embeddings", None)
+    original = options.pop("original_max_position_embeddings", trained)
+    if scaling == "dynamic":
+        original = trained  # In the dynamic scaling the limit is the pretraining length itself.
+    elif scaling in ("llama3", "yarn", "longrope"):
+        original = config.get("original_max_position_embeddings") or original
+    if scaling == "default":
+        options.pop("partial_rotary_factor", None)  # Hugging Face's LLaMA does not heed it either.
     if options.get("factor") is None:
         options["factor"] = 1.0 if scaling in ("default", "proportional") else trained / original
     for name in ("short_factor", "long_factor"):
@@ -122,18 +136,24 @@ def rotary_from_huggingface(config: Mapping[str, Any]) -> RotaryConfig:
 
 
 def read_llama(model: Llama, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills a model with named tensors.
+    """Fills a model, which may be one of shapes, with named tensors.
+
+    Two kinds of tensors may be there beside the model's own: the embedding once more as a tied head, and the rotary
+    frequencies that old checkpoints hold.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape; all of them are named at once.
     """
-    _read(nnx.state(model, nnx.Param), _entries(model), tensors, model)
+    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
+    if model.head is None and np.array_equal(own.get(HEAD, ()), own.get(EMBEDDING, ())):
+        own.pop(HEAD, None)
+    _read(model, _entries(model), own)
 
 
 def read_heads(heads: MedusaHeads, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills Medusa heads with tensors named `M.0.linear.weight`, `M.0.linear.bias` and `M.1.weight`."""
-    entries = {f"{m}.{name}": (entry, m) for m in range(heads.count) for name, entry in HEADS.items()}
-    _read(nnx.state(heads, nnx.Param), entries, tensors, heads)
+    """Like `read_llama`, for Medusa heads: tensors named `M.0.linear.weight`, `M.0.linear.bias` and `M.1.weight`."""
+    entries: Entries = {f"{m}.{name}": (entry, m) for m in range(heads.count) for name, entry in HEADS.items()}
+    _read(heads, entries, tensors)
 
 
 def write_llama(state: nnx.State, model: Llama) -> dict[str, np.ndarray]:
@@ -160,19 +180,22 @@ def _entries(model: Llama) -> Entries:
     return entries
 
 
-def _read(state: nnx.State, entries: Entries, tensors: Mapping[str, np.ndarray], module: nnx.Module) -> None:
-    flat = {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
+def _read(module: nnx.Module, entries: Entries, tensors: Mapping[str, np.ndarray]) -> None:
+    params = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    paths = {entry.path for entry, _ in entries.values()}
+    flat = {path: np.empty(params[path].shape, params[path].dtype) for path in paths}
     problems = [f"{name} is missing" for name in entries if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in entries]
     for name, (entry, index) in entries.items():
         if name not in tensors:
             continue
-        value = entry.read(np.asarray(tensors[name]))
+        tensor = np.asarray(tensors[name])
         target = flat[entry.path] if index is None else flat[entry.path][index]
-        if value.shape != target.shape:
-            problems.append(f"{name} has shape {value.shape}, the model expects {target.shape}")
+        expected = entry.write(target).shape
+        if tensor.shape != expected:
+            problems.append(f"{name} has shape {tensor.shape}, the model expects {expected}")
         else:
-            target[...] = value
+            target[...] = entry.read(tensor)
     if problems:
         raise UserError("tensors do not fit the model: " + "; ".join(problems))
-    nnx.update(module, nnx.from_flat_state([(path, nnx.Param(array)) for path, array in flat.items()]))
+    nnx.update(module, nnx.from_flat_state([(path, nnx.Param(jnp.asarray(array))) for path, array in flat.items()]))

@@ -59,6 +59,11 @@ class RotaryConfig:
             raise UserError(f"rotary.scaling '{self.scaling}' is unknown; choose one of {', '.join(SCALINGS)}")
         if self.scaling == "longrope" and (self.short_factor is None or self.long_factor is None):
             raise UserError("rotary.scaling 'longrope' needs rotary.short_factor and rotary.long_factor")
+        if self.partial_rotary_factor != 1 and self.scaling != "proportional":
+            raise UserError(
+                f"rotary.partial_rotary_factor {self.partial_rotary_factor} does not go with rotary.scaling "
+                f"'{self.scaling}'; only 'proportional' rotates a part of the head"
+            )
 
 
 def _base(theta: float, size: int) -> np.ndarray:
@@ -113,6 +118,9 @@ def _longrope(config: RotaryConfig, size: int) -> tuple[np.ndarray, float]:
     original = config.original_context_length
     long = (config.context_length or original) > original
     divisors = np.asarray(config.long_factor if long else config.short_factor, np.float64)
+    if divisors.shape != (size // 2,):
+        name = "long_factor" if long else "short_factor"
+        raise UserError(f"rotary.{name} has {divisors.size} numbers; a head of size {size} needs {size // 2}")
     factor = config.attention_factor
     if factor is None:
         factor = 1.0 if config.factor <= 1 else math.sqrt(1 + math.log(config.factor) / math.log(original))

@@ -158,8 +158,8 @@ def test_state_is_that_of_plain_decoding(prompts: list[list[int]]) -> None:
         speculative = Generator(model, drafter=drafter, tree=TREE, piece=16)
         states = []
         for generator in (plain, speculative):
-            begun = generator._begin(prompts, NEW, Sampling(), 0, 0)
-            states.append(generator._run(begun, Sampling(), NEW))
+            begun = generator.begin(prompts, NEW, Sampling(), 0, 0)
+            states.append(generator.advance(begun, Sampling(), NEW))
         one, other = states
         np.testing.assert_array_equal(one.model.position, other.model.position)
         np.testing.assert_allclose(one.model.memory, other.model.memory, rtol=1e-12, atol=1e-12)

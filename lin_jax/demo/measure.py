@@ -1,0 +1,98 @@
+"""The demo's figures: plain and speculative decoding of held-out prompts, in turn, in one process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lin_jax.decoding import Generation, Generator, Sampling
+from lin_jax.decoding.loop import DRAFT
+from lin_jax.decoding.plan import Plan
+from lin_jax.decoding.session import Session
+from lin_jax.decoding.tree import DraftTree
+
+SAMPLED = Sampling(temperature=0.8, top_p=0.95)
+
+
+@dataclass(frozen=True)
+class DrafterFigures:
+    """How one drafter did on all prompts, at batch 1.
+
+    Attributes:
+        plan: the drafter and its tree.
+        plain_tokens_per_second: plain greedy decoding, median over rounds.
+        speculative_tokens_per_second: the same prompts with drafts, median over rounds.
+        speedup: median over rounds of the ratio of both.
+        mean_accepted_tokens: tokens per target step, greedy.
+        lossless_greedy: prompts whose greedy tokens equal plain decoding's.
+        lossless_sampled: prompts whose sampled tokens do, with the same seed.
+        yields: how often a greedy step gave 1, 2, ... tokens.
+        generations: the greedy generations of the last round.
+    """
+
+    plan: Plan
+    plain_tokens_per_second: float
+    speculative_tokens_per_second: float
+    speedup: float
+    mean_accepted_tokens: float
+    lossless_greedy: int
+    lossless_sampled: int
+    yields: list[int]
+    generations: list[Generation]
+
+
+def compare(
+    session: Session, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], tokens: int, rounds: int
+) -> list[DrafterFigures]:
+    """Decodes every prompt plainly and with each plan, in turn, for several rounds after a warm-up.
+
+    Args:
+        session: model and heads.
+        plans: one for each drafter.
+        prompts: token ids.
+        tokens: new tokens per prompt; end tokens do not stop a row, so that all runs write as much.
+        rounds: counted rounds.
+    """
+    generators = [
+        _endless(session, "none", DraftTree()),
+        *(_endless(session, each.drafter, each.tree) for each in plans),
+    ]
+    sampled = [[_one(each, prompt, tokens, SAMPLED) for prompt in prompts] for each in generators]
+    rates = np.zeros((rounds, len(generators)))
+    for turn in range(-1, rounds):
+        greedy = [[_one(each, prompt, tokens, Sampling()) for prompt in prompts] for each in generators]
+        if turn >= 0:
+            rates[turn] = [sum(g.decoded for g in row) / sum(g.decode_seconds for g in row) for row in greedy]
+    return [
+        DrafterFigures(
+            plan=plan,
+            plain_tokens_per_second=float(np.median(rates[:, 0])),
+            speculative_tokens_per_second=float(np.median(rates[:, index])),
+            speedup=float(np.median(rates[:, index] / rates[:, 0])),
+            mean_accepted_tokens=sum(g.decoded for g in greedy[index]) / sum(sum(g.steps) for g in greedy[index]),
+            lossless_greedy=_equal(greedy[0], greedy[index]),
+            lossless_sampled=_equal(sampled[0], sampled[index]),
+            yields=np.sum([g.yields for g in greedy[index]], axis=0).tolist(),
+            generations=greedy[index],
+        )
+        for index, plan in enumerate(plans, 1)
+    ]
+
+
+def drafted_share(generation: Generation) -> float:
+    """Share of the tokens that came from accepted drafts."""
+    origins = generation.origins[0]
+    return origins.count(DRAFT) / len(origins)
+
+
+def _endless(session: Session, kind: str, tree: DraftTree) -> Generator:
+    generator = session.generator(kind, tree)
+    return Generator(generator.model, drafter=generator.drafter, tree=tree)
+
+
+def _one(generator: Generator, prompt: Sequence[int], tokens: int, sampling: Sampling) -> Generation:
+    return generator.generate([prompt], tokens, sampling=sampling, seed=1)
+
+
+def _equal(one: Sequence[Generation], other: Sequence[Generation]) -> int:
+    return sum(a.tokens == b.tokens for a, b in zip(one, other, strict=True))
