@@ -52,7 +52,9 @@ def scaled(
     return {"max_position_embeddings": trained, "rope_parameters": rope, "set_for": set_for}
 
 
-YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0, "beta_slow": 0.5}
+# Of the four frequencies of a head, some lie inside the bands of yarn and llama3, others on either side of them.
+YARN = {"trained": 2048, "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 8.0, "beta_slow": 0.5}
+LLAMA3 = {"factor": 8.0, "original_max_position_embeddings": 64, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {
     "short_factor": [1.0, 1.1, 1.3, 1.7],
     "long_factor": [1.5, 2.0, 4.0, 9.0],
@@ -71,9 +73,7 @@ ROTARY: dict[str, dict[str, Any]] = {
     "longrope_short": scaled("longrope", **LONG, set_for=32),
     "longrope_long": scaled("longrope", **LONG | {"original_max_position_embeddings": 16}),
     "longrope_factor": scaled("longrope", **LONG | {"original_max_position_embeddings": 16}, factor=8.0),
-    "llama3": scaled(
-        "llama3", factor=8.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0
-    ),
+    "llama3": scaled("llama3", trained=512, **LLAMA3),
     "proportional": scaled("proportional", partial_rotary_factor=0.5),
 }
 # Those whose frequencies are compared, but not also logits and gradients: the same code with other numbers.
