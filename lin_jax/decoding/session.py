@@ -49,6 +49,8 @@ class Session:
         if not folder.is_dir():
             raise UserError(f"there is no run folder {folder}; give the output of a train.py run")
         model, _, step = load_model(folder)
+        # Training may unroll the layer loop for speed; one step of decoding has too little work for that to pay.
+        model.layers.unroll = 1
         tokenizer = Tokenizer.load(str(folder / "tokenizer"))
         if tokenizer.fingerprint != read_about(folder, step).tokenizer:
             raise UserError(
