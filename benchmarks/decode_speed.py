@@ -78,9 +78,9 @@ def parse() -> argparse.Namespace:
 def load(options: argparse.Namespace) -> Llama:
     """The model of a run, or one with random weights: they make no difference to the speed."""
     if options.model:
-        from lin_jax.training import load_model
+        from lin_jax.decoding.session import Session
 
-        return load_model(options.model)[0]
+        return Session.load(options.model).model
     attention = AttentionConfig(options.attention, 64, 31, initial_alpha=0.1)
     return Llama(LlamaConfig(vocab_size=2048, num_heads=4, attention=attention), rngs=nnx.Rngs(0))
 

@@ -47,6 +47,7 @@ class Golden:
             frozenset({"global"}): "grouped",
             frozenset({"local", "global"}): "local_grouped",
             frozenset({"local", "conv"}): "local_convolution",
+            frozenset({"global", "conv"}): "grouped_convolution",
             frozenset({"local", "global", "conv"}): "augmented",
         }
         if self.settings.get("softmax"):
@@ -65,6 +66,10 @@ class Golden:
         config = replace(config_from_huggingface(self.config, self.attention), dtype=dtype, param_dtype=dtype)
         model = Llama(config, rngs=nnx.Rngs(0))
         weights = {name.removeprefix("base_model."): value for name, value in self.weights.items()}
+        if self.settings.get("global") and not self.settings.get("global_factor"):
+            # The plain sum of both branches: a factor of one that is not stored.
+            names = (f"model.layers.{layer}.self_attn.global_factor" for layer in range(config.num_layers))
+            weights |= {name: np.ones(1, np.float32) for name in names}
         read_llama(model, {name: value for name, value in weights.items() if not name.startswith("medusa_head")})
         return model
 

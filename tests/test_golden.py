@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from golden_files import Golden, assert_close
 
-from lin_jax.attention import tree_arrays
+from lin_jax.attention import TreeArrays, tree_arrays
 from lin_jax.decoding import DraftTree, Generator, MedusaDrafter, NgramDrafter
 from lin_jax.decoding.drafters import DraftContext
 from lin_jax.hub.llama import write_llama
@@ -44,24 +44,25 @@ def loss_sum(model: Llama, inputs: dict[str, jax.Array]) -> tuple[jax.Array, dic
 
 
 def id_inputs(golden: Golden) -> dict[str, jax.Array]:
-    inputs = {name.removeprefix("ids_"): jnp.asarray(v) for name, v in golden.inputs.items() if name.startswith("ids_")}
-    if not inputs:
-        pytest.skip("holds no forward pass")
-    return inputs
+    return {name.removeprefix("ids_"): jnp.asarray(v) for name, v in golden.inputs.items() if name.startswith("ids_")}
 
 
+@pytest.mark.holds("inputs/ids_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(golden: Golden, dtype: str) -> None:
     inputs = id_inputs(golden)
     model = golden.llama(dtype)
     for name, ids in inputs.items():
-        assert_close(forward(model, ids), golden.outputs[f"logits_{name}"], dtype)
+        logits = forward(model, ids)
+        assert_close(logits, golden.outputs[f"logits_{name}"], dtype)
+        if f"loss_{name}" in golden.outputs:
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:]).mean()
+            assert_close(loss, golden.outputs[f"loss_{name}"], dtype)
 
 
+@pytest.mark.holds("grads/")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_and_gradients(golden: Golden, dtype: str) -> None:
-    if not golden.grads:
-        pytest.skip("holds no gradients")
     inputs = id_inputs(golden)
     model = golden.llama(dtype)
     gradients, losses = jax.jit(nnx.grad(loss_sum, has_aux=True))(model, inputs)
@@ -97,6 +98,7 @@ def in_pieces(model: Llama, tokens: jax.Array) -> jax.Array:
     return model.logits(jnp.concatenate([*pieces, jnp.moveaxis(single, 0, 1)], axis=1))
 
 
+@pytest.mark.holds("inputs/ids_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pieces_then_single_steps(golden: Golden, dtype: str) -> None:
     """Prefill in two pieces and go on token by token: the same logits as the whole sequence at once."""
@@ -110,23 +112,21 @@ def test_there_are_files(pytestconfig: pytest.Config) -> None:
 
 def decoding_inputs(golden: Golden, expected: str) -> dict[str, tuple[list[int], list[int]]]:
     """Prompts and exact greedy continuations, by suffix; `expected` is the prefix of the latter."""
-    found = {
+    return {
         name.removeprefix("prompt_"): (value.tolist(), golden.outputs[expected + name.removeprefix("prompt_")].tolist())
         for name, value in golden.inputs.items()
         if name.startswith("prompt_") and expected + name.removeprefix("prompt_") in golden.outputs
     }
-    if not found:
-        pytest.skip("holds no decoding of this kind")
-    return found
 
 
+@pytest.mark.holds("outputs/full_tokens_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
     """Token by token, and with drafts by prompt lookup, all prompts in one batch: the exact continuation."""
     cases = decoding_inputs(golden, "full_tokens_")
     model = golden.llama(dtype)
     count = len(next(iter(cases.values()))[1])
-    for drafter in (None, NgramDrafter(depth=5, longest=2)):
+    for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), longest=2)):
         generation = Generator(model, drafter=drafter, piece=7).generate([p for p, _ in cases.values()], count)
         assert generation.tokens == [tokens for _, tokens in cases.values()]
     for suffix, (prompt, tokens) in cases.items():
@@ -134,6 +134,7 @@ def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
         assert_close(forward(model, ids)[0, len(prompt) - 1 :], golden.outputs[f"full_logits_{suffix}"], dtype)
 
 
+@pytest.mark.holds("outputs/greedy_full_tokens_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_exact_tree_decoding(golden: Golden, dtype: str) -> None:
     """Medusa drafts in the file's tree: the exact greedy continuation, alone and in a batch of unequal rows."""
@@ -149,6 +150,18 @@ def test_exact_tree_decoding(golden: Golden, dtype: str) -> None:
     assert together.mean_accepted_tokens > 1.5
 
 
+@jax.jit
+def prefill(model: Llama, ids: jax.Array) -> tuple[jax.Array, Any]:
+    batch, length = ids.shape
+    return model.prefill(ids, jnp.full((batch,), length), model.init_state(batch, 64))
+
+
+@jax.jit
+def verify(model: Llama, tokens: jax.Array, tree: TreeArrays, state: Any) -> jax.Array:
+    return model.logits(model.verify(tokens, tree, state)[0])
+
+
+@pytest.mark.holds("outputs/first_tree_tokens_")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_first_tree(golden: Golden, dtype: str) -> None:
     """The first tree's tokens, and every node's exact logits, also across the end of a group."""
@@ -158,21 +171,20 @@ def test_first_tree(golden: Golden, dtype: str) -> None:
     drafter = MedusaDrafter(heads, width=golden.config["topk"])
     for suffix, (prompt, tokens) in cases.items():
         ids = jnp.asarray([prompt])
-        hidden, state = model.prefill(ids, jnp.asarray([len(prompt)]), model.init_state(1, 64))
+        hidden, state = prefill(model, ids)
         root = jnp.argmax(model.logits(hidden[:, -1]), axis=-1)
         context = DraftContext(hidden[:, -1], ids, jnp.asarray([len(prompt)]))
         drafted = tree.place(root, drafter.guess(context))
         if dtype == "float64":
             assert drafted[0].tolist() == tokens
-        outputs, _ = model.verify(jnp.asarray([tokens]), tree.arrays(), state)
-        assert_close(model.logits(outputs)[0], golden.outputs[f"first_tree_full_forward_logits_{suffix}"], dtype)
+        logits = verify(model, jnp.asarray([tokens]), tree.arrays(), state)
+        assert_close(logits[0], golden.outputs[f"first_tree_full_forward_logits_{suffix}"], dtype)
 
 
+@pytest.mark.holds(r"outputs/\w+_tree_indices")
 def test_tree_tables(golden: Golden) -> None:
     """Ancestors, depths and root-to-leaf paths of every tree, as the published code numbers them."""
     trees = golden.config.get("trees") or {"buffers": golden.config.get("tree")}
-    if trees == {"buffers": None}:
-        pytest.skip("holds no tree")
     for name, paths in trees.items():
         tree = DraftTree(tuple(map(tuple, paths)))
         arrays = tree.arrays()

@@ -53,7 +53,8 @@ class AttentionConfig:
     """Which token mixer, and its sizes.
 
     Attributes:
-        name: an entry of the registry: augmented, local, grouped, local_grouped, local_convolution, softmax.
+        name: an entry of the registry: augmented, local, grouped, local_grouped, local_convolution,
+            grouped_convolution, softmax.
         group_size: tokens in a group, by absolute position.
         kernel_size: odd size of the centred convolution kernel whose future half is masked away.
         local_score: score function of the local branch: relu_squared or yoso.

@@ -46,6 +46,7 @@ def _softmax(config: AttentionConfig, heads: int, kv_heads: int, head_dim: int, 
 REGISTRY: dict[str, Builder] = {
     "augmented": _augmented(local=True, grouped=True, convolution=True),
     "grouped": _augmented(local=False, grouped=True, convolution=False),
+    "grouped_convolution": _augmented(local=False, grouped=True, convolution=True),
     "local": _augmented(local=True, grouped=False, convolution=False),
     "local_convolution": _augmented(local=True, grouped=False, convolution=True),
     "local_grouped": _augmented(local=True, grouped=True, convolution=False),

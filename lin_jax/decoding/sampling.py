@@ -46,17 +46,17 @@ def filter_logits(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float
     return logits
 
 
-def choose(
+def perturb(
     logits: Float[Array, "B N V"],
     positions: Int[Array, "B N"],
     rows: Int[Array, " B"],
     seed: Int[Array, ""],
     sampling: Sampling,
-) -> Int[Array, "B N"]:
-    """The target's choice after each node.
+) -> Float[Array, "B N V"]:
+    """Logits whose largest entry is the target's choice: as they are if greedy, else filtered and with Gumbel noise.
 
-    The random numbers depend on the seed, the row's number and the absolute position of the chosen token, so that
-    a token is drawn alike whether it is reached in one step or as part of a tree.
+    The noise depends on the seed, the row's number and the absolute position of the chosen token, so that a token is
+    drawn alike whether it is reached in one step or as part of a tree.
 
     Args:
         logits: `[B, N, V]`.
@@ -66,11 +66,21 @@ def choose(
         sampling: options.
     """
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return logits
 
     def noise(row: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
         return jax.random.gumbel(key, logits.shape[-1:], logits.dtype)
 
-    per_node = jax.vmap(jax.vmap(noise, (None, 0)))(rows, positions)
-    return jnp.argmax(filter_logits(logits, sampling) + per_node, axis=-1).astype(jnp.int32)
+    return filter_logits(logits, sampling) + jax.vmap(jax.vmap(noise, (None, 0)))(rows, positions)
+
+
+def choose(
+    logits: Float[Array, "B N V"],
+    positions: Int[Array, "B N"],
+    rows: Int[Array, " B"],
+    seed: Int[Array, ""],
+    sampling: Sampling,
+) -> Int[Array, "B N"]:
+    """The target's choice after each node; arguments as in `perturb`."""
+    return jnp.argmax(perturb(logits, positions, rows, seed, sampling), axis=-1).astype(jnp.int32)

@@ -100,7 +100,7 @@ def _prompts(session: Session, data: DataConfig, count: int) -> tuple[list[list[
     pieces = [piece for piece in pieces if len(piece) == PROMPT_TOKENS]
     if len(pieces) < 2 * count:
         raise UserError(f"the held-out text of {data.source} is too short for {2 * count} prompts; give more text")
-    return pieces[:count], pieces[count : 2 * count]
+    return pieces[:count], pieces[count : 4 * count]
 
 
 def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[str, Any]:
@@ -130,6 +130,7 @@ def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[s
                 "mean_accepted_tokens": f.mean_accepted_tokens,
                 "prompts_equal_greedy": f.lossless_greedy,
                 "prompts_equal_sampled": f.lossless_sampled,
+                "rounding_ties": f.rounding_ties,
                 "tree": f.plan.paths,
                 "expected_tokens": f.plan.expected_tokens,
                 "expected_speedup": f.plan.expected_speedup,

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lin_jax.decoding import Generation, Generator, Sampling
+from lin_jax.decoding.agreement import is_rounding_tie
 from lin_jax.decoding.loop import DRAFT
 from lin_jax.decoding.plan import Plan
 from lin_jax.decoding.session import Session
 from lin_jax.decoding.tree import DraftTree
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
+SEED = 1
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class DrafterFigures:
         mean_accepted_tokens: tokens per target step, greedy.
         lossless_greedy: prompts whose greedy tokens equal plain decoding's.
         lossless_sampled: prompts whose sampled tokens do, with the same seed.
+        rounding_ties: of the prompts that differ, those whose first difference is a tie within float32's rounding.
         yields: how often a greedy step gave 1, 2, ... tokens.
         generations: the greedy generations of the last round.
     """
@@ -37,6 +40,7 @@ class DrafterFigures:
     mean_accepted_tokens: float
     lossless_greedy: int
     lossless_sampled: int
+    rounding_ties: int
     yields: list[int]
     generations: list[Generation]
 
@@ -72,6 +76,12 @@ def compare(
             mean_accepted_tokens=sum(g.decoded for g in greedy[index]) / sum(sum(g.steps) for g in greedy[index]),
             lossless_greedy=_equal(greedy[0], greedy[index]),
             lossless_sampled=_equal(sampled[0], sampled[index]),
+            rounding_ties=sum(
+                is_rounding_tie(session.model, prompt, one.tokens[0], other.tokens[0], sampling, SEED)
+                for runs, sampling in ((greedy, Sampling()), (sampled, SAMPLED))
+                for prompt, one, other in zip(prompts, runs[0], runs[index], strict=True)
+                if one.tokens != other.tokens
+            ),
             yields=np.sum([g.yields for g in greedy[index]], axis=0).tolist(),
             generations=greedy[index],
         )
@@ -91,7 +101,7 @@ def _endless(session: Session, kind: str, tree: DraftTree) -> Generator:
 
 
 def _one(generator: Generator, prompt: Sequence[int], tokens: int, sampling: Sampling) -> Generation:
-    return generator.generate([prompt], tokens, sampling=sampling, seed=1)
+    return generator.generate([prompt], tokens, sampling=sampling, seed=SEED)
 
 
 def _equal(one: Sequence[Generation], other: Sequence[Generation]) -> int:

@@ -42,7 +42,7 @@ def generation(tokens: list[int], drafted: int = 2) -> Generation:
 def figures(kind: str, generations: list[Generation], speedup: float) -> DrafterFigures:
     plan = Plan(kind, TREES[kind], "cpu, 2 processors", 2.5, 1.5)
     equal = len(generations)
-    return DrafterFigures(plan, 100.0, 100 * speedup, speedup, 2.4, equal, equal, [5, 3, 1], generations)
+    return DrafterFigures(plan, 100.0, 100 * speedup, speedup, 2.4, equal, equal, 0, [5, 3, 1], generations)
 
 
 def report_of(drafters: list[DrafterFigures], **changes: Any) -> dict[str, Any]:
