@@ -54,7 +54,6 @@ def finish(process):
     return said
 
 
-@pytest.mark.slow
 def test_a_run_killed_and_stopped_continues_exactly(tmp_path, corpus):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     kill_at, stop_at = random.randint(4, 9), random.randint(14, 19)
