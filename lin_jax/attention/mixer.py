@@ -6,7 +6,7 @@ one node.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -21,8 +21,8 @@ State = Any
 class Nodes(NamedTuple):
     """Keys and values of a draft tree's nodes (or of a path through it), as a mixer wants to store them."""
 
-    keys: Float[Array, "B N K D"]
-    values: Float[Array, "B N K E"]
+    keys: Float[Array, "*layers B N K D"]
+    values: Float[Array, "*layers B N K E"]
 
     def along(self, path: Int[Array, "B P"]) -> "Nodes":
         """The nodes at `path`, row by row."""
@@ -30,6 +30,7 @@ class Nodes(NamedTuple):
         return Nodes(*(jax.numpy.take_along_axis(part, index, axis=1) for part in self))
 
 
+@runtime_checkable
 class TokenMixer(Protocol):
     """What mixes tokens. Queries are `[B, T, H, D]`, keys and values `[B, T, K, D]`, with H a multiple of K."""
 

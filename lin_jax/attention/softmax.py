@@ -26,9 +26,9 @@ class CacheState:
         position: `[B]` tokens consumed so far.
     """
 
-    keys: Float[Array, "B C K D"]
-    values: Float[Array, "B C K E"]
-    position: Int[Array, " B"]
+    keys: Float[Array, "*layers B C K D"]
+    values: Float[Array, "*layers B C K E"]
+    position: Int[Array, "*layers B"]
 
 
 class SoftmaxAttention(nnx.Module):

@@ -25,11 +25,11 @@ class AugmentedState:
         position: `[B]` tokens consumed so far.
     """
 
-    memory: Float[Array, "B K D E"] | None
-    keys: Float[Array, "B G K D"]
-    values: Float[Array, "B G K E"]
-    window: Float[Array, "B W_1 K E"] | None
-    position: Int[Array, " B"]
+    memory: Float[Array, "*layers B K D E"] | None
+    keys: Float[Array, "*layers B G K D"]
+    values: Float[Array, "*layers B G K E"]
+    window: Float[Array, "*layers B W_1 K E"] | None
+    position: Int[Array, "*layers B"]
 
 
 def commit_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:

@@ -3,7 +3,7 @@
 Guess `[m, r]` is the rank-r guess of the token m + 1 after the root; -1 says that there is none.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ class DraftContext(NamedTuple):
     length: Int[Array, " B"]
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """The contract: a table of `depth` by `width` guesses for every row."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lin_jax.decoding.acceptance import Accepted, accept
 from lin_jax.decoding.drafters import DraftContext, Drafter
@@ -44,7 +44,7 @@ class LoopState:
     length: Int[Array, " B"]
     limit: Int[Array, " B"]
     rows: Int[Array, " B"]
-    seed: Int[Array, ""]
+    seed: UInt[Array, ""]
     finished: Bool[Array, " B"]
     steps: Int[Array, " B"]
     yields: Int[Array, " P"]

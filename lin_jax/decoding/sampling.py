@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from lin_jax.errors import UserError
 
@@ -50,7 +50,7 @@ def perturb(
     logits: Float[Array, "B N V"],
     positions: Int[Array, "B N"],
     rows: Int[Array, " B"],
-    seed: Int[Array, ""],
+    seed: UInt[Array, ""],
     sampling: Sampling,
 ) -> Float[Array, "B N V"]:
     """Logits whose largest entry is the target's choice: as they are if greedy, else filtered and with Gumbel noise.
@@ -79,7 +79,7 @@ def choose(
     logits: Float[Array, "B N V"],
     positions: Int[Array, "B N"],
     rows: Int[Array, " B"],
-    seed: Int[Array, ""],
+    seed: UInt[Array, ""],
     sampling: Sampling,
 ) -> Int[Array, "B N"]:
     """The target's choice after each node; arguments as in `perturb`."""
