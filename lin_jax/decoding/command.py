@@ -75,7 +75,7 @@ def decode(options: argparse.Namespace) -> int:
         _note(
             f"{generation.decoded + len(prompts)} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
             f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {tree.size} nodes), "
-            f"prompt read in {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
+            f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
         )
 
     if len(prompts) == 1 and not options.json:

@@ -27,7 +27,7 @@ class Generation:
         origins: per prompt, who chose each of them: TARGET or DRAFT of `loop`.
         steps: per prompt, target steps taken after the first token.
         yields: `[P]` how often a step emitted 1, 2, ... tokens.
-        prefill_seconds: time to read the prompts and choose the first tokens.
+        prefill_seconds: time to read the prompts and choose the first tokens, and to compile what is new.
         decode_seconds: time of the loop.
         state_bytes: size of one sequence's recurrent state.
     """
@@ -205,7 +205,9 @@ class Generator:
             steps=jnp.zeros(batch, jnp.int32),
             yields=jnp.zeros(self.tree.depth + 1, jnp.int32),
         )
-        return start(self.model, loop_state, tree=self.tree, sampling=sampling, end_tokens=self.end_tokens)
+        state = start(self.model, loop_state, tree=self.tree, sampling=sampling, end_tokens=self.end_tokens)
+        # No step at all: the loop is compiled here, so that the time of decoding is that of decoding.
+        return self.advance(state, sampling, 0)
 
     def advance(self, state: LoopState, sampling: Sampling, max_steps: int) -> LoopState:
         """The state after `max_steps` more steps, or after all rows are finished; the given one is used up."""
