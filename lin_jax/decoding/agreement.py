@@ -1,7 +1,7 @@
 """Whether two decodings of a prompt agree, and if not, whether rounding is to blame."""
 
 from collections.abc import Sequence
-from itertools import count
+from itertools import zip_longest
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,13 +15,8 @@ ROUNDING = 1e-5
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
     """Where two token sequences part, None if they are equal."""
-    for index in count():
-        ends = index >= len(one), index >= len(other)
-        if all(ends):
-            return None
-        if any(ends) or one[index] != other[index]:
-            return index
-    raise AssertionError("unreachable")
+    pairs = enumerate(zip_longest(one, other))
+    return next((index for index, (left, right) in pairs if left != right), None)
 
 
 def is_rounding_tie(

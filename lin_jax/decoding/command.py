@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from lin_jax.decoding.drafters import KINDS
 from lin_jax.errors import UserError
 
-# Help and wrong options should not wait for JAX, so the rest is imported when it is needed.
+# Help and wrong options should not wait for the checkpoint and tokenizer libraries: they come when they are needed.
 if TYPE_CHECKING:
     from lin_jax.data import Tokenizer
     from lin_jax.decoding.generator import Generation
-
-KINDS = ("none", "medusa", "ngram", "medusa+ngram")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +39,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")
     parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write at the most")
     parser.add_argument("--max-prompt-tokens", type=int, default=131072, metavar="N", help="longest prompt allowed")
-    parser.add_argument("--drafter", default=None, choices=KINDS, help="where guesses come from (default: the best)")
+    parser.add_argument(
+        "--drafter", default=None, choices=KINDS, help="where guesses come from (default: all there are)"
+    )
     parser.add_argument("--heads", metavar="DIR", help="run folder of Medusa heads (default: MODEL/heads)")
     parser.add_argument(
         "--tree",

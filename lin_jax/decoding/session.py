@@ -12,6 +12,7 @@ from lin_jax.data import Tokenizer
 from lin_jax.decoding.drafters import KINDS, build_drafter
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.plan import Plan, choose_plan, load_plan, measure_costs, measure_hits, save_plans
+from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, MedusaHeads
@@ -99,11 +100,14 @@ class Session:
         """Chooses a tree for every drafter, by this machine's costs and by texts that the model writes; keeps them.
 
         Args:
-            prompts: what the texts go on from; None takes starts of documents, sampled on.
+            prompts: what the texts go on from; None samples the beginnings of a few documents.
             tokens: length of the texts.
         """
-        prompts = prompts or [self.encode_prompt("")] * 8
-        plain = self.generator("none", DraftTree())
+        # Without end tokens: a text that ends at once would say nothing about the drafter.
+        plain = Generator(self.model)
+        if prompts is None:
+            empty = [self.encode_prompt("")] * 8
+            prompts = plain.generate(empty, 32, sampling=Sampling(1.0)).tokens
         texts = plain.generate(prompts, tokens).tokens
         costs = measure_costs(self.model, self.heads)
         plans = []
