@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lin_jax.attention import longest_path
 from lin_jax.decoding.drafters import Drafter, NoDrafter
 from lin_jax.decoding.loop import PROMPT, LoopState, prefill_piece, run, start
 from lin_jax.decoding.sampling import Sampling
@@ -264,8 +265,8 @@ def _check(model: Llama, drafter: Drafter, tree: DraftTree) -> None:
             f"the draft tree is {tree.depth} deep and {tree.width} wide, the drafter offers {drafter.depth} by "
             f"{drafter.width} guesses; give a smaller tree or another drafter"
         )
-    group_size = model.config.attention.group_size
-    if model.config.attention.name != "softmax" and tree.depth >= group_size:
+    longest = longest_path(model.config.attention)
+    if longest is not None and tree.depth > longest:
         raise UserError(
-            f"the draft tree is {tree.depth} deep, the groups hold {group_size} tokens; give a tree less deep than that"
+            f"the draft tree is {tree.depth} deep, the groups hold {longest + 1} tokens; give a tree less deep than that"
         )

@@ -1,0 +1,321 @@
+"""Local, linear and convolution branches, each of them optional, composed into one attention with all its forms.
+
+`o_t = combine(sum_{s in t's group} a(q_t, k_s) v_s + alpha finish(sum phi(q_t)·phi(k_s) v_s)) + sum_{j<W} w_j v_{t-j}`
+
+With a local branch of relu(q·k)^2, a linear branch over finished groups and the convolution this is augmented linear
+attention (You et al., ICML 2024). The state has a constant size: a memory `sum phi(k) v^T` of finished groups, the
+unfinished group's keys and values, and the convolution's window.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attention.bias import RelativeBias
+from lin_jax.attention.chunks import Chunks, cut
+from lin_jax.attention.convolution import Convolution
+from lin_jax.attention.layout import Layout
+from lin_jax.attention.linear import LinearBranch
+from lin_jax.attention.local import LocalBranch
+from lin_jax.attention.mixer import Nodes
+from lin_jax.attention.pairs import (
+    PairMasks,
+    accumulation_dtype,
+    causal_masks,
+    merge_heads,
+    per_head,
+    split_heads,
+    unit,
+    weighted_values,
+)
+from lin_jax.attention.state import AugmentedState, advance, commit_path
+from lin_jax.attention.tree import TreeArrays
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SourceMemory:
+    """What an encoder's output comes to: a memory, and keys and values where a local branch wants to see them.
+
+    Attributes:
+        memory: `[B, K, M, E]`, or None without a linear branch.
+        tokens: `[B, S, K, D]` keys and `[B, S, K, E]` values, or None without a local branch.
+        present: `[B, S]` which tokens are present.
+    """
+
+    memory: Float[Array, "*layers B K M E"] | None
+    tokens: Nodes | None
+    present: Bool[Array, "*layers B S"]
+
+
+class ComposedAttention(nnx.Module):
+    """Branches over queries and keys of `kv_heads` heads, in every form.
+
+    Args:
+        kv_heads: key/value heads K.
+        head_dim: size D of queries and keys.
+        value_dim: size E of values.
+        group_size: tokens in a group.
+        local: the local branch, or None.
+        linear: the linear branch, or None.
+        convolution: the convolution, or None.
+        initial_alpha: start of the linear branch's learnt factor; None is no factor.
+        unit_inputs: scale queries and keys to length one before all else.
+        unit_values: scale the values of both branches to length one.
+        angular: combine both branches as `unit(v_t / 2 + o_t / pi)` (Castling-ViT, You et al. 2023).
+        merged_norm: divide all heads together by `1e-4` plus their length.
+        mean: divide what a bidirectional linear branch reads by the row's length.
+        param_dtype: type of the parameters.
+    """
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        group_size: int,
+        local: LocalBranch | None = None,
+        linear: LinearBranch | None = None,
+        convolution: Convolution | None = None,
+        initial_alpha: float | None = None,
+        unit_inputs: bool = False,
+        unit_values: bool = False,
+        angular: bool = False,
+        merged_norm: bool = False,
+        mean: bool = False,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
+        self.group_size = group_size
+        self.local = local
+        self.linear = linear
+        self.convolution = convolution
+        self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
+        self.unit_inputs, self.unit_values = unit_inputs, unit_values
+        self.angular, self.merged_norm, self.mean = angular, merged_norm, mean
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> AugmentedState:
+        """The empty state; its size does not depend on `capacity`."""
+        del capacity
+        slots = (batch, self.group_size, self.kv_heads)
+        width = 0 if self.convolution is None else self.convolution.width - 1
+        return AugmentedState(
+            memory=self._empty_memory(batch, dtype),
+            keys=jnp.zeros((*slots, self.head_dim), dtype),
+            values=jnp.zeros((*slots, self.value_dim), dtype),
+            window=None
+            if self.convolution is None
+            else jnp.zeros((batch, width, self.kv_heads, self.value_dim), dtype),
+            position=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def parallel(
+        self,
+        queries: Float[Array, "B T H D"],
+        keys: Float[Array, "B T K D"],
+        values: Float[Array, "B T K E"],
+        layout: Layout,
+        state: AugmentedState | None = None,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B T H E"], AugmentedState | None]:
+        """Outputs for whole rows, a group-sized chunk at a time, and the state after them if one was given.
+
+        The first document of a row continues the state; the state returned is that of the row's last document.
+        """
+        queries, keys = self._inputs(queries, keys)
+        rows = Chunks.of(queries, keys, values, layout, state, self.group_size)
+        direct, sums = self._pairs(
+            rows.queries, rows.window_keys, rows.window_values, *self._reach(rows.masks), rows.bias(bias)
+        )
+        after = None
+        if self.linear is not None:
+            initial = None if state is None else state.memory
+            initial = self._empty_memory(keys.shape[0], keys.dtype) if initial is None else initial
+            before, after = rows.memories(initial, self._fold, whole=state is not None)
+            read = self.linear.recall(rows.queries, before)
+            sums = sums + jnp.where(rows.reads_memory[..., None, None, None], read, 0)
+        outputs = rows.flatten(self._outputs(direct, sums))
+        outputs = self._combined(outputs, values)
+        if self.convolution is not None:
+            outputs = outputs + self.convolution.parallel(values, layout, None if state is None else state.window)
+        new_state = None if state is None else advance(state, keys, values, layout, after)
+        return merge_heads(outputs).astype(values.dtype), new_state
+
+    def verify(
+        self,
+        queries: Float[Array, "B N H D"],
+        keys: Float[Array, "B N K D"],
+        values: Float[Array, "B N K E"],
+        tree: TreeArrays,
+        state: AugmentedState,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B N H E"], Nodes]:
+        """Outputs for the nodes of a tree on top of the state, exact across group boundaries.
+
+        The pairs are (node, token of the unfinished group) and (node, ancestor or itself); whatever lies in an earlier
+        group than the node scores through the linear branch, although it has not been folded into the memory.
+        """
+        queries, keys = self._inputs(queries, keys)
+        start = state.position // self.group_size * self.group_size
+        slots = start[:, None] + jnp.arange(self.group_size)
+        positions = state.position[:, None] + tree.depth
+        buffered = jnp.broadcast_to((slots < state.position[:, None])[:, None], (*positions.shape, self.group_size))
+        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, tree.ancestors.shape[-1]))
+        key_positions = jnp.concatenate([slots, positions], axis=1)
+        together = jnp.concatenate([buffered, ancestors], axis=2)
+        masks = causal_masks(positions, key_positions, self.group_size, together)
+        all_keys = jnp.concatenate([state.keys.astype(keys.dtype), keys], axis=1)
+        all_values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
+        added = None if bias is None else per_head(bias.between(positions, key_positions), self.kv_heads)
+        direct, sums = self._pairs(queries, all_keys, all_values, *self._reach(masks), added)
+        if self.linear is not None and state.memory is not None:
+            sums = sums + self.linear.recall(queries, state.memory)
+        outputs = self._combined(self._outputs(direct, sums), values)
+        if self.convolution is not None and state.window is not None:
+            outputs = outputs + self.convolution.verify(values, tree.depth, tree.ancestors, state.window)
+        return merge_heads(outputs).astype(values.dtype), Nodes(keys, values)
+
+    def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
+        """The state after the first `length` (at most G) nodes of the path, row by row."""
+        return commit_path(state, path, length, self._fold)
+
+    def bidirectional(
+        self,
+        queries: Float[Array, "B T H D"],
+        keys: Float[Array, "B T K D"],
+        values: Float[Array, "B T K E"],
+        layout: Layout,
+        bias: RelativeBias | None = None,
+    ) -> Float[Array, "B T H E"]:
+        """Outputs for an encoder's rows: the local branch over whole groups, the linear one over the whole document.
+
+        Rows that hold several documents are scored as one matrix of pairs.
+        """
+        queries, keys = self._inputs(queries, keys)
+        if self.mean and self.linear is not None:
+            start = self.linear.features.start
+            mean = queries[..., start:] / queries.shape[1]
+            queries = jnp.concatenate([queries[..., :start], mean], axis=-1)
+        if layout.aligned:
+            outputs = self._aligned_rows(queries, keys, values, layout, bias)
+        else:
+            group = layout.positions // self.group_size
+            same = layout.pairs & (group[:, :, None] == group[:, None, :])
+            between = bias and per_head(bias.between(layout.positions, layout.positions), self.kv_heads)
+            outputs = self._outputs(*self._pairs(queries, keys, values, same, layout.pairs, between))
+        outputs = self._combined(outputs, values)
+        if self.convolution is not None:
+            outputs = outputs + self.convolution.bidirectional(values, layout)
+        return merge_heads(outputs).astype(values.dtype)
+
+    def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceMemory:
+        """Sums an encoder's output up; a local branch keeps all of it, and its state grows with the source."""
+        keys = self._inputs(keys, keys)[1]
+        memory = None if self.linear is None else self._fold(keys, values, layout.valid)
+        return SourceMemory(memory, None if self.local is None else Nodes(keys, values), layout.valid)
+
+    def read(
+        self, queries: Float[Array, "B T H D"], positions: Int[Array, "B T"], memory: SourceMemory
+    ) -> Float[Array, "B T H E"]:
+        """Outputs for a decoder's queries; the local branch reads the source's group of the same number."""
+        queries = self._inputs(queries, queries)[0]
+        direct: Any = 0
+        if self.local is not None and memory.tokens is not None:
+            group = positions[:, :, None] // self.group_size
+            same = (group == jnp.arange(memory.present.shape[1]) // self.group_size) & memory.present[:, None, :]
+            direct, _ = self._pairs(queries, memory.tokens.keys, memory.tokens.values, same, None, None)
+        sums = 0 if self.linear is None else self.linear.recall(queries, memory.memory)
+        outputs = self._merged(self._outputs(direct, sums))
+        return merge_heads(outputs).astype(queries.dtype)
+
+    def _aligned_rows(
+        self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None
+    ) -> Float[Array, "B T K R E"]:
+        size, direct, sums = self.group_size, 0, 0
+        if self.local is not None:
+            groups = [cut(part, size) for part in (queries, keys, values)]
+            mask = jnp.broadcast_to(cut(layout.valid, size)[:, :, None], (*groups[0].shape[:3], size))
+            order = jnp.arange(size)
+            between = None if bias is None else per_head(bias.between(order, order), self.kv_heads)
+            direct, _ = self._pairs(*groups, mask, None, between)
+            direct = direct.reshape(direct.shape[0], -1, *direct.shape[3:])[:, : keys.shape[1]]
+        if self.linear is not None:
+            sums = self.linear.recall(queries, self._fold(keys, values, layout.valid))
+        return self._outputs(direct, sums)
+
+    def _inputs(self, queries: Array, keys: Array) -> tuple[Array, Array]:
+        if self.unit_inputs:
+            queries, keys = unit(queries), unit(keys)
+        return split_heads(queries, self.kv_heads), keys
+
+    def _values(self, values: Array) -> Array:
+        return unit(values) if self.unit_values else values
+
+    def _fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
+        assert self.linear is not None
+        return self.linear.fold(keys, self._values(values), included)
+
+    def _reach(self, masks: PairMasks) -> tuple[Array, Array | None]:
+        """The pairs of the local branch, and those of the linear one."""
+        if self.linear is None or self.linear.reach == "earlier":
+            return masks.same_group, masks.earlier_group
+        return (
+            masks.same_group,
+            masks.same_group if masks.earlier_group is None else masks.same_group | masks.earlier_group,
+        )
+
+    def _pairs(
+        self,
+        queries: Array,
+        keys: Array,
+        values: Array,
+        local_mask: Array,
+        linear_mask: Array | None,
+        bias: Array | None,
+    ) -> tuple[Any, Any]:
+        """Both branches over explicit pairs: what is output directly, and sums that are yet to be finished.
+
+        Sums that nothing more is done to share one product with the values with the local branch.
+        """
+        values = self._values(values)
+        weights: Any = 0
+        sums: Any = 0
+        if self.local is not None:
+            weights = self.local.weights(queries, keys, local_mask, bias)
+        if self.linear is not None and linear_mask is not None:
+            linear = self.linear.weights(queries, keys, linear_mask)
+            if self.linear.finish is None:
+                weights = weights + self._factored(linear)
+            else:
+                sums = weighted_values(linear, self.linear.extended(values))
+        return (0 if isinstance(weights, int) else weighted_values(weights, values)), sums
+
+    def _outputs(self, direct: Any, sums: Any) -> Float[Array, "*batch T K R E"]:
+        return direct if self.linear is None else direct + self._factored(self.linear.finished(sums))
+
+    def _factored(self, outputs: Array) -> Array:
+        return outputs if self.alpha is None else self.alpha[...].astype(outputs.dtype) * outputs
+
+    def _combined(self, outputs: Float[Array, "B T K R E"], values: Float[Array, "B T K E"]) -> Array:
+        if self.angular:
+            outputs = unit(values[..., None, :].astype(outputs.dtype) / 2 + outputs / math.pi)
+        return self._merged(outputs)
+
+    def _merged(self, outputs: Float[Array, "B T K R E"]) -> Array:
+        if not self.merged_norm:
+            return outputs
+        square = jnp.sum(jnp.square(outputs), axis=(-3, -2, -1), keepdims=True)
+        length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        return outputs / (1e-4 + length)
+
+    def _empty_memory(self, batch: int, dtype: Any) -> Array | None:
+        if self.linear is None:
+            return None
+        width = self.value_dim + self.linear.normalised
+        return jnp.zeros((batch, self.kv_heads, self.linear.features.size, width), accumulation_dtype(dtype))
