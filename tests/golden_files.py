@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from safetensors import safe_open
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.hub.llama import config_from_huggingface, read_heads, read_llama
+from lin_jax.hub.llama import config_from_huggingface, read_llama
+from lin_jax.hub.medusa import read_heads
 from lin_jax.models import Llama, MedusaHeads
 
 

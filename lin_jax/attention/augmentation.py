@@ -76,7 +76,8 @@ class WrappedAttention(nnx.Module):
         parts = (None, None) if state is None else (state.base, state.around)
         base, base_state = self.base.parallel(queries, keys, values, layout, parts[0], bias)
         around, around_state = self.around.parallel(queries, keys, values, layout, parts[1])
-        return self._sum(base, around), None if state is None else WrappedState(base_state, around_state)
+        after = None if around_state is None else WrappedState(base_state, around_state)
+        return self._sum(base, around), after
 
     def verify(
         self,

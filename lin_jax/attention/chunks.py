@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from lin_jax.attention.bias import RelativeBias
-from lin_jax.attention.memory import carried_documents, scan_memory
 from lin_jax.attention.layout import Layout, first_document
+from lin_jax.attention.memory import carried_documents, scan_memory
 from lin_jax.attention.pairs import PairMasks, causal_masks, per_head
 from lin_jax.attention.state import AugmentedState
 
@@ -63,9 +63,18 @@ class Chunks:
             values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
             documents = jnp.concatenate([held.astype(documents.dtype), documents], axis=1)
             positions = jnp.concatenate([slots.astype(positions.dtype), positions], axis=1)
-        window = (cut(part, size, front) for part in (keys, values, documents, positions))
         present = None if layout.present is None or not aligned else cut(layout.present, size)
-        return cls(cut(queries, size), *window, present, first, length, aligned)
+        return cls(
+            queries=cut(queries, size),
+            keys=cut(keys, size, front),
+            values=cut(values, size, front),
+            documents=cut(documents, size, front),
+            positions=cut(positions, size, front),
+            present=present,
+            first=first,
+            length=length,
+            aligned=aligned,
+        )
 
     def _window(self, chunks: Array) -> Array:
         return chunks if self.aligned else jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=2)
@@ -122,7 +131,7 @@ class Chunks:
     def memories(self, initial: Array, fold: Callable[..., Array], *, whole: bool) -> tuple[Array, Array]:
         """The memory `[B, n, K, M, E]` before each window and, if `whole`, the one after the row.
 
-        The unfinished group at the end of each row is left out of it. `fold(keys, values, included)` is what tokens add.
+        The unfinished group at the end of each row is left out. `fold(keys, values, included)` is what tokens add.
         """
         count = self.queries.shape[1]
         used = self.keys.shape[1] if whole else count - 1

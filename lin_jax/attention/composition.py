@@ -26,14 +26,13 @@ from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
     PairMasks,
     accumulation_dtype,
-    causal_masks,
     merge_heads,
     per_head,
     split_heads,
     unit,
     weighted_values,
 )
-from lin_jax.attention.state import AugmentedState, advance, commit_path
+from lin_jax.attention.state import AugmentedState, TreePairs, advance, commit_path
 from lin_jax.attention.tree import TreeArrays
 
 
@@ -135,11 +134,11 @@ class ComposedAttention(nnx.Module):
         )
         after = None
         if self.linear is not None:
-            initial = None if state is None else state.memory
-            initial = self._empty_memory(keys.shape[0], keys.dtype) if initial is None else initial
+            initial = self._empty_memory(keys.shape[0], keys.dtype) if state is None else state.memory
+            assert initial is not None, "there is a linear branch"
             before, after = rows.memories(initial, self._fold, whole=state is not None)
             read = self.linear.recall(rows.queries, before)
-            sums = sums + jnp.where(rows.reads_memory[..., None, None, None], read, 0)
+            sums = plus(sums, jnp.where(rows.reads_memory[..., None, None, None], read, 0))
         outputs = rows.flatten(self._outputs(direct, sums))
         outputs = self._combined(outputs, values)
         if self.convolution is not None:
@@ -162,24 +161,16 @@ class ComposedAttention(nnx.Module):
         group than the node scores through the linear branch, although it has not been folded into the memory.
         """
         queries, keys = self._inputs(queries, keys)
-        start = state.position // self.group_size * self.group_size
-        slots = start[:, None] + jnp.arange(self.group_size)
-        positions = state.position[:, None] + tree.depth
-        buffered = jnp.broadcast_to((slots < state.position[:, None])[:, None], (*positions.shape, self.group_size))
-        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, tree.ancestors.shape[-1]))
-        key_positions = jnp.concatenate([slots, positions], axis=1)
-        together = jnp.concatenate([buffered, ancestors], axis=2)
-        masks = causal_masks(positions, key_positions, self.group_size, together)
-        all_keys = jnp.concatenate([state.keys.astype(keys.dtype), keys], axis=1)
-        all_values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
-        added = None if bias is None else per_head(bias.between(positions, key_positions), self.kv_heads)
-        direct, sums = self._pairs(queries, all_keys, all_values, *self._reach(masks), added)
+        nodes = Nodes(keys, values)
+        pairs = TreePairs.of(state, nodes, tree)
+        between = None if bias is None else per_head(bias.between(pairs.positions, pairs.key_positions), self.kv_heads)
+        direct, sums = self._pairs(queries, pairs.keys, pairs.values, *self._reach(pairs.masks), between)
         if self.linear is not None and state.memory is not None:
-            sums = sums + self.linear.recall(queries, state.memory)
+            sums = plus(sums, self.linear.recall(queries, state.memory))
         outputs = self._combined(self._outputs(direct, sums), values)
         if self.convolution is not None and state.window is not None:
             outputs = outputs + self.convolution.verify(values, tree.depth, tree.ancestors, state.window)
-        return merge_heads(outputs).astype(values.dtype), Nodes(keys, values)
+        return merge_heads(outputs).astype(values.dtype), nodes
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
@@ -207,7 +198,9 @@ class ComposedAttention(nnx.Module):
         else:
             group = layout.positions // self.group_size
             same = layout.pairs & (group[:, :, None] == group[:, None, :])
-            between = bias and per_head(bias.between(layout.positions, layout.positions), self.kv_heads)
+            between = None
+            if bias is not None:
+                between = per_head(bias.between(layout.positions, layout.positions), self.kv_heads)
             outputs = self._outputs(*self._pairs(queries, keys, values, same, layout.pairs, between))
         outputs = self._combined(outputs, values)
         if self.convolution is not None:
@@ -217,7 +210,7 @@ class ComposedAttention(nnx.Module):
     def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceMemory:
         """Sums an encoder's output up; a local branch keeps all of it, and its state grows with the source."""
         keys = self._inputs(keys, keys)[1]
-        memory = None if self.linear is None else self._fold(keys, values, layout.valid)
+        memory = None if self.linear is None else self._source(keys, values, layout)
         return SourceMemory(memory, None if self.local is None else Nodes(keys, values), layout.valid)
 
     def read(
@@ -225,28 +218,33 @@ class ComposedAttention(nnx.Module):
     ) -> Float[Array, "B T H E"]:
         """Outputs for a decoder's queries; the local branch reads the source's group of the same number."""
         queries = self._inputs(queries, queries)[0]
-        direct: Any = 0
+        direct = None
         if self.local is not None and memory.tokens is not None:
             group = positions[:, :, None] // self.group_size
             same = (group == jnp.arange(memory.present.shape[1]) // self.group_size) & memory.present[:, None, :]
             direct, _ = self._pairs(queries, memory.tokens.keys, memory.tokens.values, same, None, None)
-        sums = 0 if self.linear is None else self.linear.recall(queries, memory.memory)
+        sums = None
+        if self.linear is not None and memory.memory is not None:
+            sums = self.linear.recall(queries, memory.memory)
         outputs = self._merged(self._outputs(direct, sums))
         return merge_heads(outputs).astype(queries.dtype)
 
     def _aligned_rows(
         self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None
     ) -> Float[Array, "B T K R E"]:
-        size, direct, sums = self.group_size, 0, 0
+        size, direct, sums = self.group_size, None, None
         if self.local is not None:
-            groups = [cut(part, size) for part in (queries, keys, values)]
+            groups = cut(queries, size), cut(keys, size), cut(values, size)
             mask = jnp.broadcast_to(cut(layout.valid, size)[:, :, None], (*groups[0].shape[:3], size))
             order = jnp.arange(size)
             between = None if bias is None else per_head(bias.between(order, order), self.kv_heads)
-            direct, _ = self._pairs(*groups, mask, None, between)
-            direct = direct.reshape(direct.shape[0], -1, *direct.shape[3:])[:, : keys.shape[1]]
+            local, _ = self._pairs(*groups, mask, None, between)
+            assert local is not None
+            direct = local.reshape(local.shape[0], -1, *local.shape[3:])[:, : keys.shape[1]]
         if self.linear is not None:
-            sums = self.linear.recall(queries, self._fold(keys, values, layout.valid))
+            sums = self.linear.recall(queries, self._source(keys, values, layout))
+        if self.local is None and self.linear is None:
+            direct = _nothing(queries, values)
         return self._outputs(direct, sums)
 
     def _inputs(self, queries: Array, keys: Array) -> tuple[Array, Array]:
@@ -260,6 +258,11 @@ class ComposedAttention(nnx.Module):
     def _fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
         assert self.linear is not None
         return self.linear.fold(keys, self._values(values), included)
+
+    def _source(self, keys: Array, values: Array, layout: Layout) -> Array:
+        """The memory of whole rows."""
+        # Without the barrier, XLA on CPU merges this product with the reading of it into one that it lacks in bfloat16.
+        return jax.lax.optimization_barrier(self._fold(keys, values, layout.valid))
 
     def _reach(self, masks: PairMasks) -> tuple[Array, Array | None]:
         """The pairs of the local branch, and those of the linear one."""
@@ -278,26 +281,30 @@ class ComposedAttention(nnx.Module):
         local_mask: Array,
         linear_mask: Array | None,
         bias: Array | None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Array | None, Array | None]:
         """Both branches over explicit pairs: what is output directly, and sums that are yet to be finished.
 
         Sums that nothing more is done to share one product with the values with the local branch.
         """
+        if self.local is None and self.linear is None:
+            return _nothing(queries, values), None
         values = self._values(values)
-        weights: Any = 0
-        sums: Any = 0
+        weights = sums = None
         if self.local is not None:
             weights = self.local.weights(queries, keys, local_mask, bias)
         if self.linear is not None and linear_mask is not None:
             linear = self.linear.weights(queries, keys, linear_mask)
             if self.linear.finish is None:
-                weights = weights + self._factored(linear)
+                weights = plus(weights, self._factored(linear))
             else:
                 sums = weighted_values(linear, self.linear.extended(values))
-        return (0 if isinstance(weights, int) else weighted_values(weights, values)), sums
+        return (None if weights is None else weighted_values(weights, values)), sums
 
-    def _outputs(self, direct: Any, sums: Any) -> Float[Array, "*batch T K R E"]:
-        return direct if self.linear is None else direct + self._factored(self.linear.finished(sums))
+    def _outputs(self, direct: Array | None, sums: Array | None) -> Float[Array, "*batch T K R E"]:
+        if self.linear is None or sums is None:
+            assert direct is not None, "there is a branch"
+            return direct
+        return plus(direct, self._factored(self.linear.finished(sums)))
 
     def _factored(self, outputs: Array) -> Array:
         return outputs if self.alpha is None else self.alpha[...].astype(outputs.dtype) * outputs
@@ -319,3 +326,13 @@ class ComposedAttention(nnx.Module):
             return None
         width = self.value_dim + self.linear.normalised
         return jnp.zeros((batch, self.kv_heads, self.linear.features.size, width), accumulation_dtype(dtype))
+
+
+def plus(one: Array | None, other: Array) -> Array:
+    """The sum of two parts, of which the first may be missing."""
+    return other if one is None else one + other
+
+
+def _nothing(queries: Float[Array, "*batch T K R D"], values: Array) -> Float[Array, "*batch T K R E"]:
+    """Outputs where the convolution is all there is."""
+    return jnp.zeros((*queries.shape[:-1], values.shape[-1]), accumulation_dtype(values.dtype))

@@ -4,6 +4,7 @@ Features of nonlinear maps are taken in float32 or better. Random projections ar
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,23 @@ from lin_jax.attention.pairs import accumulation_dtype, pair_scores, unit
 
 class RandomProjection(nnx.Variable):
     """Directions `[M, D]` drawn at random and kept, not learnt."""
+
+    @classmethod
+    def draw(cls, key: Key[Array, ""], count: int, size: int) -> Float[Array, "M D"]:
+        """Independent Gaussian directions, float32."""
+        return jax.random.normal(key, (count, size), jnp.float32)
+
+
+class OrthogonalProjection(RandomProjection):
+    """Directions orthogonal in blocks of D, which estimate exponentials better (Choromanski et al. 2021)."""
+
+    @classmethod
+    def draw(cls, key: Key[Array, ""], count: int, size: int) -> Float[Array, "M D"]:
+        """Directions of Gaussian lengths, orthogonal in blocks, float32."""
+        directions_key, lengths_key = jax.random.split(key)
+        rotations = jax.random.orthogonal(directions_key, size, (-(-count // size),), jnp.float32)
+        gaussian = jax.random.normal(lengths_key, (count, size), jnp.float32)
+        return rotations.reshape(-1, size)[:count] * jnp.linalg.norm(gaussian, axis=-1, keepdims=True)
 
 
 class FeatureMap(nnx.Module):
@@ -111,7 +129,7 @@ class PositiveRandomFeatures(FeatureMap):
 
     def __init__(self, head_dim: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.size = size
-        self.projection = RandomProjection(draw_directions(rngs.params(), size, head_dim))
+        self.projection = OrthogonalProjection(OrthogonalProjection.draw(rngs.params(), size, head_dim))
 
     def queries(self, queries: Array) -> Array:
         """Positive features, the largest of each query about one."""
@@ -135,7 +153,7 @@ class RandomFourierFeatures(FeatureMap):
 
     def __init__(self, head_dim: int, size: int, *, rngs: nnx.Rngs) -> None:
         self.size = size // 2 * 2
-        self.projection = RandomProjection(draw_directions(rngs.params(), size // 2, head_dim))
+        self.projection = OrthogonalProjection(OrthogonalProjection.draw(rngs.params(), size // 2, head_dim))
 
     def queries(self, queries: Array) -> Array:
         """Sines and cosines."""
@@ -157,7 +175,7 @@ class HashCollisions(FeatureMap):
     def __init__(self, head_dim: int, hashes: int, bits: int, *, rngs: nnx.Rngs) -> None:
         self.hashes, self.bits = hashes, bits
         self.size = hashes * 2**bits
-        self.projection = RandomProjection(draw_directions(rngs.params(), hashes * bits, head_dim))
+        self.projection = RandomProjection(RandomProjection.draw(rngs.params(), hashes * bits, head_dim))
 
     def scores(self, queries: Array, keys: Array) -> Array:
         """The share of tables in which each pair collides."""
@@ -186,21 +204,12 @@ class HashCollisions(FeatureMap):
         return jnp.sum(signs.reshape(*x.shape[:-1], self.hashes, self.bits) * powers, axis=-1)
 
 
-def draw_directions(key: Key[Array, ""], count: int, size: int) -> Float[Array, "M D"]:
-    """Gaussian directions, orthogonal to each other in blocks of `size` (Choromanski et al. 2021), float32."""
-    blocks = -(-count // size)
-    directions_key, lengths_key = jax.random.split(key)
-    rotations = jax.random.orthogonal(directions_key, size, (blocks,), jnp.float32).reshape(-1, size)[:count]
-    lengths = jnp.linalg.norm(jax.random.normal(lengths_key, (count, size)), axis=-1, keepdims=True)
-    return rotations * lengths
-
-
 def redraw(module: nnx.Module, key: Key[Array, ""]) -> None:
     """Draws every random projection of a module anew, in place."""
     for number, (_, projection) in enumerate(nnx.to_flat_state(nnx.state(module, RandomProjection))):
         *stack, count, size = projection[...].shape
         keys = jax.random.split(jax.random.fold_in(key, number), math.prod(stack))
-        drawn = jax.vmap(lambda key, count=count, size=size: draw_directions(key, count, size))(keys)
+        drawn = jax.vmap(partial(projection.type.draw, count=count, size=size))(keys)
         projection[...] = drawn.reshape(projection[...].shape)
 
 

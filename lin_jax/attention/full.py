@@ -1,8 +1,9 @@
 """Attention over all pairs: softmax, the baseline (Vaswani et al. 2017), and FLASH's squared ReLU (Hua et al. 2022).
 
 Recurrence: none; the state is a preallocated cache of `C (D + E)` numbers per key/value head and sequence of at most C
-tokens. `softmax`: `o_t = sum_s softmax_s(c q_t·k_s + b_ts) v_s`. `square`: `o_t = sum_s relu(q_t·k_s)^2 v_s / n` over unit
-queries and keys, n the number of tokens that the query sees; in FLASH `sum_s relu((q_t·k_s / n + b_ts) / n)^2 v_s`.
+tokens. `softmax`: `o_t = sum_s softmax_s(c q_t·k_s + b_ts) v_s`. `square`: `o_t = sum_s relu(q_t·k_s)^2 v_s / n` over
+unit queries and keys, n the number of tokens that the query sees; in FLASH
+`o_t = sum_s relu((q_t·k_s / n + b_ts) / n)^2 v_s`.
 """
 
 from dataclasses import dataclass
@@ -231,9 +232,9 @@ def _softmax_attention(
     bias: Float[Array, "#B H T S"] | None,
     scale: float,
 ) -> Float[Array, "B T H E"]:
-    if queries.dtype != jnp.float64:
+    if queries.dtype != jnp.float64 and values.shape[-1] == keys.shape[-1]:
         return jax.nn.dot_product_attention(queries, keys, values, bias, mask[:, None], scale=scale)
-    # JAX's own function takes the softmax in float32 whatever it is given.
+    # JAX's own function takes the softmax in float32 whatever it is given, and has one size for keys and values.
     scores = pair_scores(split_heads(queries, keys.shape[2]), keys) * scale
     if bias is not None:
         scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])

@@ -1,4 +1,4 @@
-"""The linear branch: sums `sum phi(q)·phi(k) v` over pairs and through a memory, and what is done to them at the end."""
+"""The linear branch: sums of `phi(q)·phi(k) v` over pairs and through a memory, and what becomes of them."""
 
 from collections.abc import Callable
 from typing import Literal

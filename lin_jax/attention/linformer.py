@@ -1,8 +1,8 @@
 """Linformer (Wang et al. 2020), group by group: finished groups are projected to r summaries each.
 
-`o_t = softmax(q_t·[k_s of t's own group up to t, E^T K of finished groups] / D^0.5) [v_s, F^T V]`, with learnt `E, F` of
-`[G, r]`. State: `2 r K D` numbers for every finished group, which grows with the text (a G/r-th of a softmax cache), and the
-unfinished group. Bidirectional: all groups, the query's own one among them, as summaries.
+`o_t = softmax(q_t·[k_s of t's own group up to t, E^T K of finished groups] / D^0.5) [v_s, F^T V]`, with learnt
+`E, F` of `[G, r]`. State: `2 r K D` numbers for every finished group, which grows with the text (an r/G-th of a softmax
+cache), and the unfinished group. Bidirectional: all groups, the query's own one among them, as summaries.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,12 @@ from lin_jax.attention.memory import EXACT
 from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
     accumulation_dtype,
-    causal_masks,
     merge_heads,
     pair_scores,
     split_heads,
     weighted_values,
 )
-from lin_jax.attention.state import AugmentedState, advance, join
+from lin_jax.attention.state import AugmentedState, TreePairs, advance, join
 from lin_jax.attention.tree import TreeArrays
 
 
@@ -148,36 +147,30 @@ class LinformerAttention(nnx.Module):
     ) -> tuple[Float[Array, "B N H E"], Nodes]:
         """Outputs for the nodes of a tree; a group that a node's own path finishes is summarised for that node."""
         queries = split_heads(queries, self.kv_heads)
-        size, buffer = self.group_size, state.buffer
-        slots = (buffer.position // size * size)[:, None] + jnp.arange(size)
-        positions = buffer.position[:, None] + tree.depth
-        held = jnp.broadcast_to((slots < buffer.position[:, None])[:, None], (*positions.shape, size))
-        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, tree.ancestors.shape[-1]))
-        key_positions = jnp.concatenate([slots, positions], axis=1)
-        masks = causal_masks(positions, key_positions, size, jnp.concatenate([held, ancestors], axis=2))
-        all_keys = jnp.concatenate([buffer.keys.astype(keys.dtype), keys], axis=1)
-        all_values = jnp.concatenate([buffer.values.astype(values.dtype), values], axis=1)
-        own = self._scores(queries, all_keys)
-        own = jnp.where(masks.same_group[:, None, None], own, jnp.finfo(own.dtype).min)
+        nodes, buffer = Nodes(keys, values), state.buffer
+        pairs = TreePairs.of(buffer, nodes, tree)
+        own = self._scores(queries, pairs.keys)
+        own = jnp.where(pairs.masks.same_group[:, None, None], own, jnp.finfo(own.dtype).min)
 
-        assert masks.earlier_group is not None
+        earlier = pairs.masks.earlier_group
+        assert earlier is not None
         crossed_keys, crossed_values = (
-            jnp.einsum("bnm,bmr,bmkd->bnrkd", masks.earlier_group.astype(wide.dtype), weights, wide, precision=EXACT)
-            for weights, wide in self._weighed(key_positions, all_keys, all_values)
+            jnp.einsum("bnm,bmr,bmkd->bnrkd", earlier.astype(wide.dtype), weights, wide, precision=EXACT)
+            for weights, wide in self._weighed(pairs.key_positions, pairs.keys, pairs.values)
         )
         crossed = jnp.einsum("bnkhd,bnrkd->bkhnr", queries.astype(crossed_keys.dtype), crossed_keys, precision=EXACT)
-        has_crossed = jnp.any(masks.earlier_group, axis=2)[:, None, None, :, None]
+        has_crossed = jnp.any(earlier, axis=2)[:, None, None, :, None]
         crossed = jnp.where(has_crossed, crossed * self.head_dim**-0.5, jnp.finfo(crossed.dtype).min)
 
-        cached = jnp.arange(state.keys.shape[1]) < (buffer.position // size)[:, None]
-        cached = jnp.broadcast_to(cached[:, None], (*positions.shape, cached.shape[1]))
+        cached = jnp.arange(state.keys.shape[1]) < (buffer.position // self.group_size)[:, None]
+        cached = jnp.broadcast_to(cached[:, None], (*pairs.positions.shape, cached.shape[1]))
         weights = self._softmax([own, crossed, self._summary_scores(queries, state.keys, cached)])
-        outputs = weighted_values(weights[0], all_values)
+        outputs = weighted_values(weights[0], pairs.values)
         outputs = outputs + jnp.einsum("bkhnr,bnrkd->bnkhd", weights[1], crossed_values, precision=EXACT)
         outputs = outputs + weighted_values(
             weights[2], state.values.reshape(*state.values.shape[:1], -1, *state.values.shape[3:])
         )
-        return merge_heads(outputs).astype(values.dtype), Nodes(keys, values)
+        return merge_heads(outputs).astype(values.dtype), nodes
 
     def commit(self, state: LinformerState, path: Nodes, length: Int[Array, " B"]) -> LinformerState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
@@ -191,7 +184,7 @@ class LinformerAttention(nnx.Module):
                 (state.keys, state.values), self._weighed(slots, *joined.group), strict=True
             )
         ]
-        return LinformerState(*caches, AugmentedState(None, *joined.buffer, None, joined.position))
+        return LinformerState(caches[0], caches[1], AugmentedState(None, *joined.buffer, None, joined.position))
 
     def bidirectional(
         self,
@@ -225,7 +218,7 @@ class LinformerAttention(nnx.Module):
         rank = jnp.cumsum(ends, axis=1) - ends
         row = jnp.arange(batch)[:, None]
         owner = jnp.where(ends, rank, count)
-        group_of = jnp.full((batch, count), -1).at[row, owner].set(positions // size, mode="drop")
+        group_of = jnp.full((batch, count), -1, positions.dtype).at[row, owner].set(positions // size, mode="drop")
         document_of = jnp.zeros((batch, count), documents.dtype).at[row, owner].set(documents, mode="drop")
         mine = (jnp.take_along_axis(group_of, jnp.minimum(rank, count - 1), axis=1) == positions // size) & (
             jnp.take_along_axis(document_of, jnp.minimum(rank, count - 1), axis=1) == documents
@@ -252,9 +245,9 @@ class LinformerAttention(nnx.Module):
             .add(weights[..., None, None] * wide[:, :, None], mode="drop")
             for weights, wide in self._weighed(positions, keys, values)
         ]
-        empty = jnp.zeros((keys.shape[0], count), documents.dtype)
-        owners = empty.at[row, slots].set(documents, mode="drop")
-        groups = empty.at[row, slots].set(positions // self.group_size, mode="drop")
+        lead = (keys.shape[0], count)
+        owners = jnp.zeros(lead, documents.dtype).at[row, slots].set(documents, mode="drop")
+        groups = jnp.zeros(lead, positions.dtype).at[row, slots].set(positions // self.group_size, mode="drop")
         return Summaries(sums[0], sums[1], owners, groups)
 
     def _weighed(self, positions: Array, keys: Array, values: Array) -> list[tuple[Array, Array]]:

@@ -1,4 +1,4 @@
-"""The memory `S = sum k v^T` of finished groups: what joins it, what is read from it, and how it goes from chunk to chunk.
+"""The memory `S = sum k v^T` of finished groups: what joins it, what is read from it, how it goes on.
 
 Katharopoulos et al. 2020 for the recurrence; FLASH (Hua et al. 2022) for taking it a group at a time.
 """

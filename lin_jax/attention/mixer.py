@@ -2,8 +2,8 @@
 
 A causal mixer has three: *parallel* takes a whole sequence at once, optionally from a state; *verify* scores the nodes
 of a draft tree against a state without touching it; *commit* folds an accepted path into the state. Plain decoding is
-verify and commit with one node. A bidirectional mixer has one form, for encoders. A cross mixer has two: *condense* turns
-what an encoder wrote into a memory, *read* answers any number of queries from it, alone or in a tree.
+verify and commit with one node. A bidirectional mixer has one form, for encoders. A cross mixer has two: *condense*
+turns what an encoder wrote into a memory, *read* answers any number of queries from it, alone or in a tree.
 
 Queries are `[B, T, H, D]`, keys `[B, T, K, D]`, values `[B, T, K, E]`, with H a multiple of K.
 """

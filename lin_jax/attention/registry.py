@@ -1,4 +1,4 @@
-"""Token mixers by name: an attention of the table, and the augmentation behind it, as in `performer+local+convolution`."""
+"""Token mixers by name: an attention, and the augmentation behind it, as in `performer+local+convolution`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -295,7 +295,7 @@ def build_mixer(
     kv_heads: int,
     head_dim: int,
     value_dim: int | None = None,
-    conventions: Conventions = Conventions(),
+    conventions: Conventions | None = None,
     layer: int | Array = 0,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
@@ -309,7 +309,7 @@ def build_mixer(
         kv_heads: key/value heads K.
         head_dim: size D of queries and keys as the mixer gets them.
         value_dim: size E of values; None means D.
-        conventions: the model's.
+        conventions: the model's; None is those of LLaMA and GPT-2.
         layer: number of the layer, from 0.
         param_dtype: type of the parameters.
         rngs: random keys.
@@ -323,6 +323,7 @@ def build_mixer(
         able = ", ".join(other for other, entry in REGISTRY.items() if form in entry.forms)
         raise UserError(f"attention.name '{config.name}' has no {form} form; choose one of {able}")
     value_dim = head_dim if value_dim is None else value_dim
+    conventions = conventions or Conventions()
     return entry.build(
         config, name, Sizes(form, heads, kv_heads, head_dim, value_dim, conventions, layer, param_dtype, rngs)
     )

@@ -11,6 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.convolution import shift_window
 from lin_jax.attention.layout import Layout, first_document
 from lin_jax.attention.mixer import Nodes
+from lin_jax.attention.pairs import PairMasks, causal_masks
+from lin_jax.attention.tree import TreeArrays
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +34,38 @@ class AugmentedState:
     values: Float[Array, "*layers B G K E"]
     window: Float[Array, "*layers B W_1 K E"] | None
     position: Int[Array, "*layers B"]
+
+
+class TreePairs(NamedTuple):
+    """The pairs that a tree's nodes score on top of a state: with the unfinished group's tokens, and with each other.
+
+    Attributes:
+        positions: `[B, N]` of the nodes.
+        key_positions: `[B, G + N]` of the unfinished group's slots and of the nodes.
+        masks: which pairs meet, and in which branch.
+        keys: `[B, G + N, K, D]`.
+        values: `[B, G + N, K, E]`.
+    """
+
+    positions: Int[Array, "B N"]
+    key_positions: Int[Array, "B M"]
+    masks: PairMasks
+    keys: Float[Array, "B M K D"]
+    values: Float[Array, "B M K E"]
+
+    @classmethod
+    def of(cls, state: AugmentedState, nodes: Nodes, tree: TreeArrays) -> "TreePairs":
+        """The pairs of a tree whose nodes have the given keys and values."""
+        size = state.keys.shape[1]
+        slots = (state.position // size * size)[:, None] + jnp.arange(size)
+        positions = state.position[:, None] + tree.depth
+        held = jnp.broadcast_to((slots < state.position[:, None])[:, None], (*positions.shape, size))
+        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, tree.ancestors.shape[-1]))
+        key_positions = jnp.concatenate([slots, positions], axis=1)
+        masks = causal_masks(positions, key_positions, size, jnp.concatenate([held, ancestors], axis=2))
+        keys = jnp.concatenate([state.keys.astype(nodes.keys.dtype), nodes.keys], axis=1)
+        values = jnp.concatenate([state.values.astype(nodes.values.dtype), nodes.values], axis=1)
+        return cls(positions, key_positions, masks, keys, values)
 
 
 class Joined(NamedTuple):

@@ -1,4 +1,4 @@
-"""TransNormer (Qin et al. 2022): softmax inside groups in the first layers, linear attention without a denominator behind.
+"""TransNormer (Qin et al. 2022): softmax inside groups in the first layers, normalised linear attention behind.
 
 Diagonal layers: `o_t = softmax over s <= t in t's group of q_t·k_s / D^0.5`. Other layers: `o_t = norm(sum_{s<=t}
 phi(q_t)·phi(k_s) v_s)` with `phi(x) = elu(x) + 1` and all heads together scaled to a root mean square of one. Every
@@ -85,7 +85,9 @@ class TransNormerAttention(nnx.Module):
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
         """The state after the first `length` nodes of the path."""
-        return self.normalised.commit(state, path, length)
+        after = self.normalised.commit(state, path, length)
+        memories = (state.memory, after.memory)
+        return replace(after, memory=jax.lax.cond(self._is_diagonal, *(lambda m=m: m for m in memories)))
 
     def bidirectional(
         self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None = None

@@ -1,8 +1,9 @@
 """YOSO (Zeng et al. 2021): Bernoulli sampling of attention by locality-sensitive hashing.
 
-Training and encoding: the expectation `o_t = unit(sum_s (1 - arccos(q_t·k_s) / pi)^tau v_s)` over unit queries and keys, as
-one matrix of pairs. From a state (prefill, decoding, speculation): m hash tables stand for the sum, `o_t = unit(sum_{s<=t}
-share of tables in which q_t and k_s collide, times v_s)`. State: tables `[K, m 2^tau, E]` and the unfinished group.
+Training and encoding: the expectation `o_t = unit(sum_s (1 - arccos(q_t·k_s) / pi)^tau v_s)` of unit queries and keys,
+as one matrix of pairs. From a state (prefill, decoding, speculation): m hash tables stand for the sum, `o_t =
+unit(sum_{s<=t} share of tables in which q_t and k_s collide, times v_s)`. State: tables `[K, m 2^tau, E]` and the
+unfinished group.
 """
 
 from typing import Any

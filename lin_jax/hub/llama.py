@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.hub.tensors import Entries, Entry, convolution, fill, kernel, named, present, stacked, transpose
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, RotaryConfig
-
+from lin_jax.hub.mixers import mixer_entries
+from lin_jax.hub.tensors import Entries, Entry, fill, kernel, named, present, stacked, without_copy
+from lin_jax.models import Llama, LlamaConfig, RotaryConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = {
@@ -18,31 +17,40 @@ TOP = {
     "model.norm.weight": Entry(("norm", "scale")),
     HEAD: kernel("head"),
 }
+PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
 LAYER = {
     "input_layernorm.weight": Entry(("attention_norm", "scale")),
     "post_attention_layernorm.weight": Entry(("feed_forward_norm", "scale")),
-    "self_attn.q_proj.weight": kernel("attention", "query"),
-    "self_attn.k_proj.weight": kernel("attention", "key"),
-    "self_attn.v_proj.weight": kernel("attention", "value"),
-    "self_attn.o_proj.weight": kernel("attention", "out"),
-    "self_attn.global_factor": Entry(("attention", "mixer", "alpha")),
-    "self_attn.dwconv.weight": convolution("attention", "mixer", "convolution"),
+    **{f"self_attn.{there}.weight": kernel("attention", here) for there, here in PROJECTIONS.items()},
+    **{f"self_attn.{there}.bias": Entry(("attention", here, "bias")) for there, here in PROJECTIONS.items()},
+    "self_attn.q_norm.weight": Entry(("attention", "query_norm", "scale")),
+    "self_attn.k_norm.weight": Entry(("attention", "key_norm", "scale")),
     "mlp.gate_proj.weight": kernel("feed_forward", "gate"),
     "mlp.up_proj.weight": kernel("feed_forward", "up"),
     "mlp.down_proj.weight": kernel("feed_forward", "down"),
 }
-HEADS = {
-    "0.linear.weight": Entry(("weight",), transpose, transpose),
-    "0.linear.bias": Entry(("bias",)),
-    "1.weight": Entry(("output",), transpose, transpose),
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# What transformers takes where a config.json of a type leaves an option out, as far as the types differ.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "max_position_embeddings": 32768},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+    },
 }
 
 
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-
 def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfig | None = None) -> LlamaConfig:
-    """A LLaMA configuration from the contents of a `config.json`, with the given attention (default softmax).
+    """A configuration from the contents of a `config.json` of a LLaMA, Mistral, Qwen2 or Qwen3.
+
+    Args:
+        config: contents of the file. In that of a linearized model, `base_model_type` says which of them it is, and
+            `output_bias` and `query_key_norm` what goes with that.
+        attention: the token mixer; None is softmax.
 
     Raises:
         UserError: a size is missing, or an option is set that this model does not have.
@@ -50,11 +58,10 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     missing = [name for name in REQUIRED if name not in config]
     if missing:
         raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a LLaMA")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
-    for option in ("attention_bias", "mlp_bias"):
-        if config.get(option):
-            raise UserError(f"{option} is set in the configuration; a LLaMA with biases is not supported")
+    kind = config.get("base_model_type") or config.get("model_type", "llama").removeprefix("lin_jax_")
+    config = DEFAULTS.get(kind, {}) | dict(config)
+    _refuse_options(config)
+    biases = bool(config.get("attention_bias", False))
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -64,9 +71,73 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
         num_kv_heads=config.get("num_key_value_heads"),
         head_dim=config.get("head_dim"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
+        attention_bias=kind == "qwen2" or (kind != "mistral" and biases),
+        output_bias=config.get("output_bias", kind in ("llama", "qwen3") and biases),
+        query_key_norm=config.get("query_key_norm", kind == "qwen3"),
         tie_embeddings=config.get("tie_word_embeddings", False),
+        initializer_range=config.get("initializer_range", 0.02),
         rotary=rotary_from_huggingface(config),
         attention=attention or AttentionConfig(name="softmax"),
+    )
+
+
+def _refuse_options(config: Mapping[str, Any]) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
+    if config.get("mlp_bias"):
+        raise UserError(
+            "mlp_bias is set in the configuration; a LLaMA with biases in its feed-forward is not supported"
+        )
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    windowed = config.get("use_sliding_window", True) and set(config.get("layer_types") or ("",)) != {"full_attention"}
+    if window is not None and window < length and windowed:
+        raise UserError(
+            f"sliding_window is {window} of max_position_embeddings {length}; windowed attention is not supported, "
+            "set sliding_window to null to attend to everything"
+        )
+
+
+def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
+    """The contents of a `config.json`, of the type that has the configuration's options.
+
+    Raises:
+        UserError: no type has them all.
+    """
+    kind, architecture = _type_of(config)
+    return {
+        "model_type": kind,
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": config.attention_bias,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        **rotary_to_huggingface(config.rotary),
+        "torch_dtype": config.param_dtype,
+    }
+
+
+def linearized_options(config: LlamaConfig) -> dict[str, Any]:
+    """What the `config.json` of a linearized model says outright, and transformers' own types imply."""
+    return {"output_bias": config.output_bias, "query_key_norm": config.query_key_norm}
+
+
+def _type_of(config: LlamaConfig) -> tuple[str, str]:
+    """The type in transformers that has these options, and its class."""
+    if config.attention_bias == config.output_bias:
+        return ("qwen3", "Qwen3ForCausalLM") if config.query_key_norm else ("llama", "LlamaForCausalLM")
+    if config.attention_bias and not config.query_key_norm:
+        return "qwen2", "Qwen2ForCausalLM"
+    raise UserError(
+        f"no model of transformers has model.attention_bias {config.attention_bias}, model.output_bias "
+        f"{config.output_bias} and model.query_key_norm {config.query_key_norm}; set both biases alike"
     )
 
 
@@ -96,35 +167,70 @@ def rotary_from_huggingface(config: Mapping[str, Any]) -> RotaryConfig:
     return RotaryConfig(theta, scaling, original_context_length=original, context_length=trained, **options)
 
 
-def read_llama(model: Llama, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills a model, which may be one of shapes, with named tensors.
+# What of each scaling a file says; what is None is left to the reader, as here.
+_ROTARY_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "attention_factor"),
+    "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": ("factor", "partial_rotary_factor"),
+}
 
-    Two kinds of tensors may be there beside the model's own: the embedding once more as a tied head, and the rotary
-    frequencies that old checkpoints hold.
+
+def rotary_to_huggingface(rotary: RotaryConfig) -> dict[str, Any]:
+    """What a `config.json` says of rotary positions; readers from before transformers 5 know `rope_theta` only.
 
     Raises:
-        UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+        UserError: `dynamic` is set for a longer text than in pretraining, which a file cannot say.
     """
-    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    if model.head is None and np.array_equal(own.get(HEAD, ()), own.get(EMBEDDING, ())):
-        own.pop(HEAD, None)
-    fill(model, entries(model), own)
-
-
-def read_heads(heads: MedusaHeads, tensors: Mapping[str, np.ndarray]) -> None:
-    """Like `read_llama`, for Medusa heads: tensors named `M.0.linear.weight`, `M.0.linear.bias` and `M.1.weight`."""
-    fill(
-        heads,
-        {f"{m}.{name}": entry.of_layer((), m) for m in range(heads.count) for name, entry in HEADS.items()},
-        tensors,
-    )
-
-
-def write_llama(state: nnx.State, model: Llama) -> dict[str, np.ndarray]:
-    """Named tensors of a state that is shaped like the model's parameters (the parameters, or their gradients)."""
-    return named(state, entries(model))
+    original, length = rotary.original_context_length, rotary.context_length or rotary.original_context_length
+    if rotary.scaling == "dynamic" and length > original:
+        raise UserError(
+            f"rotary.context_length {length} of a dynamic scaling has no place in a config.json; "
+            f"leave it at {original}, that of pretraining"
+        )
+    values = {name: getattr(rotary, name) for name in _ROTARY_OPTIONS[rotary.scaling]}
+    scaling = {"rope_type": rotary.scaling} | {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
+    }
+    if rotary.scaling in ("yarn", "longrope", "llama3"):
+        scaling["original_max_position_embeddings"] = original
+    return {
+        "max_position_embeddings": length,
+        "rope_theta": rotary.theta,
+        "rope_parameters": scaling | {"rope_theta": rotary.theta},
+    }
 
 
 def entries(model: Llama) -> Entries:
     """Every tensor that this model has, by name."""
-    return present(model, TOP | stacked("model.layers", LAYER, ("layers", "layers"), model.config.num_layers))
+    stack = ("layers", "layers")
+    mixer = mixer_entries(model, stack, ("attention", "mixer"), "self_attn")
+    return present(model, TOP | stacked("model.layers", LAYER | mixer, stack, model.config.num_layers))
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor may be there without being read: rotary frequencies, which old checkpoints hold."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def own_tensors(model: Llama, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint is for this model: not what is ignored, nor the embedding once more as a tied head."""
+    own = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    return own if model.head is not None else without_copy(own, HEAD, EMBEDDING)
+
+
+def read_llama(model: Llama, tensors: Mapping[str, Any]) -> None:
+    """Fills a model, which may be one of shapes, with named tensors.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+    """
+    fill(model, entries(model), own_tensors(model, tensors))
+
+
+def write_llama(state: Any, model: Llama) -> dict[str, np.ndarray]:
+    """Named tensors of a state that is shaped like the model's parameters (the parameters, or their gradients)."""
+    return named(state, entries(model))

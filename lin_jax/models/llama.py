@@ -1,4 +1,7 @@
-"""LLaMA (Touvron et al. 2023) over any token mixer: RMS norm, rotary positions, grouped queries, SwiGLU."""
+"""LLaMA (Touvron et al. 2023) over any token mixer: RMS norm, rotary positions, grouped queries, SwiGLU.
+
+Mistral, Qwen2 and Qwen3 are the same model with other options.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +33,9 @@ class LlamaConfig:
         num_kv_heads: key/value heads K; None means as many as query heads.
         head_dim: size of a head; None means hidden_size / num_heads.
         norm_eps: epsilon of the RMS norms.
+        attention_bias: whether the projections to queries, keys and values have biases (Qwen2).
+        output_bias: whether the projection out of the heads has one.
+        query_key_norm: normalise every head's queries and keys before they are rotated (Qwen3).
         tie_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
         attention: the token mixer.
@@ -48,6 +54,9 @@ class LlamaConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     norm_eps: float = 1e-5
+    attention_bias: bool = False
+    output_bias: bool = False
+    query_key_norm: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -82,11 +91,11 @@ class LlamaConfig:
         return self.head_dim or self.hidden_size // self.num_heads
 
 
-def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
     return nnx.Linear(
         size_in,
         size_out,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=nnx.initializers.normal(config.initializer_range),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -114,10 +123,14 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         self.head_dim = config.head_size
         inner, inner_kv = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.query = _linear(config, config.hidden_size, inner, rngs)
-        self.key = _linear(config, config.hidden_size, inner_kv, rngs)
-        self.value = _linear(config, config.hidden_size, inner_kv, rngs)
-        self.out = _linear(config, inner, config.hidden_size, rngs)
+        self.query = _linear(config, config.hidden_size, inner, rngs, bias=config.attention_bias)
+        self.key = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
+        self.value = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
+        self.out = _linear(config, inner, config.hidden_size, rngs, bias=config.output_bias)
+        self.query_norm, self.key_norm = (
+            RMSNorm(self.head_dim, config.norm_eps, jnp.dtype(config.param_dtype)) if config.query_key_norm else None
+            for _ in range(2)
+        )
         self.mixer = build_mixer(
             config.attention,
             heads=config.num_heads,
@@ -133,6 +146,8 @@ class Attention(nnx.Module):
         queries, keys, values = (
             part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
         return rotate(queries, table), rotate(keys, table), values
 
     def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:

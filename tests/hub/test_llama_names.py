@@ -12,7 +12,8 @@ from flax import nnx
 
 from lin_jax.attention import REGISTRY, AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.hub.llama import config_from_huggingface, read_heads, read_llama, write_llama
+from lin_jax.hub.llama import config_from_huggingface, read_llama, write_llama
+from lin_jax.hub.medusa import read_heads
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads, RotaryConfig
 from lin_jax.training.parameters import abstract_heads, abstract_model
 
@@ -35,7 +36,7 @@ def random_model(config: LlamaConfig) -> Llama:
 
 
 def written(model: Llama) -> dict[str, np.ndarray]:
-    return write_llama(nnx.state(model, nnx.Param), model)
+    return write_llama(nnx.state(model), model)
 
 
 def parameters(module: nnx.Module) -> dict[Any, np.ndarray]:
@@ -172,7 +173,7 @@ def test_configuration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is set"),
+        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window is 512 of max_position_embeddings 4096"),
         ({"mlp_bias": True}, "mlp_bias is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3 does not divide"),
