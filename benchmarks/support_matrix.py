@@ -2,9 +2,10 @@
 
     python benchmarks/support_matrix.py [--models llama gpt2] [--attentions relu softmax] [--json FILE] [--write FILE]
 
-A model is T(rained: three steps lower the loss), E(ncodes: real tokens do not see padding), D(ecodes: token by token
+A model is T(rained: eight steps lower the loss), E(ncodes: real tokens do not see padding), D(ecodes: token by token
 equals the whole text), S(peculates: drafts leave the tokens of plain decoding), X (exported: what comes back from a
-Hugging Face folder is equal to the bit, and PyTorch's logits of it agree to 1e-9 for LLaMA and GPT-2). A letter that
+Hugging Face folder is equal to the bit, and PyTorch's logits of it agree for LLaMA and GPT-2: to 1e-9, or to 1e-5 where
+transformers' own code, which is partly float32, opens it). A letter that
 is missing is something that attention and model do not have; one in brackets failed. `--write` puts the table between
 the marks in a file.
 """
@@ -143,7 +144,7 @@ def draw_tokens(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def trains(subject: Subject) -> bool:
-    """Whether three steps lower the loss, with finite gradients for every parameter."""
+    """Whether eight steps of Adam lower the loss, with finite gradients for every parameter."""
     tokens = jnp.asarray(draw_tokens(2, LENGTH))
 
     @jax.jit
@@ -152,18 +153,17 @@ def trains(subject: Subject) -> bool:
         logits = subject.logits(model, tokens)
         return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
-    graph, state = nnx.split(subject.model)
-    losses = []
-    for _ in range(4):
-        value, gradients = loss(nnx.merge(graph, state))
+    graph, params, rest = nnx.split(subject.model, nnx.Param, ...)
+    optimizer = optax.adam(1e-3)
+    moments, losses = optimizer.init(params), []
+    for _ in range(9):
+        value, gradients = loss(nnx.merge(graph, params, rest))
         losses.append(float(value))
         if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients)):
             return False
-        params, rest = nnx.split_state(state, nnx.Param, ...)
-        scale = 0.02 / optax.tree.norm(gradients)
-        params = jax.tree.map(lambda own, slope, scale=scale: own - scale * slope, params, gradients)
-        state = nnx.merge_state(params, rest)
-    return losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+        updates, moments = optimizer.update(gradients, moments)
+        params = optax.apply_updates(params, updates)
+    return losses[-1] < losses[0]
 
 
 def encodes(subject: Subject) -> bool:
@@ -244,7 +244,8 @@ def exports(subject: Subject) -> bool:
         with torch.no_grad():
             found = theirs(torch.asarray(tokens), use_cache=False).logits.numpy()
     expected = np.asarray(subject.logits(subject.model, jnp.asarray(tokens)))
-    return bool(np.abs(found - expected).max() < 1e-9 * np.abs(expected).max())
+    bound = 1e-5 if subject.model.config.attention.name == "softmax" else 1e-9
+    return bool(np.abs(found - expected).max() < bound * np.abs(expected).max())
 
 
 CHECKS: dict[str, Callable[[Subject], bool]] = {

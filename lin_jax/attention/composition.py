@@ -9,7 +9,7 @@ unfinished group's keys and values, and the convolution's window.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,8 @@ class ComposedAttention(nnx.Module):
         unit_values: scale the values of both branches to length one.
         angular: combine both branches as `unit(v_t / 2 + o_t / pi)` (Castling-ViT, You et al. 2023).
         merged_norm: divide all heads together by `1e-4` plus their length.
-        mean: divide what a bidirectional linear branch reads by the row's length.
+        mean: divide what a bidirectional linear branch reads by the number of its tokens: those that are present, or
+            all of the row; None leaves the sum.
         param_dtype: type of the parameters.
     """
 
@@ -87,7 +88,7 @@ class ComposedAttention(nnx.Module):
         unit_values: bool = False,
         angular: bool = False,
         merged_norm: bool = False,
-        mean: bool = False,
+        mean: Literal["present", "row"] | None = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
         self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
@@ -189,9 +190,9 @@ class ComposedAttention(nnx.Module):
         Rows that hold several documents are scored as one matrix of pairs.
         """
         queries, keys = self._inputs(queries, keys)
-        if self.mean and self.linear is not None:
+        if self.mean is not None and self.linear is not None:
             start = self.linear.features.start
-            mean = queries[..., start:] / queries.shape[1]
+            mean = queries[..., start:] / self._lengths(layout)[..., None, None, None].astype(queries.dtype)
             queries = jnp.concatenate([queries[..., :start], mean], axis=-1)
         if layout.aligned:
             outputs = self._aligned_rows(queries, keys, values, layout, bias)
@@ -258,6 +259,13 @@ class ComposedAttention(nnx.Module):
     def _fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
         assert self.linear is not None
         return self.linear.fold(keys, self._values(values), included)
+
+    def _lengths(self, layout: Layout) -> Int[Array, "#B #T"]:
+        """What the mean over an encoder's row divides by: the row's length, or the present tokens of each document."""
+        if self.mean == "row":
+            return jnp.full((1, 1), layout.positions.shape[1])
+        present = jnp.sum(layout.valid, axis=1, keepdims=True) if layout.aligned else jnp.sum(layout.pairs, axis=2)
+        return jnp.maximum(present, 1)
 
     def _source(self, keys: Array, values: Array, layout: Layout) -> Array:
         """The memory of whole rows."""

@@ -102,12 +102,12 @@ class Conventions:
         unit_values: the same for the values of both branches, not of the convolution (T5).
         separate: queries and keys hold those of the local and of the grouped branch side by side (FLASH).
         inverse_group: divide local scores and the grouped branch by the group size (FLASH); where the branch is
-            bidirectional, divide it by the row's length instead.
+            bidirectional, divide it by `length` instead.
         bias: where the local branch adds a relative bias: to the scores, or to the weights after the score function.
         merged_norm: divide all heads' outputs together by `1e-4` plus their length, before the convolution (T5).
         softmax_scale: what softmax scores are multiplied with: `D^-1/2`, one, or the inverse length (FLASH).
-        length: the length that `square` and a softmax scaled by it divide by: the tokens up to the query, or the row's,
-            as published for FLASH, which cannot decode.
+        length: the length that `square`, a softmax scaled by it and FLASH's bidirectional branch divide by: the tokens
+            that the query sees, or the row's, padding included, as published for FLASH, which cannot decode.
         centred: whether a bidirectional convolution sees both sides, or the past only (FLASH).
         factor: whether the grouped branch beside a local one has a learnt factor alpha (not in FLASH).
     """

@@ -154,11 +154,13 @@ def _flash(*, local: bool, grouped: bool, angular: bool = False) -> Builder:
         conventions = sizes.conventions
         bidirectional = sizes.form == "bidirectional"
         start = sizes.head_dim // 2 if conventions.separate else 0
-        mean = conventions.inverse_group and bidirectional
+        mean: Any = None
+        if conventions.inverse_group and bidirectional:
+            mean = "row" if conventions.length == "row" else "present"
         linear = LinearBranch(
             Identity(sizes.head_dim - start, start),
             reach="earlier",
-            scale=1 / config.group_size if conventions.inverse_group and not mean else 1.0,
+            scale=1 / config.group_size if conventions.inverse_group and mean is None else 1.0,
         )
         factored = conventions.factor and (name.local or angular)
         return _composed(

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from lin_jax.data import Tokenizer
+from lin_jax.data.config import HUB_PREFIX
 from lin_jax.decoding.drafters import KINDS, build_drafter
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.plan import Plan, choose_plan, load_plan, measure_costs, measure_hits, save_plans
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
-from lin_jax.hub.files import HUB_PREFIX, generation_ends, is_checkpoint_folder, resolve
+from lin_jax.hub.files import generation_ends, is_checkpoint_folder, resolve
 from lin_jax.hub.medusa import has_heads
 from lin_jax.hub.medusa import load_heads as load_published_heads
 from lin_jax.hub.pretrained import from_pretrained

@@ -89,12 +89,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     options = parse(sys.argv[1:] if argv is None else argv)
     # Imported only now: help and wrong options should not wait for them.
+    import jax
+
     from lin_jax.hub import commands
 
-    if getattr(options, "dtype", None) == "float64":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
     run: dict[str, Callable[..., Any]] = {
         "import": commands.import_checkpoint,
         "export": commands.export_run,
@@ -103,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = {name: value for name, value in vars(options).items() if not name.startswith(("attention", "command"))}
     if options.command != "export":
         arguments["attention"] = attention_of(options)
-    return run[options.command](**arguments) or 0
+    with jax.enable_x64(arguments.get("dtype") == "float64" or jax.config.read("jax_enable_x64")):
+        return run[options.command](**arguments) or 0
 
 
 if __name__ == "__main__":

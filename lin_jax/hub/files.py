@@ -13,13 +13,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lin_jax.data.config import HUB_PREFIX
 from lin_jax.errors import UserError
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-HUB_PREFIX = "hub:"
 # What is taken from the Hub: never pickled weights, never code.
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -1,5 +1,6 @@
 """Models from Hugging Face folders: `from_pretrained` builds, checks and fills one, tensor by tensor."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,7 +91,8 @@ class Pretrained:
         return self.model
 
     def _remedy(self, problems: list[str]) -> str:
-        if "attention" not in self.description and any("global_factor is unknown" in each for each in problems):
+        published = re.compile(r"\.(global_factor|alpha|dwconv\.weight|dconv_ada\.weight) is unknown")
+        if "attention" not in self.description and any(published.search(each) for each in problems):
             return "; say which attention the model has"
         return ""
 

@@ -173,7 +173,7 @@ def _shards(entries: Mapping[str, Entry], variables: Mapping[Any, Any], most: in
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | Path | None) -> dict[str, int | None]:
-    """Writes a tokenizer's files, and says which tokens begin and end a text."""
+    """Writes a tokenizer's files, or copies them as they are; says which tokens begin and end a text, if it knows."""
     if tokenizer is None:
         return {}
     if not isinstance(tokenizer, Tokenizer):
@@ -183,9 +183,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | Path | None) -> 
                 shutil.copyfile(place / name, folder / name)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{place} holds no tokenizer; give the folder of one")
-        tokenizer = Tokenizer.load(folder)
-    else:
-        tokenizer.save(folder)
+        return {}
+    tokenizer.save(folder)
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 

@@ -6,7 +6,7 @@ only the half that looks back is read. The factor of the grouped branch is store
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +14,8 @@ from flax import nnx
 
 from lin_jax.attention.feature_maps import RandomProjection
 from lin_jax.errors import UserError
+
+_STRIP = 256
 
 
 def same(array: np.ndarray) -> np.ndarray:
@@ -47,21 +49,6 @@ def centred_taps(kernel: np.ndarray) -> np.ndarray:
 def centred_kernel(taps: np.ndarray) -> np.ndarray:
     """The centred kernel `[H, 1, K, 1]` of all taps."""
     return taps[:, None, ::-1, None]
-
-
-class Tensor(Protocol):
-    """A tensor of a checkpoint, which need not be in memory: `np.asarray` reads it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of its axes."""
-
-    @property
-    def dtype(self) -> Any:
-        """Type of its numbers."""
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Reads it."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +145,7 @@ def fill(
         for name, entry in parts:
             tensor = np.asarray(tensors[name])
             note(tensor.nbytes)
-            (buffer if entry.layer is None else buffer[entry.layer])[...] = entry.read(tensor)
+            copy_into(buffer if entry.layer is None else buffer[entry.layer], entry.read(tensor))
         array = place(buffer, None if shardings is None else shardings(path, buffer.shape))
         nnx.update(module, nnx.from_flat_state([(path, variable.replace(array))]))
 
@@ -184,6 +171,16 @@ def written_shape(entry: Entry, variable: Any) -> tuple[int, ...]:
     return entry.write(np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies an array, in strips where it is transposed: some times as fast, for caches hold a strip."""
+    if source.ndim < 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for begin in range(0, source.shape[-1], _STRIP):
+        strip = np.s_[..., begin : begin + _STRIP]
+        target[strip] = source[strip]
+
+
 def place(buffer: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """The array on its devices; with a sharding, each process gives its own devices their parts."""
     if sharding is None:
@@ -206,7 +203,12 @@ def named(state: Any, entries: Entries) -> dict[str, np.ndarray]:
 
 def written(variable: Any, entry: Entry) -> np.ndarray:
     """One tensor as a checkpoint holds it; of a stacked variable only this layer leaves its devices."""
-    return np.ascontiguousarray(entry.write(np.asarray(variable[... if entry.layer is None else entry.layer])))
+    array = entry.write(np.asarray(variable[... if entry.layer is None else entry.layer]))
+    if array.flags.c_contiguous:
+        return array
+    copy = np.empty(array.shape, array.dtype)
+    copy_into(copy, array)
+    return copy
 
 
 def uncovered(module: nnx.Module, entries: Entries) -> list[str]:

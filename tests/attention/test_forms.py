@@ -32,6 +32,7 @@ AUGMENTED = (
     "flash+convolution",
     "linear_angular+convolution",
     "flash_global+local",
+    "square+convolution",
     *(f"{base}+local+convolution" for base in ("softmax", "linformer", "performer", "transnormer", "yoso", "rfa")),
 )
 NAMES = (*REGISTRY, *AUGMENTED)

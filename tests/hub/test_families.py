@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
@@ -101,7 +102,7 @@ def test_transformers_opens_softmax_models(family: str, head: str, tmp_path: Pat
     theirs, report = AUTOMATIC[head].from_pretrained(folder, output_loading_info=True)
     assert type(theirs).__name__ == json.loads((folder / "config.json").read_text())["architectures"][0]
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert getattr(theirs.config, "num_labels", 3) == 3
+    assert head != "classifier" or theirs.config.num_labels == 3
 
 
 @pytest.mark.parametrize(
@@ -120,19 +121,16 @@ def test_another_head(family: str, stored: str, asked: str, tmp_path: Path) -> N
     """The trunk is the checkpoint's, and only what the head adds is new; attention may change at once."""
     model = random_model(family, stored, SOFTMAX)
     folder = save_pretrained(model, tmp_path / "out")
-    other = from_pretrained(folder, head=asked, attention=AUGMENTED if family != "t5" else None)
+    other = from_pretrained(folder, head=asked, attention=AUGMENTED if family in ("bert", "gpt2") else None)
     assert type(other) is FAMILIES[family].heads[asked].model
     trunk = {path[-4:]: value for path, value in variables(model).items() if "layers" in path}
     found = {path[-4:]: value for path, value in variables(other).items() if "layers" in path}
     assert all(np.array_equal(found[path], value) for path, value in trunk.items())
     assert all(np.isfinite(value).all() for value in variables(other).values())
     # What the trunk lacks is no new head.
-    (folder / "model.safetensors").unlink()
-    entries = FAMILIES[family].entries(model)
-    from lin_jax.hub.saving import write_tensors
-
-    first = next(name for name, entry in entries.items() if "layers" in entry.path)
-    write_tensors(model, {n: e for n, e in entries.items() if n != first}, folder, max_shard_bytes=10**9)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(name for name, entry in FAMILIES[family].entries(model).items() if "layers" in entry.path))
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(UserError, match="is missing"):
         from_pretrained(folder, head=asked)
 
