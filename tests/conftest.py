@@ -39,6 +39,13 @@ def _holds(file: Path, pattern: str) -> bool:
         return any(re.match(pattern, key) for key in opened.keys())  # noqa: SIM118 - the handle is no mapping
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Frees a module's compiled programs: a process can map only so many, and XLA crashes beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Double precision for one test."""

@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     importing.add_argument(
         "--tokenizer", metavar="PLACE", help="folder of the tokenizer, or .bin, .model or .vocab file"
     )
+    importing.add_argument("--adapter", metavar="FOLDER", help="PEFT folder of LoRA adapters to merge into the model")
     importing.add_argument("--head", help="what the model is for, such as causal_lm (default: as SOURCE says)")
     importing.add_argument("--seed", type=int, default=0, help="of what the attention adds")
     about = "Makes a folder of what train.py wrote: the model, its tokenizer, and its Medusa heads if there are any."

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer
 from lin_jax.errors import UserError
+from lin_jax.hub.adapters import load_adapters
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.inspect import table
 from lin_jax.hub.llama2c_tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.hub.saving import TOKENIZER_FILES, check_place, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads
+from lin_jax.models.lora import merge_lora
 
 
 def import_checkpoint(
@@ -32,6 +34,7 @@ def import_checkpoint(
     attention: AttentionConfig | None = None,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    adapter: str | None = None,
     head: str | None = None,
     seed: int = 0,
     figures: str | None = None,
@@ -39,6 +42,8 @@ def import_checkpoint(
     overwrite: bool = False,
 ) -> None:
     """Writes a folder from a Hugging Face folder, a repository on the Hub or a file of llama2.c.
+
+    The LoRA adapters of a PEFT folder, if one is given, are merged into the model.
 
     Raises:
         UserError: the source cannot be read as a model, or the folder not be written.
@@ -49,6 +54,9 @@ def import_checkpoint(
     measured = _read_figures(figures)
     with _bar("reading", sum(tensor.nbytes for tensor in opened.tensors.values())) as note:
         model = opened.load(seed=seed, note=note)
+    if adapter is not None:
+        load_adapters(model, adapter)
+        merge_lora(model)
     heads = None
     if opened.folder.is_dir() and has_heads(opened.folder):
         heads = load_heads(opened.folder, model)

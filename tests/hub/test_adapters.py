@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained, save_pretrained
+from lin_jax.hub.__main__ import main
 from lin_jax.hub.adapters import load_adapters, save_adapters
 from lin_jax.hub.families import family_of_model
 from lin_jax.hub.tensors import named
@@ -97,6 +98,8 @@ def test_adapters_in_pytorch_and_back(family: str, tmp_path: Path) -> None:
         load_adapters(back, tmp_path / folder)
         np.testing.assert_array_equal(logits(back), expected)
     assert_merged_alike(back, theirs)
+    main(["import", str(tmp_path / "base"), str(tmp_path / "merged"), "--adapter", str(tmp_path / "theirs")])
+    np.testing.assert_array_equal(logits(from_pretrained(tmp_path / "merged", **DOUBLE)), logits(back))
 
 
 def test_adapters_of_some_layers_that_pytorch_made(tmp_path: Path) -> None:
