@@ -10,6 +10,9 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 
+# Most of the time of a small model's test is compilation.
+jax.config.update("jax_disable_most_optimizations", True)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -23,9 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("holds")
+        holds, family = (metafunc.definition.get_closest_marker(name) for name in ("holds", "family"))
         files = sorted(metafunc.config.getoption("golden").glob("*.safetensors"))
-        files = [file for file in files if marker is None or _holds(file, marker.args[0])]
+        files = [file for file in files if holds is None or _holds(file, holds.args[0])]
+        files = [file for file in files if family is None or file.stem.split("-")[0] in family.args]
         metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
 
 
@@ -33,6 +37,13 @@ def _holds(file: Path, pattern: str) -> bool:
     """Whether a golden file has an array whose name matches."""
     with safe_open(file, "np") as opened:
         return any(re.match(pattern, key) for key in opened.keys())  # noqa: SIM118 - the handle is no mapping
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Frees a module's compiled programs: a process can map only so many, and XLA crashes beyond."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from safetensors import safe_open
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.hub.llama import config_from_huggingface, read_heads, read_llama
+from lin_jax.hub.llama import config_from_huggingface, read_llama
+from lin_jax.hub.medusa import read_heads
 from lin_jax.models import Llama, MedusaHeads
 
 
@@ -43,19 +43,22 @@ class Golden:
         """The token mixer that the settings describe."""
         on = {key for key in ("local", "global", "conv") if self.settings.get(key)}
         names = {
-            frozenset({"local"}): "local",
-            frozenset({"global"}): "grouped",
-            frozenset({"local", "global"}): "local_grouped",
-            frozenset({"local", "conv"}): "local_convolution",
-            frozenset({"global", "conv"}): "grouped_convolution",
-            frozenset({"local", "global", "conv"}): "augmented",
+            frozenset({"local"}): "flash_local",
+            frozenset({"global"}): "flash_global",
+            frozenset({"local", "global"}): "flash_global+local" if self.settings.get("global_factor") else "flash",
+            frozenset({"local", "conv"}): "flash_local+convolution",
+            frozenset({"global", "conv"}): "flash_global+convolution",
+            frozenset({"local", "global", "conv"}): "augmented"
+            if self.settings.get("global_factor")
+            else "flash+convolution",
         }
         if self.settings.get("softmax"):
             return AttentionConfig(name="softmax")
+        name = names[frozenset(on)]
         if self.settings.get("castling"):
-            pytest.skip("the angular (Castling) combination is not among the token mixers yet")
+            name = "linear_angular" + ("+convolution" if "conv" in on else "")
         return AttentionConfig(
-            name=names[frozenset(on)],
+            name=name,
             group_size=self.config["group_size"],
             kernel_size=self.config.get("kernel_size") or 1,
             local_score="yoso" if self.settings.get("yoso") else "relu_squared",
@@ -66,10 +69,6 @@ class Golden:
         config = replace(config_from_huggingface(self.config, self.attention), dtype=dtype, param_dtype=dtype)
         model = Llama(config, rngs=nnx.Rngs(0))
         weights = {name.removeprefix("base_model."): value for name, value in self.weights.items()}
-        if self.settings.get("global") and not self.settings.get("global_factor"):
-            # The plain sum of both branches: a factor of one that is not stored.
-            names = (f"model.layers.{layer}.self_attn.global_factor" for layer in range(config.num_layers))
-            weights |= {name: np.ones(1, np.float32) for name in names}
         read_llama(model, {name: value for name, value in weights.items() if not name.startswith("medusa_head")})
         return model
 

@@ -93,7 +93,7 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ("argv", "message"),
     [
         (("nowhere", "x"), "nowhere"),
-        (("RUN", "x", "--tree", "chain:9", "--drafter", "ngram"), "groups hold 8 tokens"),
+        (("RUN", "x", "--tree", "chain:9", "--drafter", "ngram"), "a group holds 8 tokens"),
         (("RUN", "x", "--tree", "0;2,2"), "has no parent"),
         (("RUN", "x", "--tree", "0;5", "--drafter", "ngram"), "the drafter offers"),
         (("RUN", "some long prompt", "--max-prompt-tokens", "2"), "2 are allowed"),

@@ -1,14 +1,23 @@
 """Rows cut into group-sized chunks: which keys a chunk scores directly, and which it reads from the memory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from lin_jax.attention.grouped import carried_documents, fold, scan_memory
+from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout, first_document
-from lin_jax.attention.pairs import PairMasks, causal_masks
+from lin_jax.attention.memory import carried_documents, scan_memory
+from lin_jax.attention.pairs import PairMasks, causal_masks, per_head
 from lin_jax.attention.state import AugmentedState
+
+
+def cut(x: Array, size: int, front: int = 0) -> Array:
+    """Rows `[B, T, ...]` as chunks `[B, n, size, ...]`, with zeros before them and to fill the last one up."""
+    back = -(x.shape[1] + front) % size
+    padded = jnp.pad(x, ((0, 0), (front, back), *((0, 0),) * (x.ndim - 2)))
+    return padded.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,7 @@ class Chunks:
     values: Array  # [B, m, G, K, E]
     documents: Array  # [B, m, G]
     positions: Array  # [B, m, G]
+    present: Array | None  # [B, n, G], where rows are aligned and not all tokens are present
     first: Array  # [B]
     length: int
     aligned: bool
@@ -40,7 +50,7 @@ class Chunks:
         size: int,
     ) -> "Chunks":
         """Cuts rows up, with the state's unfinished group (or emptiness) as the chunk before them."""
-        batch, length = keys.shape[:2]
+        length = keys.shape[1]
         aligned = layout.aligned and state is None
         first = first_document(layout.documents)
         documents, positions = layout.documents, layout.positions
@@ -53,13 +63,18 @@ class Chunks:
             values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
             documents = jnp.concatenate([held.astype(documents.dtype), documents], axis=1)
             positions = jnp.concatenate([slots.astype(positions.dtype), positions], axis=1)
-        back = -length % size
-
-        def cut(x: Array, front: int = front) -> Array:
-            padded = jnp.pad(x, ((0, 0), (front, back), *((0, 0),) * (x.ndim - 2)))
-            return padded.reshape(batch, -1, size, *x.shape[2:])
-
-        return cls(cut(queries, 0), cut(keys), cut(values), cut(documents), cut(positions), first, length, aligned)
+        present = None if layout.present is None or not aligned else cut(layout.present, size)
+        return cls(
+            queries=cut(queries, size),
+            keys=cut(keys, size, front),
+            values=cut(values, size, front),
+            documents=cut(documents, size, front),
+            positions=cut(positions, size, front),
+            present=present,
+            first=first,
+            length=length,
+            aligned=aligned,
+        )
 
     def _window(self, chunks: Array) -> Array:
         return chunks if self.aligned else jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=2)
@@ -83,11 +98,23 @@ class Chunks:
         """Which pairs of a chunk's queries and its window's keys meet."""
         if self.aligned:
             size = self.keys.shape[2]
-            return PairMasks(jnp.tri(size, dtype=bool)[None, None], None)
+            causal = jnp.tri(size, dtype=bool)[None, None]
+            return PairMasks(causal if self.present is None else causal & self.present[:, :, None, :], None)
         count = self.queries.shape[1]
         documents = self._window(self.documents)
         together = (self._query_documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None, :]
         return causal_masks(self.positions[:, -count:], self._window(self.positions), self.queries.shape[2], together)
+
+    def bias(self, bias: RelativeBias | None) -> Array | None:
+        """The relative bias `[B, n, K, R, G, M]` of a chunk's queries and its window's keys."""
+        if bias is None:
+            return None
+        if self.aligned:
+            order = jnp.arange(self.keys.shape[2])
+            between = bias.between(order, order)[None, None]
+        else:
+            between = bias.between(self.positions[:, -self.queries.shape[1] :], self._window(self.positions))
+        return per_head(between, self.keys.shape[3])
 
     @property
     def _carried(self) -> Array:
@@ -101,15 +128,16 @@ class Chunks:
         speaks_of = jnp.concatenate([self.first[:, None], self._carried[:, :-1]], axis=1)
         return self._query_documents == speaks_of[:, : self.queries.shape[1], None]
 
-    def memories(self, initial: Array, *, whole: bool) -> tuple[Array, Array]:
-        """The memory `[B, n, K, D, E]` before each window and, if `whole`, the one after the row.
+    def memories(self, initial: Array, fold: Callable[..., Array], *, whole: bool) -> tuple[Array, Array]:
+        """The memory `[B, n, K, M, E]` before each window and, if `whole`, the one after the row.
 
-        The unfinished group at the end of each row is left out of it.
+        The unfinished group at the end of each row is left out. `fold(keys, values, included)` is what tokens add.
         """
         count = self.queries.shape[1]
         used = self.keys.shape[1] if whole else count - 1
         keys, values = self.keys[:, :used], self.values[:, :used]
-        included = keep = None
+        keep = None
+        included = None if self.present is None else self.present[:, :used]
         if not self.aligned:
             carried = self._carried
             previous = jnp.concatenate([self.first[:, None], carried[:, :-1]], axis=1)

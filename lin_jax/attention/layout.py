@@ -17,16 +17,26 @@ class Layout:
             the state, where one is given).
         documents: `[B, T]` number of the document a token belongs to; equal numbers stand side by side, 0 is padding.
         aligned: whether every row is one document that begins at position 0, so that groups are slices of the row.
+        present: `[B, T]` which tokens may be attended to; None means all that belong to a document. Tokens that are not
+            present still have positions and outputs, which nothing else depends on.
     """
 
     positions: Int[Array, "B T"]
     documents: Int[Array, "B T"]
     aligned: bool = field(default=False, metadata={"static": True})
+    present: Bool[Array, "B T"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
-        """Which tokens are real, not padding."""
-        return self.documents > 0
+        """Which tokens are real, not padding: those that may be attended to."""
+        return self.documents > 0 if self.present is None else self.present
+
+    @property
+    def pairs(self) -> Bool[Array, "#B T T"]:
+        """Which (query, key) pairs belong together: a present key of the query's document."""
+        if self.aligned:
+            return jnp.broadcast_to(self.valid[:, None, :], (*self.documents.shape, self.documents.shape[1]))
+        return (self.documents[:, :, None] == self.documents[:, None, :]) & self.valid[:, None, :]
 
     @property
     def lengths(self) -> Int[Array, " B"]:
@@ -38,6 +48,15 @@ def whole_rows(batch: int, length: int) -> Layout:
     """The layout of rows that are one document each, without padding, from position 0."""
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     return Layout(positions, jnp.ones_like(positions), aligned=True)
+
+
+def masked_rows(mask: Bool[Array, "B T"]) -> Layout:
+    """The layout of rows that are one document each, of which the mask leaves tokens out.
+
+    Positions count the whole row, masked tokens included, as in Hugging Face's encoders.
+    """
+    whole = whole_rows(*mask.shape)
+    return Layout(whole.positions, whole.documents, aligned=True, present=mask.astype(bool))
 
 
 def packed_rows(documents: Int[Array, "B T"], start: Int[Array, " B"] | None = None) -> Layout:

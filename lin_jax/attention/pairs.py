@@ -5,6 +5,7 @@ Throughout, query heads are split into `K` key/value heads times `R` queries tha
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -33,6 +34,12 @@ def merge_heads(outputs: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch
     """The inverse of `split_heads`."""
     *lead, kv_heads, share, size = outputs.shape
     return outputs.reshape(*lead, kv_heads * share, size)
+
+
+def per_head(bias: Float[Array, "*batch H T S"], kv_heads: int) -> Float[Array, "*batch K R T S"]:
+    """Splits the head axis of a bias like `split_heads` does that of queries."""
+    *lead, heads, rows, columns = bias.shape
+    return bias.reshape(*lead, kv_heads, heads // kv_heads, rows, columns)
 
 
 def pair_scores(
@@ -66,3 +73,11 @@ def causal_masks(
     query, key = query_positions[..., :, None], key_positions[..., None, :]
     same = query // group_size == key // group_size
     return PairMasks(together & same & (key <= query), together & (key // group_size < query // group_size))
+
+
+def unit(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """Vectors scaled to length one over the last axis; a zero vector stays zero and has a zero gradient."""
+    wide = vectors.astype(accumulation_dtype(vectors.dtype))
+    square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+    scale = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    return (wide * scale).astype(vectors.dtype)

@@ -1,67 +1,339 @@
-"""Token mixers by name."""
+"""Token mixers by name: an attention, and the augmentation behind it, as in `performer+local+convolution`."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
 
-from lin_jax.attention.augmented import AugmentedAttention
-from lin_jax.attention.local import LOCAL_SCORES
-from lin_jax.attention.mixer import AttentionConfig, TokenMixer
-from lin_jax.attention.softmax import SoftmaxAttention
+from lin_jax.attention.augmentation import WrappedAttention
+from lin_jax.attention.composition import ComposedAttention
+from lin_jax.attention.convolution import Convolution
+from lin_jax.attention.feature_maps import (
+    EluPlusOne,
+    FeatureMap,
+    HashCollisions,
+    Identity,
+    PositiveRandomFeatures,
+    RandomFourierFeatures,
+    Relu,
+)
+from lin_jax.attention.full import FullAttention
+from lin_jax.attention.linear import LinearBranch
+from lin_jax.attention.linformer import LinformerAttention
+from lin_jax.attention.local import LOCAL_SCORES, LocalBranch
+from lin_jax.attention.mixer import AttentionConfig, Conventions, Form
+from lin_jax.attention.transnormer import TransNormerAttention
+from lin_jax.attention.yoso import YosoAttention
 from lin_jax.errors import UserError
 
-Builder = Callable[[AttentionConfig, int, int, int, Any], TokenMixer]
+ALIASES = {"augmented": "flash_global+local+convolution"}
+AUGMENTATIONS = ("local", "convolution")
+ANY_SIDE: tuple[Form, ...] = ("causal", "bidirectional")
+ANY: tuple[Form, ...] = ("causal", "bidirectional", "cross")
 
 
-def _augmented(*, local: bool, grouped: bool, convolution: bool) -> Builder:
-    """A builder of the composition with the given branches."""
+class Name(NamedTuple):
+    """What an attention's name says: the base, and what is added to it."""
 
-    def build(
-        config: AttentionConfig, heads: int, kv_heads: int, head_dim: int, param_dtype: Any
-    ) -> AugmentedAttention:
-        if config.local_score not in LOCAL_SCORES:
-            raise UserError(
-                f"attention.local_score '{config.local_score}' is unknown; choose one of {', '.join(LOCAL_SCORES)}"
-            )
-        return AugmentedAttention(
-            heads,
-            kv_heads,
-            head_dim,
-            group_size=config.group_size,
-            local=LOCAL_SCORES[config.local_score] if local else None,
-            grouped=grouped,
-            kernel_size=config.kernel_size if convolution else None,
-            initial_alpha=config.initial_alpha,
-            param_dtype=param_dtype,
+    base: str
+    local: bool
+    convolution: bool
+
+
+def parse_name(name: str) -> Name:
+    """Takes a name apart.
+
+    Raises:
+        UserError: the base or an addition is unknown, or the base has a local branch of its own already.
+    """
+    base, *added = ALIASES.get(name, name).split("+")
+    if base not in REGISTRY:
+        known = ", ".join([*ALIASES, *REGISTRY])
+        raise UserError(
+            f"attention.name '{name}' is unknown; choose one of {known}, with +local or +convolution behind it"
+        )
+    if unknown := [part for part in added if part not in AUGMENTATIONS]:
+        raise UserError(f"attention.name '{name}': '+{unknown[0]}' is unknown; add +local, +convolution or both")
+    if "local" in added and REGISTRY[base].has_local:
+        raise UserError(f"attention.name '{name}': {base} has a local branch already; leave +local away")
+    return Name(base, "local" in added, "convolution" in added)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a mixer is built for.
+
+    Attributes:
+        form: causal, bidirectional or cross.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        head_dim: size D of queries and keys as the mixer gets them.
+        value_dim: size E of values.
+        conventions: the model's.
+        layer: number of the layer.
+        param_dtype: type of the parameters.
+        rngs: random keys.
+    """
+
+    form: Form
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    conventions: Conventions
+    layer: int | Array
+    param_dtype: Any
+    rngs: nnx.Rngs
+
+
+Builder = Callable[[AttentionConfig, Name, Sizes], Any]
+
+
+class Entry(NamedTuple):
+    """An attention of the registry.
+
+    Attributes:
+        build: makes it.
+        forms: what it can be.
+        has_local: whether it has a local branch of its own.
+        growing: whether its state grows with the text.
+    """
+
+    build: Builder
+    forms: tuple[Form, ...]
+    has_local: bool = False
+    growing: bool = False
+
+
+def _local(config: AttentionConfig, sizes: Sizes, *, unit: bool) -> LocalBranch:
+    if config.local_score not in LOCAL_SCORES:
+        raise UserError(
+            f"attention.local_score '{config.local_score}' is unknown; choose one of {', '.join(LOCAL_SCORES)}"
+        )
+    conventions = sizes.conventions
+    return LocalBranch(
+        LOCAL_SCORES[config.local_score],
+        unit=unit,
+        scale=1 / config.group_size if conventions.inverse_group else 1.0,
+        bias=conventions.bias,
+        size=sizes.head_dim // 2 if conventions.separate else None,
+    )
+
+
+def _convolution(config: AttentionConfig, name: Name, sizes: Sizes) -> Convolution | None:
+    if not name.convolution or sizes.form == "cross":
+        return None
+    return Convolution(
+        config.kernel_size,
+        sizes.heads,
+        sizes.kv_heads,
+        centred=sizes.form == "bidirectional" and sizes.conventions.centred,
+        read_padding=config.convolve_padding,
+        param_dtype=sizes.param_dtype,
+    )
+
+
+def _composed(config: AttentionConfig, sizes: Sizes, **parts: Any) -> ComposedAttention:
+    return ComposedAttention(
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.value_dim,
+        group_size=config.group_size,
+        param_dtype=sizes.param_dtype,
+        **parts,
+    )
+
+
+def _flash(*, local: bool, grouped: bool, angular: bool = False) -> Builder:
+    """A builder of FLASH's branches over unit queries and keys."""
+
+    def build(config: AttentionConfig, name: Name, sizes: Sizes) -> ComposedAttention:
+        conventions = sizes.conventions
+        bidirectional = sizes.form == "bidirectional"
+        start = sizes.head_dim // 2 if conventions.separate else 0
+        mean: Any = None
+        if conventions.inverse_group and bidirectional:
+            mean = "row" if conventions.length == "row" else "present"
+        linear = LinearBranch(
+            Identity(sizes.head_dim - start, start),
+            reach="earlier",
+            scale=1 / config.group_size if conventions.inverse_group and mean is None else 1.0,
+        )
+        factored = conventions.factor and (name.local or angular)
+        return _composed(
+            config,
+            sizes,
+            local=_local(config, sizes, unit=False) if local or name.local else None,
+            linear=linear if grouped else None,
+            convolution=_convolution(config, name, sizes),
+            initial_alpha=config.initial_alpha if factored else None,
+            unit_inputs=conventions.unit,
+            unit_values=conventions.unit_values,
+            angular=angular,
+            merged_norm=conventions.merged_norm,
+            mean=mean,
         )
 
     return build
 
 
-def _softmax(config: AttentionConfig, heads: int, kv_heads: int, head_dim: int, param_dtype: Any) -> SoftmaxAttention:
-    return SoftmaxAttention(kv_heads, head_dim)
+def _kernel(features: Callable[[AttentionConfig, Sizes], FeatureMap], finish: str) -> Builder:
+    """A builder of linear attention over all keys, by a feature map."""
+
+    def build(config: AttentionConfig, name: Name, sizes: Sizes) -> ComposedAttention:
+        return _composed(
+            config,
+            sizes,
+            local=_local(config, sizes, unit=True) if name.local else None,
+            linear=LinearBranch(features(config, sizes), reach="all", finish=finish),
+            convolution=_convolution(config, name, sizes),
+            initial_alpha=config.initial_alpha if name.local else None,
+        )
+
+    return build
 
 
-REGISTRY: dict[str, Builder] = {
-    "augmented": _augmented(local=True, grouped=True, convolution=True),
-    "grouped": _augmented(local=False, grouped=True, convolution=False),
-    "grouped_convolution": _augmented(local=False, grouped=True, convolution=True),
-    "local": _augmented(local=True, grouped=False, convolution=False),
-    "local_convolution": _augmented(local=True, grouped=False, convolution=True),
-    "local_grouped": _augmented(local=True, grouped=True, convolution=False),
-    "softmax": _softmax,
+def _wrapped(build_base: Callable[[AttentionConfig, Sizes], Any]) -> Builder:
+    """A builder of any other attention, with the augmentation around it if the name has one."""
+
+    def build(config: AttentionConfig, name: Name, sizes: Sizes) -> Any:
+        base = build_base(config, sizes)
+        convolution = _convolution(config, name, sizes)
+        if not name.local and convolution is None:
+            return base
+        around = _composed(
+            config,
+            sizes,
+            local=_local(config, sizes, unit=True) if name.local else None,
+            convolution=convolution,
+        )
+        alpha = config.initial_alpha if name.local else None
+        return WrappedAttention(base, around, initial_alpha=alpha, param_dtype=sizes.param_dtype)
+
+    return build
+
+
+def _full(config: AttentionConfig, sizes: Sizes, weights: Any) -> FullAttention:
+    return FullAttention(
+        sizes.kv_heads, sizes.head_dim, sizes.value_dim, weights=weights, conventions=sizes.conventions
+    )
+
+
+def _linformer(config: AttentionConfig, sizes: Sizes) -> LinformerAttention:
+    if config.rank > config.group_size:
+        raise UserError(
+            f"attention.rank {config.rank} is more than attention.group_size {config.group_size}; give fewer summaries"
+        )
+    return LinformerAttention(
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.value_dim,
+        group_size=config.group_size,
+        rank=config.rank,
+        param_dtype=sizes.param_dtype,
+    )
+
+
+def _transnormer(config: AttentionConfig, sizes: Sizes) -> TransNormerAttention:
+    features = EluPlusOne(sizes.head_dim)
+    return TransNormerAttention(
+        _composed(config, sizes, local=LocalBranch(None, scale=sizes.head_dim**-0.5, bias="scores")),
+        _composed(config, sizes, linear=LinearBranch(features, reach="all", finish="root_mean_square")),
+        layer=sizes.layer,
+        diagonal_layers=config.diagonal_layers,
+    )
+
+
+def _yoso(config: AttentionConfig, sizes: Sizes) -> YosoAttention:
+    features = HashCollisions(sizes.head_dim, config.hashes, config.hash_bits, rngs=sizes.rngs)
+    linear = LinearBranch(features, reach="all", finish="unit")
+    return YosoAttention(_composed(config, sizes, linear=linear), config.hash_bits)
+
+
+def _random_features(config: AttentionConfig, sizes: Sizes) -> int:
+    return config.features or 2 * sizes.head_dim
+
+
+REGISTRY: dict[str, Entry] = {
+    "softmax": Entry(_wrapped(lambda config, sizes: _full(config, sizes, "softmax")), ANY, growing=True),
+    "flash_local": Entry(_flash(local=True, grouped=False), ANY, has_local=True),
+    "flash_global": Entry(_flash(local=False, grouped=True), ANY),
+    "flash": Entry(_flash(local=True, grouped=True), ANY, has_local=True),
+    "linformer": Entry(_wrapped(_linformer), ANY_SIDE, growing=True),
+    "performer": Entry(
+        _kernel(
+            lambda config, sizes: PositiveRandomFeatures(
+                sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
+            ),
+            "divided",
+        ),
+        ANY,
+    ),
+    "transnormer": Entry(_wrapped(_transnormer), ANY_SIDE),
+    "yoso": Entry(_wrapped(_yoso), ANY_SIDE),
+    "relu": Entry(_kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY),
+    "rfa": Entry(
+        _kernel(
+            lambda config, sizes: RandomFourierFeatures(
+                sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
+            ),
+            "divided_above_floor",
+        ),
+        ANY,
+    ),
+    "linear_angular": Entry(_flash(local=True, grouped=True, angular=True), ANY_SIDE, has_local=True),
+    "square": Entry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
 }
 
 
 def build_mixer(
-    config: AttentionConfig, *, heads: int, kv_heads: int, head_dim: int, param_dtype: Any = jnp.float32
-) -> TokenMixer:
-    """The token mixer that a configuration names.
+    config: AttentionConfig,
+    *,
+    form: Form = "causal",
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    conventions: Conventions | None = None,
+    layer: int | Array = 0,
+    param_dtype: Any = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Any:
+    """The token mixer that a configuration names: a `TokenMixer`, `BidirectionalMixer` or `CrossMixer` by its form.
+
+    Args:
+        config: its name and sizes.
+        form: what it will be used as.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        head_dim: size D of queries and keys as the mixer gets them.
+        value_dim: size E of values; None means D.
+        conventions: the model's; None is those of LLaMA and GPT-2.
+        layer: number of the layer, from 0.
+        param_dtype: type of the parameters.
+        rngs: random keys.
 
     Raises:
-        UserError: no mixer or score function has the configured name.
+        UserError: no attention or score function has the configured name, or it does not have this form.
     """
-    if config.name not in REGISTRY:
-        raise UserError(f"attention.name '{config.name}' is unknown; choose one of {', '.join(sorted(REGISTRY))}")
-    return REGISTRY[config.name](config, heads, kv_heads, head_dim, param_dtype)
+    name = parse_name(config.name)
+    entry = REGISTRY[name.base]
+    if form not in entry.forms:
+        able = ", ".join(other for other, entry in REGISTRY.items() if form in entry.forms)
+        raise UserError(f"attention.name '{config.name}' has no {form} form; choose one of {able}")
+    value_dim = head_dim if value_dim is None else value_dim
+    conventions = conventions or Conventions()
+    return entry.build(
+        config, name, Sizes(form, heads, kv_heads, head_dim, value_dim, conventions, layer, param_dtype, rngs)
+    )
+
+
+def longest_path(config: AttentionConfig) -> int | None:
+    """How deep a draft tree may be below its root: less than a group, but for attention that knows no groups (None)."""
+    name = parse_name(config.name)
+    if name.base in ("softmax", "square") and not name.local:
+        return None
+    return config.group_size - 1

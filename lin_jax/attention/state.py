@@ -1,15 +1,18 @@
 """The constant-size state of augmented linear attention, and how it moves on: by a path of nodes, or by whole rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.convolution import shift_window
-from lin_jax.attention.grouped import fold
 from lin_jax.attention.layout import Layout, first_document
 from lin_jax.attention.mixer import Nodes
+from lin_jax.attention.pairs import PairMasks, causal_masks
+from lin_jax.attention.tree import TreeArrays
 
 
 @jax.tree_util.register_dataclass
@@ -18,26 +21,71 @@ class AugmentedState:
     """What `B` sequences leave behind, at a size that does not grow. Parts that the mixer lacks are None.
 
     Attributes:
-        memory: `[B, K, D, E]` `sum k v^T` over finished groups, float32 or better.
+        memory: `[B, K, M, E]` `sum phi(k) v^T` over finished groups (with the normaliser behind the values, if there is
+            one), float32 or better.
         keys: `[B, G, K, D]` keys of the unfinished group, position p in slot `p % G`.
         values: `[B, G, K, E]` its values.
         window: `[B, W-1, K, E]` the last values, newest last.
         position: `[B]` tokens consumed so far.
     """
 
-    memory: Float[Array, "*layers B K D E"] | None
+    memory: Float[Array, "*layers B K M E"] | None
     keys: Float[Array, "*layers B G K D"]
     values: Float[Array, "*layers B G K E"]
     window: Float[Array, "*layers B W_1 K E"] | None
     position: Int[Array, "*layers B"]
 
 
-def commit_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
-    """The state after the first `length` (at most G) nodes of the path, row by row.
+class TreePairs(NamedTuple):
+    """The pairs that a tree's nodes score on top of a state: with the unfinished group's tokens, and with each other.
 
-    A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
-    that plain decoding uses, so that both leave the same bits.
+    Attributes:
+        positions: `[B, N]` of the nodes.
+        key_positions: `[B, G + N]` of the unfinished group's slots and of the nodes.
+        masks: which pairs meet, and in which branch.
+        keys: `[B, G + N, K, D]`.
+        values: `[B, G + N, K, E]`.
     """
+
+    positions: Int[Array, "B N"]
+    key_positions: Int[Array, "B M"]
+    masks: PairMasks
+    keys: Float[Array, "B M K D"]
+    values: Float[Array, "B M K E"]
+
+    @classmethod
+    def of(cls, state: AugmentedState, nodes: Nodes, tree: TreeArrays) -> "TreePairs":
+        """The pairs of a tree whose nodes have the given keys and values."""
+        size = state.keys.shape[1]
+        slots = (state.position // size * size)[:, None] + jnp.arange(size)
+        positions = state.position[:, None] + tree.depth
+        held = jnp.broadcast_to((slots < state.position[:, None])[:, None], (*positions.shape, size))
+        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, tree.ancestors.shape[-1]))
+        key_positions = jnp.concatenate([slots, positions], axis=1)
+        masks = causal_masks(positions, key_positions, size, jnp.concatenate([held, ancestors], axis=2))
+        keys = jnp.concatenate([state.keys.astype(nodes.keys.dtype), nodes.keys], axis=1)
+        values = jnp.concatenate([state.values.astype(nodes.values.dtype), nodes.values], axis=1)
+        return cls(positions, key_positions, masks, keys, values)
+
+
+class Joined(NamedTuple):
+    """An unfinished group and a path that follows it, slot by slot.
+
+    Attributes:
+        group: the group in which the path begins, as far as it is filled.
+        buffer: the group in which the path ends; slots beyond its end hold anything.
+        finished: `[B]` whether they differ.
+        position: `[B]` tokens consumed after the path.
+    """
+
+    group: Nodes
+    buffer: Nodes
+    finished: Bool[Array, " B"]
+    position: Int[Array, " B"]
+
+
+def join(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> Joined:
+    """The first `length` (at most G) nodes of a path behind the unfinished group, row by row."""
     size = state.keys.shape[1]
     filled = state.position % size
     position = state.position + length.astype(state.position.dtype)
@@ -54,16 +102,29 @@ def commit_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) ->
 
     group_keys, new_keys = merge(state.keys, path.keys)
     group_values, new_values = merge(state.values, path.values)
+    finished = position // size > state.position // size
+    return Joined(Nodes(group_keys, group_values), Nodes(new_keys, new_values), finished, position)
+
+
+def commit_path(
+    state: AugmentedState, path: Nodes, length: Int[Array, " B"], fold: Callable[[Array, Array], Array]
+) -> AugmentedState:
+    """The state after the first `length` (at most G) nodes of the path, row by row.
+
+    A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
+    that plain decoding uses, so that both leave the same bits. `fold(keys, values)` is what a group adds to the memory.
+    """
+    joined = join(state, path, length)
     memory = state.memory
     if memory is not None:
-        finished = (position // size > state.position // size)[:, None, None, None]
+        finished = joined.finished[:, None, None, None]
         memory = jax.lax.cond(
             jnp.any(finished),
-            lambda: jnp.where(finished, memory + fold(group_keys, group_values), memory),
+            lambda: jnp.where(finished, memory + fold(*joined.group), memory),
             lambda: memory,
         )
     window = None if state.window is None else shift_window(state.window, path.values, length)
-    return AugmentedState(memory, new_keys, new_values, window, position)
+    return AugmentedState(memory, *joined.buffer, window, joined.position)
 
 
 def advance(state: AugmentedState, keys: Array, values: Array, layout: Layout, memory: Array | None) -> AugmentedState:

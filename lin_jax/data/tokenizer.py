@@ -96,6 +96,7 @@ class Tokenizer:
             name.removeprefix(HUB_PREFIX),
             trust_remote_code=False,
             local_files_only=not name.startswith(HUB_PREFIX),
+            **_neutral_config(Path(name) / "config.json"),
         )
         backend = getattr(pretrained, "backend_tokenizer", None)
         if backend is None:
@@ -170,6 +171,15 @@ class Tokenizer:
         # transformers 5 keeps these in tokenizer_config.json; readers of other languages look for this file.
         named = {name: str(token) for name, token in pretrained.special_tokens_map.items() if isinstance(token, str)}
         (Path(folder) / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n")
+
+
+def _neutral_config(path: Path) -> dict[str, Any]:
+    """An empty configuration in place of one of a type that transformers does not know, which it would warn about."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("model_type") in CONFIG_MAPPING:
+        return {}
+    return {"config": PretrainedConfig()}
 
 
 def prepare_tokenizer(config: DataConfig, documents: "Sequence[Document] | IterableDataset") -> Tokenizer:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lin_jax.decoding.sampling import Sampling, perturb
-from lin_jax.models import Llama
+from lin_jax.models import CausalModel
 
 # Logits of one text, summed up in another order, differ by some hundred units in the last place.
 ROUNDING = 1e-5
@@ -20,7 +20,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 
 def is_rounding_tie(
-    model: Llama,
+    model: CausalModel,
     prompt: Sequence[int],
     one: Sequence[int],
     other: Sequence[int],

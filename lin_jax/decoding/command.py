@@ -33,7 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "the same, only the time differs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="run folder that train.py wrote")
+    parser.add_argument("model", metavar="MODEL", help="run folder that train.py wrote, or Hugging Face folder")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to go on from")
     text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")
@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--drafter", default=None, choices=KINDS, help="where guesses come from (default: all there are)"
     )
-    parser.add_argument("--heads", metavar="DIR", help="run folder of Medusa heads (default: MODEL/heads)")
+    parser.add_argument("--heads", metavar="DIR", help="folder of Medusa heads (default: those inside MODEL)")
     parser.add_argument(
         "--tree",
         default="auto",

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lin_jax.attention import longest_path
 from lin_jax.decoding.drafters import Drafter, NoDrafter
 from lin_jax.decoding.loop import PROMPT, LoopState, prefill_piece, run, start
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
-from lin_jax.models import Llama
+from lin_jax.models import CausalModel
 
 GREEDY = Sampling()
 
@@ -73,7 +74,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Llama,
+        model: CausalModel,
         *,
         drafter: Drafter | None = None,
         tree: DraftTree | None = None,
@@ -174,7 +175,7 @@ class Generator:
         """Reads the prompts, piece by piece, and chooses the first tokens; arguments as in `generate`.
 
         Raises:
-            UserError: there is no prompt, an empty one, or nothing to generate.
+            UserError: there is no prompt, an empty one, nothing to generate, or more than the model has positions for.
         """
         if max_new_tokens < 1:
             raise UserError(f"the number of new tokens is {max_new_tokens}; give at least 1")
@@ -182,6 +183,7 @@ class Generator:
             raise UserError("a prompt holds no token; give at least one (the end-of-text token will do)")
         batch = len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        _check_positions(self.model, int(lengths.max()), max_new_tokens)
         capacity = _bucket(int(lengths.max()) + max_new_tokens)
         tokens = np.zeros((batch, max(capacity, _round_up(int(lengths.max()), self.piece))), np.int32)
         for row, prompt in enumerate(prompts):
@@ -258,14 +260,24 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def _check(model: Llama, drafter: Drafter, tree: DraftTree) -> None:
+def _check(model: CausalModel, drafter: Drafter, tree: DraftTree) -> None:
     if tree.depth > drafter.depth or tree.width > drafter.width:
         raise UserError(
             f"the draft tree is {tree.depth} deep and {tree.width} wide, the drafter offers {drafter.depth} by "
             f"{drafter.width} guesses; give a smaller tree or another drafter"
         )
-    group_size = model.config.attention.group_size
-    if model.config.attention.name != "softmax" and tree.depth >= group_size:
+    longest = longest_path(model.config.attention)
+    if longest is not None and tree.depth > longest:
         raise UserError(
-            f"the draft tree is {tree.depth} deep, the groups hold {group_size} tokens; give a tree less deep than that"
+            f"the draft tree is {tree.depth} deep, a group holds {longest + 1} tokens; give a tree less deep than that"
+        )
+
+
+def _check_positions(model: CausalModel, prompt: int, new: int) -> None:
+    """Refuses texts that are longer than a model with learnt positions knows; the last token is never read."""
+    positions = getattr(model.config, "max_positions", None)
+    if positions is not None and prompt + new - 1 > positions:
+        raise UserError(
+            f"a prompt of {prompt} tokens and {new} new ones do not fit into the model's {positions} positions; "
+            "shorten the prompt, or ask for fewer tokens"
         )

@@ -12,7 +12,7 @@ from lin_jax.decoding.acceptance import Accepted, accept
 from lin_jax.decoding.drafters import DraftContext, Drafter
 from lin_jax.decoding.sampling import Sampling, choose
 from lin_jax.decoding.tree import DraftTree
-from lin_jax.models import Llama
+from lin_jax.models import CausalModel
 
 # Who chose a token of the output.
 PROMPT, TARGET, DRAFT = 0, 1, 2
@@ -52,7 +52,7 @@ class LoopState:
 
 @partial(jax.jit, donate_argnames=("state", "hidden"))
 def prefill_piece(
-    model: Llama, state: Any, hidden: Float[Array, "B E"], tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    model: CausalModel, state: Any, hidden: Float[Array, "B E"], tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> tuple[Any, Float[Array, "B E"]]:
     """Consumes one piece of every prompt, `lengths` tokens of each row: the state, and the last hidden vector."""
     outputs, state = model.prefill(tokens, lengths, state)
@@ -62,7 +62,7 @@ def prefill_piece(
 
 @partial(jax.jit, static_argnames=("tree", "sampling", "end_tokens"), donate_argnames=("state",))
 def start(
-    model: Llama, state: LoopState, *, tree: DraftTree, sampling: Sampling, end_tokens: tuple[int, ...]
+    model: CausalModel, state: LoopState, *, tree: DraftTree, sampling: Sampling, end_tokens: tuple[int, ...]
 ) -> LoopState:
     """Chooses the first token of every row from what the prefill left."""
     logits = model.logits(state.hidden[:, None])
@@ -74,7 +74,7 @@ def start(
 
 @partial(jax.jit, static_argnames=("tree", "sampling", "end_tokens"), donate_argnames=("state",))
 def run(
-    model: Llama,
+    model: CausalModel,
     drafter: Drafter,
     state: LoopState,
     max_steps: Int[Array, ""],
@@ -95,7 +95,12 @@ def run(
 
 
 def _step(
-    model: Llama, drafter: Drafter, state: LoopState, tree: DraftTree, sampling: Sampling, end_tokens: tuple[int, ...]
+    model: CausalModel,
+    drafter: Drafter,
+    state: LoopState,
+    tree: DraftTree,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
 ) -> LoopState:
     """One target step: the tree is drafted, verified, its longest valid path accepted and committed."""
     root = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]

@@ -21,7 +21,7 @@ from lin_jax.decoding.drafters import DraftContext, Drafter, MedusaDrafter
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.tree import DraftTree, Path
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, MedusaHeads
+from lin_jax.models import CausalModel, MedusaHeads
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 
@@ -91,7 +91,7 @@ class _SilentDrafter(nnx.Module):
 
 
 def measure_costs(
-    model: Llama, heads: MedusaHeads | None, *, sizes: Sequence[int] = SIZES, steps: int = 48, rounds: int = 3
+    model: CausalModel, heads: MedusaHeads | None, *, sizes: Sequence[int] = SIZES, steps: int = 48, rounds: int = 3
 ) -> Costs:
     """Times steps over trees of several sizes, in turn, and takes each one's median."""
     prompt = list(range(1, 17))
@@ -117,7 +117,7 @@ def _seconds_per_step(generator: Generator, prompt: Sequence[int], steps: int) -
 
 
 def measure_hits(
-    model: Llama, drafter: Drafter, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+    model: CausalModel, drafter: Drafter, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> Bool[np.ndarray, "P M R"]:
     """Where a drafter's guesses would have been right, at every position of texts that the model wrote.
 
@@ -145,7 +145,7 @@ def measure_hits(
 
 
 @jax.jit
-def _guesses(model: Llama, drafter: Drafter, tokens: jax.Array) -> jax.Array:
+def _guesses(model: CausalModel, drafter: Drafter, tokens: jax.Array) -> jax.Array:
     """The guess table `[T - 1, M, R]` with each token but the first as the root."""
     hidden = model.hidden(tokens[None])[0, :-1]
     roots = jnp.arange(1, tokens.shape[0])

@@ -1,72 +1,66 @@
-"""A trained run, ready to decode: its model, tokenizer, heads, and the draft tree for this machine."""
+"""A trained run or a Hugging Face folder, ready to decode: model, tokenizer, heads, and this machine's draft tree."""
 
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lin_jax.data import Tokenizer
+from lin_jax.data.config import HUB_PREFIX
 from lin_jax.decoding.drafters import KINDS, build_drafter
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.plan import Plan, choose_plan, load_plan, measure_costs, measure_hits, save_plans
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, MedusaHeads
+from lin_jax.hub.files import generation_ends, is_checkpoint_folder, resolve
+from lin_jax.hub.medusa import has_heads
+from lin_jax.hub.medusa import load_heads as load_published_heads
+from lin_jax.hub.pretrained import from_pretrained
+from lin_jax.models import CausalModel, MedusaHeads
 
 PLAN_FILE = "speculation.json"
 
 
 @dataclass(frozen=True)
 class Session:
-    """What decoding needs of a run.
+    """What decoding needs of a model.
 
     Attributes:
-        folder: the run's folder; plans are kept there.
+        folder: a run's folder, or a Hugging Face folder; plans are kept there.
         model: the target.
-        tokenizer: the run's tokenizer.
+        tokenizer: the model's.
         heads: Medusa heads, if there are any.
+        end_tokens: tokens that end a text.
     """
 
     folder: Path
-    model: Llama
+    model: CausalModel
     tokenizer: Tokenizer
     heads: MedusaHeads | None
+    end_tokens: tuple[int, ...]
 
     @classmethod
-    def load(cls, folder: str | Path, heads_folder: str | Path | None = None) -> "Session":
-        """Opens a run folder, and heads from `heads_folder` or from the folder `heads` inside the run.
+    def load(cls, place: str | Path, heads_folder: str | Path | None = None) -> "Session":
+        """Opens a run folder or a Hugging Face folder, with heads from `heads_folder` or from inside the folder.
+
+        Args:
+            place: output of a train.py run, a folder with a `config.json`, or `hub:owner/name`.
+            heads_folder: run folder of heads, or a folder with heads in the published layout.
 
         Raises:
-            UserError: there is no such run, or its parts do not belong together.
+            UserError: there is no such folder, or its parts do not belong together.
         """
-        from lin_jax.training.checkpoints import read_about
-        from lin_jax.training.loading import load_heads, load_model
-
-        folder = Path(folder)
+        folder = resolve(place) if str(place).startswith(HUB_PREFIX) else Path(place)
         if not folder.is_dir():
-            raise UserError(f"there is no run folder {folder}; give the output of a train.py run")
-        model, _, step = load_model(folder)
-        # Training may unroll the layer loop for speed; one step of decoding has too little work for that to pay.
-        model.layers.unroll = 1
-        tokenizer = Tokenizer.load(str(folder / "tokenizer"))
-        if tokenizer.fingerprint != read_about(folder, step).tokenizer:
-            raise UserError(
-                f"the tokenizer in {folder / 'tokenizer'} is not the one that the model was trained with; "
-                "put that one there"
-            )
-        inside = folder / "heads"
-        place = heads_folder or (inside if inside.is_dir() else None)
-        heads = None if place is None else load_heads(place, model=model)
-        return cls(folder, model, tokenizer, heads)
-
-    @property
-    def end_tokens(self) -> tuple[int, ...]:
-        """Tokens that end a text."""
-        return () if self.tokenizer.eos_id is None else (self.tokenizer.eos_id,)
+            raise UserError(f"there is no folder {folder}; give the output of a train.py run, or a Hugging Face folder")
+        if is_checkpoint_folder(folder):
+            return _load_checkpoint(folder, heads_folder)
+        return _load_run(folder, heads_folder)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt; an empty one is the start of a document."""
@@ -122,6 +116,50 @@ class Session:
         if os.access(self.folder, os.W_OK):
             save_plans(self.folder / PLAN_FILE, plans, costs)
         return plans
+
+
+def _load_run(folder: Path, heads_folder: str | Path | None) -> Session:
+    from lin_jax.training.checkpoints import read_about
+    from lin_jax.training.loading import load_model
+
+    model, _, step = load_model(folder)
+    # Training may unroll the layer loop for speed; one step of decoding has too little work for that to pay.
+    model.layers.unroll = 1
+    tokenizer = Tokenizer.load(str(folder / "tokenizer"))
+    if tokenizer.fingerprint != read_about(folder, step).tokenizer:
+        raise UserError(
+            f"the tokenizer in {folder / 'tokenizer'} is not the one that the model was trained with; "
+            "put that one there"
+        )
+    inside = folder / "heads"
+    heads = _load_heads(heads_folder or (inside if inside.is_dir() else None), model)
+    return Session(folder, model, tokenizer, heads, _ends(tokenizer))
+
+
+def _load_checkpoint(folder: Path, heads_folder: str | Path | None) -> Session:
+    model = from_pretrained(folder)
+    if not isinstance(model, CausalModel):
+        raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
+            "put the model's own there"
+        )
+    heads = _load_heads(heads_folder or (folder if has_heads(folder) else None), model)
+    return Session(folder, model, tokenizer, heads, generation_ends(folder) or _ends(tokenizer))
+
+
+def _load_heads(folder: str | Path | None, model: Any) -> MedusaHeads | None:
+    from lin_jax.training.loading import load_heads
+
+    if folder is None:
+        return None
+    return load_published_heads(Path(folder), model) if has_heads(Path(folder)) else load_heads(folder, model=model)
+
+
+def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.evaluation.targets import Batch, stack_targets, targets_ahead
-from lin_jax.models import Llama, MedusaHeads
+from lin_jax.models import CausalModel, MedusaHeads
 
 RANKS = 10
 
@@ -48,7 +48,9 @@ class HeadAccuracy:
         return "\n".join(lines)
 
 
-def head_accuracy(model: Llama, heads: MedusaHeads, batches: Iterable[Batch], *, ranks: int = RANKS) -> HeadAccuracy:
+def head_accuracy(
+    model: CausalModel, heads: MedusaHeads, batches: Iterable[Batch], *, ranks: int = RANKS
+) -> HeadAccuracy:
     """How often each guess of each head is right.
 
     Args:
@@ -67,7 +69,7 @@ def head_accuracy(model: Llama, heads: MedusaHeads, batches: Iterable[Batch], *,
 
 @partial(jax.jit, static_argnames="ranks")
 def _hits(
-    model: Llama, heads: MedusaHeads, batch: dict[str, Array], *, ranks: int
+    model: CausalModel, heads: MedusaHeads, batch: dict[str, Array], *, ranks: int
 ) -> tuple[Int[Array, "M R"], Int[Array, " M"]]:
     hidden = model.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
     truth = {"tokens": batch.get("truth", batch["tokens"]), "documents": batch["documents"]}

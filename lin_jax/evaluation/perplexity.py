@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from lin_jax.evaluation.targets import Batch, Sums, targets_ahead, token_sums, total
-from lin_jax.models import Llama
+from lin_jax.models import CausalModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Perplexity:
         return math.exp(self.loss) if not self.loss > 700 else math.inf
 
 
-def next_token_sums(model: Llama, batch: Batch) -> Sums:
+def next_token_sums(model: CausalModel, batch: Batch) -> Sums:
     """Sums `[1]` of the next-token cross entropy of a batch; targets never cross documents."""
     logits = model(batch["tokens"][:, :-1], batch["documents"][:, :-1])
     targets = targets_ahead(batch, 1)
@@ -44,7 +44,7 @@ def next_token_sums(model: Llama, batch: Batch) -> Sums:
 _next_token_sums = jax.jit(next_token_sums)
 
 
-def evaluate(model: Llama, batches: Iterable[Batch]) -> Perplexity:
+def evaluate(model: CausalModel, batches: Iterable[Batch]) -> Perplexity:
     """Perplexity of a model on batches of `tokens` and `documents`, `[B, T+1]`.
 
     Every token weighs the same, whatever batch it is in.

@@ -1,87 +1,56 @@
-"""LLaMA checkpoints: Hugging Face's configuration and tensor names, and the published names of its linear attention.
+"""LLaMA checkpoints: Hugging Face's configuration and tensor names, and the published names of its linear attention."""
 
-The convolution is stored as `dwconv.weight` `[H, 1, K, 1]`, a centred kernel in which tap j sees `v[t + j - K // 2]`;
-of it only the half that looks back is read. The grouped branch's factor is stored as `global_factor` `[1]`.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, RotaryConfig
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _transpose(array: np.ndarray) -> np.ndarray:
-    return array.T
-
-
-def _taps(kernel: np.ndarray) -> np.ndarray:
-    """Taps `[H, W]`, lag 0 first, of a centred kernel `[H, 1, K, 1]`."""
-    return kernel[:, 0, kernel.shape[2] // 2 :: -1, 0]
-
-
-def _kernel(taps: np.ndarray) -> np.ndarray:
-    """The centred kernel `[H, 1, 2W-1, 1]` with its future half zero."""
-    heads, width = taps.shape
-    kernel = np.zeros((heads, 1, 2 * width - 1, 1), taps.dtype)
-    kernel[:, 0, :width, 0] = taps[:, ::-1]
-    return kernel
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lives in the model, and how it is turned on the way in and out."""
-
-    path: tuple[str, ...]
-    read: Callable[[np.ndarray], np.ndarray] = _same
-    write: Callable[[np.ndarray], np.ndarray] = _same
-
-
-def _kernel_entry(*path: str) -> Entry:
-    return Entry((*path, "kernel"), _transpose, _transpose)
-
+from lin_jax.hub.mixers import mixer_entries
+from lin_jax.hub.tensors import Entries, Entry, fill, kernel, named, present, stacked, without_copy
+from lin_jax.models import Llama, LlamaConfig, RotaryConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = {
     EMBEDDING: Entry(("embed", "embedding")),
     "model.norm.weight": Entry(("norm", "scale")),
-    HEAD: _kernel_entry("head"),
+    HEAD: kernel("head"),
 }
+PROJECTIONS = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
 LAYER = {
     "input_layernorm.weight": Entry(("attention_norm", "scale")),
     "post_attention_layernorm.weight": Entry(("feed_forward_norm", "scale")),
-    "self_attn.q_proj.weight": _kernel_entry("attention", "query"),
-    "self_attn.k_proj.weight": _kernel_entry("attention", "key"),
-    "self_attn.v_proj.weight": _kernel_entry("attention", "value"),
-    "self_attn.o_proj.weight": _kernel_entry("attention", "out"),
-    "self_attn.global_factor": Entry(("attention", "mixer", "alpha")),
-    "self_attn.dwconv.weight": Entry(("attention", "mixer", "convolution", "taps"), _taps, _kernel),
-    "mlp.gate_proj.weight": _kernel_entry("feed_forward", "gate"),
-    "mlp.up_proj.weight": _kernel_entry("feed_forward", "up"),
-    "mlp.down_proj.weight": _kernel_entry("feed_forward", "down"),
+    **{f"self_attn.{there}.weight": kernel("attention", here) for there, here in PROJECTIONS.items()},
+    **{f"self_attn.{there}.bias": Entry(("attention", here, "bias")) for there, here in PROJECTIONS.items()},
+    "self_attn.q_norm.weight": Entry(("attention", "query_norm", "scale")),
+    "self_attn.k_norm.weight": Entry(("attention", "key_norm", "scale")),
+    "mlp.gate_proj.weight": kernel("feed_forward", "gate"),
+    "mlp.up_proj.weight": kernel("feed_forward", "up"),
+    "mlp.down_proj.weight": kernel("feed_forward", "down"),
 }
-HEADS = {
-    "0.linear.weight": Entry(("weight",), _transpose, _transpose),
-    "0.linear.bias": Entry(("bias",)),
-    "1.weight": Entry(("output",), _transpose, _transpose),
-}
-
-
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# What transformers takes where a config.json of a type leaves an option out, as far as the types differ.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "max_position_embeddings": 32768},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+        "max_position_embeddings": 32768,
+    },
+}
 
 
 def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfig | None = None) -> LlamaConfig:
-    """A LLaMA configuration from the contents of a `config.json`, with the given attention (default softmax).
+    """A configuration from the contents of a `config.json` of a LLaMA, Mistral, Qwen2 or Qwen3.
+
+    Args:
+        config: contents of the file. In that of a linearized model, `base_model_type` says which of them it is, and
+            `output_bias` and `query_key_norm` what goes with that.
+        attention: the token mixer; None is softmax.
 
     Raises:
         UserError: a size is missing, or an option is set that this model does not have.
@@ -89,11 +58,10 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     missing = [name for name in REQUIRED if name not in config]
     if missing:
         raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a LLaMA")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
-    for option in ("attention_bias", "mlp_bias"):
-        if config.get(option):
-            raise UserError(f"{option} is set in the configuration; a LLaMA with biases is not supported")
+    kind = config.get("base_model_type") or config.get("model_type", "llama").removeprefix("lin_jax_")
+    config = DEFAULTS.get(kind, {}) | dict(config)
+    _refuse_options(config)
+    biases = bool(config.get("attention_bias", False))
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
@@ -103,9 +71,73 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
         num_kv_heads=config.get("num_key_value_heads"),
         head_dim=config.get("head_dim"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
+        attention_bias=kind == "qwen2" or (kind != "mistral" and biases),
+        output_bias=config.get("output_bias", kind in ("llama", "qwen3") and biases),
+        query_key_norm=config.get("query_key_norm", kind == "qwen3"),
         tie_embeddings=config.get("tie_word_embeddings", False),
+        initializer_range=config.get("initializer_range", 0.02),
         rotary=rotary_from_huggingface(config),
         attention=attention or AttentionConfig(name="softmax"),
+    )
+
+
+def _refuse_options(config: Mapping[str, Any]) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
+    if config.get("mlp_bias"):
+        raise UserError(
+            "mlp_bias is set in the configuration; a LLaMA with biases in its feed-forward is not supported"
+        )
+    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    windowed = config.get("use_sliding_window", True) and set(config.get("layer_types") or ("",)) != {"full_attention"}
+    if window is not None and window < length and windowed:
+        raise UserError(
+            f"sliding_window is {window} of max_position_embeddings {length}; windowed attention is not supported, "
+            "set sliding_window to null to attend to everything"
+        )
+
+
+def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
+    """The contents of a `config.json`, of the type that has the configuration's options.
+
+    Raises:
+        UserError: no type has them all.
+    """
+    kind, architecture = _type_of(config)
+    return {
+        "model_type": kind,
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": config.attention_bias,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        **rotary_to_huggingface(config.rotary),
+        "torch_dtype": config.param_dtype,
+    }
+
+
+def linearized_options(config: LlamaConfig) -> dict[str, Any]:
+    """What the `config.json` of a linearized model says outright, and transformers' own types imply."""
+    return {"output_bias": config.output_bias, "query_key_norm": config.query_key_norm}
+
+
+def _type_of(config: LlamaConfig) -> tuple[str, str]:
+    """The type in transformers that has these options, and its class."""
+    if config.attention_bias == config.output_bias:
+        return ("qwen3", "Qwen3ForCausalLM") if config.query_key_norm else ("llama", "LlamaForCausalLM")
+    if config.attention_bias and not config.query_key_norm:
+        return "qwen2", "Qwen2ForCausalLM"
+    raise UserError(
+        f"no model of transformers has model.attention_bias {config.attention_bias}, model.output_bias "
+        f"{config.output_bias} and model.query_key_norm {config.query_key_norm}; set both biases alike"
     )
 
 
@@ -135,67 +167,70 @@ def rotary_from_huggingface(config: Mapping[str, Any]) -> RotaryConfig:
     return RotaryConfig(theta, scaling, original_context_length=original, context_length=trained, **options)
 
 
-def read_llama(model: Llama, tensors: Mapping[str, np.ndarray]) -> None:
-    """Fills a model, which may be one of shapes, with named tensors.
+# What of each scaling a file says; what is None is left to the reader, as here.
+_ROTARY_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "attention_factor"),
+    "longrope": ("factor", "short_factor", "long_factor", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": ("factor", "partial_rotary_factor"),
+}
 
-    Two kinds of tensors may be there beside the model's own: the embedding once more as a tied head, and the rotary
-    frequencies that old checkpoints hold.
+
+def rotary_to_huggingface(rotary: RotaryConfig) -> dict[str, Any]:
+    """What a `config.json` says of rotary positions; readers from before transformers 5 know `rope_theta` only.
+
+    Raises:
+        UserError: `dynamic` is set for a longer text than in pretraining, which a file cannot say.
+    """
+    original, length = rotary.original_context_length, rotary.context_length or rotary.original_context_length
+    if rotary.scaling == "dynamic" and length > original:
+        raise UserError(
+            f"rotary.context_length {length} of a dynamic scaling has no place in a config.json; "
+            f"leave it at {original}, that of pretraining"
+        )
+    values = {name: getattr(rotary, name) for name in _ROTARY_OPTIONS[rotary.scaling]}
+    scaling = {"rope_type": rotary.scaling} | {
+        name: list(value) if isinstance(value, tuple) else value for name, value in values.items() if value is not None
+    }
+    if rotary.scaling in ("yarn", "longrope", "llama3"):
+        scaling["original_max_position_embeddings"] = original
+    return {
+        "max_position_embeddings": length,
+        "rope_theta": rotary.theta,
+        "rope_parameters": scaling | {"rope_theta": rotary.theta},
+    }
+
+
+def entries(model: Llama) -> Entries:
+    """Every tensor that this model has, by name."""
+    stack = ("layers", "layers")
+    mixer = mixer_entries(model, stack, ("attention", "mixer"), "self_attn")
+    return present(model, TOP | stacked("model.layers", LAYER | mixer, stack, model.config.num_layers))
+
+
+def ignored(name: str) -> bool:
+    """Whether a tensor may be there without being read: rotary frequencies, which old checkpoints hold."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def own_tensors(model: Llama, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint is for this model: not what is ignored, nor the embedding once more as a tied head."""
+    own = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    return own if model.head is not None else without_copy(own, HEAD, EMBEDDING)
+
+
+def read_llama(model: Llama, tensors: Mapping[str, Any]) -> None:
+    """Fills a model, which may be one of shapes, with named tensors.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape; all of them are named at once.
     """
-    own = {name: tensor for name, tensor in tensors.items() if not name.endswith(".rotary_emb.inv_freq")}
-    if model.head is None and np.array_equal(own.get(HEAD, ()), own.get(EMBEDDING, ())):
-        own.pop(HEAD, None)
-    _read(model, _entries(model), own)
+    fill(model, entries(model), own_tensors(model, tensors))
 
 
-def read_heads(heads: MedusaHeads, tensors: Mapping[str, np.ndarray]) -> None:
-    """Like `read_llama`, for Medusa heads: tensors named `M.0.linear.weight`, `M.0.linear.bias` and `M.1.weight`."""
-    entries: Entries = {f"{m}.{name}": (entry, m) for m in range(heads.count) for name, entry in HEADS.items()}
-    _read(heads, entries, tensors)
-
-
-def write_llama(state: nnx.State, model: Llama) -> dict[str, np.ndarray]:
+def write_llama(state: Any, model: Llama) -> dict[str, np.ndarray]:
     """Named tensors of a state that is shaped like the model's parameters (the parameters, or their gradients)."""
-    flat = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(state)}
-    return {
-        name: np.ascontiguousarray(entry.write(flat[entry.path] if layer is None else flat[entry.path][layer]))
-        for name, (entry, layer) in _entries(model).items()
-    }
-
-
-Entries = dict[str, tuple[Entry, int | None]]
-
-
-def _entries(model: Llama) -> Entries:
-    """Every tensor that this model has, by name: its entry and, for layers, the layer's number."""
-    present = {path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    entries: Entries = {name: (entry, None) for name, entry in TOP.items() if entry.path in present}
-    for name, entry in LAYER.items():
-        path = ("layers", "layers", *entry.path)
-        if path in present:
-            for layer in range(model.config.num_layers):
-                entries[f"model.layers.{layer}.{name}"] = (Entry(path, entry.read, entry.write), layer)
-    return entries
-
-
-def _read(module: nnx.Module, entries: Entries, tensors: Mapping[str, np.ndarray]) -> None:
-    params = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    paths = {entry.path for entry, _ in entries.values()}
-    flat = {path: np.empty(params[path].shape, params[path].dtype) for path in paths}
-    problems = [f"{name} is missing" for name in entries if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in entries]
-    for name, (entry, index) in entries.items():
-        if name not in tensors:
-            continue
-        tensor = np.asarray(tensors[name])
-        target = flat[entry.path] if index is None else flat[entry.path][index]
-        expected = entry.write(target).shape
-        if tensor.shape != expected:
-            problems.append(f"{name} has shape {tensor.shape}, the model expects {expected}")
-        else:
-            target[...] = entry.read(tensor)
-    if problems:
-        raise UserError("tensors do not fit the model: " + "; ".join(problems))
-    nnx.update(module, nnx.from_flat_state([(path, nnx.Param(jnp.asarray(array))) for path, array in flat.items()]))
+    return named(state, entries(model))

@@ -1,4 +1,7 @@
-"""LLaMA (Touvron et al. 2023) over any token mixer: RMS norm, rotary positions, grouped queries, SwiGLU."""
+"""LLaMA (Touvron et al. 2023) over any token mixer: RMS norm, rotary positions, grouped queries, SwiGLU.
+
+Mistral, Qwen2 and Qwen3 are the same model with other options.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,17 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import (
-    AttentionConfig,
-    Layout,
-    Nodes,
-    TreeArrays,
-    build_mixer,
-    packed_rows,
-    padded_rows,
-    whole_rows,
-)
+from lin_jax.attention import AttentionConfig, Layout, TreeArrays, build_mixer
 from lin_jax.errors import UserError
+from lin_jax.models.causal import CausalModel
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
 from lin_jax.models.stack import LayerStack
 
@@ -38,6 +33,9 @@ class LlamaConfig:
         num_kv_heads: key/value heads K; None means as many as query heads.
         head_dim: size of a head; None means hidden_size / num_heads.
         norm_eps: epsilon of the RMS norms.
+        attention_bias: whether the projections to queries, keys and values have biases (Qwen2).
+        output_bias: whether the projection out of the heads has one.
+        query_key_norm: normalise every head's queries and keys before they are rotated (Qwen3).
         tie_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
         attention: the token mixer.
@@ -56,6 +54,9 @@ class LlamaConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     norm_eps: float = 1e-5
+    attention_bias: bool = False
+    output_bias: bool = False
+    query_key_norm: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -90,11 +91,11 @@ class LlamaConfig:
         return self.head_dim or self.hidden_size // self.num_heads
 
 
-def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
     return nnx.Linear(
         size_in,
         size_out,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=nnx.initializers.normal(config.initializer_range),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
@@ -119,19 +120,25 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Projections and rotary positions around a token mixer."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         self.head_dim = config.head_size
         inner, inner_kv = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.query = _linear(config, config.hidden_size, inner, rngs)
-        self.key = _linear(config, config.hidden_size, inner_kv, rngs)
-        self.value = _linear(config, config.hidden_size, inner_kv, rngs)
-        self.out = _linear(config, inner, config.hidden_size, rngs)
+        self.query = _linear(config, config.hidden_size, inner, rngs, bias=config.attention_bias)
+        self.key = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
+        self.value = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
+        self.out = _linear(config, inner, config.hidden_size, rngs, bias=config.output_bias)
+        self.query_norm, self.key_norm = (
+            RMSNorm(self.head_dim, config.norm_eps, jnp.dtype(config.param_dtype)) if config.query_key_norm else None
+            for _ in range(2)
+        )
         self.mixer = build_mixer(
             config.attention,
             heads=config.num_heads,
             kv_heads=config.kv_heads,
             head_dim=self.head_dim,
+            layer=layer,
             param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
         )
 
     def project(self, x: Float[Array, "B T E"], table: tuple[Array, Array]) -> tuple[Array, Array, Array]:
@@ -139,6 +146,8 @@ class Attention(nnx.Module):
         queries, keys, values = (
             part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.query, self.key, self.value)
         )
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
         return rotate(queries, table), rotate(keys, table), values
 
     def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
@@ -162,12 +171,16 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """One decoder layer, in the forms of its token mixer."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         param_dtype = jnp.dtype(config.param_dtype)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, layer, rngs=rngs)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
         self.feed_forward = FeedForward(config, rngs=rngs)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The mixer's state before the first token."""
+        return self.attention.mixer.init_state(batch, capacity, dtype)
 
     def parallel(self, x: Array, table: tuple[Array, Array], layout: Layout, state: Any) -> tuple[Array, Any]:
         """Whole rows `[B, T, E]`; the new state is None if `state` is."""
@@ -175,18 +188,22 @@ class Block(nnx.Module):
         mixed, state = self.attention.mixer.parallel(*projected, layout, state)
         return self._finish(x, mixed), state
 
-    def verify(self, x: Array, table: tuple[Array, Array], tree: TreeArrays, state: Any) -> tuple[Array, Nodes]:
+    def verify(self, x: Array, table: tuple[Array, Array], tree: TreeArrays, state: Any) -> tuple[Array, Any]:
         """Tree nodes `[B, N, E]` on top of a state."""
         projected = self.attention.project(self.attention_norm(x), table)
         mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
         return self._finish(x, mixed), nodes
+
+    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of a path, row by row."""
+        return self.attention.mixer.commit(state, path, length)
 
     def _finish(self, x: Array, mixed: Array) -> Array:
         x = x + self.attention.merge(mixed)
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 
-class Llama(nnx.Module):
+class Llama(CausalModel):
     """A causal language model. `config.vocab_size` must be set."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
@@ -203,7 +220,7 @@ class Llama(nnx.Module):
             rngs=rngs,
         )
         self.layers = LayerStack(
-            lambda rngs: Block(config, rngs=rngs),
+            lambda rngs, layer: Block(config, layer, rngs=rngs),
             config.num_layers,
             remat=config.remat,
             unroll=config.unroll,
@@ -212,64 +229,16 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
         self.head = None if config.tie_embeddings else _linear(config, config.hidden_size, config.vocab_size, rngs)
 
-    def __call__(self, tokens: Int[Array, "B T"], documents: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
-        """Logits of the next token at every position; `documents` as in `layout.packed_rows`."""
-        return self.logits(self.hidden(tokens, documents))
+    def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
+        """Embeddings, and the rotary table of the positions."""
+        table = rotary_table(positions, self.config.head_size, self.config.rotary, jnp.dtype(self.config.dtype))
+        return self.embed(tokens), table
 
-    def hidden(self, tokens: Int[Array, "B T"], documents: Int[Array, "B T"] | None = None) -> Float[Array, "B T E"]:
-        """What the head reads, after the final norm, at every position."""
-        layout = whole_rows(*tokens.shape) if documents is None else packed_rows(documents)
-        return self._parallel(tokens, layout, None)[0]
+    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The final norm."""
+        return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
         logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-    def init_state(self, batch: int, capacity: int = 0) -> Any:
-        """The state of `batch` sequences before their first token, every leaf with a leading layer axis.
-
-        `capacity` is the longest sequence that a growing state (softmax) must hold; constant-size states ignore it.
-        """
-        dtype = jnp.dtype(self.config.dtype)
-        return self.layers.stacked(lambda block: block.attention.mixer.init_state(batch, capacity, dtype))
-
-    def prefill(
-        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: Any
-    ) -> tuple[Float[Array, "B T E"], Any]:
-        """Consumes the first `lengths` tokens of each row: hidden vectors at every position, and the state after."""
-        layout = padded_rows(lengths, tokens.shape[1], self.position(state))
-        return self._parallel(tokens, layout, state)
-
-    def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N E"], Nodes]:
-        """Hidden vectors of a tree's nodes on top of the state, which is not touched, and what `commit` needs."""
-        positions = self.position(state)[:, None] + tree.depth
-        table = self._table(positions)
-        return self._finish(
-            self.layers(lambda block, x, layer: block.verify(x, table, tree, layer), self.embed(tokens), state)
-        )
-
-    def commit(self, state: Any, nodes: Nodes, path: Int[Array, "B P"], length: Int[Array, " B"]) -> Any:
-        """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
-
-        def one(block: Block, carry: None, layer: tuple[Any, Nodes]) -> tuple[None, Any]:
-            layer_state, layer_nodes = layer
-            return None, block.attention.mixer.commit(layer_state, layer_nodes.along(path), length)
-
-        return self.layers(one, None, (state, nodes))[1]
-
-    def position(self, state: Any) -> Int[Array, " B"]:
-        """How many tokens each sequence has consumed."""
-        return state.position[0]
-
-    def _parallel(self, tokens: Array, layout: Layout, state: Any) -> tuple[Array, Any]:
-        table = self._table(layout.positions)
-        return self._finish(
-            self.layers(lambda block, x, layer: block.parallel(x, table, layout, layer), self.embed(tokens), state)
-        )
-
-    def _table(self, positions: Array) -> tuple[Array, Array]:
-        return rotary_table(positions, self.config.head_size, self.config.rotary, jnp.dtype(self.config.dtype))
-
-    def _finish(self, result: tuple[Array, Any]) -> tuple[Array, Any]:
-        return self.norm(result[0]), result[1]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lin_jax.models.llama import Llama
+from lin_jax.models.causal import CausalModel
 
 
 class MedusaHeads(nnx.Module):
@@ -27,7 +27,7 @@ class MedusaHeads(nnx.Module):
         self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype))
 
     @classmethod
-    def on(cls, model: Llama, heads: int) -> "MedusaHeads":
+    def on(cls, model: CausalModel, heads: int) -> "MedusaHeads":
         """New heads for a model, started from its language-model head."""
         kernel = model.embed.embedding[...].T if model.head is None else model.head.kernel[...]
         medusa = cls(heads, *kernel.shape, dtype=kernel.dtype)

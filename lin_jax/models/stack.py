@@ -4,14 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 
 class LayerStack(nnx.Module):
     """`count` layers built alike; every parameter has a leading layer axis.
 
     Args:
-        build: makes one layer from random keys.
+        build: makes one layer from random keys and its number.
         count: number of layers.
         remat: recompute each layer's activations in the backward pass.
         unroll: layers per step of the loop.
@@ -20,7 +22,7 @@ class LayerStack(nnx.Module):
 
     def __init__(
         self,
-        build: Callable[[nnx.Rngs], nnx.Module],
+        build: Callable[[nnx.Rngs, Array], nnx.Module],
         count: int,
         *,
         remat: bool = False,
@@ -30,7 +32,7 @@ class LayerStack(nnx.Module):
         self.count = count
         self.remat = remat
         self.unroll = unroll
-        self.layers = nnx.vmap(build)(rngs.split(count))
+        self.layers = nnx.vmap(build)(rngs.split(count), jnp.arange(count))
 
     def __call__(self, apply: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
         """Runs `carry, output = apply(layer, carry, input)` over the layers.

@@ -94,7 +94,8 @@ class RunConfig:
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
         objective: what to learn: language_model (the next token) or medusa (draft heads on a frozen model).
-        init_from: run folder whose model (and tokenizer) to start from; medusa puts its heads on that model.
+        init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa puts its heads
+            on that model. A Hugging Face folder also says what the model is: all but attention, types, remat, unroll.
         medusa_heads: how many Medusa heads.
         medusa_decay: head m (from 0) weighs `medusa_decay^m` in the loss.
         model: the model; of no effect for medusa, which takes that of `init_from`.

@@ -20,6 +20,8 @@ from lin_jax.data import (
 )
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
+from lin_jax.hub.files import is_checkpoint_folder
+from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.models import Llama
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
@@ -30,6 +32,7 @@ from lin_jax.training.parameters import Params, abstract_model, fingerprint, par
 from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
+_TYPES = ("dtype", "param_dtype")
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Base:
-    """A trained model to start from: its run folder, step and values."""
+    """A trained model to start from.
+
+    Attributes:
+        folder: its run folder, or Hugging Face folder.
+        tokenizer: folder of its tokenizer.
+        step: of its checkpoint; 0 in a Hugging Face folder.
+        model: the model.
+    """
 
     folder: Path
-    config: RunConfig
+    tokenizer: Path
     step: int
     model: Llama
 
@@ -87,10 +97,11 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
+    config = _with_options_of_base(config)
     _check_precision(config)
     base = _load_base(config, resume)
     if base is not None and config.objective == "medusa":
-        config = replace(config, model=base.config.model)
+        config = replace(config, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model.
     abstract_model(replace(config.model, vocab_size=config.model.vocab_size or 1))
     tokenizer, train, held_out = _read_text(config, base, resume)
@@ -131,7 +142,7 @@ def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Toke
     if resume:
         tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
     elif base is not None:
-        tokenizer = Tokenizer.load(base.folder / TOKENIZER_FOLDER)
+        tokenizer = Tokenizer.load(base.tokenizer)
     else:
         tokenizer = prepare_tokenizer(config.data, train)
     return tokenizer, train, held_out
@@ -186,10 +197,33 @@ def _check_precision(config: RunConfig) -> None:
 def _load_base(config: RunConfig, resume: bool) -> Base | None:
     if config.init_from is None or (resume and config.objective != "medusa"):
         return None
+    folder = Path(config.init_from)
+    if is_checkpoint_folder(folder):
+        # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
+        types = {} if config.objective == "medusa" else {name: getattr(config.model, name) for name in _TYPES}
+        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
     # Heads go on with the very model that they began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume else None
-    model, base_config, step = load_model(config.init_from, step)
-    return Base(Path(config.init_from), base_config, step, model)
+    model, _, step = load_model(folder, step)
+    return Base(folder, folder / TOKENIZER_FOLDER, step, model)
+
+
+def _with_options_of_base(config: RunConfig) -> RunConfig:
+    """The configuration with the sizes of the Hugging Face folder that it starts from, if it does.
+
+    Only how tokens are mixed and how the model is computed are the run's own to say.
+    """
+    if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
+        return config
+    sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
+    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}
+    return replace(config, model=replace(sizes, **own))
+
+
+def _causal_llama(model: Any, folder: Path) -> Llama:
+    if not isinstance(model, Llama):
+        raise UserError(f"init_from {folder} holds a {type(model).__name__}; only LLaMA and its relatives are trained")
+    return model
 
 
 def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:

@@ -71,7 +71,7 @@ class KnowingDrafter(nnx.Module):
         return jnp.where((jnp.arange(self.width) == rank) & right, token, wrong)
 
 
-@pytest.fixture(scope="module", params=["augmented", "softmax", "local_grouped"])
+@pytest.fixture(scope="module", params=["augmented", "softmax"])
 def model(request: pytest.FixtureRequest) -> Any:
     with jax.enable_x64(True):
         yield build_model(request.param)

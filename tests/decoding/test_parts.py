@@ -114,7 +114,7 @@ def test_tree_must_fit_group_and_drafter() -> None:
 
     config = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2)
     model = Llama(LlamaConfig(**{**config.__dict__, "attention": AttentionConfig(group_size=4)}), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="groups hold 4 tokens"):
+    with pytest.raises(UserError, match="a group holds 4 tokens"):
         Generator(model, drafter=NgramDrafter(depth=4))
     with pytest.raises(UserError, match="the drafter offers"):
         Generator(model, drafter=NgramDrafter(depth=2), tree=chain(3))

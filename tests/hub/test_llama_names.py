@@ -12,7 +12,8 @@ from flax import nnx
 
 from lin_jax.attention import REGISTRY, AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.hub.llama import config_from_huggingface, read_heads, read_llama, write_llama
+from lin_jax.hub.llama import config_from_huggingface, config_to_huggingface, read_llama, write_llama
+from lin_jax.hub.medusa import read_heads
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads, RotaryConfig
 from lin_jax.training.parameters import abstract_heads, abstract_model
 
@@ -35,7 +36,7 @@ def random_model(config: LlamaConfig) -> Llama:
 
 
 def written(model: Llama) -> dict[str, np.ndarray]:
-    return write_llama(nnx.state(model, nnx.Param), model)
+    return write_llama(nnx.state(model), model)
 
 
 def parameters(module: nnx.Module) -> dict[Any, np.ndarray]:
@@ -172,7 +173,7 @@ def test_configuration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is set"),
+        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window is 512 of max_position_embeddings 4096"),
         ({"mlp_bias": True}, "mlp_bias is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3 does not divide"),
@@ -252,3 +253,59 @@ def test_old_and_new_rotary_options(options: dict[str, Any], expected: RotaryCon
     assert "rope_scaling" not in rewritten
     assert config_from_huggingface(given).rotary == expected
     assert config_from_huggingface(rewritten).rotary == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        rotary(5e5),
+        rotary(5e5, "linear", 4.0),
+        rotary(5e5, "dynamic", 2.0),
+        replace(rotary(5e5, "llama3", 8.0, 512), low_freq_factor=2.0),
+        replace(rotary(5e5, "yarn", 8.0, 512), mscale=0.7, truncate=False, attention_factor=0.9),
+        replace(rotary(5e5, "yarn", 8.0, 512), scaling="longrope", short_factor=(1.0,), long_factor=(2.0,)),
+        replace(rotary(5e5, "proportional"), partial_rotary_factor=0.5),
+    ],
+    ids=lambda each: each.scaling,
+)
+def test_rotary_options_out_and_in_again(given: RotaryConfig) -> None:
+    """Also after transformers has read and rewritten them."""
+    said = config_to_huggingface(replace(config(), rotary=given))
+    rewritten = transformers.LlamaConfig(**deepcopy(said)).to_dict()
+    assert config_from_huggingface(said).rotary == given
+    assert config_from_huggingface(rewritten).rotary == given
+
+
+def test_a_length_that_no_file_can_say() -> None:
+    with pytest.raises(UserError, match="has no place in a config"):
+        config_to_huggingface(replace(config(), rotary=replace(rotary(1e4, "dynamic", 2.0), context_length=8192)))
+
+
+BIASES = ("attention_bias", "output_bias", "query_key_norm")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": "llama", "attention_bias": True}, (True, True, False)),
+        ({"model_type": "mistral", "sliding_window": None, "attention_bias": True}, (False, False, False)),
+        ({"model_type": "mistral", "sliding_window": 4096}, (False, False, False)),
+        ({"model_type": "qwen2", "sliding_window": 512, "use_sliding_window": False}, (True, False, False)),
+        ({"model_type": "qwen2", "sliding_window": 512}, (True, False, False)),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"] * 3, "sliding_window": 9}, (False, False, True)),
+        ({"model_type": "qwen3", "attention_bias": True}, (True, True, True)),
+    ],
+)
+def test_relatives(options: dict[str, Any], expected: tuple[bool, ...]) -> None:
+    """What goes with a type, into our configuration and out as a type again that implies the same."""
+    found = config_from_huggingface(HUGGING_FACE | {"num_key_value_heads": 2} | options)
+    assert tuple(getattr(found, name) for name in BIASES) == expected
+    assert found.head_size == (128 if options["model_type"] == "qwen3" else 16)
+    again = config_from_huggingface(config_to_huggingface(found))
+    assert again == replace(found, head_dim=found.head_size)
+
+
+def test_options_that_no_type_has() -> None:
+    for options in ({"output_bias": True}, {"attention_bias": True, "query_key_norm": True}):
+        with pytest.raises(UserError, match="no model of transformers has"):
+            config_to_huggingface(replace(config(), **options))

@@ -1,4 +1,4 @@
-"""The LLaMA with softmax attention against transformers' own, in PyTorch: logits, loss and every gradient.
+"""LLaMA, Mistral and Qwen with softmax attention against transformers' own, in PyTorch: logits, loss, every gradient.
 
 For float64, transformers runs with a `torch` in which single precision means double, since its norm, its frequencies
 and its softmax name float32 outright. So its own formulas are what is compared, to 1e-9.
@@ -17,8 +17,11 @@ import pytest
 import torch
 from flax import nnx
 from golden_files import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, modeling_rope_utils
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, modeling_rope_utils
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from lin_jax.hub.llama import config_from_huggingface, read_llama, write_llama
 from lin_jax.models import Llama
@@ -41,6 +44,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "grouped": {"head_dim": None, "num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True, "num_key_value_heads": 1, "rms_norm_eps": 1e-3},
     "wide_heads": {"head_dim": 10, "num_key_value_heads": 2},
+}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "biases": {"attention_bias": True, "num_key_value_heads": 2},
+    "mistral": {"kind": "mistral", "sliding_window": None, "num_key_value_heads": 2},
+    "qwen2": {"kind": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"kind": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
 }
 
 
@@ -100,7 +109,7 @@ class DoubleTorch:
 def dtype(request: pytest.FixtureRequest, x64: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The type of both models; transformers calculates in it throughout."""
     if request.param == "float64":
-        for module in (modeling_llama, modeling_rope_utils):
+        for module in (modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3, modeling_rope_utils):
             monkeypatch.setattr(module, "torch", DoubleTorch())
         monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
         torch.set_default_dtype(torch.float64)
@@ -108,18 +117,19 @@ def dtype(request: pytest.FixtureRequest, x64: None, monkeypatch: pytest.MonkeyP
     torch.set_default_dtype(torch.float32)
 
 
-def their_model(rotary: dict[str, Any] | None = None, **sizes: Any) -> LlamaForCausalLM:
-    """transformers' LLaMA with weights large enough for every part to matter."""
+def their_model(rotary: dict[str, Any] | None = None, kind: str = "llama", **sizes: Any) -> PreTrainedModel:
+    """transformers' model with weights large enough for every part to matter."""
     rotary = {name: value for name, value in (rotary or {}).items() if name != "set_for"}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES | rotary | sizes))
+    config = CONFIG_MAPPING[kind](**SIZES | rotary | sizes)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(mean=float(parameter.ndim == 1), std=0.3)
     return model
 
 
-def our_model(theirs: LlamaForCausalLM, dtype: str, set_for: int | None = None) -> Llama:
+def our_model(theirs: PreTrainedModel, dtype: str, set_for: int | None = None) -> Llama:
     """Ours with the same sizes and weights, and its frequencies set for another length if one is given."""
     config = config_from_huggingface(theirs.config.to_dict())
     rotary = config.rotary if set_for is None else replace(config.rotary, context_length=set_for)
@@ -144,7 +154,7 @@ def positions_of(documents: np.ndarray) -> np.ndarray:
 Results = tuple[Any, Any, dict[str, np.ndarray]]
 
 
-def their_results(model: LlamaForCausalLM, tokens: np.ndarray, documents: np.ndarray | None) -> Results:
+def their_results(model: PreTrainedModel, tokens: np.ndarray, documents: np.ndarray | None) -> Results:
     """Logits, loss and gradients; a document's first token is nobody's target."""
     labels, options = torch.tensor(tokens), {}
     if documents is not None:
@@ -175,7 +185,7 @@ def our_results(model: Llama, tokens: np.ndarray, documents: np.ndarray | None) 
     return logits, loss, write_llama(gradients, model)
 
 
-def assert_same(ours: Llama, theirs: LlamaForCausalLM, dtype: str, documents: np.ndarray | None = None) -> None:
+def assert_same(ours: Llama, theirs: PreTrainedModel, dtype: str, documents: np.ndarray | None = None) -> None:
     tokens = draw_tokens(2)
     logits, loss, gradients = our_results(ours, tokens, documents)
     their_logits, their_loss, their_gradients = their_results(theirs, tokens, documents)
@@ -191,6 +201,14 @@ def assert_same(ours: Llama, theirs: LlamaForCausalLM, dtype: str, documents: np
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(name: str, dtype: str) -> None:
     theirs = their_model(**ARCHITECTURES[name])
+    assert_same(our_model(theirs, dtype), theirs, dtype)
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+def test_relatives(name: str, dtype: str) -> None:
+    """Biases, and the options of Mistral, Qwen2 and Qwen3."""
+    theirs = their_model(**RELATIVES[name])
     assert_same(our_model(theirs, dtype), theirs, dtype)
 
 

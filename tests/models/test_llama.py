@@ -153,7 +153,7 @@ def test_divisors_for_another_head_size() -> None:
         ({"dtype": "float16"}, {}, "model.dtype 'float16' is unknown"),
         ({"param_dtype": "double"}, {}, "model.param_dtype 'double' is unknown"),
         ({"vocab_size": None}, {}, "model.vocab_size is not set"),
-        ({}, {"name": "flash"}, "attention.name 'flash' is unknown"),
+        ({}, {"name": "retnet"}, "attention.name 'retnet' is unknown"),
         ({}, {"local_score": "exp"}, "attention.local_score 'exp' is unknown"),
         ({}, {"kernel_size": 4}, "attention.kernel_size is 4"),
         ({}, {"group_size": 0}, "attention.group_size is 0"),

@@ -1,4 +1,4 @@
-"""The grouped branch: causal linear attention over all finished groups, through a memory `S = sum k v^T`.
+"""The memory `S = sum k v^T` of finished groups: what joins it, what is read from it, how it goes on.
 
 Katharopoulos et al. 2020 for the recurrence; FLASH (Hua et al. 2022) for taking it a group at a time.
 """

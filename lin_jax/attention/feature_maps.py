@@ -1,0 +1,222 @@
+"""Feature maps phi: what makes `phi(q)·phi(k)` of q·k, so that sums over keys fit into a memory `sum phi(k) v^T`.
+
+Features of nonlinear maps are taken in float32 or better. Random projections are not learnt; `redraw` makes new ones.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lin_jax.attention.memory import EXACT, fold, recall
+from lin_jax.attention.pairs import accumulation_dtype, pair_scores, unit
+
+
+class RandomProjection(nnx.Variable):
+    """Directions `[M, D]` drawn at random and kept, not learnt."""
+
+    @classmethod
+    def draw(cls, key: Key[Array, ""], count: int, size: int) -> Float[Array, "M D"]:
+        """Independent Gaussian directions, float32."""
+        return jax.random.normal(key, (count, size), jnp.float32)
+
+
+class OrthogonalProjection(RandomProjection):
+    """Directions orthogonal in blocks of D, which estimate exponentials better (Choromanski et al. 2021)."""
+
+    @classmethod
+    def draw(cls, key: Key[Array, ""], count: int, size: int) -> Float[Array, "M D"]:
+        """Directions of Gaussian lengths, orthogonal in blocks, float32."""
+        directions_key, lengths_key = jax.random.split(key)
+        rotations = jax.random.orthogonal(directions_key, size, (-(-count // size),), jnp.float32)
+        gaussian = jax.random.normal(lengths_key, (count, size), jnp.float32)
+        return rotations.reshape(-1, size)[:count] * jnp.linalg.norm(gaussian, axis=-1, keepdims=True)
+
+
+class FeatureMap(nnx.Module):
+    """`phi`, and the sums that are taken with it; a map of another kind of features overrides the sums."""
+
+    size: int
+    """Features M, the rows of a memory."""
+
+    def queries(self, queries: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch T K R M"]:
+        """Features of queries."""
+        raise NotImplementedError
+
+    def keys(self, keys: Float[Array, "*batch S K D"]) -> Float[Array, "*batch S K M"]:
+        """Features of keys."""
+        raise NotImplementedError
+
+    def scores(
+        self, queries: Float[Array, "*batch T K R D"], keys: Float[Array, "*batch S K D"]
+    ) -> Float[Array, "*batch K R T S"]:
+        """`phi(q)·phi(k)` of every pair."""
+        return pair_scores(self.queries(queries), self.keys(keys))
+
+    def fold(
+        self,
+        keys: Float[Array, "*batch S K D"],
+        values: Float[Array, "*batch S K E"],
+        included: Bool[Array, "*#batch S"] | None = None,
+    ) -> Float[Array, "*batch K M E"]:
+        """What tokens add to the memory."""
+        return fold(self.keys(keys), values, included)
+
+    def recall(
+        self, queries: Float[Array, "*batch T K R D"], memory: Float[Array, "*batch K M E"]
+    ) -> Float[Array, "*batch T K R E"]:
+        """What queries read from the memory."""
+        return recall(self.queries(queries), memory)
+
+
+class Identity(FeatureMap):
+    """`phi(x) = x`, or the features of x from `start` on."""
+
+    def __init__(self, size: int, start: int = 0) -> None:
+        self.size = size
+        self.start = start
+
+    def queries(self, queries: Array) -> Array:
+        """The queries themselves."""
+        return queries[..., self.start :]
+
+    def keys(self, keys: Array) -> Array:
+        """The keys themselves."""
+        return keys[..., self.start :]
+
+
+class Relu(FeatureMap):
+    """`phi(x) = relu(x)` (Katharopoulos et al. 2020 with this map; Cai et al. 2023)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def queries(self, queries: Array) -> Array:
+        """Rectified queries."""
+        return jax.nn.relu(_wide(queries))
+
+    def keys(self, keys: Array) -> Array:
+        """Rectified keys."""
+        return jax.nn.relu(_wide(keys))
+
+
+class EluPlusOne(FeatureMap):
+    """`phi(x) = elu(x) + 1` (Katharopoulos et al. 2020; Qin et al. 2022)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def queries(self, queries: Array) -> Array:
+        """Positive queries."""
+        return jax.nn.elu(_wide(queries)) + 1
+
+    def keys(self, keys: Array) -> Array:
+        """Positive keys."""
+        return jax.nn.elu(_wide(keys)) + 1
+
+
+class PositiveRandomFeatures(FeatureMap):
+    """FAVOR+ (Choromanski et al. 2021): `phi(x) = exp(w·x' - |x'|^2 / 2) / M^0.5`, with `x' = x / D^0.25`.
+
+    `phi(q)·phi(k)` estimates `exp(q·k / D^0.5)`. A query's features are scaled by its largest one, which a normaliser
+    cancels. The largest possible feature of a key is `exp(|w|^2 / 2)`; exponents are capped at 40, so that float32
+    holds sums of products.
+    """
+
+    def __init__(self, head_dim: int, size: int, *, rngs: nnx.Rngs) -> None:
+        self.size = size
+        self.projection = OrthogonalProjection(OrthogonalProjection.draw(rngs.params(), size, head_dim))
+
+    def queries(self, queries: Array) -> Array:
+        """Positive features, the largest of each query about one."""
+        exponent = self._exponent(queries)
+        return jnp.exp(exponent - jax.lax.stop_gradient(jnp.max(exponent, axis=-1, keepdims=True)))
+
+    def keys(self, keys: Array) -> Array:
+        """Positive features."""
+        return jnp.exp(jnp.minimum(self._exponent(keys), 40.0)) / math.sqrt(self.size)
+
+    def _exponent(self, x: Array) -> Array:
+        scaled = _wide(x) / x.shape[-1] ** 0.25
+        return _project(scaled, self.projection) - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
+
+
+class RandomFourierFeatures(FeatureMap):
+    """RFA (Peng et al. 2021): `phi(x) = [sin(w·x), cos(w·x)] (2 / M)^0.5` of unit vectors.
+
+    `phi(q)·phi(k)` estimates `exp(q·k - 1)`.
+    """
+
+    def __init__(self, head_dim: int, size: int, *, rngs: nnx.Rngs) -> None:
+        self.size = size // 2 * 2
+        self.projection = OrthogonalProjection(OrthogonalProjection.draw(rngs.params(), size // 2, head_dim))
+
+    def queries(self, queries: Array) -> Array:
+        """Sines and cosines."""
+        angles = _project(unit(_wide(queries)), self.projection)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * math.sqrt(2 / self.size)
+
+    def keys(self, keys: Array) -> Array:
+        """Sines and cosines."""
+        return self.queries(keys)
+
+
+class HashCollisions(FeatureMap):
+    """YOSO's hash tables (Zeng et al. 2021): `phi(x)` marks, in each of m tables of `2^bits` rows, the row of x's hash.
+
+    A hash is the signs of x in `bits` random directions. `phi(q)·phi(k)` is the share of tables in which q and k
+    collide, `(1 - arccos(q·k) / pi)^bits` in expectation over unit vectors. The memory is the tables.
+    """
+
+    def __init__(self, head_dim: int, hashes: int, bits: int, *, rngs: nnx.Rngs) -> None:
+        self.hashes, self.bits = hashes, bits
+        self.size = hashes * 2**bits
+        self.projection = RandomProjection(RandomProjection.draw(rngs.params(), hashes * bits, head_dim))
+
+    def scores(self, queries: Array, keys: Array) -> Array:
+        """The share of tables in which each pair collides."""
+        own, other = jnp.moveaxis(self.rows(queries), -4, -2), jnp.moveaxis(self.rows(keys), -3, -2)
+        collide = own[..., :, None, :] == other[..., None, None, :, :]
+        return jnp.mean(collide, axis=-1, dtype=accumulation_dtype(queries.dtype))
+
+    def fold(self, keys: Array, values: Array, included: Bool[Array, "*#batch S"] | None = None) -> Array:
+        """What tokens add to the tables: their values, in their rows."""
+        marks = jax.nn.one_hot(self.rows(keys), 2**self.bits, dtype=accumulation_dtype(keys.dtype))
+        return fold(marks.reshape(*marks.shape[:-2], self.size), values, included)
+
+    def recall(self, queries: Array, memory: Array) -> Array:
+        """The mean of the tables' rows that queries hash to."""
+        tables = memory.reshape(*memory.shape[:-2], self.hashes, 2**self.bits, memory.shape[-1])
+        rows = jnp.moveaxis(self.rows(queries), -4, -2)  # [..., K, R, T, m]
+        lead = rows.shape[:-3]
+        rows = jnp.moveaxis(rows.reshape(*lead, -1, self.hashes), -1, -2)[..., None]  # [..., K, m, R T, 1]
+        found = jnp.mean(jnp.take_along_axis(tables, rows, axis=-2), axis=-3)
+        return jnp.moveaxis(found.reshape(*lead, queries.shape[-2], -1, found.shape[-1]), -2, -4)
+
+    def rows(self, x: Float[Array, "*batch D"]) -> Int[Array, "*batch m"]:
+        """The row that each of the m hashes of a vector names."""
+        signs = _project(_wide(x), self.projection) > 0
+        powers = 2 ** jnp.arange(self.bits)
+        return jnp.sum(signs.reshape(*x.shape[:-1], self.hashes, self.bits) * powers, axis=-1)
+
+
+def redraw(module: nnx.Module, key: Key[Array, ""]) -> None:
+    """Draws every random projection of a module anew, in place."""
+    for number, (_, projection) in enumerate(nnx.to_flat_state(nnx.state(module, RandomProjection))):
+        *stack, count, size = projection[...].shape
+        keys = jax.random.split(jax.random.fold_in(key, number), math.prod(stack))
+        drawn = jax.vmap(partial(projection.type.draw, count=count, size=size))(keys)
+        projection[...] = drawn.reshape(projection[...].shape)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(accumulation_dtype(x.dtype))
+
+
+def _project(x: Float[Array, "*batch D"], projection: Any) -> Float[Array, "*batch M"]:
+    directions = jax.lax.stop_gradient(projection[...]).astype(x.dtype)
+    return jnp.einsum("...d,md->...m", x, directions, precision=EXACT)

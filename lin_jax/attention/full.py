@@ -1,0 +1,242 @@
+"""Attention over all pairs: softmax, the baseline (Vaswani et al. 2017), and FLASH's squared ReLU (Hua et al. 2022).
+
+Recurrence: none; the state is a preallocated cache of `C (D + E)` numbers per key/value head and sequence of at most C
+tokens. `softmax`: `o_t = sum_s softmax_s(c q_t·k_s + b_ts) v_s`. `square`: `o_t = sum_s relu(q_t·k_s)^2 v_s / n` over
+unit queries and keys, n the number of tokens that the query sees; in FLASH
+`o_t = sum_s relu((q_t·k_s / n + b_ts) / n)^2 v_s`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attention.bias import RelativeBias
+from lin_jax.attention.layout import Layout
+from lin_jax.attention.local import relu_squared
+from lin_jax.attention.mixer import Conventions, Nodes
+from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.tree import TreeArrays
+from lin_jax.errors import UserError
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CacheState:
+    """Keys and values of all tokens so far; its size is fixed by the capacity, not by a constant of the method.
+
+    Attributes:
+        keys: `[B, C, K, D]`, position p in slot p.
+        values: `[B, C, K, E]`.
+        position: `[B]` tokens consumed so far.
+    """
+
+    keys: Float[Array, "*layers B C K D"]
+    values: Float[Array, "*layers B C K E"]
+    position: Int[Array, "*layers B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SourceCache:
+    """An encoder's keys `[B, S, K, D]` and values `[B, S, K, E]`, and which of them are present `[B, S]`."""
+
+    keys: Float[Array, "*layers B S K D"]
+    values: Float[Array, "*layers B S K E"]
+    present: Bool[Array, "*layers B S"]
+
+
+class FullAttention(nnx.Module):
+    """Attention over all pairs, in every form.
+
+    Args:
+        kv_heads: key/value heads K.
+        head_dim: size D of queries and keys.
+        value_dim: size E of values.
+        weights: how scores become weights.
+        conventions: scale and length.
+    """
+
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        weights: Literal["softmax", "square"],
+        conventions: Conventions,
+    ) -> None:
+        self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
+        self.weights = weights
+        self.conventions = conventions
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> CacheState:
+        """An empty cache for `capacity` tokens per sequence."""
+        self._refuse_row_length()
+        shape = (batch, capacity, self.kv_heads)
+        return CacheState(
+            jnp.zeros((*shape, self.head_dim), dtype),
+            jnp.zeros((*shape, self.value_dim), dtype),
+            jnp.zeros((batch,), jnp.int32),
+        )
+
+    def parallel(
+        self,
+        queries: Float[Array, "B T H D"],
+        keys: Float[Array, "B T K D"],
+        values: Float[Array, "B T K E"],
+        layout: Layout,
+        state: CacheState | None = None,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B T H E"], CacheState | None]:
+        """Outputs for whole rows. From a state, rows are one document each, padded on the right."""
+        if state is not None:
+            return self._from_cache(queries, keys, values, layout, state, bias)
+        mask = jnp.tri(keys.shape[1], dtype=bool)[None]
+        if not layout.aligned or layout.present is not None:
+            mask = mask & layout.pairs
+        lengths = self._lengths(keys.shape[1], layout.positions + 1)
+        added = None if bias is None else bias.between(layout.positions, layout.positions)
+        return self._attend(queries, keys, values, mask, added, lengths), None
+
+    def verify(
+        self,
+        queries: Float[Array, "B N H D"],
+        keys: Float[Array, "B N K D"],
+        values: Float[Array, "B N K E"],
+        tree: TreeArrays,
+        state: CacheState,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B N H E"], Nodes]:
+        """Outputs for the nodes of a tree on top of the cache."""
+        batch, count = keys.shape[:2]
+        slots = jnp.arange(state.keys.shape[1])
+        cached = slots < state.position[:, None]
+        mask = jnp.concatenate(
+            [
+                jnp.broadcast_to(cached[:, None], (batch, count, slots.size)),
+                jnp.broadcast_to(tree.ancestors, (batch, count, count)),
+            ],
+            axis=2,
+        )
+        all_keys = jnp.concatenate([state.keys.astype(keys.dtype), keys], axis=1)
+        all_values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
+        positions = state.position[:, None] + tree.depth
+        key_positions = jnp.concatenate([jnp.broadcast_to(slots, (batch, slots.size)), positions], axis=1)
+        added = None if bias is None else bias.between(positions, key_positions)
+        return self._attend(queries, all_keys, all_values, mask, added, positions + 1), Nodes(keys, values)
+
+    def commit(self, state: CacheState, path: Nodes, length: Int[Array, " B"]) -> CacheState:
+        """The cache with the first `length` nodes of the path written behind it, row by row."""
+
+        def write(cache: Array, new: Array) -> Array:
+            slot = state.position[:, None] + jnp.arange(new.shape[1])
+            slot = jnp.where(jnp.arange(new.shape[1]) < length[:, None], slot, cache.shape[1])
+            rows = jnp.arange(cache.shape[0])[:, None]
+            return cache.at[rows, slot].set(new.astype(cache.dtype), mode="drop")
+
+        position = state.position + length.astype(state.position.dtype)
+        return CacheState(write(state.keys, path.keys), write(state.values, path.values), position)
+
+    def bidirectional(
+        self,
+        queries: Float[Array, "B T H D"],
+        keys: Float[Array, "B T K D"],
+        values: Float[Array, "B T K E"],
+        layout: Layout,
+        bias: RelativeBias | None = None,
+    ) -> Float[Array, "B T H E"]:
+        """Outputs for an encoder's rows."""
+        mask = layout.pairs
+        lengths = self._lengths(keys.shape[1], jnp.sum(mask, axis=-1))
+        added = None if bias is None else bias.between(layout.positions, layout.positions)
+        return self._attend(queries, keys, values, mask, added, lengths)
+
+    def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceCache:
+        """Keeps an encoder's keys and values as they are."""
+        return SourceCache(keys, values, layout.valid)
+
+    def read(
+        self, queries: Float[Array, "B T H D"], positions: Int[Array, "B T"], memory: SourceCache
+    ) -> Float[Array, "B T H E"]:
+        """Outputs for a decoder's queries; their positions do not matter."""
+        mask = jnp.broadcast_to(memory.present[:, None, :], (*positions.shape, memory.present.shape[1]))
+        lengths = self._lengths(memory.keys.shape[1], jnp.sum(mask, axis=-1))
+        return self._attend(queries, memory.keys, memory.values, mask, None, lengths)
+
+    def _from_cache(
+        self, queries: Array, keys: Array, values: Array, layout: Layout, state: CacheState, bias: RelativeBias | None
+    ) -> tuple[Array, CacheState]:
+        state = self.commit(state, Nodes(keys, values), layout.lengths)
+        slots = jnp.arange(state.keys.shape[1])
+        mask = slots <= layout.positions[..., None]
+        added = None if bias is None else bias.between(layout.positions, jnp.broadcast_to(slots, (1, slots.size)))
+        cached = (state.keys.astype(keys.dtype), state.values.astype(values.dtype))
+        return self._attend(queries, *cached, mask, added, layout.positions + 1), state
+
+    def _lengths(self, row: int, seen: Int[Array, "#B T"]) -> Int[Array, "#B T"]:
+        """What each query's scores may be divided by."""
+        return jnp.full_like(seen, row) if self.conventions.length == "row" else jnp.maximum(seen, 1)
+
+    def _attend(
+        self,
+        queries: Float[Array, "B T H D"],
+        keys: Float[Array, "B S K D"],
+        values: Float[Array, "B S K E"],
+        mask: Bool[Array, "#B T S"],
+        bias: Float[Array, "#B H T S"] | None,
+        lengths: Int[Array, "#B T"],
+    ) -> Float[Array, "B T H E"]:
+        """Outputs over the pairs that the mask allows."""
+        divisors = lengths[:, :, None, None].astype(queries.dtype)
+        if self.weights == "softmax":
+            scale = queries.shape[-1] ** -0.5 if self.conventions.softmax_scale == "root" else 1.0
+            if self.conventions.softmax_scale == "length":
+                queries = queries / divisors
+            return _softmax_attention(queries, keys, values, mask, bias, scale)
+        if self.conventions.unit:
+            return _squared(unit(queries), unit(keys), values, mask, bias) / divisors
+        inner = None if bias is None else bias / lengths[:, None, :, None].astype(bias.dtype)
+        return _squared(queries / jnp.square(divisors), keys, values, mask, inner)
+
+    def _refuse_row_length(self) -> None:
+        by_length = self.weights == "square" or self.conventions.softmax_scale == "length"
+        if by_length and self.conventions.length == "row":
+            raise UserError(
+                "scores are divided by the row's length, which decoding does not know; set length_scale to 'position'"
+            )
+
+
+def _squared(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B S K D"],
+    values: Float[Array, "B S K E"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B H T S"] | None,
+) -> Float[Array, "B T H E"]:
+    scores = pair_scores(split_heads(queries, keys.shape[2]), keys)
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
+    weights = jnp.where(mask[:, None, None], relu_squared(scores), 0)
+    return merge_heads(weighted_values(weights, values)).astype(values.dtype)
+
+
+def _softmax_attention(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B S K D"],
+    values: Float[Array, "B S K E"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B H T S"] | None,
+    scale: float,
+) -> Float[Array, "B T H E"]:
+    if queries.dtype != jnp.float64 and values.shape[-1] == keys.shape[-1]:
+        return jax.nn.dot_product_attention(queries, keys, values, bias, mask[:, None], scale=scale)
+    # JAX's own function takes the softmax in float32 whatever it is given, and has one size for keys and values.
+    scores = pair_scores(split_heads(queries, keys.shape[2]), keys) * scale
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return merge_heads(weighted_values(jax.nn.softmax(scores), values)).astype(values.dtype)

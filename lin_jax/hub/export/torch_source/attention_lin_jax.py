@@ -1,0 +1,187 @@
+"""Token mixers by name, such as `performer+local+convolution`; `augmented` is `flash_global+local+convolution`.
+
+`o_t = local + factor * base + sum_{j<W} w_j v_{t-j}`: an attention, a local branch inside groups and a convolution on
+the values, each of them optional. They share one state, which `mix_tokens` carries from piece to piece.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .linear_attention_lin_jax import FlashGlobal, Performer, RandomFeatureAttention, ReluAttention, TransNormer, Yoso
+from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, local_outputs
+from .recurrence_lin_jax import Piece, Rows, State, empty_group, unit, wide
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """The `attention` of a configuration, its name taken apart.
+
+    Attributes:
+        base: the attention; `flash_local` is the local branch alone.
+        local: whether there is a local branch.
+        factor: whether the attention beside a local branch has a learnt factor.
+        convolution: whether there is a convolution.
+        sizes: all options of the configuration.
+    """
+
+    base: str
+    local: bool
+    factor: bool
+    convolution: bool
+    sizes: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, attention: Mapping[str, Any]) -> "AttentionOptions":
+        """Reads a configuration."""
+        name = attention["name"]
+        base, *added = ("flash_global+local+convolution" if name == "augmented" else name).split("+")
+        local = "local" in added or base in ("flash_local", "flash", "linear_angular")
+        factor = "local" in added or base == "linear_angular"
+        return cls(base, local, factor, "convolution" in added, attention)
+
+
+def build_attention(options: AttentionOptions, head_dim: int, layer: int) -> nn.Module | None:
+    """The attention that a configuration names, without what is added to it; None where that is all there is.
+
+    Args:
+        options: name and sizes.
+        head_dim: size D of queries and keys.
+        layer: number of the layer, from 0.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    sizes = options.sizes
+    features = sizes["features"] or 2 * head_dim
+    match options.base:
+        case "flash_local":
+            return None
+        case "flash_global" | "flash" | "linear_angular":
+            return FlashGlobal(head_dim)
+        case "relu":
+            return ReluAttention(head_dim)
+        case "performer":
+            return Performer(features, head_dim)
+        case "rfa":
+            return RandomFeatureAttention(features, head_dim)
+        case "yoso":
+            return Yoso(sizes["hashes"], sizes["hash_bits"], head_dim)
+        case "transnormer":
+            return GroupSoftmax() if layer < sizes["diagonal_layers"] else TransNormer(head_dim)
+        case "linformer":
+            return Linformer(sizes["group_size"], sizes["rank"])
+        case "softmax" | "square":
+            return FullAttention(options.base)
+    raise ValueError(f"attention '{sizes['name']}' is unknown")
+
+
+def build_factor(options: AttentionOptions) -> nn.Parameter | None:
+    """The learnt factor `[1]` of the attention beside a local branch, if it has one."""
+    return nn.Parameter(torch.full((1,), float(options.sizes["initial_alpha"]))) if options.factor else None
+
+
+def build_convolution(options: AttentionOptions, heads: int) -> "CausalConvolution | None":
+    """The convolution, if there is one."""
+    return CausalConvolution(heads, options.sizes["kernel_size"]) if options.convolution else None
+
+
+class CausalConvolution(nn.Module):
+    """One filter per head, over time, on the values: the half of a centred kernel that looks back.
+
+    Args:
+        heads: query heads H.
+        kernel_size: odd size of the kernel.
+    """
+
+    def __init__(self, heads: int, kernel_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, 1, kernel_size, 1))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Zeros: a converted model starts as it was."""
+        return {"weight": torch.zeros(self.weight.shape)}
+
+    def forward(self, values: Tensor, rows: Rows, state: State) -> tuple[Tensor, State]:
+        """Filtered values `[B, T, H, E]`; the state is the last values, as many as the kernel looks back."""
+        batch, _, kv_heads, size = values.shape
+        heads, _, kernel_size, _ = self.weight.shape
+        back = kernel_size // 2
+        before = state["values"] if state else values.new_zeros(batch, back, kv_heads, size)
+        seen = torch.cat([before, values], dim=1)
+        signals = wide(seen).repeat_interleave(heads // kv_heads, dim=2).permute(0, 3, 2, 1).flatten(0, 1)
+        filtered = nn.functional.conv1d(signals, wide(self.weight)[:, :, : back + 1, 0], groups=heads)
+        last = rows.count[:, None] + torch.arange(back, device=values.device)
+        after = {"values": seen.take_along_dim(last[:, :, None, None], dim=1)}
+        return filtered.unflatten(0, (batch, size)).permute(0, 3, 2, 1), after
+
+
+class Mixer(NamedTuple):
+    """What a layer mixes tokens with: options, and what was built by them."""
+
+    options: AttentionOptions
+    attention: nn.Module | None
+    factor: Tensor | None
+    convolution: CausalConvolution | None
+
+
+def mix_tokens(
+    mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State | None
+) -> tuple[Tensor, State | None]:
+    """Outputs `[B, T, H, E]` of whole rows, and the state after them if one was given.
+
+    Args:
+        mixer: what mixes.
+        queries: `[B, T, H, D]`, H a multiple of K.
+        keys: `[B, T, K, D]`.
+        values: `[B, T, K, E]`.
+        rows: where the tokens stand.
+        state: what came before; None is nothing.
+    """
+    # Sums over a text are taken in float32 or better, whatever the type of the activations.
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = wide(queries).unflatten(2, (keys.shape[2], -1))
+        if state is None and isinstance(mixer.attention, Yoso):
+            expected = _scaled(mixer.attention.expected(queries, wide(keys), wide(values)), mixer.factor)
+            mixed, after = _mix_pieces(mixer._replace(attention=None), queries, keys, values, rows, {})
+            mixed = mixed + expected
+        else:
+            mixed, after = _mix_pieces(mixer, queries, keys, values, rows, state or {})
+        if mixer.options.base == "linear_angular":
+            mixed = unit(wide(values)[..., None, :] / 2 + mixed / math.pi)
+        mixed = mixed.flatten(2, 3)
+        if mixer.convolution is not None:
+            filtered, after["convolution"] = mixer.convolution(values, rows, (state or {}).get("convolution", {}))
+            mixed = mixed + filtered
+    return mixed.to(values.dtype), None if state is None else after
+
+
+def _mix_pieces(
+    mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State
+) -> tuple[Tensor, State]:
+    """The attention and the local branch, added, `[B, T, K, R, E]`; and their state after these rows."""
+    size, outputs = mixer.options.sizes["group_size"], []
+    group = state.get("group") or empty_group(keys, values, size)
+    memory = state.get("attention")
+    if memory is None and mixer.attention is not None:
+        memory = mixer.attention.empty_state(keys, values)
+    for begin in range(0, keys.shape[1], size):
+        part = slice(begin, begin + size)
+        piece = Piece.of(keys[:, part], values[:, part], rows.piece(begin, size), size, group)
+        group, asking = piece.unfinished_group, queries[:, part]
+        mixed = asking.new_zeros(*asking.shape[:-1], values.shape[-1])
+        if mixer.options.local:
+            mixed = mixed + local_outputs(LOCAL_SCORES[mixer.options.sizes["local_score"]], asking, piece)
+        if mixer.attention is not None:
+            base, memory = mixer.attention(asking, piece, memory)
+            mixed = mixed + _scaled(base, mixer.factor)
+        outputs.append(mixed)
+    return torch.cat(outputs, dim=1), {"group": group, "attention": memory}
+
+
+def _scaled(outputs: Tensor, factor: Tensor | None) -> Tensor:
+    return outputs if factor is None else factor.to(outputs.dtype) * outputs

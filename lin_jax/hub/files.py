@@ -1,0 +1,212 @@
+"""Checkpoint folders of safetensors, in one file or in shards, read tensor by tensor; and where they come from."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lin_jax.data.config import HUB_PREFIX
+from lin_jax.errors import UserError
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# What is taken from the Hub: never pickled weights, never code.
+WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt")
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in a file; `np.asarray` reads it.
+
+    Attributes:
+        name: in the file.
+        shape: sizes of its axes.
+        dtype: type of its numbers.
+        file: the open file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Any = field(repr=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        array = self.file.get_tensor(self.name)
+        return array if dtype is None else array.astype(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+Tensors = dict[str, LazyTensor]
+
+
+def resolve(place: str | Path) -> Path:
+    """The folder that a path or a name on the Hub stands for; a name is fetched, safetensors and settings only.
+
+    Args:
+        place: a folder, or `owner/name` or `hub:owner/name` of a repository on the Hub.
+
+    Raises:
+        UserError: there is neither such a folder nor such a repository.
+    """
+    name = str(place)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{path} is a file; give the folder of a checkpoint")
+    if not _ID.fullmatch(name.removeprefix(HUB_PREFIX)):
+        raise UserError(f"there is no folder {path}; give the folder of a checkpoint, or OWNER/NAME on the Hub")
+    # Imported only now, when the network is wanted.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name.removeprefix(HUB_PREFIX), allow_patterns=list(WANTED)))
+    except Exception as error:  # the network and the Hub raise dozens of kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(". ")
+        raise UserError(
+            f"there is no folder {name}, and it cannot be fetched from the Hub: {reason}; check the name"
+        ) from error
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder is one of a Hugging Face checkpoint."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of a folder's `config.json`.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {CONFIG_FILE}; give the folder of a Hugging Face checkpoint")
+    return _read_json(path)
+
+
+def generation_ends(folder: Path) -> tuple[int, ...]:
+    """The tokens that end a text, as a folder's `generation_config.json` says; none where it does not."""
+    path = folder / GENERATION_FILE
+    ends = _read_json(path).get("eos_token_id") if path.is_file() else None
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def read_checkpoint(folder: Path) -> Tensors:
+    """Every tensor of a checkpoint folder, by name; none of them is read yet.
+
+    Raises:
+        UserError: there is no safetensors file, a shard is missing or damaged, or two shards hold the same tensor.
+    """
+    if (folder / INDEX_FILE).is_file():
+        return _read_shards(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return read_tensors([folder / SINGLE_FILE])
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder} holds its weights only as {pickles[0]}, a pickle, which can run code and is never read; "
+            "convert it with transformers: from_pretrained, then save_pretrained"
+        )
+    raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def read_tensors(paths: Sequence[Path]) -> Tensors:
+    """Every tensor of some safetensors files, by name; none of them is read yet.
+
+    Raises:
+        UserError: a file is missing, truncated or not a safetensors file, or two files hold the same tensor.
+    """
+    tensors: Tensors = {}
+    origin: dict[str, Path] = {}
+    for path in paths:
+        for tensor in _open(path):
+            if tensor.name in tensors:
+                raise UserError(
+                    f"{tensor.name} is in {origin[tensor.name].name} and in {path.name} of {path.parent}; "
+                    "keep one of them"
+                )
+            tensors[tensor.name], origin[tensor.name] = tensor, path
+    return tensors
+
+
+def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a safetensors file that PyTorch's readers take as theirs, readable to whom other new files are."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _read_shards(folder: Path) -> Tensors:
+    shards = _read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(shards, Mapping) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{folder / INDEX_FILE} has no weight_map of tensors to files; restore it")
+    names = sorted(set(shards.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}, of the {len(names)} shards that {INDEX_FILE} names; copy them there"
+        )
+    tensors = read_tensors([folder / name for name in names])
+    if absent := sorted(set(shards) - set(tensors)):
+        raise UserError(f"{INDEX_FILE} names {absent[0]}, which {shards[absent[0]]} in {folder} does not hold")
+    return tensors
+
+
+def _open(path: Path) -> Iterator[LazyTensor]:
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    try:
+        file = safe_open(path, "np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy it anew") from error
+    for name in sorted(file.keys()):
+        about = file.get_slice(name)
+        kind = about.get_dtype()
+        if kind not in _TYPES:
+            raise UserError(f"{name} in {path} has numbers of type {kind}, which are not supported")
+        yield LazyTensor(name, tuple(about.get_shape()), np.dtype(_TYPES[kind]), file)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return content

@@ -1,0 +1,32 @@
+"""How large a model and its decode state are."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lin_jax.models.causal import CausalModel
+
+
+def parameter_count(model: nnx.Module) -> int:
+    """Numbers that a model (which may be one of shapes) learns."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def context_length(config: Any) -> int | None:
+    """The longest text that a model was made for; None where its configuration does not say."""
+    rotary = getattr(config, "rotary", None)
+    if rotary is not None:
+        return rotary.context_length or rotary.original_context_length
+    return getattr(config, "max_positions", None)
+
+
+def state_bytes(model: nnx.Module, length: int) -> int | None:
+    """Bytes of the decode state of one sequence of at most `length` tokens; None for models that are not causal."""
+    if not isinstance(model, CausalModel):
+        return None
+    graph, state = nnx.split(model)
+    shapes = jax.eval_shape(lambda state: nnx.merge(graph, state).init_state(1, length), state)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,224 @@
+"""Named tensors of a checkpoint, and where each of them lives in a model.
+
+Convolutions are stored as `[H, 1, K, 1]`, a centred kernel in which tap j sees `v[t + j - K // 2]`; of a masked one
+only the half that looks back is read. The factor of the grouped branch is stored as `[1]`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lin_jax.attention.feature_maps import RandomProjection
+from lin_jax.errors import UserError
+
+_STRIP = 256
+
+
+def same(array: np.ndarray) -> np.ndarray:
+    """The array itself."""
+    return array
+
+
+def transpose(array: np.ndarray) -> np.ndarray:
+    """The array with its axes reversed."""
+    return array.T
+
+
+def taps(kernel: np.ndarray) -> np.ndarray:
+    """Taps `[H, W]`, lag 0 first, of the half that looks back of a centred kernel `[H, 1, K, 1]`."""
+    return kernel[:, 0, kernel.shape[2] // 2 :: -1, 0]
+
+
+def masked_kernel(taps: np.ndarray) -> np.ndarray:
+    """The centred kernel `[H, 1, 2W-1, 1]` with its future half zero."""
+    heads, width = taps.shape
+    kernel = np.zeros((heads, 1, 2 * width - 1, 1), taps.dtype)
+    kernel[:, 0, :width, 0] = taps[:, ::-1]
+    return kernel
+
+
+def centred_taps(kernel: np.ndarray) -> np.ndarray:
+    """Taps `[H, K]`, the most negative lag first, of a centred kernel `[H, 1, K, 1]`."""
+    return kernel[:, 0, ::-1, 0]
+
+
+def centred_kernel(taps: np.ndarray) -> np.ndarray:
+    """The centred kernel `[H, 1, K, 1]` of all taps."""
+    return taps[:, None, ::-1, None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lives in the model, and how it is turned on the way in and out.
+
+    Attributes:
+        path: of the parameter.
+        read: from the checkpoint's shape to the model's.
+        write: back.
+        layer: which layer of a stacked parameter; None for a parameter that is not stacked.
+    """
+
+    path: tuple[str, ...]
+    read: Callable[[np.ndarray], np.ndarray] = same
+    write: Callable[[np.ndarray], np.ndarray] = same
+    layer: int | None = None
+
+    def of_layer(self, stack: tuple[str, ...], layer: int) -> "Entry":
+        """The same tensor of one layer of a stack."""
+        return replace(self, path=(*stack, *self.path), layer=layer)
+
+    def inside(self, *path: str) -> "Entry":
+        """The same tensor of a model that is part of another."""
+        return replace(self, path=(*path, *self.path))
+
+
+def kernel(*path: str) -> Entry:
+    """The weight `[out, in]` of a linear layer."""
+    return Entry((*path, "kernel"), transpose, transpose)
+
+
+def convolution(*path: str, centred: bool = False) -> Entry:
+    """The kernel of a convolution."""
+    turn = (centred_taps, centred_kernel) if centred else (taps, masked_kernel)
+    return Entry((*path, "taps"), *turn)
+
+
+Entries = dict[str, Entry]
+
+
+def stacked(prefix: str, layer_entries: Mapping[str, Entry], stack: tuple[str, ...], count: int) -> Entries:
+    """Entries of all layers of a stack: `prefix.LAYER.name` for each name."""
+    return {
+        f"{prefix}.{layer}.{name}": entry.of_layer(stack, layer)
+        for layer in range(count)
+        for name, entry in layer_entries.items()
+    }
+
+
+def stored(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
+    """What a checkpoint holds of a module (which may be one of shapes), by path: parameters and random projections."""
+    return dict(nnx.to_flat_state(nnx.state(module, (nnx.Param, RandomProjection))))
+
+
+def present(module: nnx.Module, entries: Entries) -> Entries:
+    """Those entries whose variable the module (which may be one of shapes) has."""
+    paths = stored(module)
+    return {name: entry for name, entry in entries.items() if entry.path in paths}
+
+
+Place = Callable[[tuple[Any, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+
+
+def fill(
+    module: nnx.Module,
+    entries: Entries,
+    tensors: Mapping[str, Any],
+    *,
+    shardings: Place | None = None,
+    note: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Fills the variables that entries name, all of them, from named tensors.
+
+    One variable at a time is assembled in memory, converted to the module's own type, and given to its devices, so the
+    host holds one variable beside what is placed on it. Nothing is read before everything is known to fit.
+
+    Args:
+        module: the module, which may be one of shapes.
+        entries: which tensor goes where.
+        tensors: arrays, or tensors that are yet to be read, by name.
+        shardings: the sharding of a variable by its path and shape; None is the default device.
+        note: is told the bytes of every tensor that was read.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+    """
+    if problems := misfits(module, entries, tensors):
+        raise UserError("tensors do not fit the model: " + "; ".join(problems))
+    variables = stored(module)
+    for path, parts in _by_path(entries).items():
+        variable = variables[path]
+        buffer = np.empty(variable.shape, variable.dtype)
+        for name, entry in parts:
+            tensor = np.asarray(tensors[name])
+            note(tensor.nbytes)
+            copy_into(buffer if entry.layer is None else buffer[entry.layer], entry.read(tensor))
+        array = place(buffer, None if shardings is None else shardings(path, buffer.shape))
+        nnx.update(module, nnx.from_flat_state([(path, variable.replace(array))]))
+
+
+def misfits(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) -> list[str]:
+    """What is missing, unknown or of another shape, a phrase each; reads nothing."""
+    variables = stored(module)
+    problems = [f"{name} is missing" for name in entries if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in entries]
+    for name, entry in entries.items():
+        if name not in tensors:
+            continue
+        shape, expected = tuple(tensors[name].shape), written_shape(entry, variables[entry.path])
+        if shape != expected:
+            problems.append(f"{name} has shape {shape}, the model expects {expected}")
+    return problems
+
+
+def written_shape(entry: Entry, variable: Any) -> tuple[int, ...]:
+    """The shape of a tensor in a checkpoint."""
+    shape = variable.shape if entry.layer is None else variable.shape[1:]
+    # One number, seen as an array of that shape: nothing is allocated.
+    return entry.write(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies an array, in strips where it is transposed: some times as fast, for caches hold a strip."""
+    if source.ndim < 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for begin in range(0, source.shape[-1], _STRIP):
+        strip = np.s_[..., begin : begin + _STRIP]
+        target[strip] = source[strip]
+
+
+def place(buffer: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """The array on its devices; with a sharding, each process gives its own devices their parts."""
+    if sharding is None:
+        return jax.device_put(buffer)
+    return jax.make_array_from_callback(buffer.shape, sharding, lambda index: buffer[index])
+
+
+def without_copy(tensors: dict[str, Any], copy: str, first: str) -> dict[str, Any]:
+    """The tensors without `copy`, if it is the same as `first`: a tied head is stored twice in some checkpoints."""
+    if copy in tensors and first in tensors and np.array_equal(tensors[copy], tensors[first]):
+        return {name: tensor for name, tensor in tensors.items() if name != copy}
+    return tensors
+
+
+def named(state: Any, entries: Entries) -> dict[str, np.ndarray]:
+    """Named tensors of what a state has (parameters, or gradients, which random projections do not have)."""
+    flat = dict(nnx.to_flat_state(state))
+    return {name: written(flat[entry.path], entry) for name, entry in entries.items() if entry.path in flat}
+
+
+def written(variable: Any, entry: Entry) -> np.ndarray:
+    """One tensor as a checkpoint holds it; of a stacked variable only this layer leaves its devices."""
+    array = entry.write(np.asarray(variable[... if entry.layer is None else entry.layer]))
+    if array.flags.c_contiguous:
+        return array
+    copy = np.empty(array.shape, array.dtype)
+    copy_into(copy, array)
+    return copy
+
+
+def uncovered(module: nnx.Module, entries: Entries) -> list[str]:
+    """Variables that no entry fills, by path."""
+    covered = {entry.path for entry in entries.values()}
+    return sorted("/".join(map(str, path)) for path in stored(module) if path not in covered)
+
+
+def _by_path(entries: Entries) -> dict[tuple[str, ...], list[tuple[str, Entry]]]:
+    paths: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
+    for name, entry in entries.items():
+        paths.setdefault(entry.path, []).append((name, entry))
+    return paths

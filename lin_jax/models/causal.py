@@ -1,0 +1,124 @@
+"""What every causal language model shares: the forms of its token mixers, lifted to a stack of blocks."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention import Layout, TreeArrays, along, masked_rows, packed_rows, padded_rows, whole_rows
+from lin_jax.models.stack import LayerStack
+
+
+class CausalBlock(Protocol):
+    """One layer of a causal model. States have `position`, `[B]` tokens consumed so far."""
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The state of `batch` sequences before their first token."""
+
+    def parallel(self, x: Array, context: Any, layout: Layout, state: Any) -> tuple[Array, Any]:
+        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
+
+    def verify(self, x: Array, context: Any, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
+        """Tree nodes `[B, N, E]` on top of a state, and what `commit` needs of them, leaves `[B, N, ...]`."""
+
+    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of a path, row by row."""
+
+
+class CausalModel(nnx.Module):
+    """A causal language model: embedding, a stack of `CausalBlock`s, and a head.
+
+    A subclass sets `config` (with `dtype`, `hidden_size`, `vocab_size`, `attention`) and `layers`, and says how tokens
+    enter (`begin`) and leave (`finish`, `logits`).
+    """
+
+    config: Any
+    layers: LayerStack
+
+    @abstractmethod
+    def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:
+        """What enters the first block, and what every block needs to know of the positions."""
+
+    @abstractmethod
+    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What the head reads, from what leaves the last block."""
+
+    @abstractmethod
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Logits in float32 or better."""
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        documents: Int[Array, "B T"] | None = None,
+        *,
+        mask: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token at every position; arguments as in `hidden`."""
+        return self.logits(self.hidden(tokens, documents, mask=mask))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        documents: Int[Array, "B T"] | None = None,
+        *,
+        mask: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """What the head reads at every position.
+
+        Args:
+            tokens: `[B, T]`.
+            documents: `[B, T]` which document a token belongs to, as in `layout.packed_rows`.
+            mask: `[B, T]` instead of documents: nonzero where a token may be attended to, as in `layout.masked_rows`.
+        """
+        if documents is not None:
+            layout = packed_rows(documents)
+        else:
+            layout = whole_rows(*tokens.shape) if mask is None else masked_rows(mask)
+        return self._parallel(tokens, layout, None)[0]
+
+    def init_state(self, batch: int, capacity: int = 0) -> Any:
+        """The state of `batch` sequences before their first token, every leaf with a leading layer axis.
+
+        `capacity` is the longest sequence that a growing state (softmax) must hold; constant-size states ignore it.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        return self.layers.stacked(lambda block: block.init_state(batch, capacity, dtype))
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: Any
+    ) -> tuple[Float[Array, "B T E"], Any]:
+        """Consumes the first `lengths` tokens of each row: hidden vectors at every position, and the state after."""
+        layout = padded_rows(lengths, tokens.shape[1], self.position(state))
+        return self._parallel(tokens, layout, state)
+
+    def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N E"], Any]:
+        """Hidden vectors of a tree's nodes on top of the state, which is not touched, and what `commit` needs."""
+        x, context = self.begin(tokens, self.position(state)[:, None] + tree.depth)
+        x, nodes = self.run(lambda block, x, layer: block.verify(x, context, tree, layer), x, state)
+        return self.finish(x), nodes
+
+    def commit(self, state: Any, nodes: Any, path: Int[Array, "B P"], length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
+
+        def one(block: CausalBlock, carry: None, layer: tuple[Any, Any]) -> tuple[None, Any]:
+            layer_state, layer_nodes = layer
+            return None, block.commit(layer_state, along(layer_nodes, path), length)
+
+        return self.layers(one, None, (state, nodes))[1]
+
+    def position(self, state: Any) -> Int[Array, " B"]:
+        """How many tokens each sequence has consumed."""
+        return state.position[0]
+
+    def run(self, apply: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: Any) -> tuple[Array, Any]:
+        """Runs `x, output = apply(block, x, layer's state)` over the blocks."""
+        return self.layers(apply, x, state)
+
+    def _parallel(self, tokens: Array, layout: Layout, state: Any) -> tuple[Array, Any]:
+        x, context = self.begin(tokens, layout.positions)
+        x, state = self.run(lambda block, x, layer: block.parallel(x, context, layout, layer), x, state)
+        return self.finish(x), state

@@ -1,0 +1,257 @@
+"""GPT-2 (Radford et al. 2019) over any token mixer: learnt positions, layer norm before each part, tanh-GELU."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention import AttentionConfig, Layout, TreeArrays, build_mixer
+from lin_jax.errors import UserError
+from lin_jax.models.causal import CausalModel
+from lin_jax.models.llama import DTYPES
+from lin_jax.models.parts import LayerNorm
+from lin_jax.models.stack import LayerStack
+
+
+@dataclass(frozen=True)
+class Gpt2Config:
+    """Sizes and options of a GPT-2.
+
+    Attributes:
+        vocab_size: entries of the vocabulary; None takes the tokenizer's.
+        hidden_size: width E of the residual stream.
+        intermediate_size: width of the feed-forward layer; None means four times hidden_size.
+        num_layers: decoder blocks.
+        num_heads: heads H.
+        max_positions: learnt positions, and so the most tokens of a text.
+        norm_eps: epsilon of the layer norms.
+        tie_embeddings: whether the head is the transposed embedding.
+        initializer_range: standard deviation of the initial weights.
+        num_labels: classes of a classifier.
+        attention: the token mixer.
+        dtype: type of activations: float32, bfloat16 or float64.
+        param_dtype: type of parameters.
+        remat: recompute each block's activations in the backward pass instead of keeping them.
+        unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
+    """
+
+    vocab_size: int | None = None
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_layers: int = 4
+    num_heads: int = 8
+    max_positions: int = 1024
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    initializer_range: float = 0.02
+    num_labels: int = 2
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise UserError(f"model.{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(DTYPES)}")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}; "
+                "change one of them"
+            )
+        if self.max_positions < 1:
+            raise UserError(f"model.max_positions is {self.max_positions}; give a positive number")
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layer."""
+        return self.intermediate_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        """Size D of a head."""
+        return self.hidden_size // self.num_heads
+
+
+def _linear(config: Gpt2Config, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(config.initializer_range),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+class Attention(nnx.Module):
+    """Projections around a token mixer; queries, keys and values come from one matrix."""
+
+    def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
+        self.heads = config.num_heads
+        self.qkv = _linear(config, config.hidden_size, 3 * config.hidden_size, rngs)
+        self.out = _linear(config, config.hidden_size, config.hidden_size, rngs)
+        self.mixer = build_mixer(
+            config.attention,
+            heads=config.num_heads,
+            kv_heads=config.num_heads,
+            head_dim=config.head_size,
+            layer=layer,
+            param_dtype=jnp.dtype(config.param_dtype),
+            rngs=rngs,
+        )
+
+    def project(self, x: Float[Array, "B T E"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values `[B, T, H, D]`."""
+        together = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
+        return together[:, :, 0], together[:, :, 1], together[:, :, 2]
+
+    def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        """Heads back to the residual stream."""
+        return self.out(outputs.reshape(*outputs.shape[:2], -1))
+
+
+class FeedForward(nnx.Module):
+    """`down(gelu(up(x)))`, with the tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
+        self.up = _linear(config, config.hidden_size, config.inner_size, rngs)
+        self.down = _linear(config, config.inner_size, config.hidden_size, rngs)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Applies the layer to every token."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Block(nnx.Module):
+    """One decoder layer, in the forms of its token mixer."""
+
+    def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
+        param_dtype = jnp.dtype(config.param_dtype)
+        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
+        self.attention = Attention(config, layer, rngs=rngs)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The mixer's state before the first token."""
+        return self.attention.mixer.init_state(batch, capacity, dtype)
+
+    def parallel(self, x: Array, context: None, layout: Layout, state: Any) -> tuple[Array, Any]:
+        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
+        projected = self.attention.project(self.attention_norm(x))
+        mixed, state = self.attention.mixer.parallel(*projected, layout, state)
+        return self._finish(x, mixed), state
+
+    def verify(self, x: Array, context: None, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
+        """Tree nodes `[B, N, E]` on top of a state."""
+        projected = self.attention.project(self.attention_norm(x))
+        mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
+        return self._finish(x, mixed), nodes
+
+    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of a path, row by row."""
+        return self.attention.mixer.commit(state, path, length)
+
+    def _finish(self, x: Array, mixed: Array) -> Array:
+        x = x + self.attention.merge(mixed)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Gpt2(CausalModel):
+    """A causal language model. `config.vocab_size` must be set."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
+        if config.vocab_size is None:
+            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
+        self.config = config
+        self.embed = self._table(config.vocab_size, rngs)
+        self.embed_positions = self._table(config.max_positions, rngs)
+        self.layers = LayerStack(
+            lambda rngs, layer: Block(config, layer, rngs=rngs),
+            config.num_layers,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
+        self.head = (
+            None if config.tie_embeddings else _linear(config, config.hidden_size, config.vocab_size, rngs, bias=False)
+        )
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        documents: Int[Array, "B T"] | None = None,
+        *,
+        mask: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """What the head reads at every position; arguments as in `CausalModel.hidden`.
+
+        Raises:
+            UserError: rows are longer than the model has positions.
+        """
+        if tokens.shape[1] > self.config.max_positions:
+            raise UserError(
+                f"rows have {tokens.shape[1]} tokens, the model has {self.config.max_positions} positions; "
+                "give shorter rows, or raise model.max_positions"
+            )
+        return super().hidden(tokens, documents, mask=mask)
+
+    def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], None]:
+        """Embeddings of tokens and positions.
+
+        Positions past the last one occur in padding, and in drafts that reach past the end of a text.
+        """
+        positions = jnp.minimum(positions, self.config.max_positions - 1)
+        return self.embed(tokens) + self.embed_positions(positions), None
+
+    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The final norm."""
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Logits in float32 or better."""
+        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def _table(self, count: int, rngs: nnx.Rngs) -> nnx.Embed:
+        return nnx.Embed(
+            count,
+            self.config.hidden_size,
+            embedding_init=nnx.initializers.normal(self.config.initializer_range),
+            dtype=jnp.dtype(self.config.dtype),
+            param_dtype=jnp.dtype(self.config.param_dtype),
+            rngs=rngs,
+        )
+
+
+class Gpt2Classifier(nnx.Module):
+    """Scores of whole texts, read from the state at each text's last token."""
+
+    def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.model = Gpt2(replace(config, tie_embeddings=True), rngs=rngs)  # Its head is not used.
+        self.score = _linear(config, config.hidden_size, config.num_labels, rngs, bias=False)
+
+    def __call__(self, tokens: Int[Array, "B T"], mask: Int[Array, "B T"] | None = None) -> Float[Array, "B C"]:
+        """Logits of the classes, in float32 or better.
+
+        Args:
+            tokens: `[B, T]`.
+            mask: `[B, T]` nonzero at real tokens, as in `CausalModel.hidden`; None means that all are.
+        """
+        hidden = self.model.hidden(tokens, mask=mask)
+        last = tokens.shape[1] - 1
+        if mask is None:
+            found = hidden[:, last]
+        else:
+            index = last - jnp.argmax(jnp.flip(mask, axis=1) != 0, axis=1)
+            found = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+        logits = self.score(found)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

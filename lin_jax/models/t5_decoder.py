@@ -1,0 +1,162 @@
+"""T5's decoder: a causal language model once it knows what an encoder wrote."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention import AttentionConfig, Layout, RelativeBias, TreeArrays
+from lin_jax.models.causal import CausalModel
+from lin_jax.models.stack import LayerStack
+from lin_jax.models.t5_config import T5Config
+from lin_jax.models.t5_encoder import Attention, BiasTable, FeedForward, norm
+
+
+class Places(NamedTuple):
+    """What every block needs to know of positions: the bias between them, and `[B, T]` themselves."""
+
+    bias: RelativeBias
+    positions: Int[Array, "B T"]
+
+
+class DecoderBlock(nnx.Module):
+    """One decoder layer: causal attention, attention to the encoder, feed-forward layer."""
+
+    def __init__(self, config: T5Config, layer: Array, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = norm(config)
+        self.attention = Attention(config, config.decoder_attention, "causal", layer, rngs=rngs)
+        self.cross_norm = norm(config)
+        self.cross = Attention(config, config.cross_attention, "cross", layer, rngs=rngs)
+        self.feed_forward_norm = norm(config)
+        self.feed_forward = FeedForward(config, rngs=rngs)
+
+    def condense(self, encoded: Float[Array, "B S E"], layout: Layout) -> Any:
+        """What this layer keeps of an encoder's output."""
+        return self.cross.mixer.condense(*self.cross.keys_values(encoded), layout)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The causal mixer's state before the first token."""
+        return self.attention.mixer.init_state(batch, capacity, dtype)
+
+    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of a path, row by row."""
+        return self.attention.mixer.commit(state, path, length)
+
+    def project(self, x: Float[Array, "B T E"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values `[B, T, H, D]` of the causal attention."""
+        normed = self.attention_norm(x)
+        return self.attention.queries(normed), *self.attention.keys_values(normed)
+
+    def finish(self, x: Array, mixed: Array, positions: Int[Array, "B T"], memory: Any) -> Float[Array, "B T E"]:
+        """All that follows the causal attention."""
+        x = x + self.attention.merge(mixed)
+        queries = self.cross.queries(self.cross_norm(x))
+        x = x + self.cross.merge(self.cross.mixer.read(queries, positions, memory))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+@dataclass(frozen=True)
+class ReadingBlock:
+    """A decoder layer with its own memory of the encoder's output: the forms of a `CausalBlock`."""
+
+    block: DecoderBlock
+    memory: Any
+
+    def parallel(self, x: Array, places: Places, layout: Layout, state: Any) -> tuple[Array, Any]:
+        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
+        mixer = self.block.attention.mixer
+        mixed, state = mixer.parallel(*self.block.project(x), layout, state, places.bias)
+        return self.block.finish(x, mixed, places.positions, self.memory), state
+
+    def verify(self, x: Array, places: Places, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
+        """Tree nodes `[B, N, E]` on top of a state."""
+        mixer = self.block.attention.mixer
+        mixed, nodes = mixer.verify(*self.block.project(x), tree, state, places.bias)
+        return self.block.finish(x, mixed, places.positions, self.memory), nodes
+
+
+class Decoder(nnx.Module):
+    """A stack of decoder layers with one table of relative biases."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
+        self.bias = BiasTable(config, bidirectional=False, rngs=rngs)
+        self.layers = LayerStack(
+            lambda rngs, layer: DecoderBlock(config, layer, rngs=rngs),
+            config.decoder_layers,
+            remat=config.remat,
+            unroll=config.unroll,
+            rngs=rngs,
+        )
+        self.norm = norm(config)
+
+    def condense(self, encoded: Float[Array, "B S E"], layout: Layout) -> Any:
+        """What all layers keep of an encoder's output: a tree whose leaves have a leading layer axis."""
+        return self.layers.stacked(lambda block: block.condense(encoded, layout))
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a generator needs to know of a decoder; the names are those of every causal model's configuration."""
+
+    vocab_size: int
+    hidden_size: int
+    attention: AttentionConfig
+    dtype: str
+
+
+class ConditionalDecoder(CausalModel):
+    """A decoder as a causal language model of what follows one batch of encoded rows.
+
+    It shares the modules of the T5 it is from. The memories are its own and are read, never written: they are an input
+    of every pass, and no part of the state that goes from step to step.
+
+    Args:
+        config: of the T5.
+        embed: the embedding.
+        decoder: the stack.
+        head: the head, or None where it is the transposed embedding.
+        memories: what `Decoder.condense` returns.
+        scale: what the last norm's output is multiplied with.
+    """
+
+    def __init__(
+        self,
+        config: T5Config,
+        embed: nnx.Embed,
+        decoder: Decoder,
+        head: nnx.Linear | None,
+        memories: Any,
+        *,
+        scale: float = 1.0,
+    ) -> None:
+        self.config = DecoderConfig(embed.num_embeddings, config.hidden_size, config.decoder_attention, config.dtype)
+        self.embed = embed
+        self.bias, self.layers, self.norm = decoder.bias, decoder.layers, decoder.norm
+        self.head = head
+        self.memories = nnx.data(memories)
+        self.scale = scale
+
+    def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, Places]:
+        """Embeddings, and the places of the tokens."""
+        return self.embed(tokens), Places(self.bias(), positions)
+
+    def run(self, apply: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: Any) -> tuple[Array, Any]:
+        """Runs `x, output = apply(block, x, layer's state)` over the blocks, each with its own memory."""
+
+        def one(block: DecoderBlock, x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+            return apply(ReadingBlock(block, layer[1]), x, layer[0])
+
+        return self.layers(one, x, (state, self.memories))
+
+    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The final norm, scaled for the head."""
+        normed = self.norm(x)
+        return normed if self.scale == 1 else normed * self.scale
+
+    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Logits in float32 or better."""
+        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,0 +1,345 @@
+"""Exported folders, opened by transformers in PyTorch with the code that they carry: the same logits and tokens.
+
+Rows are padded on either side, so positions, groups and convolutions of the rows of a batch do not stand side by side.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from golden_files import assert_close
+from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+
+from lin_jax.attention import REGISTRY, AttentionConfig, parse_name
+from lin_jax.decoding import Generator
+from lin_jax.errors import UserError
+from lin_jax.hub import from_pretrained, save_pretrained
+from lin_jax.hub.export import architectures, auto_map, write_remote_code
+from lin_jax.hub.families import family_of_model
+from lin_jax.hub.tensors import named
+from lin_jax.models import Gpt2, Gpt2Config, Llama, LlamaConfig, RotaryConfig
+from lin_jax.models.rotary import rotary_table
+
+LENGTH, PROMPT, GROUP = 24, 14, 4
+SIZES = {"vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
+SMALL = {"group_size": GROUP, "kernel_size": 5, "features": 6, "rank": 2, "hashes": 3, "hash_bits": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to export."""
+
+    attention: str
+    family: str = "llama"
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join([self.family, self.attention, *self.options])
+
+    @property
+    def grows(self) -> bool:
+        return REGISTRY[parse_name(self.attention).base].growing
+
+    def model(self, dtype: str = "float64") -> Any:
+        attention = AttentionConfig(self.attention, **SMALL | self.sizes)
+        common = {**SIZES, "attention": attention, "dtype": dtype, "param_dtype": dtype, **self.options}
+        if self.family == "gpt2":
+            return random_model(lambda: Gpt2(Gpt2Config(**common, max_positions=80), rngs=nnx.Rngs(0)))
+        return random_model(lambda: Llama(LlamaConfig(**{"num_kv_heads": 2, **common}), rngs=nnx.Rngs(0)))
+
+
+CASES = [
+    Case("flash_local", "gpt2", sizes={"local_score": "laplace"}),
+    Case("flash_global"),
+    Case("flash+convolution", "gpt2", {"tie_embeddings": False}, {"local_score": "yoso"}),
+    Case("augmented", options={"tie_embeddings": True}),
+    Case("augmented", "gpt2"),
+    Case("linformer"),
+    Case("linformer+local+convolution", "gpt2"),
+    Case("performer", "gpt2"),
+    Case("performer+local+convolution", options={"query_key_norm": True, "num_kv_heads": 4}),
+    Case("transnormer"),
+    Case("yoso", "gpt2"),
+    Case("yoso+local+convolution"),
+    Case("relu+local", "gpt2"),
+    Case("rfa", options={"num_kv_heads": 1, "head_dim": 6}),
+    Case("linear_angular+convolution", options={"attention_bias": True}),
+    Case("square+convolution", "gpt2"),
+    Case("softmax+local"),
+]
+FLAGSHIP = CASES[3]
+AUGMENTED = Case("linformer+local+convolution")  # has all that a state can have
+
+
+def random_model(build: Callable[[], Any]) -> Any:
+    """Every parameter and projection random, also those that begin as constants."""
+    model, rng = nnx.eval_shape(build), np.random.default_rng(1)
+    state = nnx.state(model)
+    for path, leaf in nnx.to_flat_state(state):
+        value = np.arange(*leaf.shape) if path[-1] == "layer" else rng.normal(size=leaf.shape) * 0.4
+        leaf.set_value(jnp.asarray(value, leaf.dtype))
+    nnx.update(model, state)
+    return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The code of opened folders is kept here, not at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        patch.setattr(sys, "path", [*sys.path])
+        yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here, and threads that wait for each other are slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def opened(folder: Path, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+
+
+@cache
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of 14, 5 and 11 tokens, and where they are real: padded on the left."""
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (3, PROMPT))
+    return tokens, np.arange(PROMPT) >= PROMPT - np.array([[14], [5], [11]])
+
+
+def continued(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray, **options: Any) -> Any:
+    greedy = {"max_new_tokens": LENGTH - PROMPT, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    inputs = {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+    return model.generate(**inputs, **greedy | options, return_dict_in_generate=True)
+
+
+def their_logits(model: PreTrainedModel, tokens: np.ndarray, mask: np.ndarray | None = None, **options: Any) -> Any:
+    with torch.no_grad():
+        mask = None if mask is None else torch.tensor(mask)
+        return model(torch.tensor(tokens), attention_mask=mask, **options).logits.double().numpy()
+
+
+@jax.jit
+def our_logits(model: Any, tokens: jax.Array, real: jax.Array) -> jax.Array:
+    return model(tokens, real)
+
+
+@jax.jit
+def our_logits_on_state(model: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    return model.logits(model.prefill(tokens, lengths, model.init_state(*tokens.shape))[0])
+
+
+def integers(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array.astype(np.int32))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_logits_and_tokens(case: Case, tmp_path: Path, x64: None) -> None:
+    """Greedy text on the state, and logits of padded rows as a whole, and of parts of them on the state."""
+    ours = case.model()
+    theirs = opened(save_pretrained(ours, tmp_path / "model"))
+    prompts, real = batch()
+    tokens = continued(theirs, prompts, real).sequences.numpy()
+    real = np.pad(real, ((0, 0), (0, LENGTH - PROMPT)), constant_values=True)
+    expected = np.asarray(our_logits(ours, integers(tokens), integers(real)))[real]
+    assert_close(their_logits(theirs, tokens, real, use_cache=False)[real], expected, "float64")
+
+    if parse_name(case.attention).base == "yoso":  # Its state samples what is an expectation without one.
+        order = np.argsort(~real, axis=1, kind="stable")
+        tokens_first, real_first = (np.take_along_axis(part, order, axis=1) for part in (tokens, real))
+        on_state = our_logits_on_state(ours, integers(tokens_first), integers(real.sum(1)))
+        expected = np.asarray(on_state)[real_first]
+    assert_close(in_parts(theirs, tokens, real, (9, 1, 14))[real], expected, "float64")
+    chosen = np.zeros_like(real)
+    chosen[:, PROMPT - 1 : -1] = True
+    assert np.array_equal(expected[chosen[real]].argmax(-1), tokens[:, PROMPT:].ravel())
+
+
+def in_parts(model: PreTrainedModel, tokens: np.ndarray, real: np.ndarray, parts: tuple[int, ...]) -> np.ndarray:
+    """Logits of rows that are fed to the state part by part."""
+    past, found, end = None, [], 0
+    for part in parts:
+        begin, end = end, end + part
+        inputs = torch.tensor(tokens[:, begin:end]), torch.tensor(real[:, :end])
+        with torch.no_grad():
+            outputs = model(*inputs, past_key_values=past, use_cache=True)
+        past = outputs.past_key_values
+        found.append(outputs.logits.numpy())
+    return np.concatenate(found, axis=1)
+
+
+def test_every_attention_is_compared() -> None:
+    assert {parse_name(case.attention).base for case in CASES} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.grows], ids=str)
+def test_the_state_does_not_grow(case: Case, tmp_path: Path) -> None:
+    theirs = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32)
+    tokens = torch.randint(0, SIZES["vocab_size"], (1, 64))
+    with torch.no_grad():
+        sizes = [theirs(tokens[:, :count], use_cache=True).past_key_values.nbytes for count in (8, 64)]
+    assert sizes[0] == sizes[1]
+
+
+def test_generators_agree(tmp_path: Path, x64: None) -> None:
+    """And a row of a batch has the text that it has alone."""
+    ours = FLAGSHIP.model()
+    theirs = opened(save_pretrained(ours, tmp_path / "model"))
+    prompts, real = batch()
+    texts = [row[mask].tolist() for row, mask in zip(prompts, real, strict=True)]
+    found = continued(theirs, prompts, real).sequences[:, PROMPT:].tolist()
+    assert found == Generator(ours, piece=16).generate(texts, LENGTH - PROMPT).tokens
+    for text, expected in zip(texts, found, strict=True):
+        row = np.array([text])
+        assert continued(theirs, row, np.ones_like(row)).sequences[0, len(text) :].tolist() == expected
+
+
+def test_padding_on_the_right(tmp_path: Path) -> None:
+    """Rows of a batch have the logits that they have alone; those of padding are zero."""
+    theirs = opened(save_pretrained(AUGMENTED.model("float32"), tmp_path / "model"))
+    tokens, real = (part[:, ::-1].copy() for part in batch())
+    found = their_logits(theirs, tokens, real)
+    for row, text, mask in zip(found, tokens, real, strict=True):
+        assert_close(row[mask], their_logits(theirs, text[None, mask])[0], "float64")
+    assert not found[~real].any()
+
+
+def test_beams_and_samples(tmp_path: Path) -> None:
+    """Beam search picks among states as it does among texts that are read anew; samples repeat with their seed."""
+    theirs = opened(save_pretrained(AUGMENTED.model("float32"), tmp_path / "model"))
+    beams = [continued(theirs, *batch(), num_beams=3, use_cache=state).sequences for state in (True, False)]
+    assert torch.equal(*beams)
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        samples.append(continued(theirs, *batch(), do_sample=True, num_return_sequences=2).sequences)
+    assert samples[0].shape == (6, LENGTH)
+    assert torch.equal(*samples)
+
+
+def test_gradients(tmp_path: Path, x64: None) -> None:
+    """Fine-tuning in PyTorch follows the same gradients."""
+    case = Case("performer+local+convolution")
+    ours = case.model()
+    theirs = opened(save_pretrained(ours, tmp_path / "model")).train()
+    tokens = batch()[0]
+
+    def loss(model: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(model(tokens)[:, :-1], tokens[:, 1:]).mean()
+
+    outputs = theirs(torch.tensor(tokens), labels=torch.tensor(tokens))
+    torch.nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1), torch.tensor(tokens[:, 1:]).flatten()
+    ).backward()
+    value, gradients = nnx.jit(nnx.value_and_grad(loss))(ours)
+    assert outputs.past_key_values is None
+    assert_close(outputs.loss.detach().numpy(), np.asarray(value), "float32")
+    expected = named(gradients, family_of_model(ours).entries(ours))
+    assert set(expected) == {name for name, _ in theirs.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        assert_close(parameter.grad.numpy(), expected[name], "float64")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_types(dtype: str, tmp_path: Path) -> None:
+    """Sums are taken in float32 at least; random directions are never rounded."""
+    ours = Case("performer+local+convolution").model(dtype)
+    theirs = opened(save_pretrained(ours, tmp_path / "model"), getattr(torch, dtype))
+    prompts, real = batch()
+    expected = np.asarray(our_logits(ours, integers(prompts), integers(real)))[real]
+    found = their_logits(theirs, prompts, real)[real]
+    if dtype == "float32":
+        assert_close(found, expected, dtype)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=0, atol=0.05 * np.abs(expected).max())
+    assert {name: buffer.dtype for name, buffer in theirs.named_buffers()} == {
+        f"model.layers.{layer}.self_attn.mixer.projection": torch.float32 for layer in range(2)
+    }
+    with torch.no_grad():
+        sums = theirs(torch.tensor(prompts), use_cache=True).past_key_values.states[0]["attention"]["memory"]
+    assert sums.dtype == torch.float32
+
+
+@pytest.mark.parametrize("case", [FLAGSHIP, Case("yoso+local", "gpt2")], ids=str)
+def test_saved_by_transformers(case: Case, tmp_path: Path) -> None:
+    """A folder that transformers writes holds the code and the numbers once more, for PyTorch and for us."""
+    ours = case.model("float32")
+    first = opened(save_pretrained(ours, tmp_path / "first"), torch.float32)
+    first.save_pretrained(tmp_path / "second")
+    second = opened(tmp_path / "second", torch.float32)
+    assert {path.name for path in (tmp_path / "second").glob("*.py")} == {
+        path.name for path in (tmp_path / "first").glob("*.py")
+    }
+    tokens, real = batch()
+    assert np.array_equal(their_logits(first, tokens, real), their_logits(second, tokens, real))
+    assert second.config.attention == first.config.attention
+    again = from_pretrained(tmp_path / "second")
+    assert again.config.attention == ours.config.attention
+    for (path, mine), (_, theirs) in zip(*(nnx.to_flat_state(nnx.state(each)) for each in (ours, again)), strict=True):
+        assert np.array_equal(mine[...], theirs[...]), path
+
+
+@pytest.mark.parametrize("case", [FLAGSHIP, Case("linformer+local"), Case("rfa", "gpt2")], ids=str)
+def test_a_model_from_its_configuration(case: Case, tmp_path: Path) -> None:
+    """Without weights, everything begins as here: factors and taps at zero, projections drawn."""
+    config = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32).config
+    fresh = dict(AutoModelForCausalLM.from_config(config, trust_remote_code=True).state_dict())
+    assert all(torch.isfinite(tensor).all() for tensor in fresh.values())
+    for name, tensor in fresh.items():
+        at_zero = name.endswith(("bias", "factor", "dwconv.weight"))
+        assert bool(tensor.any()) is not at_zero, name
+        if name.endswith("key_projection"):
+            assert torch.equal(tensor, torch.tensor([[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]))
+
+
+SCALED = {
+    "linear": {"factor": 3.0},
+    "dynamic": {"factor": 3.0},
+    "yarn": {"factor": 4.0, "beta_fast": 8.0, "beta_slow": 0.5},
+    "longrope": {"short_factor": (1.0, 1.3), "long_factor": (1.5, 4.0), "factor": 4.0},
+    "llama3": {"factor": 8.0},
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_rotary_scalings(scaling: str, tmp_path: Path) -> None:
+    length = 64 if scaling == "dynamic" else 256
+    rotary = RotaryConfig(1000.0, scaling, original_context_length=64, context_length=length, **SCALED[scaling])
+    ours = Case("flash_local", options={"rotary": rotary}).model("float32")
+    theirs = opened(save_pretrained(ours, tmp_path / "model"), torch.float32)
+    positions = np.arange(100)[None]
+    found = sys.modules[type(theirs).__module__].rotations_at(torch.tensor(positions), theirs.config, torch.float32)
+    for part, expected in zip(found, rotary_table(jnp.asarray(positions), 4, rotary, jnp.float32), strict=True):
+        assert_close(part[:, :, 0].numpy(), np.asarray(expected), "float32")
+
+
+def test_the_files(tmp_path: Path) -> None:
+    """What `auto_map` names is in the folder, and what the files need of each other."""
+    write_remote_code(tmp_path, "gpt2")
+    assert auto_map("gpt2")["AutoConfig"] == "configuration_lin_jax.LinJaxGPT2Config"
+    assert architectures("gpt2") == ["LinJaxGPT2LMHeadModel"]
+    for place in auto_map("gpt2").values():
+        module, name = place.split(".")
+        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+    with pytest.raises(UserError, match="of the family 'bert' cannot be opened in PyTorch; llama and gpt2 can"):
+        write_remote_code(tmp_path, "bert")
