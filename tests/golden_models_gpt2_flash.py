@@ -44,6 +44,7 @@ def attention(golden: Golden) -> AttentionConfig:
         group_size=golden.config["group_size"],
         kernel_size=golden.config.get("kernel_size") or golden.config.get("kernel") or 1,
         local_score="laplace" if settings.get("laplace_attn_fn") else "relu_squared",
+        convolve_padding=True,
     )
 
 
