@@ -98,7 +98,10 @@ def _loading(model: Any) -> str:
         return text + _KNOWN_ONLY_HERE
     option = ", trust_remote_code=True" if has_remote_code(model) else ""
     name = _automatic_class(describe(model)["architectures"][0])
-    there = f'from transformers import {name}\n\nmodel = {name}.from_pretrained("FOLDER"{option})'
+    # transformers opens the configuration for the tokenizer's sake too, and asks about its code.
+    opened = (("model", name), ("tokenizer", "AutoTokenizer"))
+    lines = "\n".join(f'{variable} = {each}.from_pretrained("FOLDER"{option})' for variable, each in opened)
+    there = f"from transformers import {name}, AutoTokenizer\n\n{lines}"
     return text + f"With PyTorch:\n\n```python\n{there}\n```"
 
 
