@@ -25,6 +25,7 @@ from lin_jax.attention.augmentation import WrappedState
 from lin_jax.attention.full import CacheState
 from lin_jax.attention.linformer import LinformerState
 from lin_jax.attention.yoso import YosoAttention
+from pallas_kernels.augmented_attention import augmented_attention_reference
 
 AUGMENTED = (
     "augmented",
@@ -292,3 +293,18 @@ def test_bfloat16_is_close_and_its_state_float32(case: Case) -> None:
             assert leaf.dtype == jnp.float32
     scale = float(np.abs(exact).max())
     close(outputs.astype(jnp.float64) / scale, exact / scale, 0.03)
+
+
+def test_the_definition_of_the_kernels_is_the_same() -> None:
+    """The oracle of all attentions and the reference of augmented attention, on a sequence that branches."""
+    case = Case("augmented")
+    inputs = tuple(part[0] for part in case.inputs(1, 25))
+    parents = np.array([*range(-1, 17), *(17 + parent for parent in random_tree(case.rng, 8, 4)[1:])])
+    expected = augmented_attention_reference(
+        *inputs,
+        group_size=case.group_size,
+        alpha=float(case.mixer.alpha[0]),
+        taps=np.asarray(case.mixer.convolution.taps[...]),
+        parents=parents,
+    )
+    close(case.reference(*inputs, parents=parents), expected)
