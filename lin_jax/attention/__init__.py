@@ -7,6 +7,7 @@ from lin_jax.attention.layout import Layout as Layout
 from lin_jax.attention.layout import masked_rows as masked_rows
 from lin_jax.attention.layout import packed_rows as packed_rows
 from lin_jax.attention.layout import padded_rows as padded_rows
+from lin_jax.attention.layout import single_rows as single_rows
 from lin_jax.attention.layout import whole_rows as whole_rows
 from lin_jax.attention.mixer import AttentionConfig as AttentionConfig
 from lin_jax.attention.mixer import BidirectionalMixer as BidirectionalMixer

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -155,8 +154,3 @@ class ConditionalDecoder(CausalModel):
         """The final norm, scaled for the head."""
         normed = self.norm(x)
         return normed if self.scale == 1 else normed * self.scale
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Logits in float32 or better."""
-        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
