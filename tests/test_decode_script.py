@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lin_jax.data import Tokenizer
-from lin_jax.decoding.command import decode, parse
+from lin_jax.decoding.command import decode
+from lin_jax.decoding.options import parse
 from lin_jax.decoding.session import Session
 from lin_jax.demo.__main__ import main as demo
 from lin_jax.errors import UserError

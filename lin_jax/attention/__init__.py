@@ -18,6 +18,7 @@ from lin_jax.attention.mixer import TokenMixer as TokenMixer
 from lin_jax.attention.mixer import along as along
 from lin_jax.attention.registry import REGISTRY as REGISTRY
 from lin_jax.attention.registry import build_mixer as build_mixer
+from lin_jax.attention.registry import grows as grows
 from lin_jax.attention.registry import longest_path as longest_path
 from lin_jax.attention.registry import parse_name as parse_name
 from lin_jax.attention.tree import TreeArrays as TreeArrays

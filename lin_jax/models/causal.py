@@ -1,8 +1,8 @@
 """What every causal language model shares: the forms of its token mixers, lifted to a stack of blocks."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -110,6 +110,12 @@ class CausalModel(nnx.Module):
             return None, block.commit(layer_state, along(layer_nodes, path), length)
 
         return self.layers(one, None, (state, nodes))[1]
+
+    def with_layers(self, numbers: Sequence[int]) -> Self:
+        """This model with some of its layers only, in the given order, and with states of as many."""
+        model = nnx.clone(self)
+        model.layers = self.layers.selected(numbers)
+        return model
 
     def position(self, state: Any) -> Int[Array, " B"]:
         """How many tokens each sequence has consumed."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -137,6 +138,11 @@ class ConditionalDecoder(CausalModel):
         self.head = head
         self.memories = nnx.data(memories)
         self.scale = scale
+
+    @property
+    def batch(self) -> int:
+        """How many encoded rows B it is bound to."""
+        return jax.tree.leaves(self.memories)[0].shape[1]
 
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, Places]:
         """Embeddings, and the places of the tokens."""

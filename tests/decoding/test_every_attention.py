@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from test_lossless import NEW, TREE, KnowingDrafter, build_model
+from samples import NEW, TREE, KnowingDrafter, build_model, padded
 
 from lin_jax.attention import REGISTRY
 from lin_jax.decoding import Generator, Sampling
@@ -19,10 +18,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def test_speculation_is_lossless(name: str) -> None:
     model = build_model(name)
     plain = Generator(model, piece=8).generate(PROMPTS, NEW, sampling=Sampling(1.0), seed=5)
-    longest = max(len(prompt) for prompt in PROMPTS)
-    truth = np.zeros((len(PROMPTS), longest + NEW), int)
-    for row, (prompt, tokens) in enumerate(zip(PROMPTS, plain.tokens, strict=True)):
-        truth[row, : len(prompt) + NEW] = prompt + tokens
+    truth = padded(PROMPTS, plain.tokens)
     drafter = KnowingDrafter(truth, seed=1, right=0.8)
     drafted = Generator(model, drafter=drafter, tree=TREE, piece=8).generate(
         PROMPTS, NEW, sampling=Sampling(1.0), seed=5

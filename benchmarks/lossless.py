@@ -1,0 +1,477 @@
+"""Is speculative output plain decoding's output, token for token? Real prompts, every drafter, tree and batch size.
+
+    python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16]
+        [--prompts N] [--new-tokens N] [--configurations NAME ...] [--data FOLDER]
+
+Without `--model` it is the pretrained stories260K with augmented attention in groups of 16 on its weights, whose factor
+and taps are drawn at random so that every branch matters. What plain decoding says is decoded once, in a batch of 16,
+and cut on the host where an end token or a stop string demands it; then every configuration must say the same. The
+configurations pair each drafter with each tree; batch sizes, ways of sampling and endings are laid over them as Latin
+squares, so that every pair of values occurs. All of them decode all prompts, but those of batch size 1 the first tenth.
+The recurrent states of a few configurations are compared with plain decoding's after as many tokens, step by step.
+
+The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
+than rounding. In bfloat16 the report says how far texts agree. Medusa and path heads that a run lacks begin as copies
+of the model's and are fitted to its plain texts for a moment.
+"""
+
+import argparse
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from prompts import Prompt, by_source, read_prompts
+from report import header, write
+from tqdm import tqdm
+
+from lin_jax.attention import AttentionConfig, longest_path
+from lin_jax.attention.state import AugmentedState
+from lin_jax.data.token_bytes import token_bytes
+from lin_jax.decoding import DraftTree, Generator, Sampling, chain
+from lin_jax.decoding.agreement import first_difference, is_rounding_tie, state_difference
+from lin_jax.decoding.draft import Drafter
+from lin_jax.decoding.drafters import DraftParts, NoDrafter, UnionDrafter, build_drafter
+from lin_jax.decoding.dynamic import DynamicTree
+from lin_jax.decoding.generation import Generation
+from lin_jax.decoding.generator import Tree
+from lin_jax.decoding.loop import DRAFT, TARGET
+from lin_jax.decoding.session import Session
+from lin_jax.decoding.stops import stop_automaton
+from lin_jax.decoding.tree import MC_SIM_7B_63
+from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.hub import from_pretrained
+from lin_jax.hub.llama2c_tokenizer import load_tokenizer
+from lin_jax.models import CausalModel, MedusaHeads, PathHead
+
+SEED = 11
+PIECE = 64
+HEADS = 4
+# Rounding of sums in another order, as a share of the largest number of a state.
+STATE_ROUNDING = {"float64": 1e-9, "float32": 1e-3, "bfloat16": float("inf")}
+DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram")
+TREES: dict[str, Tree] = {
+    "chain": chain(4),
+    "bushy": DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0, 0))),
+    "dynamic": DynamicTree(12, 4, 3, 3),
+    "mc_sim_7b_63": MC_SIM_7B_63,
+}
+BATCHES = (16, 3, 1)
+MODES = {
+    "greedy": Sampling(),
+    "sampled": Sampling(0.9, top_p=0.95),
+    "penalised": Sampling(0.9, min_p=0.05, repetition_penalty=1.2),
+}
+ENDINGS = ("free", "end tokens", "stop string")
+STATES = ("ngram:dynamic", "model:chain", "self:dynamic", "medusa+ngram:bushy")
+
+
+class Configuration(NamedTuple):
+    """One way to decode."""
+
+    drafter: str
+    tree: str
+    batch: int
+    mode: str
+    ending: str
+
+    @property
+    def name(self) -> str:
+        """What `--configurations` may ask for."""
+        return ":".join(map(str, self))
+
+
+class Ending(NamedTuple):
+    """What ends a text before its limit."""
+
+    tokens: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+class SilentDrafter(NoDrafter):
+    """Never guesses, though it has a tree to fill."""
+
+    depth = 4
+    width = 10
+
+
+class Subject(NamedTuple):
+    """What is decoded with, what is decoded, and what should come out.
+
+    Attributes:
+        parts: the model and what drafters are made of.
+        pieces: the bytes of every token.
+        prompts: what texts go on from.
+        new_tokens: limit of a text.
+        plain: per mode, plain decoding's texts.
+        endings: per mode, what ends texts.
+    """
+
+    parts: DraftParts
+    pieces: list[bytes]
+    prompts: list[Prompt]
+    new_tokens: int
+    plain: dict[str, list[list[int]]]
+    endings: dict[str, dict[str, Ending]]
+
+    def generator(self, drafter: str, tree: str, ending: Ending | None = None) -> Generator:
+        """A generator that drafts so."""
+        ending = ending or Ending()
+        guesser = SilentDrafter() if drafter == "silent" else build_drafter(drafter, self.parts)
+        stops = stop_automaton(ending.stops, self.pieces) if ending.stops else None
+        shape = fitting(TREES[tree], guesser)
+        return Generator(
+            self.parts.target, drafter=guesser, tree=shape, end_tokens=ending.tokens, stops=stops, piece=PIECE
+        )
+
+
+def configurations() -> list[Configuration]:
+    """Each drafter with each tree, and over them Latin squares of batch sizes, modes and endings."""
+    found = []
+    for number, drafter in enumerate(DRAFTERS):
+        trees = [tree for tree in TREES if tree != "mc_sim_7b_63" or drafter.startswith(("medusa", "path"))]
+        for order, tree in enumerate(trees):
+            batch = BATCHES[(order + number) % 3]
+            mode = list(MODES)[(order - number) % 3]
+            found.append(Configuration(drafter, tree, batch, mode, ENDINGS[(order + number // 3) % 3]))
+    return found
+
+
+def fitting(tree: Tree, drafter: Drafter) -> Tree:
+    """What of a tree a drafter can fill; of a union, both drafters in turn, a level and a rank at a time."""
+    if isinstance(tree, DynamicTree):
+        return replace(tree, depth=min(tree.depth, drafter.depth))
+    paths = tree.paths
+    if isinstance(drafter, UnionDrafter) and tree is not MC_SIM_7B_63:
+        second = drafter.drafters[0].width
+        paths = tuple(tuple(r // 2 + second * ((r + depth) % 2) for depth, r in enumerate(path)) for path in paths)
+    return DraftTree(tuple(path for path in paths if len(path) <= drafter.depth and max(path) < drafter.width))
+
+
+def load(options: argparse.Namespace) -> Session:
+    """The model to decode with, in the type asked for, with heads that are trained or are yet to be fitted."""
+    if options.model:
+        session = Session.load(options.model)
+        model = in_type(session.model, options.dtype)
+    else:
+        place = options.data / "checkpoints" / "stories260K"
+        attention = AttentionConfig("augmented", 16, 7)
+        types = {"dtype": options.dtype, "param_dtype": options.dtype}
+        model = from_pretrained(place / "stories260K.bin", attention=attention, **types)
+        stir(model)
+        tokenizer = load_tokenizer(place / "tok512.bin", model.config.vocab_size)
+        session = Session(place, DraftParts(model), tokenizer, ())
+    count = model.layers.count
+    parts = DraftParts(
+        target=model,
+        medusa=session.parts.medusa,
+        path=session.parts.path,
+        model=model.with_layers(range(max(count - 1, 1))),
+        layers=tuple(range(max(count - 2, 1))),
+    )
+    return replace(session, parts=parts)
+
+
+def in_type(model: CausalModel, dtype: str) -> CausalModel:
+    """The same model with parameters and activations of another type."""
+    config = replace(model.config, dtype=dtype, param_dtype=dtype)
+    other = type(model)(config, rngs=nnx.Rngs(0))
+    nnx.update(other, jax.tree.map(lambda old, new: new.astype(old.dtype), nnx.state(other), nnx.state(model)))
+    return other
+
+
+def stir(model: CausalModel) -> None:
+    """Draws factors and taps, which begin at zero, at random, so that every branch has something to say."""
+    rng = np.random.default_rng(SEED)
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] in ("taps", "alpha"):
+            drawn = jnp.asarray(rng.normal(size=parameter.shape) / 10, parameter.dtype)
+            parameter[...] = parameter[...] + drawn
+
+
+def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 256, steps: int = 60) -> DraftParts:
+    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand."""
+    model, width = parts.target, max(map(len, texts))
+    tokens = np.array([[*text, *[0] * (width - len(text))] for text in texts])
+    every = [(row, index) for row, text in enumerate(texts) for index in range(len(text) - HEADS - 1)]
+    rows, index = np.random.default_rng(SEED).permutation(every)[:places].T
+    hidden = jax.jit(lambda model: model.hidden(jnp.asarray(tokens))[rows, index])(model)
+    ahead = jnp.asarray(tokens[rows[:, None], index[:, None] + np.arange(1, HEADS + 2)])
+    optimizer = optax.adam(1e-2)
+
+    def trained(heads: Any) -> Any:
+        graph, state = nnx.split(heads)
+
+        def loss(state: Any) -> jax.Array:
+            logits = nnx.merge(graph, state).guess(hidden, ahead[:, :-1])
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ahead[:, 1:]))
+
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            updates, moments = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+            return (optax.apply_updates(carry[0], updates), moments), None
+
+        fit = jax.jit(lambda state: jax.lax.scan(step, (state, optimizer.init(state)), None, steps)[0][0])
+        return nnx.merge(graph, fit(state))
+
+    return replace(
+        parts,
+        medusa=parts.medusa or trained(MedusaHeads.on(model, HEADS)),
+        path=parts.path or trained(PathHead.on(model, max(model.config.hidden_size // 2, 1), nnx.Rngs(SEED))),
+    )
+
+
+def prepare(options: argparse.Namespace, chosen: Sequence[Configuration]) -> Subject:
+    """Everything but the measurements: model, prompts, and what plain decoding says in the modes that are asked for."""
+    session = load(options)
+    prompts = read_prompts(options.data, session.encode_prompt, options.prompts)
+    texts = [prompt.tokens for prompt in prompts]
+    generator = Generator(session.model, piece=PIECE)
+    plain = {}
+    modes = [mode for mode in MODES if any(each.mode == mode for each in chosen)]
+    for mode in tqdm(modes, desc="plain decoding", unit="mode", disable=None):
+        found = generator.generate(texts, options.new_tokens, sampling=MODES[mode], seed=SEED, slots=16)
+        plain[mode] = found.tokens
+    pieces = token_bytes(session.tokenizer)
+    pieces += [b""] * (session.model.config.vocab_size - len(pieces))
+    parts = session.parts
+    if any(each.drafter.startswith(("medusa", "path")) for each in chosen):
+        whole = [[*text, *rest] for text, rest in zip(texts, plain[modes[0]], strict=True)]
+        parts = fitted(parts, whole[:32])
+    endings = {mode: choose_endings(each, pieces) for mode, each in plain.items()}
+    return Subject(parts, pieces, prompts, options.new_tokens, plain, endings)
+
+
+def choose_endings(texts: Sequence[Sequence[int]], pieces: Sequence[bytes]) -> dict[str, Ending]:
+    """Two tokens, and a string across two tokens, each of which ends about a third of the texts."""
+
+    def suited(found: Iterator[Any]) -> list[Any]:
+        counts = Counter(found)
+        return sorted(counts, key=lambda item: (abs(counts[item] - len(texts) / 3), item))
+
+    def readable(pair: tuple[int, int]) -> str:
+        return b"".join(pieces[token] for token in pair).decode(errors="ignore") if all(pieces[t] for t in pair) else ""
+
+    ends = suited(token for text in texts for token in set(text))[:2]
+    strings = map(readable, suited(pair for text in texts for pair in set(pairwise(text))))
+    stop = next((string for string in strings if len(string) > 1), "\n")
+    return dict(zip(ENDINGS, (Ending(), Ending(tuple(ends)), Ending((), (stop,))), strict=True))
+
+
+def cut(text: Sequence[int], ending: Ending, pieces: Sequence[bytes]) -> list[int]:
+    """A text up to the token that ends it, found without the device."""
+    written = b""
+    for index, token in enumerate(text):
+        written += pieces[token]
+        if token in ending.tokens or any(stop.encode() in written for stop in ending.stops):
+            return list(text[: index + 1])
+    return list(text)
+
+
+def boundaries_crossed(prompt: int, origins: Sequence[int], group: int) -> int:
+    """How many accepted paths lie across a group boundary.
+
+    Every step commits the token that was newest, and of what it emits all but the last token.
+    """
+    crossed, begin = 0, 1
+    for index in range(1, len(origins)):
+        if origins[index] == TARGET or index + 1 == len(origins):
+            crossed += (prompt + begin - 1) // group != (prompt + index - 1) // group
+            begin = index + 1
+    return crossed
+
+
+def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], found: Generation) -> dict[str, Any]:
+    """How a configuration's texts compare with plain decoding's."""
+    model, sampling = subject.parts.target, MODES[chosen.mode]
+    differences, agreeing = [], 0
+    for row, (one, other) in enumerate(zip(expected, found.tokens, strict=True)):
+        index = first_difference(one, other)
+        agreeing += len(one) if index is None else index
+        if index is not None:
+            prompt = subject.prompts[row]
+            tie = is_rounding_tie(model, prompt.tokens, one, other, sampling, SEED, row)
+            differences.append({"row": row, "source": prompt.source, "token": index, "rounding_tie": tie})
+    group = longest_path(model.config.attention)
+    lengths = [len(prompt.tokens) for prompt in subject.prompts]
+    return {
+        "prompts": len(expected),
+        "tokens": sum(map(len, expected)),
+        "equal_prompts": len(expected) - len(differences),
+        "share_before_divergence": agreeing / sum(map(len, expected)),
+        "divergences": differences,
+        "mean_accepted_tokens": found.mean_accepted_tokens,
+        "boundaries_crossed": 0
+        if group is None
+        else sum(boundaries_crossed(*row, group + 1) for row in zip(lengths, found.origins, strict=False)),
+        "ended_early": sum(each != "length" for each in found.endings),
+        "ended_by_a_draft": sum(
+            each != "length" and row[-1] == DRAFT for each, row in zip(found.endings, found.origins, strict=True)
+        ),
+        "tokens_per_second": found.tokens_per_second,
+    }
+
+
+def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
+    """Decodes in one configuration, and compares."""
+    count = len(subject.prompts) if chosen.batch > 1 else max(len(subject.prompts) // 10, 1)
+    ending = subject.endings[chosen.mode][chosen.ending]
+    texts = [prompt.tokens for prompt in subject.prompts[:count]]
+    began = time.perf_counter()
+    generator = subject.generator(chosen.drafter, chosen.tree, ending)
+    sampling = MODES[chosen.mode]
+    found = generator.generate(texts, subject.new_tokens, sampling=sampling, seed=SEED, slots=chosen.batch)
+    seconds = time.perf_counter() - began
+    expected = [cut(text, ending, subject.pieces) for text in subject.plain[chosen.mode][:count]]
+    return {**chosen._asdict(), **compare(chosen, subject, expected, found), "seconds": seconds}
+
+
+def states(generator: Generator, subject: Subject, mode: str) -> list[tuple[np.ndarray, Any]]:
+    """How many tokens every row has, and its recurrent state, before the first step and after every one."""
+    texts = [prompt.tokens for prompt in subject.prompts[:16]]
+    decoding = generator.stream(texts, subject.new_tokens, sampling=MODES[mode], seed=SEED, slots=len(texts))
+    found = []
+    while True:
+        # Copies: the next step takes the buffers.
+        found.append(jax.tree.map(np.array, (decoding.state.written, decoding.state.reading.model)))
+        if bool(decoding.state.finished.all()):
+            return found
+        decoding.advance(1)
+
+
+def compare_states(chosen: Configuration, subject: Subject) -> dict[str, Any]:
+    """How far the state after every step is from plain decoding's after as many tokens, without early endings."""
+    plain = states(Generator(subject.parts.target, piece=PIECE), subject, chosen.mode)
+    drafted = states(subject.generator(chosen.drafter, chosen.tree), subject, chosen.mode)
+    largest = 0.0
+    for written, state in drafted:
+        # Plain decoding has n tokens after n - 1 steps.
+        parts = [jax.tree.map(lambda leaf, r=row: leaf[:, r], plain[n - 1][1]) for row, n in enumerate(written)]
+        same = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *parts)
+        largest = max(largest, state_difference(state, same))
+    compared = sum(len(written) for written, _ in drafted)
+    names = {"drafter": chosen.drafter, "tree": chosen.tree, "mode": chosen.mode}
+    return {**names, "states": compared, "largest_difference": largest}
+
+
+def pairs(results: Sequence[Configuration]) -> dict[str, str]:
+    """For every two of a configuration's fields, how many pairs of values occur, of how many there could be."""
+    found = {}
+    for first, second in combinations(Configuration._fields, 2):
+        seen = {(getattr(each, first), getattr(each, second)) for each in results}
+        possible = {(getattr(each, first), getattr(each, second)) for each in configurations()}
+        every = len({one for one, _ in possible}) * len({other for _, other in possible})
+        found[f"{first} x {second}"] = f"{len(seen)} of {every}"
+    return found
+
+
+def failed(report: dict[str, Any]) -> bool:
+    """Whether something differs that must not."""
+    dtype = report["dtype"]
+    divergences = [each for result in report["results"] for each in result["divergences"]]
+    if dtype == "bfloat16":
+        divergences = []
+    elif dtype == "float32":
+        divergences = [each for each in divergences if not each["rounding_tie"]]
+    return bool(divergences) or any(
+        each["largest_difference"] > STATE_ROUNDING[dtype] for each in report["state_equality"]
+    )
+
+
+def show(report: dict[str, Any]) -> None:
+    """The results as a table."""
+    print(f"{'drafter':13}{'tree':13}{'batch':>6} {'mode':10}{'ending':12}", end="")
+    print(f"{'equal':>9}{'tokens':>8}{'agree':>8}{'ties':>6}{'accepted':>9}{'crossed':>8}{'in run':>7}{'tok/s':>7}")
+    for each in report["results"]:
+        ties = sum(one["rounding_tie"] for one in each["divergences"])
+        print(
+            f"{each['drafter']:13}{each['tree']:13}{each['batch']:6} {each['mode']:10}{each['ending']:12}"
+            f"{each['equal_prompts']:>4}/{each['prompts']:<4}{each['tokens']:>8,}{each['share_before_divergence']:>8.2%}"
+            f"{ties:>6}{each['mean_accepted_tokens']:>9.2f}{each['boundaries_crossed']:>8,}{each['ended_by_a_draft']:>7}"
+            f"{each['tokens_per_second']:>7,.0f}"
+        )
+    for each in report["state_equality"]:
+        difference = each["largest_difference"]
+        equal = "to the bit" if difference == 0 else f"within {difference:.1e}"
+        print(f"{each['states']:,} states of {each['drafter']}, {each['tree']}, {each['mode']}: equal {equal}")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, metavar="FILE", help="write the report to a file, or with - print it")
+    parser.add_argument("--model", metavar="FOLDER", help="a run or Hugging Face folder; default: stories260K")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER")
+    parser.add_argument("--dtype", choices=STATE_ROUNDING, default="float64")
+    parser.add_argument("--prompts", type=int, metavar="N", help="how many; default: 564")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--configurations",
+        nargs="+",
+        metavar="NAME",
+        help="those whose DRAFTER:TREE:BATCH:MODE:ENDING begins so",
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Measures, prints and writes; 1 if something differs that must not."""
+    options = parse()
+    jax.config.update("jax_enable_x64", options.dtype == "float64")
+    wanted = options.configurations or [""]
+    chosen = [each for each in configurations() if each.name.startswith(tuple(wanted))]
+    if not chosen:
+        raise UserError(f"no configuration begins with {' or '.join(wanted)}; try ngram, or {configurations()[0].name}")
+    subject = prepare(options, chosen)
+    results = []
+    with tqdm(chosen, unit="configuration", disable=None) as bar:
+        for each in bar:
+            if results and results[-1]["drafter"] != each.drafter:
+                jax.clear_caches()
+            results.append(try_one(each, subject))
+            bar.set_postfix_str(f"{each.name}: {results[-1]['tokens_per_second']:,.0f} tokens/s")
+    report = {**describe(options, subject), "pairs": pairs(chosen), "results": results}
+    report["state_equality"] = state_equality(subject, chosen)
+    report["lossless"] = not failed(report)
+    show(report)
+    write(report, options.json)
+    return int(not report["lossless"])
+
+
+def describe(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """What was decoded with, and what."""
+    lengths = [len(prompt.tokens) for prompt in subject.prompts]
+    config = subject.parts.target.config
+    return {
+        **header("lossless"),
+        "model": options.model or "stories260K",
+        "attention": config.attention.name,
+        "group_size": config.attention.group_size,
+        "dtype": options.dtype,
+        "prompts": by_source(subject.prompts),
+        "prompt_tokens": {"shortest": min(lengths), "mean": sum(lengths) / len(lengths), "longest": max(lengths)},
+        "new_tokens": options.new_tokens,
+        "endings": {
+            mode: {name: [*each.tokens, *each.stops] for name, each in found.items()}
+            for mode, found in subject.endings.items()
+        },
+    }
+
+
+def state_equality(subject: Subject, chosen: Sequence[Configuration]) -> list[dict[str, Any]]:
+    """The states of a few of the chosen configurations, if the attention's state has a constant size."""
+    state = jax.eval_shape(lambda: subject.parts.target.init_state(1, 1))
+    if not isinstance(state, AugmentedState):
+        return []
+    return [compare_states(each, subject) for each in chosen if f"{each.drafter}:{each.tree}" in STATES]
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
