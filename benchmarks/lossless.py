@@ -7,7 +7,7 @@ Without `--model` it is the pretrained stories260K with augmented attention in g
 and taps are drawn at random so that every branch matters. What plain decoding says is decoded once, in a batch of 16,
 and cut on the host where an end token or a stop string demands it; then every configuration must say the same. The
 configurations pair each drafter with each tree; batch sizes, ways of sampling and endings are laid over them as Latin
-squares, so that every pair of values occurs. All of them decode all prompts, but those of batch size 1 the first tenth.
+squares, so that every pair of values occurs. All of them decode all prompts, but those of batch size 1 a tenth.
 The recurrent states of a few configurations are compared with plain decoding's after as many tokens, step by step.
 
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
@@ -321,7 +321,7 @@ def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], 
 
 def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
     """Decodes in one configuration, and compares."""
-    count = len(subject.prompts) if chosen.batch > 1 else max(len(subject.prompts) // 10, 1)
+    count = len(subject.prompts) if chosen.batch > 1 else max(len(subject.prompts) // 10, 4)
     ending = subject.endings[chosen.mode][chosen.ending]
     texts = [prompt.tokens for prompt in subject.prompts[:count]]
     began = time.perf_counter()
@@ -333,30 +333,44 @@ def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
     return {**chosen._asdict(), **compare(chosen, subject, expected, found), "seconds": seconds}
 
 
-def states(generator: Generator, subject: Subject, mode: str) -> list[tuple[np.ndarray, Any]]:
-    """How many tokens every row has, and its recurrent state, before the first step and after every one."""
+class Record(NamedTuple):
+    """A batch between two steps, on the host: how many tokens each row has, which, and the recurrent state."""
+
+    written: np.ndarray
+    output: np.ndarray
+    state: Any
+
+
+def records(generator: Generator, subject: Subject, mode: str) -> list[Record]:
+    """The first prompts as they are decoded, before the first step and after every one."""
     texts = [prompt.tokens for prompt in subject.prompts[:16]]
     decoding = generator.stream(texts, subject.new_tokens, sampling=MODES[mode], seed=SEED, slots=len(texts))
     found = []
     while True:
+        state = decoding.state
         # Copies: the next step takes the buffers.
-        found.append(jax.tree.map(np.array, (decoding.state.written, decoding.state.reading.model)))
-        if bool(decoding.state.finished.all()):
+        found.append(jax.tree.map(np.array, Record(state.written, state.output, state.reading.model)))
+        if bool(state.finished.all()):
             return found
         decoding.advance(1)
 
 
 def compare_states(chosen: Configuration, subject: Subject) -> dict[str, Any]:
-    """How far the state after every step is from plain decoding's after as many tokens, without early endings."""
-    plain = states(Generator(subject.parts.target, piece=PIECE), subject, chosen.mode)
-    drafted = states(subject.generator(chosen.drafter, chosen.tree), subject, chosen.mode)
-    largest = 0.0
-    for written, state in drafted:
-        # Plain decoding has n tokens after n - 1 steps.
-        parts = [jax.tree.map(lambda leaf, r=row: leaf[:, r], plain[n - 1][1]) for row, n in enumerate(written)]
+    """How far states are from plain decoding's after the same tokens, step by step, without early endings."""
+    plain = records(Generator(subject.parts.target, piece=PIECE), subject, chosen.mode)
+    texts, largest, compared = plain[-1].output, 0.0, 0
+    for record in records(subject.generator(chosen.drafter, chosen.tree), subject, chosen.mode):
+        # A state holds all tokens but the newest; where texts have parted (never in float64), so have states.
+        consumed = record.written - 1
+        alike = [row for row, n in enumerate(consumed) if np.array_equal(record.output[row, :n], texts[row, :n])]
+        if not alike:
+            continue
+        # Plain decoding has consumed n new tokens after n steps.
+        parts = [jax.tree.map(lambda leaf, r=row: leaf[:, r], plain[consumed[row]].state) for row in alike]
         same = jax.tree.map(lambda *leaves: np.stack(leaves, axis=1), *parts)
-        largest = max(largest, state_difference(state, same))
-    compared = sum(len(written) for written, _ in drafted)
+        ours = jax.tree.map(lambda leaf, rows=alike: leaf[:, rows], record.state)
+        largest = max(largest, state_difference(ours, same))
+        compared += len(alike)
     names = {"drafter": chosen.drafter, "tree": chosen.tree, "mode": chosen.mode}
     return {**names, "states": compared, "largest_difference": largest}
 

@@ -190,18 +190,17 @@ def best_chains(
     for kind in kinds:
         drafter = build_drafter(kind, session.parts)
         deepest = min(drafter.depth, longest_path(session.model.config.attention) or LONGEST_CHAIN, LONGEST_CHAIN)
-        ends = (1,) if deepest == 1 else (1, deepest)
-        drafting = measure_drafting(session.model, drafter, costs, ends)
+        drafting = measure_drafting(session.model, drafter, costs, deepest)
         joined = "+" in kind
         if joined:
             whole = DynamicTree(deepest + 1, deepest, 1, 1)
-            right = measure_places(session.model, drafter, prompts, texts, whole) <= deepest
+            right = measure_places(session.model, drafter, prompts, texts, whole)[:, -1] <= deepest
         else:
             right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, 0]
         reached = np.cumprod(right, axis=1)
         for length in range(1, deepest + 1):
             tokens = 1 + float(reached[:, :length].sum(axis=1).mean())
-            cost = costs.verify(length + 1) + float(np.interp(length, ends, drafting))
+            cost = costs.verify(length + 1) + length * drafting
             tree: Tree = DynamicTree(length + 1, length, 1, 1) if joined else chain(length)
             found.append((kind, tree, tokens * costs.verify(1) / cost))
     return sorted(found, key=lambda each: -each[2])

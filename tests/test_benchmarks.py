@@ -121,7 +121,7 @@ def test_support_matrix(tmp_path: Path) -> None:
 def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     """Drafts change no token and no state; accepted runs cross group boundaries, and texts end early."""
     file = tmp_path / "lossless.json"
-    wanted = ("model:chain", "self:bushy")
+    wanted = ("ngram:bushy", "self:dynamic")
     options = ("--prompts", "16", "--new-tokens", "24", "--data", str(shared_data), "--json", str(file))
     done = subprocess.run(
         [sys.executable, "benchmarks/lossless.py", *options, "--configurations", *wanted],
@@ -135,9 +135,9 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     assert report["lossless"] is True
     assert sum(report["prompts"].values()) == 16
     for result in report["results"]:
-        assert result["equal_prompts"] == result["prompts"] > 0
+        assert result["equal_prompts"] == result["prompts"] >= 4
         assert result["divergences"] == []
-        assert result["mean_accepted_tokens"] > 1
-        assert result["boundaries_crossed"] > 0
-        assert result["ended_early"] > 0
+    assert report["results"][0]["ended_early"] > 0
+    assert report["results"][1]["mean_accepted_tokens"] > 1
+    assert report["results"][1]["boundaries_crossed"] > 0
     assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12

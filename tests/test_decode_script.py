@@ -94,7 +94,7 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     ("argv", "message"),
     [
         (("nowhere", "x"), "nowhere"),
-        (("RUN", "x", "--tree", "chain:9", "--drafter", "ngram"), "a group holds 8 tokens"),
+        (("RUN", "x", "--tree", "chain:8", "--drafter", "ngram"), "a group holds 8 tokens"),
         (("RUN", "x", "--tree", "0;2,2"), "has no parent"),
         (("RUN", "x", "--tree", "0;5", "--drafter", "ngram"), "the drafter offers"),
         (("RUN", "some long prompt", "--max-prompt-tokens", "2"), "2 are allowed"),
@@ -104,7 +104,7 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("RUN", "x", "--top-p", "0"), "top-p"),
         (("RUN", "x", "--max-new-tokens", "0", "--drafter", "none"), "new tokens"),
         (("RUN", "--prompt-file", "missing.txt"), "missing.txt"),
-        (("RUN", "x", "--heads", "RUN"), "no Medusa heads"),
+        (("RUN", "x", "--heads", "RUN"), "no draft heads"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -25,8 +25,8 @@ from lin_jax.models import CausalModel
 # What speculation must gain to be worth its while: less than that is noise.
 WORTH = 1.02
 LARGEST = 32
-# Depths of dynamic trees that are looked at, with the beam and the width of each node.
-DYNAMIC = ((3, 4, 4), (5, 4, 4), (7, 4, 4))
+# Of dynamic trees: how many nodes of each depth get children, and how many at the most.
+BEAM = 4
 
 
 @dataclass(frozen=True)
@@ -93,41 +93,33 @@ def shortlist(
     texts: Sequence[Sequence[int]],
     costs: Costs,
 ) -> list[Plan]:
-    """The trees that promise most: of fixed shape (two of them), and dynamic, if they promise anything."""
+    """The trees that promise most, one of fixed shape and a dynamic one, if they promise anything."""
     # A path must be shorter than a group, and pays only where it is likely to be right to its end.
     group = model.config.attention.group_size
     deepest = min(drafter.depth, group - 1, 8)
-    ends = (1,) if deepest == 1 else (1, deepest)
-    drafting = measure_drafting(model, drafter, costs, ends)
+    drafting = measure_drafting(model, drafter, costs, deepest)
+    largest = min(LARGEST, max(costs.sizes))
 
-    def speedup(size: int, depth: int, tokens: float) -> float:
-        draft = float(np.interp(depth, ends, drafting))
-        return tokens * costs.verify(1) / (costs.verify(size) + draft)
+    def plan(tree: Tree, tokens: float) -> Plan:
+        speedup = tokens * costs.verify(1) / (costs.verify(tree.size) + tree.depth * drafting)
+        return Plan(kind, costs.slots, tree_text(tree), device_kind(), tokens, speedup)
 
     hits = measure_hits(model, drafter, prompts, texts, depth=deepest)
-    largest = min(LARGEST, max(costs.sizes))
-    fixed: list[tuple[Tree, float, float]] = [
-        (tree, tokens, speedup(tree.size, tree.depth, tokens))
+    fixed = [
+        plan(tree, tokens)
         for depth in range(1, deepest + 1)
         for tree, tokens in grow_tree(hits[:, :depth], largest)
         if tree.depth == depth
     ]
-    fixed.sort(key=lambda each: -each[2])
-    moving: list[tuple[Tree, float, float]] = []
-    for depth, beam, width in DYNAMIC:
-        if depth > deepest or drafter.width < 2:
-            continue
-        width = min(width, drafter.width)
-        whole = DynamicTree(2, depth, beam, width)
+    moving = []
+    if drafter.width > 1:
+        whole = DynamicTree(2, deepest, BEAM, min(BEAM, drafter.width))
         places = measure_places(model, drafter, prompts, texts, whole)
-        for size, tokens in dynamic_tokens(places, min(largest, whole.most)):
-            moving.append((replace(whole, size=size), tokens, speedup(size, depth, tokens)))
-    moving.sort(key=lambda each: -each[2])
-    return [
-        Plan(kind, costs.slots, tree_text(tree), device_kind(), tokens, expected)
-        for tree, tokens, expected in (*fixed[:2], *moving[:1])
-        if expected > 1
-    ]
+        for depth in range(1, deepest + 1):
+            for size, tokens in dynamic_tokens(places[:, depth - 1], min(largest, replace(whole, depth=depth).most)):
+                moving.append(plan(replace(whole, size=size, depth=depth), tokens))
+    best = [max(each, key=lambda plan: plan.expected_speedup) for each in (fixed, moving) if each]
+    return [each for each in best if each.expected_speedup > 1]
 
 
 def dynamic_tokens(places: Int[np.ndarray, "P D"], largest: int) -> Iterator[tuple[int, float]]:
@@ -170,7 +162,7 @@ def trial(
     """How many times faster than plain decoding each tree writes, median over rounds in which all take turns."""
     generators = [Generator(model), *(Generator(model, drafter=drafter, tree=tree) for tree in trees)]
     # Whole batches only, and no more of them than it takes to see a difference.
-    count = slots * max(1, min(len(prompts), 8) // slots)
+    count = slots * max(1, min(len(prompts), 4) // slots)
     asked = [prompts[index % len(prompts)] for index in range(count)]
     rates = np.zeros((rounds + 1, len(generators)))
     for turn in range(rounds + 1):

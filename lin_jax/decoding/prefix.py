@@ -41,9 +41,9 @@ class Prefix:
         try:
             save_file(_named(self.reading), partial, metadata=about)
             partial.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {error.strerror}; give another file") from error
+            raise UserError(f"cannot write {path}: {error}; give another file") from error
 
     @classmethod
     def load(cls, path: str | Path, like: Callable[[int], Reading], identity: str) -> "Prefix":

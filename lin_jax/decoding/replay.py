@@ -1,6 +1,7 @@
 """Going through texts that the model wrote itself, token by token, to see what a drafter would have guessed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -48,10 +49,11 @@ def measure_places(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     tree: DynamicTree,
-) -> Int[np.ndarray, "P D"]:
-    """How early a dynamic tree takes in the node of each depth that would have been right, NOWHERE if not at all.
+) -> Int[np.ndarray, "P L D"]:
+    """How early dynamic trees take in the node of each depth that would have been right, NOWHERE if not at all.
 
-    A tree of N nodes that is grown alike holds it if the place is below N. Arguments as in `measure_hits`.
+    There is one finding for each depth L that a tree may stop at. A tree of N nodes that is grown alike holds the node
+    if the place is below N. Arguments as in `measure_hits`.
     """
     return _replayed(model, drafter, prompts, texts, tree.depth, tree)
 
@@ -126,18 +128,23 @@ def _hits(drafter: Drafter, context: DraftContext, state: object, told: Int[Arra
 
 def _places(
     tree: DynamicTree, drafter: Drafter, context: DraftContext, state: object, told: Int[Array, "B D"]
-) -> Int[Array, "B D"]:
-    tokens, joint, parents = tree.candidates(drafter, context, state)
-    # The order in which `grow` takes nodes in: the likeliest first, of equals the earliest; the root before all.
-    order = jnp.argsort(-joint.at[:, 0].set(jnp.inf), axis=1, stable=True)
-    place = jnp.argsort(order, axis=1)
-    node = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-    there = jnp.ones(tokens.shape[0], bool)
-    places = []
-    index = jnp.arange(tokens.shape[1])
-    for depth in range(1, told.shape[1]):
-        right = (tokens == told[:, depth, None]) & (parents == node) & (index > 0) & jnp.isfinite(joint)
-        there = there & jnp.any(right, axis=1)
-        node = jnp.argmax(right, axis=1)[:, None]
-        places.append(jnp.where(there, jnp.take_along_axis(place, node, axis=1)[:, 0], NOWHERE))
-    return jnp.stack(places, axis=1)
+) -> Int[Array, "B L D"]:
+    everything = tree.candidates(drafter, context, state)
+    found = []
+    for deepest in range(1, told.shape[1]):
+        # Layers come one after the other: a tree that stops earlier has found the first of these.
+        tokens, joint, parents = (part[:, : replace(tree, size=2, depth=deepest).most] for part in everything)
+        # The order in which `grow` takes nodes in: the likeliest first, of equals the earliest; the root before all.
+        order = jnp.argsort(-joint.at[:, 0].set(jnp.inf), axis=1, stable=True)
+        place = jnp.argsort(order, axis=1)
+        node = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+        there = jnp.ones(tokens.shape[0], bool)
+        places = []
+        index = jnp.arange(tokens.shape[1])
+        for depth in range(1, told.shape[1]):
+            right = (tokens == told[:, depth, None]) & (parents == node) & (index > 0) & jnp.isfinite(joint)
+            there = there & jnp.any(right, axis=1)
+            node = jnp.argmax(right, axis=1)[:, None]
+            places.append(jnp.where(there, jnp.take_along_axis(place, node, axis=1)[:, 0], NOWHERE))
+        found.append(jnp.stack(places, axis=1))
+    return jnp.stack(found, axis=1)

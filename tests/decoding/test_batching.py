@@ -61,7 +61,7 @@ def test_stops_inside_an_accepted_run(model: Llama, prompts: list[list[int]], fr
             found = generator.generate(prompts, limit, slots=2)
             for row in range(len(prompts)):
                 assert (found.tokens[row], found.endings[row]) == expected(row, limit)
-    assert len({expected(row, NEW)[1] for row in range(len(prompts))}) == 3
+    assert len({expected(row, limit)[1] for row in range(len(prompts)) for limit in (NEW, 3)}) == 3
 
 
 def test_slots_and_prompts_share_compiled_programs(model: Llama, prompts: list[list[int]]) -> None:
