@@ -182,7 +182,7 @@ def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
     cases = decoding_inputs(golden, "full_tokens_")
     model = golden.llama(dtype)
     count = len(next(iter(cases.values()))[1])
-    for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), longest=2)):
+    for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), lookback=64)):
         generation = Generator(model, drafter=drafter, piece=7).generate([p for p, _ in cases.values()], count)
         assert generation.tokens == [tokens for _, tokens in cases.values()]
     for suffix, (prompt, tokens) in cases.items():

@@ -111,7 +111,7 @@ def _print_all(session: Session, texts: Sequence[str], decoding: Decoding, optio
         try:
             for update in decoding:
                 progress.update(update.finished)
-                progress.set_postfix_str(f"{decoding.generation.tokens_per_second:,.0f} tokens/s", refresh=False)
+                progress.set_postfix_str(f"{decoding.tokens_per_second:,.0f} tokens/s", refresh=False)
         except KeyboardInterrupt:
             status = INTERRUPTED
     generation = decoding.generation

@@ -13,7 +13,7 @@ from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.tree import DraftTree, chain
 from lin_jax.models import CausalModel
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Decoding:
         self.held: list[int | None] = [None] * slots
         self.yields = np.zeros(self.tree.depth + 1, np.int64)
         self.nodes = 0
+        self.collected = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         longest = max(len(prompt) for prompt in prompts) + (0 if prefix is None else prefix.length)
         # A tree may reach past the last token that is kept.
@@ -103,6 +104,11 @@ class Decoding:
     def finished(self) -> bool:
         """Whether every prompt has its text."""
         return not self.waiting and all(row is None for row in self.held)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens collected so far per second of the loop: for showing progress."""
+        return self.collected / self.decode_seconds if self.decode_seconds else 0.0
 
     def advance(self, steps: int | None = None) -> bool:
         """Gives free slots to waiting prompts, then runs the loop for some steps; False if there is nothing to do."""
@@ -134,6 +140,7 @@ class Decoding:
             gained = None if chances is None else chances[slot, part].tolist()
             update = Update(number, output[slot, part].tolist(), origin[slot, part].tolist(), gained, row.ending)
             row.tokens += update.tokens
+            self.collected += len(update.tokens)
             row.origins += update.origins
             row.log_probs += gained or []
             if update.tokens or update.finished:
@@ -198,7 +205,9 @@ class Decoding:
             jnp.asarray(rows),
             self.seed,
             self.generator.stops,
-            options=self.options,
+            sampling=self.options.sampling,
+            end_tokens=self.options.end_tokens,
+            longest=self.tree.depth + 1,
             capacity=bucket(self.max_new_tokens, 16),
             log_probs=self.log_probs,
         )

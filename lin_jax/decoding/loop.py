@@ -81,7 +81,9 @@ class LoopState:
         return self.ending != RUNNING
 
 
-@partial(jax.jit, static_argnames=("options", "capacity", "log_probs"), donate_argnames="reading")
+@partial(
+    jax.jit, static_argnames=("sampling", "end_tokens", "longest", "capacity", "log_probs"), donate_argnames="reading"
+)
 def start(
     model: CausalModel,
     reading: Reading,
@@ -90,16 +92,21 @@ def start(
     seed: UInt[Array, ""],
     stops: StopAutomaton | None,
     *,
-    options: Options,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+    longest: int,
     capacity: int,
     log_probs: bool,
 ) -> LoopState:
-    """Chooses the first token of every row from what was read; rows with a limit of zero are empty."""
+    """Chooses the first token of every row from what was read; rows with a limit of zero are empty.
+
+    A step gives `longest` tokens P at the most, a row `capacity` M.
+    """
     batch = limit.shape[0]
     logits = model.logits(reading.hidden[:, None])
     positions = model.position(reading.model)[:, None]
     seen = None if reading.seen is None else reading.seen[:, None]
-    first = choose(logits, positions, rows, seed, options.sampling, seen)
+    first = choose(logits, positions, rows, seed, sampling, seen)
     state = LoopState(
         reading=reading,
         root=first[:, 0],
@@ -113,11 +120,11 @@ def start(
         stop=jnp.zeros(batch, jnp.int32),
         ending=jnp.where(limit > 0, RUNNING, EMPTY).astype(jnp.int8),
         steps=jnp.zeros(batch, jnp.int32),
-        yields=jnp.zeros((batch, options.tree.depth + 1), jnp.int32),
+        yields=jnp.zeros((batch, longest), jnp.int32),
     )
     accepted = Accepted(jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32), first)
     chances = log_probabilities(logits, first) if log_probs else None
-    return _emit(state, accepted, chances, stops, options)[0]
+    return _emit(state, accepted, chances, stops, end_tokens)[0]
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="state")
@@ -167,7 +174,7 @@ def _step(
         along_path = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
         chances = log_probabilities(along_path, accepted.emitted)
     path = jnp.take_along_axis(draft.tokens, accepted.path, axis=1)
-    state, count = _emit(state, accepted, chances, stops, options)
+    state, count = _emit(state, accepted, chances, stops, options.end_tokens)
     last = jnp.take_along_axis(accepted.path, jnp.maximum(count - 1, 0)[:, None], axis=1)
     reached = jnp.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0]
     return replace(
@@ -190,14 +197,14 @@ def _emit(
     accepted: Accepted,
     chances: Float[Array, "B P"] | None,
     stops: StopAutomaton | None,
-    options: Options,
+    end_tokens: tuple[int, ...],
 ) -> tuple[LoopState, Int[Array, " B"]]:
     """Writes the emitted tokens behind each row, up to its end; also how many there were."""
     tokens = accepted.emitted.astype(jnp.int32)
     order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     room = jnp.where(state.finished, 0, state.limit - state.written)
     count = jnp.minimum(accepted.length, room)
-    ends = jnp.isin(tokens, jnp.asarray(options.end_tokens, jnp.int32)) & (order < count[:, None])
+    ends = jnp.isin(tokens, jnp.asarray(end_tokens, jnp.int32)) & (order < count[:, None])
     ended = jnp.any(ends, axis=1)
     count = jnp.where(ended, jnp.argmax(ends, axis=1) + 1, count)
     stop, stopped = state.stop, jnp.zeros_like(ended)

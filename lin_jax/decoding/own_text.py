@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tqdm(total=len(prompts), unit="text", file=sys.stderr) as progress:
         for update in decoding:
             progress.update(update.finished)
-            progress.set_postfix_str(f"{decoding.generation.tokens_per_second:,.0f} tokens/s", refresh=False)
+            progress.set_postfix_str(f"{decoding.tokens_per_second:,.0f} tokens/s", refresh=False)
     output = Path(options.output)
     partial = output.with_name(f".{output.name}.partial")
     try:

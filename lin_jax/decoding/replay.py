@@ -129,22 +129,22 @@ def _hits(drafter: Drafter, context: DraftContext, state: object, told: Int[Arra
 def _places(
     tree: DynamicTree, drafter: Drafter, context: DraftContext, state: object, told: Int[Array, "B D"]
 ) -> Int[Array, "B L D"]:
-    everything = tree.candidates(drafter, context, state)
-    found = []
-    for deepest in range(1, told.shape[1]):
-        # Layers come one after the other: a tree that stops earlier has found the first of these.
-        tokens, joint, parents = (part[:, : replace(tree, size=2, depth=deepest).most] for part in everything)
-        # The order in which `grow` takes nodes in: the likeliest first, of equals the earliest; the root before all.
-        order = jnp.argsort(-joint.at[:, 0].set(jnp.inf), axis=1, stable=True)
-        place = jnp.argsort(order, axis=1)
-        node = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-        there = jnp.ones(tokens.shape[0], bool)
-        places = []
-        index = jnp.arange(tokens.shape[1])
-        for depth in range(1, told.shape[1]):
-            right = (tokens == told[:, depth, None]) & (parents == node) & (index > 0) & jnp.isfinite(joint)
-            there = there & jnp.any(right, axis=1)
-            node = jnp.argmax(right, axis=1)[:, None]
-            places.append(jnp.where(there, jnp.take_along_axis(place, node, axis=1)[:, 0], NOWHERE))
-        found.append(jnp.stack(places, axis=1))
-    return jnp.stack(found, axis=1)
+    tokens, joint, parents = tree.candidates(drafter, context, state)
+    index = jnp.arange(tokens.shape[1])
+    node = jnp.zeros((tokens.shape[0], 1), jnp.int32)
+    there = jnp.ones(tokens.shape[0], bool)
+    path, found = [], []
+    for depth in range(1, told.shape[1]):
+        right = (tokens == told[:, depth, None]) & (parents == node) & (index > 0) & jnp.isfinite(joint)
+        there = there & jnp.any(right, axis=1)
+        node = jnp.argmax(right, axis=1)[:, None]
+        path.append(node)
+        found.append(there)
+    nodes, known = jnp.concatenate(path, axis=1), jnp.stack(found, axis=1)
+    # `grow` takes the likeliest nodes in first, of equals the earliest; the root before all.
+    own = jnp.take_along_axis(joint, nodes, axis=1)[:, :, None]
+    sooner = (joint[:, None] > own) | ((joint[:, None] == own) & (index < nodes[:, :, None]))
+    counted = jnp.cumsum(sooner.at[:, :, 0].set(True), axis=2)
+    # Layers come one after the other: a tree that stops earlier has found the first of these.
+    ends = [replace(tree, size=2, depth=deepest).most - 1 for deepest in range(1, told.shape[1])]
+    return jnp.where(known[:, None], jnp.moveaxis(counted[:, :, np.array(ends)], 2, 1), NOWHERE)
