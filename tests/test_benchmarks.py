@@ -65,20 +65,8 @@ def test_speculation(tmp_path: Path) -> None:
     costs = Costs(1, (1, 2, 16), (1.0, 1.1, 1.5))
     save_plans(tmp_path / "run" / PLAN_FILE, [plan], [costs])
     file, plot = tmp_path / "speculation.json", tmp_path / "speculation.png"
-    sizes = (
-        "--prompts",
-        "2",
-        "--new-tokens",
-        "16",
-        "--rounds",
-        "1",
-        "--chains",
-        "1",
-        "--batches",
-        "1",
-        "--batch-seconds",
-        "1",
-    )
+    few = {"prompts": "2", "new-tokens": "16", "rounds": "1", "chains": "1", "batches": "1", "batch-seconds": "1"}
+    sizes = [word for name, value in few.items() for word in (f"--{name}", value)]
     words = ("--model", str(tmp_path / "run"), "--drafters", "ngram", "--keep-plans", *sizes)
     done = run_benchmark("speculation", *words, "--json", str(file), "--plot", str(plot))
     assert done.returncode == 0, done.stderr

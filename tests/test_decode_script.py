@@ -20,7 +20,7 @@ from lin_jax.training import load_run_config
 from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
-DRAFTERS = ("ngram", "medusa+ngram")
+DRAFTERS = ("medusa+ngram",)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lin_jax.decoding.decoding import Decoding
 from lin_jax.decoding.generation import Generation
-from lin_jax.decoding.generator import MOST_SLOTS, Generator, Tree
+from lin_jax.decoding.generator import MOST_SLOTS, Generator, Tree, check_new_tokens
 from lin_jax.decoding.judges import JUDGES
 from lin_jax.decoding.printing import StreamedText, full_text
 from lin_jax.decoding.sampling import Sampling
@@ -34,16 +34,20 @@ def decode(options: argparse.Namespace) -> int:
     session = Session.load(
         options.model, options.heads, draft_model=options.draft_model, draft_layers=options.draft_layers
     )
+    prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
+    # Whatever can be wrong is found out before anything is measured for the plan.
+    check_length(prompts, options.max_prompt_tokens)
+    check_new_tokens(options.max_new_tokens)
+    if options.state and not Path(options.state).is_file():
+        raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
     slots = options.batch or min(bucket(len(texts)), MOST_SLOTS)
     kind, tree = _drafting(session, options, slots)
     generator = session.generator(kind, tree, stops=options.stop, acceptance=options.acceptance)
     if options.save_state:
-        return _save_state(session, generator, texts, options, sampling, slots)
+        return _save_state(generator, prompts, options, sampling, slots)
     prefix = None
     if options.state:
         prefix = generator.load_prefix(options.state, sampling=sampling, slots=slots)
-    prompts = [session.encode_prompt(text, begins=prefix is None) for text in texts]
-    check_length(prompts, options.max_prompt_tokens)
     decoding = generator.stream(
         prompts,
         options.max_new_tokens,
@@ -70,18 +74,15 @@ def _drafting(session: Session, options: argparse.Namespace, slots: int) -> tupl
 
 
 def _save_state(
-    session: Session,
     generator: Generator,
-    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
     options: argparse.Namespace,
     sampling: Sampling,
     slots: int,
 ) -> int:
-    if len(texts) != 1:
-        raise UserError(f"--save-state is for one prompt, and there are {len(texts)}; give one")
-    tokens = session.encode_prompt(texts[0])
-    check_length([tokens], options.max_prompt_tokens)
-    prefix = generator.prefix(tokens, sampling=sampling, slots=slots, room=options.max_new_tokens)
+    if len(prompts) != 1:
+        raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
+    prefix = generator.prefix(prompts[0], sampling=sampling, slots=slots, room=options.max_new_tokens)
     prefix.save(options.save_state)
     size = Path(options.save_state).stat().st_size
     _note(f"read {prefix.length:,} tokens; the state after them is in {options.save_state} ({size / 1024:,.0f} KiB)")

@@ -130,8 +130,7 @@ class Generator:
             UserError: there is no prompt, an empty one, nothing to generate, more than the model has positions for, or
                 options that do not go together.
         """
-        if max_new_tokens < 1:
-            raise UserError(f"the number of new tokens is {max_new_tokens}; give at least 1")
+        check_new_tokens(max_new_tokens)
         if not prompts or not (prefix is not None or all(len(prompt) for prompt in prompts)):
             raise UserError("a prompt holds no token; give at least one (the end-of-text token will do)")
         if slots is not None and slots < 1:
@@ -205,6 +204,12 @@ class Generator:
         if prompts != bound or wanted not in (None, bound):
             raise UserError(f"the model has read {bound} sources; give as many prompts, not {prompts}")
         return bound
+
+
+def check_new_tokens(count: int) -> None:
+    """Refuses to write nothing."""
+    if count < 1:
+        raise UserError(f"the number of new tokens is {count}; give at least 1")
 
 
 def _check(model: CausalModel, drafter: Drafter, tree: Tree) -> None:

@@ -1,4 +1,7 @@
-"""Every attention decodes and speculates: a LLaMA's drafts of any quality leave the plain output, in float64."""
+"""Every kind of state decodes and speculates: a LLaMA's drafts leave the plain output, in float64.
+
+All attentions verify and commit trees in tests/attention; benchmarks/support_matrix.py decodes with all of them.
+"""
 
 from typing import Any
 
@@ -9,7 +12,16 @@ from samples import NEW, TREE, KnowingDrafter, build_model, padded
 from lin_jax.attention import REGISTRY
 from lin_jax.decoding import Generator, Sampling
 
-NAMES = (*(name for name in REGISTRY if name != "softmax"), "linformer+local+convolution", "rfa+local+convolution")
+NAMES = (
+    "flash",
+    "linformer",
+    "transnormer",
+    "yoso",
+    "relu",
+    "square",
+    "linformer+local+convolution",
+    "rfa+convolution",
+)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
 pytestmark = pytest.mark.usefixtures("x64")
 
