@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lin_jax.attention import REGISTRY, AttentionConfig, parse_name, tree_arrays
 from lin_jax.decoding import DraftTree, Generator
-from lin_jax.decoding.drafters import DraftContext
+from lin_jax.decoding.draft import DraftContext, Guesses, Layer, Stateless
 from lin_jax.errors import exit_cleanly
 from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.models import (
@@ -198,22 +198,40 @@ def decodes(subject: Subject) -> bool:
     return bool(jnp.max(jnp.abs(whole - single)) < 1e-9 * jnp.max(jnp.abs(whole)))
 
 
-class Prompter(nnx.Module):
-    """Drafts from a given text, wrong at every third position."""
+class Prompter(Stateless):
+    """Drafts from a given text, wrong at every third position; it remembers how far it has come."""
 
     depth, width = 3, 2
 
     def __init__(self, text: np.ndarray) -> None:
         self.text = nnx.Variable(jnp.asarray(text, jnp.int32))
 
-    def guess(self, context: DraftContext) -> jax.Array:
-        """The next tokens of the text, at either rank."""
-        ahead = jnp.minimum(context.length[:, None] + jnp.arange(self.depth), self.text.shape[1] - 1)
+    def init_state(self, batch: int, capacity: int) -> jax.Array:
+        """Tokens of each row that came before the root."""
+        del capacity
+        return jnp.zeros((1, batch), jnp.int32)
+
+    def read(self, state: jax.Array, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        """So many more."""
+        return state + lengths
+
+    def commit(self, state: jax.Array, path: jax.Array, length: jax.Array) -> jax.Array:
+        """So many more."""
+        return state + length
+
+    def begin(self, context: DraftContext, state: jax.Array) -> tuple[jax.Array, None]:
+        """Where the root is."""
+        return state[0], None
+
+    def expand(self, shared: jax.Array, carried: None, layer: Layer) -> tuple[Guesses, None]:
+        """The next token of the text, at either rank."""
+        ahead = jnp.minimum(shared + 1 + layer.depth, self.text.shape[1] - 1)[:, None]
         token = jnp.take_along_axis(self.text[...], ahead, axis=1)
         right = jnp.where(ahead % 3 == 0, (token + 1) % VOCABULARY, token)
         wrong = (right + 7) % VOCABULARY
         swapped = (ahead % 2 == 0)[..., None]
-        return jnp.where(swapped, jnp.stack([wrong, right], -1), jnp.stack([right, wrong], -1))
+        found = jnp.where(swapped, jnp.stack([wrong, right], -1), jnp.stack([right, wrong], -1))[:, :, : layer.ranks]
+        return Guesses(jnp.broadcast_to(found, (*layer.tokens.shape, layer.ranks)), None), None
 
 
 def speculates(subject: Subject) -> bool:

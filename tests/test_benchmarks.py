@@ -1,25 +1,94 @@
 """The benchmarks run, check themselves, and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from lin_jax.attention import REGISTRY
+from lin_jax.decoding.costs import Costs, device_kind
+from lin_jax.decoding.plan import Plan, save_plans
+from lin_jax.decoding.session import PLAN_FILE
+from lin_jax.training import load_run_config
+from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 
 
+def run_benchmark(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    """Most of the time of a small model's benchmark is compilation."""
+    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, f"benchmarks/{script}.py", *options]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick)
+
+
 def test_decode_speed(tmp_path: Path) -> None:
-    file = tmp_path / "speed.json"
-    options = ("--contexts", "16", "300", "--tokens", "4", "--rounds", "1", "--json", str(file))
-    done = subprocess.run(
-        [sys.executable, "benchmarks/decode_speed.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
+    """Every cell is right with and without drafts, and the state as large after any context."""
+    file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    sizes = ("--contexts", "16", "80", "--batches", "1", "2", "--tokens", "4", "--rounds", "1")
+    drafts = ("--drafter", "ngram", "--tree", "0;1;0,0")
+    done = run_benchmark("decode_speed", *sizes, *drafts, "--json", str(file), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["correct"] is True
-    assert len({result["state_bytes"] for result in report["results"]}) == 1
+    assert report["left_out"] == []
+    assert [(cell["batch"], cell["context"]) for cell in report["results"]] == [(1, 16), (1, 80), (2, 16), (2, 80)]
+    assert len({cell["state_bytes"] for cell in report["results"]}) == 1
+    assert all(cell["speedup"] > 0 and cell["peak_memory_bytes"] > 0 for cell in report["results"])
+    for cell in report["results"]:
+        assert cell["plain"]["computed_tokens"] == cell["plain"]["useful_tokens"] == 3 * cell["batch"]
+        assert cell["speculative"]["drafter"] == "ngram"
+        assert len(cell["speculative"]["acceptance_by_depth"]) == 2
+    assert report["largest_ratio"] >= 1
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_decode_speed_far_apart(tmp_path: Path) -> None:
+    """Two contexts are read piece by piece, and the clock and the memory looked at."""
+    file = tmp_path / "long.json"
+    done = run_benchmark("decode_speed", "--long", "40", "700", "--tokens", "4", "--rounds", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["correct"] is True
+    assert [each["context"] for each in report["reading"]] == [40, 700]
+    assert all(each["peak_memory_bytes_after"] >= each["peak_memory_bytes_before"] for each in report["reading"])
+    assert len({cell["state_bytes"] for cell in report["results"]}) == 1
+
+
+def test_speculation(tmp_path: Path) -> None:
+    """A plan's tree, a chain and Hugging Face's generate take turns, and write what they should."""
+    config = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "run"))
+    train(replace(config, training=replace(config.training, steps=2)))
+    plan = Plan("ngram", 1, "0;1;0,0", device_kind(), expected_speedup=2.0, measured_speedup=2.0)
+    costs = Costs(1, (1, 2, 16), (1.0, 1.1, 1.5))
+    save_plans(tmp_path / "run" / PLAN_FILE, [plan], [costs])
+    file, plot = tmp_path / "speculation.json", tmp_path / "speculation.png"
+    few = {"prompts": "2", "new-tokens": "16", "rounds": "1", "chains": "1", "batches": "1", "batch-seconds": "1"}
+    sizes = [word for name, value in few.items() for word in (f"--{name}", value)]
+    words = ("--model", str(tmp_path / "run"), "--drafters", "ngram", "--keep-plans", *sizes)
+    done = run_benchmark("speculation", *words, "--json", str(file), "--plot", str(plot))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["correct"] is True
+    contenders = {each["name"]: each for each in report["contenders"]}
+    assert [each["kind"] for each in contenders.values()] == ["plain", "tree", "chain", "hugging face"]
+    assert contenders["ngram, tree of 3"]["planned"] is True
+    assert contenders["plain"]["mean_accepted_tokens"] == contenders["Hugging Face"]["mean_accepted_tokens"] == 1
+    for each in contenders.values():
+        assert each["wrong"] == 0
+        assert each["equal"] + each["rounding_ties"] == 2
+        assert each["tokens_per_second"] > 0
+    (batch,) = report["batches"]
+    assert (batch["batch"], batch["tree"], batch["wrong"]) == (1, plan.tree, 0)
+    assert {name: each["target"] for name, each in report["targets"].items() if isinstance(each, dict)} == {
+        "plain": 2.0,
+        "chain": 1.15,
+        "batches": 0.98,
+    }
+    assert report["targets"]["best_tree"] == "ngram, tree of 3"
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_support_matrix(tmp_path: Path) -> None:
@@ -35,3 +104,28 @@ def test_support_matrix(tmp_path: Path) -> None:
     table = (ROOT / "README.md").read_text().split("<!-- support matrix -->")[1]
     assert "(" not in table
     assert all(f"| `{name}` |" in table for name in REGISTRY)
+
+
+def test_lossless(tmp_path: Path, shared_data: Path) -> None:
+    """Drafts change no token and no state; accepted runs cross group boundaries, and texts end early."""
+    file = tmp_path / "lossless.json"
+    wanted = ("ngram:bushy", "self:dynamic")
+    options = ("--prompts", "16", "--new-tokens", "24", "--data", str(shared_data), "--json", str(file))
+    done = subprocess.run(
+        [sys.executable, "benchmarks/lossless.py", *options, "--configurations", *wanted],
+        cwd=ROOT,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["lossless"] is True
+    assert sum(report["prompts"].values()) == 16
+    for result in report["results"]:
+        assert result["equal_prompts"] == result["prompts"] >= 4
+        assert result["divergences"] == []
+    assert report["results"][0]["ended_early"] > 0
+    assert report["results"][1]["mean_accepted_tokens"] > 1
+    assert report["results"][1]["boundaries_crossed"] > 0
+    assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12

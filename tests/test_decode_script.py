@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from lin_jax.data import Tokenizer
-from lin_jax.decoding.command import decode, parse
+from lin_jax.decoding.command import decode
+from lin_jax.decoding.costs import measure_costs
+from lin_jax.decoding.options import parse
 from lin_jax.decoding.session import Session
 from lin_jax.demo.__main__ import main as demo
 from lin_jax.errors import UserError
@@ -18,6 +20,7 @@ from lin_jax.training import load_run_config
 from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
+DRAFTERS = ("medusa+ngram",)
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +29,18 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     recipes = ("--config", str(ROOT / "configs/tiny.yaml"), "--heads-config", str(ROOT / "configs/tiny_medusa.yaml"))
     size = ("--prompts", "2", "--new-tokens", "24", "--rounds", "1")
-    assert demo(["--output", str(folder), *recipes, *size]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        # Every tree that is timed has to be compiled.
+        patch.setattr("lin_jax.demo.__main__.DRAFTERS", DRAFTERS)
+        patch.setitem(measure_costs.__kwdefaults__, "sizes", (1, 4, 16))
+        assert demo(["--output", str(folder), *recipes, *size]) == 0
     return folder
 
 
 def test_demo_report(run_folder: Path) -> None:
     report = json.loads((run_folder / "report.json").read_text())
     assert report["lossless"] is True
-    assert set(report["drafters"]) == {"medusa", "ngram", "medusa+ngram"}
+    assert set(report["drafters"]) == set(DRAFTERS)
     assert report["speedup"] == max(each["speedup"] for each in report["drafters"].values())
     assert report["perplexity_ratio"] > 1
     assert report["prompts"] == 2
@@ -69,7 +76,9 @@ def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureF
 
 def test_measured_tree_is_kept(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run_folder, tmp_path / "run")
-    (tmp_path / "run" / "speculation.json").unlink()
+    measured = json.loads((tmp_path / "run" / "speculation.json").read_text())
+    plans = [plan for plan in measured["plans"] if plan["drafter"] != "ngram"]
+    (tmp_path / "run" / "speculation.json").write_text(json.dumps({**measured, "plans": plans}))
     words = (str(tmp_path / "run"), "x = ", "--max-new-tokens", "10", "--drafter", "ngram")
     assert "choosing draft trees" in output(capsys, *words)[1]
     assert "choosing draft trees" not in output(capsys, *words)[1]
@@ -89,11 +98,42 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(written)["text"] == rows[0]["text"]
 
 
+def test_a_batch_with_stops_and_chances(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three prompts in two slots: the texts end before the stop string, and every token has its log-probability."""
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("import os\n", "def f(", "class A:\n    x")))
+    words = (str(run_folder), "--prompt-file", str(lines), "--drafter", "ngram", "--tree", "chain:2", "--json")
+    written, _ = output(capsys, *words, "--max-new-tokens", "30", "--batch", "2", "--log-probs")
+    free = [json.loads(line) for line in written.splitlines()]
+    stop = free[0]["text"][5:8]
+    written, _ = output(capsys, *words, "--max-new-tokens", "30", "--stop", stop, "--stop", "never ever")
+    stopped = [json.loads(line) for line in written.splitlines()]
+    for one, other in zip(free, stopped, strict=True):
+        assert other["text"] == one["text"].partition(stop)[0]
+        assert (other["ending"] == "stop string") == (stop in one["text"])
+        assert len(one["log_probs"]) == len(one["tokens"])
+        assert max(one["log_probs"]) <= 0
+    shown, _ = output(
+        capsys, str(run_folder), "import os\n", "--max-new-tokens", "30", "--tree", "none", "--stop", stop
+    )
+    assert shown == f"import os\n{stopped[0]['text']}\n"
+
+
+def test_a_saved_state_goes_on(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = str(tmp_path / "state.safetensors")
+    words = ("--drafter", "ngram", "--tree", "chain:2", "--max-new-tokens", "20")
+    _, said = output(capsys, str(run_folder), "import os\nimport", *words, "--save-state", state)
+    assert "tokens; the state after them is in" in said
+    whole, _ = output(capsys, str(run_folder), "import os\nimport sys", *words)
+    rest, _ = output(capsys, str(run_folder), " sys", *words, "--state", state)
+    assert f"import os\nimport{rest}" == whole
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (("nowhere", "x"), "nowhere"),
-        (("RUN", "x", "--tree", "chain:9", "--drafter", "ngram"), "a group holds 8 tokens"),
+        (("RUN", "x", "--tree", "chain:8", "--drafter", "ngram"), "a group holds 8 tokens"),
         (("RUN", "x", "--tree", "0;2,2"), "has no parent"),
         (("RUN", "x", "--tree", "0;5", "--drafter", "ngram"), "the drafter offers"),
         (("RUN", "some long prompt", "--max-prompt-tokens", "2"), "2 are allowed"),
@@ -103,7 +143,14 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("RUN", "x", "--top-p", "0"), "top-p"),
         (("RUN", "x", "--max-new-tokens", "0", "--drafter", "none"), "new tokens"),
         (("RUN", "--prompt-file", "missing.txt"), "missing.txt"),
-        (("RUN", "x", "--heads", "RUN"), "no Medusa heads"),
+        (("RUN", "x", "--heads", "RUN"), "no draft heads"),
+        (("RUN", "x", "--drafter", "path", "--tree", "chain:2"), "needs a path head"),
+        (("RUN", "x", "--draft-layers", "0,7"), "the model's are 0 to 1"),
+        (("RUN", "x", "--draft-layers", "first"), "draft-layers"),
+        (("RUN", "x", "--acceptance", "maybe"), "choose one of exact, rejection, typical"),
+        (("RUN", "x", "--state", "missing"), "cannot read a state"),
+        (("RUN", "x", "--stop", ""), "stop"),
+        (("RUN", "x", "--batch", "0"), "--batch is 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

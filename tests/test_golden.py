@@ -16,7 +16,8 @@ from golden_models_t5 import t5, t5_classifier
 
 from lin_jax.attention import TreeArrays, tree_arrays
 from lin_jax.decoding import DraftTree, Generator, MedusaDrafter, NgramDrafter
-from lin_jax.decoding.drafters import DraftContext
+from lin_jax.decoding.acceptance import longest_path
+from lin_jax.decoding.draft import Draft, DraftContext
 from lin_jax.hub.flash import entries as flash_entries
 from lin_jax.hub.gpt2 import entries as gpt2_entries
 from lin_jax.hub.llama import entries as llama_entries
@@ -181,7 +182,7 @@ def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
     cases = decoding_inputs(golden, "full_tokens_")
     model = golden.llama(dtype)
     count = len(next(iter(cases.values()))[1])
-    for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), longest=2)):
+    for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), lookback=64)):
         generation = Generator(model, drafter=drafter, piece=7).generate([p for p, _ in cases.values()], count)
         assert generation.tokens == [tokens for _, tokens in cases.values()]
     for suffix, (prompt, tokens) in cases.items():
@@ -228,8 +229,8 @@ def test_first_tree(golden: Golden, dtype: str) -> None:
         ids = jnp.asarray([prompt])
         hidden, state = prefill(model, ids)
         root = jnp.argmax(model.logits(hidden[:, -1]), axis=-1)
-        context = DraftContext(hidden[:, -1], ids, jnp.asarray([len(prompt)]))
-        drafted = tree.place(root, drafter.guess(context))
+        context = DraftContext(root, hidden[:, -1], jnp.zeros((1, 0), int))
+        drafted = tree.grow(drafter, context, None).tokens
         if dtype == "float64":
             assert drafted[0].tolist() == tokens
         logits = verify(model, jnp.asarray([tokens]), tree.arrays(), state)
@@ -247,10 +248,13 @@ def test_tree_tables(golden: Golden) -> None:
         assert np.array_equal(arrays.depth, golden.outputs[f"{name}_medusa_position_ids"])
         ranks = [0, *(1 + golden.config["topk"] * (len(path) - 1) + path[-1] for path in tree.paths)]
         assert ranks == golden.outputs[f"{name}_tree_indices"].tolist()
-        chains = np.asarray(tree.chains())
+        nothing = jnp.zeros((1, tree.size), int)
+        draft = Draft(nothing, jnp.asarray([(0, *tree.parents[1:])]), arrays)
         for row in golden.outputs[f"{name}_retrieve_indices"]:
             nodes = row[row >= 0]
-            assert chains[nodes[-1], : len(nodes)].tolist() == nodes.tolist()
+            stands = jnp.isin(jnp.arange(tree.size), nodes)[None]
+            accepted = longest_path(draft, stands, nothing, tree.depth + 1)
+            assert accepted.path[0, : len(nodes)].tolist() == nodes.tolist()
 
 
 @jit

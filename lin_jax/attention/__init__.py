@@ -7,6 +7,7 @@ from lin_jax.attention.layout import Layout as Layout
 from lin_jax.attention.layout import masked_rows as masked_rows
 from lin_jax.attention.layout import packed_rows as packed_rows
 from lin_jax.attention.layout import padded_rows as padded_rows
+from lin_jax.attention.layout import single_rows as single_rows
 from lin_jax.attention.layout import whole_rows as whole_rows
 from lin_jax.attention.mixer import AttentionConfig as AttentionConfig
 from lin_jax.attention.mixer import BidirectionalMixer as BidirectionalMixer
@@ -17,6 +18,7 @@ from lin_jax.attention.mixer import TokenMixer as TokenMixer
 from lin_jax.attention.mixer import along as along
 from lin_jax.attention.registry import REGISTRY as REGISTRY
 from lin_jax.attention.registry import build_mixer as build_mixer
+from lin_jax.attention.registry import grows as grows
 from lin_jax.attention.registry import longest_path as longest_path
 from lin_jax.attention.registry import parse_name as parse_name
 from lin_jax.attention.tree import TreeArrays as TreeArrays

@@ -50,13 +50,18 @@ def whole_rows(batch: int, length: int) -> Layout:
     return Layout(positions, jnp.ones_like(positions), aligned=True)
 
 
-def masked_rows(mask: Bool[Array, "B T"]) -> Layout:
+def masked_rows(mask: Bool[Array, "B T"] | Int[Array, "B T"]) -> Layout:
     """The layout of rows that are one document each, of which the mask leaves tokens out.
 
     Positions count the whole row, masked tokens included, as in Hugging Face's encoders.
     """
     whole = whole_rows(*mask.shape)
     return Layout(whole.positions, whole.documents, aligned=True, present=mask.astype(bool))
+
+
+def single_rows(shape: tuple[int, ...], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None) -> Layout:
+    """The layout of rows `[B, T]` that are one document each, whole, or with a mask as in `masked_rows`."""
+    return whole_rows(*shape) if mask is None else masked_rows(mask)
 
 
 def packed_rows(documents: Int[Array, "B T"], start: Int[Array, " B"] | None = None) -> Layout:

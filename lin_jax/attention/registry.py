@@ -337,3 +337,8 @@ def longest_path(config: AttentionConfig) -> int | None:
     if name.base in ("softmax", "square") and not name.local:
         return None
     return config.group_size - 1
+
+
+def grows(config: AttentionConfig) -> bool:
+    """Whether the state grows with the text, so that it must be told how long the text may become."""
+    return REGISTRY[parse_name(config.name).base].growing

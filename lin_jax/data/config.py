@@ -21,7 +21,7 @@ class DataConfig:
 
     Attributes:
         source: The text: "python-stdlib" (the sources of this Python's standard library), the path of a
-            file or folder, or "hub:OWNER/NAME" (a data set on the Hugging Face hub).
+            file or folder, "hub:OWNER/NAME" (a data set on the Hugging Face hub), or a list of paths.
         subset: Configuration name of a hub data set, such as "wikitext-2-raw-v1".
         split: Split of a hub data set.
         text_field: Column that holds the text, in tables and hub data sets.
@@ -40,7 +40,7 @@ class DataConfig:
         UserError: a value is out of range, or two options contradict each other.
     """
 
-    source: str = PYTHON_STDLIB
+    source: str | tuple[str, ...] = PYTHON_STDLIB
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -74,10 +74,12 @@ class DataConfig:
             )
 
     def _check_source(self) -> None:
-        if self.source.strip() in ("", HUB_PREFIX):
+        if not self.sources or any(source.strip() in ("", HUB_PREFIX) for source in self.sources):
             raise UserError(
                 f"data source {self.source!r} is empty: give '{PYTHON_STDLIB}', a path, or 'hub:OWNER/NAME'"
             )
+        if len(self.sources) > 1 and any(each == PYTHON_STDLIB or _on_hub(each) for each in self.sources):
+            raise UserError(f"data source {list(self.sources)} mixes kinds: a list may name files and folders only")
         if self.subset is not None and not self.is_hub:
             raise UserError(
                 f"subset {self.subset!r} is for hub data sets, and the source is {self.source!r}: "
@@ -89,6 +91,15 @@ class DataConfig:
             raise UserError(f"max_bytes {self.max_bytes} does not apply to a stream: leave one of them out")
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The source, or all of them in order."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+
+    @property
     def is_hub(self) -> bool:
         """Whether the source is on the Hugging Face hub, so that reading it needs the network."""
-        return self.source.startswith(HUB_PREFIX)
+        return len(self.sources) == 1 and _on_hub(self.sources[0])
+
+
+def _on_hub(source: str) -> bool:
+    return source.startswith(HUB_PREFIX)

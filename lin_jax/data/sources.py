@@ -69,8 +69,8 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
     """
     if config.is_hub:
         return open_hub(config)
-    root = _existing(config.source)
-    tables = [path for path in _files(root) if is_table(path, in_folder=root.is_dir())]
+    roots = [_existing(source) for source in config.sources]
+    tables = [path for root in roots for path in _files(root) if is_table(path, in_folder=root.is_dir())]
     if not tables:
         raise UserError(
             f"data source {config.source!r} cannot be streamed: leave streaming off, "
@@ -81,19 +81,23 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
 
 def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
     if config.is_hub:
-        yield from _numbered(config.source, read_rows(open_hub(config), config.source))
+        yield from _numbered(config.sources[0], read_rows(open_hub(config), config.sources[0]))
     elif config.source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
         yield from _text_documents(root, _stdlib_files(root), config.document_separator, skipped)
     else:
-        root = _existing(config.source)
-        files = _files(root)
-        tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
-        texts = [path for path in files if path not in set(tables)]
-        yield from _text_documents(root, texts, config.document_separator, skipped)
-        for path in tables:
-            rows = read_rows(open_tables([path], config.text_field), str(path))
-            yield from _numbered(_name(path, root), rows)
+        for root in [_existing(source) for source in config.sources]:
+            yield from _under(root, config, skipped)
+
+
+def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+    files = _files(root)
+    tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
+    texts = [path for path in files if path not in set(tables)]
+    yield from _text_documents(root, texts, config.document_separator, skipped)
+    for path in tables:
+        rows = read_rows(open_tables([path], config.text_field), str(path))
+        yield from _numbered(_name(path, root), rows)
 
 
 def _existing(source: str) -> Path:

@@ -48,12 +48,12 @@ def open_hub(config: DataConfig) -> "IterableDataset":
     """
     from datasets import load_dataset
 
-    name = config.source.removeprefix(HUB_PREFIX)
-    with readable(config.source):
+    name = config.sources[0].removeprefix(HUB_PREFIX)
+    with readable(config.sources[0]):
         rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
         if not config.streaming:
             rows = rows.to_iterable_dataset()
-        return _text_rows(rows, config.text_field, config.source)
+        return _text_rows(rows, config.text_field, config.sources[0])
 
 
 def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from datasets import IterableDataset
 
 
+# Characters of a document that are read in one go: some thousand tokens.
+LONGEST_PIECE = 16384
+
+
+class Piece(NamedTuple):
+    """A part of a document: which one, and the characters from `begin` to before `end`."""
+
+    document: int
+    begin: int
+    end: int
+
+
 class TokenizedDocuments:
     """Random access to the tokens of documents, `{"tokens": int32 [N]}`; each is tokenised once, when first asked for.
+
+    A long document comes in pieces, so that shuffling mixes a book with everything else.
 
     Args:
         documents: The documents, at least one.
@@ -29,19 +43,30 @@ class TokenizedDocuments:
     def __init__(self, documents: Sequence[Document], tokenizer: Tokenizer):
         self._documents = documents
         self._tokenizer = tokenizer
+        self._pieces = [
+            Piece(number, begin, end) for number, each in enumerate(documents) for begin, end in spans(each.text)
+        ]
         # Two bytes a token hold every vocabulary up to 65,536: a corpus in memory is then smaller than its text.
         self._dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-        self._cache: list[np.ndarray | None] = [None] * len(documents)
+        self._cache: list[np.ndarray | None] = [None] * len(self._pieces)
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._pieces)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         tokens = self._cache[index]
         if tokens is None:
-            tokens = self._tokenizer.encode_document(self._documents[index].text).astype(self._dtype)
-            self._cache[index] = tokens
+            tokens = self._cache[index] = self._encoded(self._pieces[index]).astype(self._dtype)
         return {"tokens": tokens.astype(np.int32)}
+
+    def _encoded(self, piece: Piece) -> np.ndarray:
+        """The tokens of a piece; the marks of a document stand at its own ends only."""
+        text = self._documents[piece.document].text
+        tokens = self._tokenizer.encode_document(text[piece.begin : piece.end])
+        whole = len(self._tokenizer.encode_document(""))
+        after = int(self._tokenizer.eos_id is not None)
+        before = whole - after
+        return tokens[before * (piece.begin > 0) : len(tokens) - after * (piece.end < len(text))]
 
     def __repr__(self) -> str:
         return f"TokenizedDocuments({len(self)})"
@@ -52,6 +77,17 @@ class TokenizedDocuments:
         for document in self._documents:
             texts.update(digest(document.text))
         return texts.hexdigest()
+
+
+def spans(text: str, longest: int = LONGEST_PIECE) -> Iterator[tuple[int, int]]:
+    """Where pieces of a text begin and end: of `longest` characters at the most, cut after a line if there is one."""
+    begin = 0
+    while len(text) - begin > longest:
+        line_break = text.rfind("\n", begin + longest // 2, begin + longest)
+        end = line_break + 1 if line_break >= 0 else begin + longest
+        yield begin, end
+        begin = end
+    yield begin, len(text)
 
 
 class TokenizedStream(grain.IterDataset):

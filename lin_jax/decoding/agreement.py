@@ -1,16 +1,22 @@
 """Whether two decodings of a prompt agree, and if not, whether rounding is to blame."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
+from lin_jax.attention.state import AugmentedState
 from lin_jax.decoding.sampling import Sampling, perturb
+from lin_jax.decoding.slots import bucket
 from lin_jax.models import CausalModel
 
-# Logits of one text, summed up in another order, differ by some hundred units in the last place.
-ROUNDING = 1e-5
+# By how much of the largest one the logits of a text may differ when they are summed up in another order: some hundred
+# units in the last place, and in bfloat16, where sums are float32 and what is rounded is stored between them, a few.
+ROUNDING = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 3e-2}
 
 
 def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -28,7 +34,10 @@ def is_rounding_tie(
     seed: int,
     row: int = 0,
 ) -> bool:
-    """Whether two continuations part at a token whose two candidates have (perturbed) logits equal within rounding.
+    """Whether two continuations part at a token where rounding in the model's type decides.
+
+    Either the (penalised and perturbed) logits of the two candidates are equal within rounding, or one of them stands
+    so near the edge of top-p or min-p that it is let through or not.
 
     Args:
         model: the target.
@@ -42,9 +51,56 @@ def is_rounding_tie(
     index = first_difference(one, other)
     if index is None or index >= min(len(one), len(other)):
         return False
-    text = jnp.asarray([[*prompt, *one[:index]]])
-    logits = model(text)[:, -1:]
-    position, rows = jnp.asarray([[text.shape[1]]]), jnp.asarray([row])
-    scores = np.asarray(perturb(logits, position, rows, jnp.uint32(seed), sampling))[0, 0]
-    gap = abs(float(scores[one[index]]) - float(scores[other[index]]))
-    return gap <= ROUNDING * max(float(jnp.abs(logits).max()), 1.0)
+    text = [*prompt, *one[:index]]
+    padded = np.zeros((1, bucket(len(text), 64)), np.int32)
+    padded[0, : len(text)] = text
+    logits = _logits(model, jnp.asarray(padded), jnp.int32(len(text) - 1))
+    seen = jnp.zeros(logits.shape, bool).at[0, 0, jnp.asarray(text)].set(True)
+    rounding = ROUNDING[jnp.dtype(model.config.dtype).name]
+
+    def scores(sampling: Sampling) -> np.ndarray:
+        position, rows = jnp.asarray([[len(text)]]), jnp.asarray([row])
+        return np.asarray(perturb(logits, position, rows, jnp.uint32(seed), sampling, seen))[0, 0]
+
+    pair = [one[index], other[index]]
+    if sampling.temperature:
+        edges = [scores(_filtering(sampling, nudge)) for nudge in (rounding, -rounding)]
+        if {int(each.argmax()) for each in edges} == set(pair):
+            return True
+    first, second = (float(value) for value in scores(sampling)[pair])
+    return abs(first - second) <= rounding * max(float(jnp.abs(logits).max()), 1.0)
+
+
+def state_difference(one: AugmentedState, other: AugmentedState) -> float:
+    """The largest difference between two states of the same rows, 0 if they are equal to the bit.
+
+    It is relative to the largest number of its part of the state. Slots of the unfinished group that hold no token are
+    not looked at; states after different numbers of tokens are infinitely different.
+    """
+    position = np.asarray(one.position)
+    if not np.array_equal(position, np.asarray(other.position)):
+        return float("inf")
+    used = np.arange(one.keys.shape[-3]) < (position % one.keys.shape[-3])[..., None]
+    largest = 0.0
+    for name in ("memory", "keys", "values", "window"):
+        if getattr(one, name) is None:
+            continue
+        left, right = (np.asarray(getattr(state, name)).astype(np.float64) for state in (one, other))
+        if name in ("keys", "values"):
+            left, right = (np.where(used[..., None, None], part, 0) for part in (left, right))
+        largest = max(largest, float(np.abs(left - right).max()) / max(float(np.abs(right).max()), 1e-30))
+    return largest
+
+
+@jax.jit
+def _logits(model: CausalModel, tokens: Int[Array, "1 T"], last: Int[Array, ""]) -> Float[Array, "1 1 V"]:
+    """Logits after the token at `last`; what follows it is padding, which a causal model does not see."""
+    hidden = jax.lax.dynamic_slice_in_dim(model.hidden(tokens), last, 1, axis=1)
+    return model.logits(hidden)
+
+
+def _filtering(sampling: Sampling, nudge: float) -> Sampling:
+    """The same with top-p and min-p a little more generous, or with a negative nudge a little stricter."""
+    top_p = sampling.top_p + nudge if sampling.top_p < 1 else 1.0
+    min_p = sampling.min_p * (1 - nudge)
+    return replace(sampling, top_p=min(top_p, 1.0) if top_p > 0 else sampling.top_p, min_p=min(min_p, 1.0))

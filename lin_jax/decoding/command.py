@@ -1,116 +1,140 @@
-"""The command line of decode.py."""
+"""What decode.py does."""
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Sequence
+from pathlib import Path
 
-from lin_jax.decoding.drafters import KINDS
+from tqdm import tqdm
+
+from lin_jax.decoding.decoding import Decoding
+from lin_jax.decoding.generation import Generation
+from lin_jax.decoding.generator import MOST_SLOTS, Generator, Tree, check_new_tokens
+from lin_jax.decoding.judges import JUDGES
+from lin_jax.decoding.printing import StreamedText, full_text
+from lin_jax.decoding.sampling import Sampling
+from lin_jax.decoding.session import Session, check_length, read_prompts
+from lin_jax.decoding.slots import bucket
+from lin_jax.decoding.tree import parse_tree
 from lin_jax.errors import UserError
 
-# Help and wrong options should not wait for the checkpoint and tokenizer libraries: they come when they are needed.
-if TYPE_CHECKING:
-    from lin_jax.data import Tokenizer
-    from lin_jax.decoding.generator import Generation
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; 'decode.py --help' lists every option")
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line.
-
-    Raises:
-        UserError: an option is unknown or has a wrong value.
-        SystemExit: help was asked for.
-    """
-    parser = _Parser(
-        prog="decode.py",
-        description="Goes on from a prompt with a trained model, plainly or with lossless speculation: the text is "
-        "the same, only the time differs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="run folder that train.py wrote, or Hugging Face folder")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to go on from")
-    text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write at the most")
-    parser.add_argument("--max-prompt-tokens", type=int, default=131072, metavar="N", help="longest prompt allowed")
-    parser.add_argument(
-        "--drafter", default=None, choices=KINDS, help="where guesses come from (default: all there are)"
-    )
-    parser.add_argument("--heads", metavar="DIR", help="folder of Medusa heads (default: those inside MODEL)")
-    parser.add_argument(
-        "--tree",
-        default="auto",
-        help="draft tree: auto (measured for this machine), chain:LENGTH, mc_sim_7b_63, or paths such as '0;1;0,0'",
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens up to P")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per prompt, with the figures")
-    return parser.parse_args(argv)
+# What a shell expects of a program that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 def decode(options: argparse.Namespace) -> int:
-    """Writes the continuation of every prompt to the terminal, and the figures to stderr."""
-    from lin_jax.decoding.generator import Generation
-    from lin_jax.decoding.sampling import Sampling
-    from lin_jax.decoding.session import Session, check_length, read_prompts
-    from lin_jax.decoding.tree import parse_tree
-
-    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    """Writes the continuation of every prompt to the terminal, and the figures to stderr; returns the exit status."""
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    if options.acceptance not in JUDGES:
+        raise UserError(f"acceptance '{options.acceptance}' is unknown; choose one of {', '.join(JUDGES)}")
     texts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
-    session = Session.load(options.model, options.heads)
-    prompts = [session.encode_prompt(text) for text in texts]
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"--batch is {options.batch}; give at least 1")
+    session = Session.load(
+        options.model, options.heads, draft_model=options.draft_model, draft_layers=options.draft_layers
+    )
+    prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
+    # Whatever can be wrong is found out before anything is measured for the plan.
     check_length(prompts, options.max_prompt_tokens)
-    kind = options.drafter or ("ngram" if session.heads is None else "medusa+ngram")
-    tree = session.plan(kind, _note).tree if options.tree == "auto" else parse_tree(options.tree)
-    generator = session.generator(kind, tree)
+    check_new_tokens(options.max_new_tokens)
+    if options.state and not Path(options.state).is_file():
+        raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
+    slots = options.batch or min(bucket(len(texts)), MOST_SLOTS)
+    kind, tree = _drafting(session, options, slots)
+    generator = session.generator(kind, tree, stops=options.stop, acceptance=options.acceptance)
+    if options.save_state:
+        return _save_state(generator, prompts, options, sampling, slots)
+    prefix = None
+    if options.state:
+        prefix = generator.load_prefix(options.state, sampling=sampling, slots=slots)
+    decoding = generator.stream(
+        prompts,
+        options.max_new_tokens,
+        sampling=sampling,
+        seed=options.seed,
+        slots=slots,
+        prefix=prefix,
+        log_probs=options.log_probs,
+        steps_per_visit=8 if len(prompts) == 1 else 32,
+    )
+    write = _print_stream if len(prompts) == 1 and not options.json else _print_all
+    status = write(session, texts, decoding, options)
+    _note(_figures(decoding.generation, kind, decoding.tree))
+    return status
 
-    def report(generation: Generation) -> None:
-        _note(
-            f"{generation.decoded + len(prompts)} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
-            f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {tree.size} nodes), "
-            f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
-        )
 
-    if len(prompts) == 1 and not options.json:
-        parts = generator.stream(prompts[0], options.max_new_tokens, sampling=sampling, seed=options.seed)
-        report(_print_stream(texts[0], session.tokenizer, parts))
-        return 0
-    generation = generator.generate(prompts, options.max_new_tokens, sampling=sampling, seed=options.seed)
-    for text, tokens in zip(texts, generation.tokens, strict=True):
-        continuation = session.tokenizer.decode(tokens, skip_special_tokens=True)
-        if options.json:
-            print(json.dumps({"prompt": text, "text": continuation, "tokens": tokens}))
-        else:
-            print(f"{text}{continuation}\n---")
-    report(generation)
+def _drafting(session: Session, options: argparse.Namespace, slots: int) -> tuple[str, Tree]:
+    """The drafter and the tree: as asked for, or as measured on this machine."""
+    if options.tree != "auto":
+        kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
+        return kind, parse_tree(options.tree)
+    plan = session.plan(options.drafter, slots, _note)
+    return plan.drafter, plan.shape
+
+
+def _save_state(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    options: argparse.Namespace,
+    sampling: Sampling,
+    slots: int,
+) -> int:
+    if len(prompts) != 1:
+        raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
+    prefix = generator.prefix(prompts[0], sampling=sampling, slots=slots, room=options.max_new_tokens)
+    prefix.save(options.save_state)
+    size = Path(options.save_state).stat().st_size
+    _note(f"read {prefix.length:,} tokens; the state after them is in {options.save_state} ({size / 1024:,.0f} KiB)")
     return 0
 
 
-def _print_stream(text: str, tokenizer: "Tokenizer", parts: "Iterator[Generation]") -> "Generation":
-    """Prints a continuation as it comes; returns the figures of all its parts together."""
-    from lin_jax.data import StreamDecoder
-    from lin_jax.decoding.generator import joined
-
-    decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
-    seen = []
-    sys.stdout.write(text)
+def _print_stream(session: Session, texts: Sequence[str], decoding: Decoding, options: argparse.Namespace) -> int:
+    """Prints one continuation as it comes."""
+    text, status = StreamedText(session.tokenizer, options.stop), 0
+    sys.stdout.write(texts[0])
     try:
-        for part in parts:
-            seen.append(part)
-            sys.stdout.write(decoder.push(part.tokens[0]))
+        for update in decoding:
+            sys.stdout.write(text.push(update.tokens))
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     finally:
-        sys.stdout.write(decoder.flush() + "\n")
+        sys.stdout.write(text.flush() + "\n")
         sys.stdout.flush()
-    return joined(seen)
+    return status
+
+
+def _print_all(session: Session, texts: Sequence[str], decoding: Decoding, options: argparse.Namespace) -> int:
+    """Shows how far it is, and prints every continuation at the end."""
+    status = 0
+    with tqdm(total=len(texts), unit="prompt", disable=len(texts) == 1, file=sys.stderr) as progress:
+        try:
+            for update in decoding:
+                progress.update(update.finished)
+                progress.set_postfix_str(f"{decoding.tokens_per_second:,.0f} tokens/s", refresh=False)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    generation = decoding.generation
+    for row, text in enumerate(texts):
+        tokens = generation.tokens[row]
+        continuation = full_text(session.tokenizer, tokens, options.stop)
+        if not options.json:
+            print(f"{text}{continuation}\n---")
+            continue
+        found = {"prompt": text, "text": continuation, "tokens": tokens, "ending": generation.endings[row]}
+        if generation.log_probs is not None:
+            found["log_probs"] = generation.log_probs[row]
+        print(json.dumps(found))
+    return status
+
+
+def _figures(generation: Generation, kind: str, tree: Tree) -> str:
+    return (
+        f"{sum(map(len, generation.tokens))} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
+        f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {tree.size} nodes), "
+        f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
+    )
 
 
 def _note(line: str) -> None:

@@ -1,36 +1,45 @@
-"""Finding an earlier occurrence of the last few tokens, on the device."""
+"""Finding earlier occurrences of the last few tokens, on the device."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 
-def latest_continuation(
-    tokens: Int[Array, "B C"], length: Int[Array, " B"], count: int, longest: int
-) -> Int[Array, "B M"]:
-    """What followed the latest earlier occurrence of the last n tokens, for the largest n <= `longest` that has one.
+class Matches(NamedTuple):
+    """Earlier occurrences of the last tokens, best first: the longest, and of equals the latest.
 
-    Where the copy runs into the end of the text it goes on into its own beginning, as a text that repeats itself would.
+    Attributes:
+        followers: `[B, M, D]` what followed each of them.
+        sizes: `[B, M]` how many of the last tokens agree, 0 where there is no such occurrence.
+    """
+
+    followers: Int[Array, "B M D"]
+    sizes: Int[Array, "B M"]
+
+
+def find_matches(recent: Int[Array, "B W"], depth: int, longest: int, count: int) -> Matches:
+    """The best earlier occurrences of the last up to `longest` tokens of each row.
+
+    Where a copy runs into the end of the text it goes on into its own beginning, as a text that repeats itself would.
 
     Args:
-        tokens: `[B, C]` texts, padded on the right.
-        length: `[B]` their lengths, at least 1.
-        count: tokens to copy.
-        longest: largest n.
-
-    Returns:
-        `[B, count]` tokens, -1 in rows whose last token never occurred before.
+        recent: `[B, W]` the end of each text, -1 before its beginning.
+        depth: tokens D to copy.
+        longest: tokens that are compared at the most.
+        count: occurrences M to return.
     """
-    index = jnp.arange(tokens.shape[1])
-    earlier = index < length[:, None] - 1
-    match, latest = earlier, jnp.full(length.shape, -1)
+    width = recent.shape[1]
+    index = jnp.arange(width)
+    agree = (index < width - 1) & (recent >= 0)
+    sizes = jnp.zeros(recent.shape, jnp.int32)
     for back in range(longest):
-        last = jnp.take_along_axis(tokens, jnp.maximum(length - 1 - back, 0)[:, None], axis=1)
-        shifted = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=-1)[:, : tokens.shape[1]]
-        match = match & (shifted == last) & (length > back)[:, None]
-        found = jnp.max(jnp.where(match, index, -1), axis=1)
-        latest = jnp.where(found >= 0, found, latest)
-    period = jnp.maximum(length - 1 - latest, 1)
-    source = latest[:, None] + 1 + jnp.arange(count) % period[:, None]
-    copied = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
-    return jax.lax.select(jnp.broadcast_to((latest >= 0)[:, None], copied.shape), copied, jnp.full_like(copied, -1))
+        shifted = jnp.pad(recent, ((0, 0), (back, 0)), constant_values=-1)[:, :width]
+        agree = agree & (shifted == recent[:, width - 1 - back, None]) & (shifted >= 0)
+        sizes = sizes + agree
+    best, ends = jax.lax.top_k(sizes * width + index, count)
+    period = width - 1 - ends
+    source = ends[:, :, None] + 1 + jnp.arange(depth) % jnp.maximum(period, 1)[:, :, None]
+    followers = jnp.take_along_axis(recent[:, None, :], jnp.minimum(source, width - 1), axis=2)
+    return Matches(followers, best // width)

@@ -1,48 +1,32 @@
-"""Choosing the draft tree for this machine: measured cost of a step times measured hits of the drafter.
+"""Choosing how to draft on this machine: measured cost of a step times measured hits of a drafter, then a trial.
 
-The tree grows greedily from the root, always by the node that adds the most accepted tokens on texts that the model
-wrote itself (Cai et al. 2024 and Sequoia, Chen et al. 2024, grow theirs from accuracies). Working on the hits
-themselves, not on their averages, counts right what two drafters guess alike.
+A tree of fixed shape grows greedily from the root, always by the node that adds the most accepted tokens on texts that
+the model wrote itself (Cai et al. 2024 and Sequoia, Chen et al. 2024, grow theirs from accuracies). Working on the hits
+themselves, not on their averages, counts right what two drafters guess alike. What looks best is tried against plain
+decoding, which is what remains if nothing wins.
 """
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as FilePath
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
-from lin_jax.decoding.drafters import DraftContext, Drafter, MedusaDrafter
-from lin_jax.decoding.generator import Generator
-from lin_jax.decoding.tree import DraftTree, Path
-from lin_jax.errors import UserError
-from lin_jax.models import CausalModel, MedusaHeads
+from lin_jax.decoding.costs import Costs, device_kind, measure_drafting
+from lin_jax.decoding.draft import Drafter
+from lin_jax.decoding.dynamic import DynamicTree
+from lin_jax.decoding.generator import Generator, Tree
+from lin_jax.decoding.replay import measure_hits, measure_places
+from lin_jax.decoding.tree import DraftTree, Path, parse_tree, tree_text
+from lin_jax.models import CausalModel
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Seconds of one step on this machine, at batch 1.
-
-    Attributes:
-        sizes: numbers of nodes that were measured.
-        seconds: of a step that verifies so many nodes, without Medusa heads.
-        head_seconds: what each Medusa head adds.
-    """
-
-    sizes: tuple[int, ...]
-    seconds: tuple[float, ...]
-    head_seconds: float
-
-    def step(self, size: int, heads: int) -> float:
-        """Seconds of a step with `size` nodes and `heads` Medusa heads, between and at measured sizes."""
-        return float(np.interp(size, self.sizes, self.seconds)) + heads * self.head_seconds
+# What speculation must gain to be worth its while: less than that is noise.
+WORTH = 1.02
+LARGEST = 32
+# Of dynamic trees: how many nodes of each depth get children, and how many at the most.
+BEAM = 4
 
 
 @dataclass(frozen=True)
@@ -51,109 +35,100 @@ class Plan:
 
     Attributes:
         drafter: kind of drafter that it is for.
-        paths: the tree.
-        device: kind of device that the costs were measured on.
+        slots: batch size that it is for.
+        tree: the tree, as `parse_tree` reads it.
+        device: kind of device that it was measured on.
         expected_tokens: per step, on the texts it was chosen by.
-        expected_speedup: over plain decoding.
+        expected_speedup: over plain decoding, by the costs of steps.
+        measured_speedup: over plain decoding, as tried; 1 for plain decoding itself.
     """
 
     drafter: str
-    paths: tuple[Path, ...]
+    slots: int
+    tree: str
     device: str
-    expected_tokens: float
-    expected_speedup: float
+    expected_tokens: float = 1.0
+    expected_speedup: float = 1.0
+    measured_speedup: float = 1.0
 
     @property
-    def tree(self) -> DraftTree:
+    def shape(self) -> Tree:
         """The tree itself."""
-        return DraftTree(self.paths)
+        return parse_tree(self.tree)
 
 
-def device_kind() -> str:
-    """The kind of device that JAX runs on, and how many processors a CPU has."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return f"cpu, {len(os.sched_getaffinity(0))} processors"
-    return device.device_kind
-
-
-class _SilentDrafter(nnx.Module):
-    """Never guesses, so that a step costs what verifying costs."""
-
-    depth = 1
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def guess(self, context: DraftContext) -> Int[Array, "B 1 R"]:
-        """A table without guesses."""
-        return jnp.full((context.length.shape[0], 1, self.width), -1)
-
-
-def measure_costs(
-    model: CausalModel, heads: MedusaHeads | None, *, sizes: Sequence[int] = SIZES, steps: int = 48, rounds: int = 3
-) -> Costs:
-    """Times steps over trees of several sizes, in turn, and takes each one's median."""
-    prompt = list(range(1, 17))
-    flat = [DraftTree(tuple((rank,) for rank in range(size - 1))) for size in sizes]
-    generators = [Generator(model, drafter=_SilentDrafter(tree.width), tree=tree) for tree in flat]
-    if heads is not None:
-        generators.append(Generator(model, drafter=MedusaDrafter(heads), tree=DraftTree(((0,),))))
-    seconds = np.array(
-        [[_seconds_per_step(generator, prompt, steps) for generator in generators] for _ in range(rounds + 1)]
-    )
-    median = np.median(seconds[1:], axis=0)
-    plain = np.maximum.accumulate(median[: len(sizes)])
-    head_seconds = 0.0
-    if heads is not None:
-        extra = float(median[-1]) - float(np.interp(2, sizes, plain))
-        head_seconds = max(extra, 0.0) / heads.count
-    return Costs(tuple(sizes), tuple(float(x) for x in plain), head_seconds)
-
-
-def _seconds_per_step(generator: Generator, prompt: Sequence[int], steps: int) -> float:
-    generation = generator.generate([prompt], steps)
-    return generation.decode_seconds / max(sum(generation.steps), 1)
-
-
-def measure_hits(
-    model: CausalModel, drafter: Drafter, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> Bool[np.ndarray, "P M R"]:
-    """Where a drafter's guesses would have been right, at every position of texts that the model wrote.
+def make_plan(
+    model: CausalModel,
+    kind: str,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    costs: Costs,
+) -> Plan:
+    """The best tree for a drafter, tried against plain decoding at the costs' batch size.
 
     Args:
         model: the model.
+        kind: name of the drafter.
         drafter: the drafter.
-        prompts: what each text was an answer to.
-        texts: the model's own continuations.
+        prompts: what the texts go on from.
+        texts: the model's own continuations, all of one length.
+        costs: of verifying, on this machine.
     """
-    width = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
-    found = []
-    for prompt, text in zip(prompts, texts, strict=True):
-        tokens = np.zeros(width, np.int32)
-        tokens[: len(prompt) + len(text)] = [*prompt, *text]
-        roots = np.arange(len(prompt), len(prompt) + len(text) - drafter.depth)
-        if not len(roots):
-            continue
-        # Every row asks at all positions, so that texts of one width share a program.
-        table = np.asarray(_guesses(model, drafter, jnp.asarray(tokens)))[roots - 1]
-        ahead = roots[:, None] + 1 + np.arange(drafter.depth)
-        found.append(table == tokens[ahead][:, :, None])
-    if not found:
-        raise UserError("the texts are too short to choose a draft tree by; give longer ones")
-    return np.concatenate(found)
+    plain = Plan(kind, costs.slots, "none", device_kind())
+    candidates = shortlist(model, kind, drafter, prompts, texts, costs)
+    if not candidates:
+        return plain
+    speedups = trial(model, drafter, [each.shape for each in candidates], prompts, len(texts[0]), costs.slots)
+    tried = [replace(each, measured_speedup=speedup) for each, speedup in zip(candidates, speedups, strict=True)]
+    best = max(tried, key=lambda each: each.measured_speedup)
+    return best if best.measured_speedup >= WORTH else plain
 
 
-@jax.jit
-def _guesses(model: CausalModel, drafter: Drafter, tokens: jax.Array) -> jax.Array:
-    """The guess table `[T - 1, M, R]` with each token but the first as the root."""
-    hidden = model.hidden(tokens[None])[0, :-1]
-    roots = jnp.arange(1, tokens.shape[0])
-    context = DraftContext(hidden, jnp.broadcast_to(tokens, (len(roots), tokens.shape[0])), roots + 1)
-    return drafter.guess(context)
+def shortlist(
+    model: CausalModel,
+    kind: str,
+    drafter: Drafter,
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+    costs: Costs,
+) -> list[Plan]:
+    """The trees that promise most, one of fixed shape and a dynamic one, if they promise anything."""
+    # A path must be shorter than a group, and pays only where it is likely to be right to its end.
+    group = model.config.attention.group_size
+    deepest = min(drafter.depth, group - 1, 8)
+    drafting = measure_drafting(model, drafter, costs, deepest)
+    largest = min(LARGEST, max(costs.sizes))
+
+    def plan(tree: Tree, tokens: float) -> Plan:
+        speedup = tokens * costs.verify(1) / (costs.verify(tree.size) + tree.depth * drafting)
+        return Plan(kind, costs.slots, tree_text(tree), device_kind(), tokens, speedup)
+
+    hits = measure_hits(model, drafter, prompts, texts, depth=deepest)
+    fixed = [
+        plan(tree, tokens)
+        for depth in range(1, deepest + 1)
+        for tree, tokens in grow_tree(hits[:, :depth], largest)
+        if tree.depth == depth
+    ]
+    moving = []
+    if drafter.width > 1:
+        whole = DynamicTree(2, deepest, BEAM, min(BEAM, drafter.width))
+        places = measure_places(model, drafter, prompts, texts, whole)
+        for depth in range(1, deepest + 1):
+            for size, tokens in dynamic_tokens(places[:, depth - 1], min(largest, replace(whole, depth=depth).most)):
+                moving.append(plan(replace(whole, size=size, depth=depth), tokens))
+    best = [max(each, key=lambda plan: plan.expected_speedup) for each in (fixed, moving) if each]
+    return [each for each in best if each.expected_speedup > 1]
 
 
-def grow_tree(hits: Bool[np.ndarray, "P M R"], largest: int) -> list[tuple[DraftTree, float]]:
+def dynamic_tokens(places: Int[np.ndarray, "P D"], largest: int) -> Iterator[tuple[int, float]]:
+    """Tokens that a step yields with dynamic trees of 2 up to `largest` nodes."""
+    for size in range(2, largest + 1):
+        yield size, 1 + float(np.cumprod(places < size, axis=1).sum(axis=1).mean())
+
+
+def grow_tree(hits: Bool[np.ndarray, "P D R"], largest: int) -> list[tuple[DraftTree, float]]:
     """Trees of 1 up to `largest` nodes, each grown from the last, and the tokens that each yields per step."""
     positions, depth, width = hits.shape
     stands: dict[Path, np.ndarray] = {(): np.ones(positions, bool)}
@@ -175,38 +150,44 @@ def grow_tree(hits: Bool[np.ndarray, "P M R"], largest: int) -> list[tuple[Draft
     return trees
 
 
-def choose_plan(kind: str, hits: Bool[np.ndarray, "P M R"], costs: Costs, head_width: int, head_count: int) -> Plan:
-    """The tree with the most tokens per second; the empty tree if none beats plain decoding.
+def trial(
+    model: CausalModel,
+    drafter: Drafter,
+    trees: Sequence[Tree],
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    slots: int,
+    rounds: int = 3,
+) -> list[float]:
+    """How many times faster than plain decoding each tree writes, median over rounds in which all take turns."""
+    generators = [Generator(model), *(Generator(model, drafter=drafter, tree=tree) for tree in trees)]
+    # Whole batches only, and no more of them than it takes to see a difference.
+    count = slots * max(1, min(len(prompts), 4) // slots)
+    asked = [prompts[index % len(prompts)] for index in range(count)]
+    rates = np.zeros((rounds + 1, len(generators)))
+    for turn in range(rounds + 1):
+        for index, generator in enumerate(generators):
+            rates[turn, index] = generator.generate(asked, tokens, slots=slots).tokens_per_second
+    return np.median(rates[1:, 1:] / rates[1:, :1], axis=0).tolist()
 
-    Args:
-        kind: kind of drafter.
-        hits: `[P, M, R]` of that drafter.
-        costs: of this machine.
-        head_width: how many of the ranks, the first ones, are Medusa's.
-        head_count: how many Medusa heads there are to choose from.
-    """
-    best = Plan(kind, (), device_kind(), 1.0, 1.0)
-    for heads in range(head_count + 1):
-        allowed = hits.copy()
-        allowed[:, heads:, :head_width] = False
-        for tree, tokens in grow_tree(allowed, max(costs.sizes)):
-            speedup = tokens * costs.step(1, 0) / costs.step(tree.size, heads)
-            if speedup > best.expected_speedup:
-                best = Plan(kind, tree.paths, device_kind(), tokens, speedup)
-    return best
 
-
-def save_plans(path: FilePath, plans: Sequence[Plan], costs: Costs) -> None:
+def save_plans(path: FilePath, plans: Sequence[Plan], costs: Sequence[Costs]) -> None:
     """Writes plans and costs as JSON."""
-    path.write_text(json.dumps({"costs": asdict(costs), "plans": [asdict(plan) for plan in plans]}, indent=1))
+    content = {"costs": [asdict(each) for each in costs], "plans": [asdict(plan) for plan in plans]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def load_plan(path: FilePath, kind: str) -> Plan | None:
-    """The plan for a kind of drafter, if there is one that was made on this kind of device."""
+def load_plans(path: FilePath) -> tuple[list[Plan], list[Costs]]:
+    """The plans and costs that were measured on this kind of device, if there are any."""
     if not path.exists():
-        return None
-    for entry in json.loads(path.read_text())["plans"]:
-        plan = Plan(**{**entry, "paths": tuple(map(tuple, entry["paths"]))})
-        if plan.drafter == kind and plan.device == device_kind():
-            return plan
-    return None
+        return [], []
+    content = json.loads(path.read_text())
+    try:
+        plans = [Plan(**each) for each in content["plans"]]
+        costs = [Costs(each["slots"], tuple(each["sizes"]), tuple(each["seconds"])) for each in content["costs"]]
+    except (KeyError, TypeError):
+        # Another version wrote it: it is measured anew.
+        return [], []
+    if any(plan.device != device_kind() for plan in plans):
+        return [], []
+    return plans, costs

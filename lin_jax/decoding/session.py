@@ -1,4 +1,4 @@
-"""A trained run or a Hugging Face folder, ready to decode: model, tokenizer, heads, and this machine's draft tree."""
+"""A trained run or a Hugging Face folder, ready to decode: model, tokenizer, drafters, and this machine's plans."""
 
 import json
 import os
@@ -11,19 +11,23 @@ import numpy as np
 
 from lin_jax.data import Tokenizer
 from lin_jax.data.config import HUB_PREFIX
-from lin_jax.decoding.drafters import KINDS, build_drafter
-from lin_jax.decoding.generator import Generator
-from lin_jax.decoding.plan import Plan, choose_plan, load_plan, measure_costs, measure_hits, save_plans
+from lin_jax.data.token_bytes import token_bytes
+from lin_jax.decoding.costs import measure_costs
+from lin_jax.decoding.drafters import DraftParts, available, build_drafter
+from lin_jax.decoding.generator import Generator, Tree
+from lin_jax.decoding.plan import Plan, load_plans, make_plan, save_plans
 from lin_jax.decoding.sampling import Sampling
-from lin_jax.decoding.tree import DraftTree
+from lin_jax.decoding.stops import stop_automaton
 from lin_jax.errors import UserError
 from lin_jax.hub.files import generation_ends, is_checkpoint_folder, resolve
 from lin_jax.hub.medusa import has_heads
 from lin_jax.hub.medusa import load_heads as load_published_heads
 from lin_jax.hub.pretrained import from_pretrained
-from lin_jax.models import CausalModel, MedusaHeads
+from lin_jax.models import CausalModel, MedusaHeads, PathHead
 
 PLAN_FILE = "speculation.json"
+# Folders inside a run's where heads for its model are looked for.
+HEAD_FOLDERS = ("heads", "path")
 
 
 @dataclass(frozen=True)
@@ -32,25 +36,37 @@ class Session:
 
     Attributes:
         folder: a run's folder, or a Hugging Face folder; plans are kept there.
-        model: the target.
+        parts: the target, and what drafters for it are made of.
         tokenizer: the model's.
-        heads: Medusa heads, if there are any.
         end_tokens: tokens that end a text.
     """
 
     folder: Path
-    model: CausalModel
+    parts: DraftParts
     tokenizer: Tokenizer
-    heads: MedusaHeads | None
     end_tokens: tuple[int, ...]
 
+    @property
+    def model(self) -> CausalModel:
+        """The target."""
+        return self.parts.target
+
     @classmethod
-    def load(cls, place: str | Path, heads_folder: str | Path | None = None) -> "Session":
-        """Opens a run folder or a Hugging Face folder, with heads from `heads_folder` or from inside the folder.
+    def load(
+        cls,
+        place: str | Path,
+        heads: str | Path | Sequence[str | Path] = (),
+        *,
+        draft_model: str | Path | None = None,
+        draft_layers: Sequence[int] | None = None,
+    ) -> "Session":
+        """Opens a run folder or a Hugging Face folder, with heads from elsewhere or from inside the folder.
 
         Args:
             place: output of a train.py run, a folder with a `config.json`, or `hub:owner/name`.
-            heads_folder: run folder of heads, or a folder with heads in the published layout.
+            heads: run folders of heads, or a folder with heads in the published layout.
+            draft_model: a small model with the same tokenizer; a folder like `place`.
+            draft_layers: numbers of the model's layers that draft for it.
 
         Raises:
             UserError: there is no such folder, or its parts do not belong together.
@@ -58,13 +74,33 @@ class Session:
         folder = resolve(place) if str(place).startswith(HUB_PREFIX) else Path(place)
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; give the output of a train.py run, or a Hugging Face folder")
-        if is_checkpoint_folder(folder):
-            return _load_checkpoint(folder, heads_folder)
-        return _load_run(folder, heads_folder)
+        model, tokenizer, ends = _load_checkpoint(folder) if is_checkpoint_folder(folder) else _load_run(folder)
+        found = _load_heads([heads] if isinstance(heads, str | Path) else heads, folder, model)
+        small = None
+        if draft_model is not None:
+            other = Session.load(draft_model)
+            if other.tokenizer.fingerprint != tokenizer.fingerprint:
+                raise UserError(f"the draft model {draft_model} has another tokenizer; give one trained with the same")
+            small = other.model
+        parts = DraftParts(
+            target=model,
+            medusa=next((each for each in found if isinstance(each, MedusaHeads)), None),
+            path=next((each for each in found if isinstance(each, PathHead)), None),
+            model=small,
+            layers=None if draft_layers is None else tuple(draft_layers),
+        )
+        return cls(folder, parts, tokenizer, ends)
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt; an empty one is the start of a document."""
+    def encode_prompt(self, text: str, *, begins: bool = True) -> list[int]:
+        """Token ids of a prompt; an empty one is the start of a document.
+
+        Args:
+            text: the prompt.
+            begins: whether nothing comes before it; otherwise it is just its tokens, perhaps none.
+        """
         ids = self.tokenizer.encode(text).tolist()
+        if not begins:
+            return ids
         first = self.tokenizer.bos_id
         if first is not None and (not ids or first != self.tokenizer.eos_id):
             ids = [first, *ids]
@@ -74,51 +110,76 @@ class Session:
             raise UserError("the prompt is empty and the tokenizer has no token to start a text with; give a prompt")
         return ids
 
-    def generator(self, kind: str, tree: DraftTree) -> Generator:
-        """A generator with the given drafter and tree."""
-        drafter = build_drafter(kind, self.heads, tree=tree)
-        return Generator(self.model, drafter=drafter, tree=tree, end_tokens=self.end_tokens)
+    def generator(
+        self, kind: str, tree: Tree | None, *, stops: Sequence[str] = (), acceptance: str = "exact"
+    ) -> Generator:
+        """A generator with the given drafter and tree, whose texts end at any of some strings."""
+        automaton = stop_automaton(stops, token_bytes(self.tokenizer)) if stops else None
+        return Generator(
+            self.model,
+            drafter=build_drafter(kind, self.parts),
+            tree=tree,
+            end_tokens=self.end_tokens,
+            stops=automaton,
+            acceptance=acceptance,
+        )
 
-    def plan(self, kind: str, note: Callable[[str], None] = lambda line: None) -> Plan:
-        """The tree for this machine: that of an earlier measurement, or of one that is made now and kept."""
-        if kind == "none":
-            return Plan(kind, (), "", 1.0, 1.0)
-        build_drafter(kind, self.heads)
-        found = load_plan(self.folder / PLAN_FILE, kind)
-        if found is None:
-            note("choosing draft trees for this machine (once, about half a minute)")
-            found = next(plan for plan in self.measure_plans() if plan.drafter == kind)
-        return found
-
-    def measure_plans(self, prompts: Sequence[Sequence[int]] | None = None, *, tokens: int = 192) -> list[Plan]:
-        """Chooses a tree for every drafter, by this machine's costs and by texts that the model writes; keeps them.
+    def plan(self, kind: str | None = None, slots: int = 1, note: Callable[[str], None] = lambda line: None) -> Plan:
+        """How to draft on this machine at a batch size: as measured earlier, or as is measured now and kept.
 
         Args:
-            prompts: what the texts go on from; None samples the beginnings of a few documents.
-            tokens: length of the texts.
+            kind: the drafter; None takes the best of all there are.
+            slots: the batch size.
+            note: told before something takes long.
         """
-        # Without end tokens: a text that ends at once would say nothing about the drafter.
-        plain = Generator(self.model)
-        if prompts is None:
-            empty = [self.encode_prompt("")] * 8
-            prompts = plain.generate(empty, 32, sampling=Sampling(1.0)).tokens
-        texts = plain.generate(prompts, tokens).tokens
-        costs = measure_costs(self.model, self.heads)
-        plans = []
-        for kind in KINDS[1:]:
-            if self.heads is None and "medusa" in kind:
-                continue
-            drafter = build_drafter(kind, self.heads)
-            # A path must be shorter than a group.
-            hits = measure_hits(self.model, drafter, prompts, texts)[:, : self.model.config.attention.group_size - 1]
-            heads = self.heads.count if self.heads is not None and "medusa" in kind else 0
-            plans.append(choose_plan(kind, hits, costs, drafter.width - ("ngram" in kind), heads))
-        if os.access(self.folder, os.W_OK):
-            save_plans(self.folder / PLAN_FILE, plans, costs)
-        return plans
+        kinds = [kind] if kind is not None else available(self.parts)
+        plans = self.plans(kinds, slots, note=note)
+        return max(plans, key=lambda plan: plan.measured_speedup)
+
+    def plans(
+        self,
+        kinds: Sequence[str],
+        slots: int = 1,
+        *,
+        prompts: Sequence[Sequence[int]] | None = None,
+        tokens: int = 128,
+        note: Callable[[str], None] = lambda line: None,
+    ) -> list[Plan]:
+        """The plan for each drafter at a batch size, from the folder or measured and kept there.
+
+        Args:
+            kinds: the drafters.
+            slots: the batch size.
+            prompts: what the texts go on from by which trees are chosen, measuring everything anew; None samples the
+                beginnings of a few documents, and measures only what is not known yet.
+            tokens: length of the texts.
+            note: told before something takes long.
+        """
+        drafters = {kind: build_drafter(kind, self.parts) for kind in kinds}
+        known, costs = load_plans(self.folder / PLAN_FILE)
+        kept = {(plan.drafter, plan.slots): plan for plan in known}
+        if prompts is not None:
+            kept, costs = {key: plan for key, plan in kept.items() if key[0] not in kinds or key[1] != slots}, []
+        missing = [kind for kind in kinds if kind != "none" and (kind, slots) not in kept]
+        if missing:
+            names = ", ".join(missing)
+            note(f"choosing draft trees for {names} on this machine, batch {slots} (once, a minute or two)")
+            # Without end tokens: a text that ends at once would say nothing about the drafter.
+            plain = Generator(self.model)
+            if prompts is None:
+                empty = [self.encode_prompt("")] * 8
+                prompts = plain.generate(empty, 32, sampling=Sampling(1.0)).tokens
+            texts = plain.generate(prompts, tokens).tokens
+            cost = next((each for each in costs if each.slots == slots), None) or measure_costs(self.model, slots=slots)
+            costs = [*(each for each in costs if each.slots != slots), cost]
+            for kind in missing:
+                kept[kind, slots] = make_plan(self.model, kind, drafters[kind], prompts, texts, cost)
+            if os.access(self.folder, os.W_OK):
+                save_plans(self.folder / PLAN_FILE, list(kept.values()), costs)
+        return [kept[kind, slots] if kind != "none" else Plan(kind, slots, "none", "") for kind in kinds]
 
 
-def _load_run(folder: Path, heads_folder: str | Path | None) -> Session:
+def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     from lin_jax.training.checkpoints import read_about
     from lin_jax.training.loading import load_model
 
@@ -131,12 +192,10 @@ def _load_run(folder: Path, heads_folder: str | Path | None) -> Session:
             f"the tokenizer in {folder / 'tokenizer'} is not the one that the model was trained with; "
             "put that one there"
         )
-    inside = folder / "heads"
-    heads = _load_heads(heads_folder or (inside if inside.is_dir() else None), model)
-    return Session(folder, model, tokenizer, heads, _ends(tokenizer))
+    return model, tokenizer, _ends(tokenizer)
 
 
-def _load_checkpoint(folder: Path, heads_folder: str | Path | None) -> Session:
+def _load_checkpoint(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     model = from_pretrained(folder)
     if not isinstance(model, CausalModel):
         raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
@@ -146,16 +205,20 @@ def _load_checkpoint(folder: Path, heads_folder: str | Path | None) -> Session:
             f"the tokenizer in {folder} has {tokenizer.vocab_size} entries, the model {model.config.vocab_size}; "
             "put the model's own there"
         )
-    heads = _load_heads(heads_folder or (folder if has_heads(folder) else None), model)
-    return Session(folder, model, tokenizer, heads, generation_ends(folder) or _ends(tokenizer))
+    return model, tokenizer, generation_ends(folder) or _ends(tokenizer)
 
 
-def _load_heads(folder: str | Path | None, model: Any) -> MedusaHeads | None:
-    from lin_jax.training.loading import load_heads
+def _load_heads(places: Sequence[str | Path], folder: Path, model: Any) -> list[MedusaHeads | PathHead]:
+    """Heads from the given places first, then those that lie in the model's own folder."""
+    from lin_jax.training.loading import holds_heads, load_heads
 
-    if folder is None:
-        return None
-    return load_published_heads(Path(folder), model) if has_heads(Path(folder)) else load_heads(folder, model=model)
+    found = []
+    inside: list[Path] = [folder / name for name in HEAD_FOLDERS if (folder / name).is_dir()]
+    if has_heads(folder) or holds_heads(folder):
+        inside.insert(0, folder)
+    for place in [*map(Path, places), *inside]:
+        found.append(load_published_heads(place, model) if has_heads(place) else load_heads(place, model=model))
+    return found
 
 
 def _ends(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -2,12 +2,17 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from lin_jax.attention import TreeArrays, tree_arrays
+from lin_jax.decoding.draft import Draft, DraftContext, Drafter, Drawing, Layer, ScoringDrafter
+from lin_jax.decoding.dynamic import DynamicTree
+from lin_jax.decoding.rejection import draw_children
 from lin_jax.errors import UserError
 
 Path = tuple[int, ...]
@@ -61,20 +66,112 @@ class DraftTree:
         """Depths and ancestry, as attention wants them."""
         return tree_arrays(self.parents)
 
-    def chains(self) -> Int[Array, "N P"]:
-        """The nodes from the root down to each node, repeated at the end up to `P = depth + 1`."""
-        table = np.zeros((self.size, self.depth + 1), np.int32)
-        for node, path in enumerate(((), *self.paths)):
-            if node:
-                table[node] = table[self.parents[node]]
-                table[node, len(path) :] = node
-        return jnp.asarray(table)
+    @cached_property
+    def internal(self) -> tuple[int, ...]:
+        """The nodes that have children, in order."""
+        return tuple(sorted(set(self.parents) - {-1}))
 
-    def place(self, root: Int[Array, " B"], guesses: Int[Array, "B M R"]) -> Int[Array, "B N"]:
-        """The tokens of all nodes; -1 where there is no guess."""
-        depths = np.array([len(path) - 1 for path in self.paths], np.int32)
-        ranks = np.array([path[-1] for path in self.paths], np.int32)
-        return jnp.concatenate([root[:, None], guesses[:, depths, ranks]], axis=1)
+    @cached_property
+    def steps(self) -> tuple["LayerShape", ...]:
+        """How the tree grows, a layer at a time."""
+        paths: list[Path] = [(), *self.paths]
+        shapes: list[LayerShape] = []
+        above: list[Path] = [()]
+        for depth in range(self.depth):
+            nodes = [path for path in paths if len(path) == depth and paths.index(path) in self.internal]
+            children = [path for path in self.paths if len(path) == depth + 1]
+            shapes.append(
+                LayerShape(
+                    nodes=tuple(paths.index(path) for path in nodes),
+                    carried=tuple(above.index(path[:-1]) for path in nodes),
+                    slots=tuple(nodes.index(path[:-1]) for path in children),
+                    ranks=tuple(path[-1] for path in children),
+                    needed=frozenset(path[-1] for path in self.paths if len(path) > depth),
+                )
+            )
+            above = nodes
+        return tuple(shapes)
+
+    def grow(self, drafter: Drafter, context: DraftContext, state: Any, drawing: Drawing | None = None) -> Draft:
+        """The tree with a drafter's tokens: its best guesses, or with `drawing` children drawn at random.
+
+        Args:
+            drafter: who guesses; with `drawing` it must have scores.
+            context: what it may look at.
+            state: the drafter's own.
+            drawing: how children are drawn; a node's first child then is the first draw, whatever its rank.
+        """
+        tokens = context.root[:, None]
+        if not self.paths:
+            return self._draft(tokens, None)
+        shared, carried = drafter.begin(context, state)
+        expanded: tuple[int, ...] = ()
+        log_q = []
+        for depth, shape in enumerate(self.steps):
+            expanded += shape.nodes
+            carried = _taken(carried, shape.carried)
+            layer = Layer(
+                tokens=tokens[:, np.array(shape.nodes)],
+                depth=depth,
+                ranks=max(shape.ranks) + 1,
+                needed=shape.needed,
+                scored=False,
+                above=tokens[:, np.array(expanded)],
+                tree=self._subtree(expanded),
+            )
+            if drawing is None:
+                guesses, carried = drafter.expand(shared, carried, layer)
+                found = guesses.tokens[:, np.array(shape.slots), np.array(shape.ranks)]
+            else:
+                assert isinstance(drafter, ScoringDrafter), "checked by the generator"
+                logits, carried = drafter.scores(shared, carried, layer)
+                log_q.append(jax.nn.log_softmax(logits / drawing.temperature))
+                drawn = draw_children(
+                    log_q[-1], shape.most, drawing.positions, drawing.rows, jnp.asarray(shape.nodes), drawing.seed
+                )
+                found = drawn[:, np.array(shape.slots), np.array(shape.orders)]
+            known = layer.tokens[:, np.array(shape.slots)] >= 0
+            tokens = jnp.concatenate([tokens, jnp.where(known, found, -1)], axis=1)
+        return self._draft(tokens, jnp.concatenate(log_q, axis=1) if log_q else None)
+
+    def _draft(self, tokens: Int[Array, "B N"], log_q: Array | None) -> Draft:
+        parents = jnp.broadcast_to(jnp.asarray((0, *self.parents[1:])), tokens.shape)
+        return Draft(tokens, parents, self.arrays(), log_q)
+
+    def _subtree(self, nodes: tuple[int, ...]) -> TreeArrays:
+        return tree_arrays(tuple(-1 if not node else nodes.index(self.parents[node]) for node in nodes))
+
+
+def _taken(carried: Any, slots: tuple[int, ...]) -> Any:
+    return jax.tree.map(lambda part: part[:, np.array(slots)], carried)
+
+
+class LayerShape(NamedTuple):
+    """Who begets whom at one depth.
+
+    Attributes:
+        nodes: the nodes that get children.
+        carried: of each, the place of its parent among the nodes of the layer above.
+        slots: of each child, the place of its parent among `nodes`.
+        ranks: of each child, its rank.
+        needed: the ranks of all nodes below.
+    """
+
+    nodes: tuple[int, ...]
+    carried: tuple[int, ...]
+    slots: tuple[int, ...]
+    ranks: tuple[int, ...]
+    needed: frozenset[int]
+
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Of each child, its place among its parent's children."""
+        return tuple(self.slots[:index].count(slot) for index, slot in enumerate(self.slots))
+
+    @property
+    def most(self) -> int:
+        """The largest number of children of one node."""
+        return max(self.orders) + 1
 
 
 def chain(length: int) -> DraftTree:
@@ -82,8 +179,10 @@ def chain(length: int) -> DraftTree:
     return DraftTree(tuple((0,) * depth for depth in range(1, length + 1)))
 
 
-def parse_tree(text: str) -> DraftTree:
-    """A tree from its name (`chain:4`, `mc_sim_7b_63`, `none`) or from paths such as `0;1;0,0;0,1`.
+def parse_tree(text: str) -> DraftTree | DynamicTree:
+    """A tree from its name or from paths such as `0;1;0,0;0,1`.
+
+    Names are `none`, `chain:LENGTH`, `mc_sim_7b_63`, and `dynamic:SIZE:DEPTH`, optionally with `:BEAM:WIDTH` behind it.
 
     Raises:
         UserError: neither a name nor paths.
@@ -95,13 +194,23 @@ def parse_tree(text: str) -> DraftTree:
     try:
         if text.startswith("chain:"):
             return chain(int(text.removeprefix("chain:")))
+        if text.startswith("dynamic:"):
+            return DynamicTree(*(int(number) for number in text.removeprefix("dynamic:").split(":")))
         return DraftTree(tuple(tuple(int(rank) for rank in path.split(",")) for path in text.split(";")))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"draft tree '{text}' is not understood; give none, chain:LENGTH, mc_sim_7b_63 or paths such as 0;1;0,0"
+            f"draft tree '{text}' is not understood; give none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH or "
+            "paths such as 0;1;0,0"
         ) from None
+
+
+def tree_text(tree: DraftTree | DynamicTree) -> str:
+    """A tree as `parse_tree` reads it."""
+    if isinstance(tree, DynamicTree):
+        return f"dynamic:{tree.size}:{tree.depth}:{tree.beam}:{tree.width}"
+    return ";".join(",".join(map(str, path)) for path in tree.paths) or "none"
 
 
 # The tree that Medusa was published with, for heads of a 7B model: 63 guesses, four deep.

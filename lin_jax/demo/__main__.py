@@ -23,6 +23,7 @@ from lin_jax.training.loop import train
 from lin_jax.training.tracker import read_metrics
 
 PROMPT_TOKENS = 64
+DRAFTERS = ("medusa", "ngram", "medusa+ngram")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = Session.load(folder)
     prompts, calibration = _prompts(session, config.data, options.prompts)
     _say("    choosing draft trees for this machine")
-    plans = session.measure_plans(calibration, tokens=options.new_tokens)
+    plans = session.plans(DRAFTERS, prompts=calibration, tokens=options.new_tokens)
     _say(f"    decoding {len(prompts)} held-out prompts")
     figures = compare(session, plans, prompts, options.new_tokens, options.rounds)
     report = _report(folder, figures, len(prompts)) | {
@@ -131,7 +132,7 @@ def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[s
                 "prompts_equal_greedy": f.lossless_greedy,
                 "prompts_equal_sampled": f.lossless_sampled,
                 "rounding_ties": f.rounding_ties,
-                "tree": f.plan.paths,
+                "tree": f.plan.tree,
                 "expected_tokens": f.plan.expected_tokens,
                 "expected_speedup": f.plan.expected_speedup,
                 "yields": f.yields,

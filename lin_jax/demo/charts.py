@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from lin_jax.decoding.drafters import HEAD_WIDTH
+from lin_jax.decoding.drafters.medusa import HEAD_WIDTH
 from lin_jax.decoding.tree import DraftTree
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import numpy as np
 
 from lin_jax.decoding import Generation, Generator, Sampling
 from lin_jax.decoding.agreement import is_rounding_tie
+from lin_jax.decoding.generator import Tree
 from lin_jax.decoding.loop import DRAFT
 from lin_jax.decoding.plan import Plan
 from lin_jax.decoding.session import Session
@@ -59,7 +60,7 @@ def compare(
     """
     generators = [
         _endless(session, "none", DraftTree()),
-        *(_endless(session, each.drafter, each.tree) for each in plans),
+        *(_endless(session, each.drafter, each.shape) for each in plans),
     ]
     sampled = [[_one(each, prompt, tokens, SAMPLED) for prompt in prompts] for each in generators]
     rates = np.zeros((rounds, len(generators)))
@@ -95,7 +96,7 @@ def drafted_share(generation: Generation) -> float:
     return origins.count(DRAFT) / len(origins)
 
 
-def _endless(session: Session, kind: str, tree: DraftTree) -> Generator:
+def _endless(session: Session, kind: str, tree: Tree) -> Generator:
     generator = session.generator(kind, tree)
     return Generator(generator.model, drafter=generator.drafter, tree=tree)
 

@@ -13,11 +13,14 @@ from markupsafe import Markup
 
 from lin_jax.data import StreamDecoder, Tokenizer
 from lin_jax.decoding import Generation
-from lin_jax.decoding.loop import DRAFT, PROMPT
+from lin_jax.decoding.loop import DRAFT
+from lin_jax.decoding.tree import DraftTree
 from lin_jax.demo import charts
 from lin_jax.demo.measure import DrafterFigures, drafted_share
 
 SHOWN_PROMPTS = 4
+# Who chose a token, beside those that the loop knows.
+PROMPT = 0
 _KINDS = {PROMPT: "prompt", DRAFT: "draft"}
 
 
@@ -86,8 +89,8 @@ def write_report(
         headline=_headline(report),
         cards=_cards(report),
         charts=_charts(report, best),
-        tree_has_ngrams=any(charts.is_ngram_guess(best.plan.drafter, path) for path in best.plan.paths),
-        tree_has_heads=not all(charts.is_ngram_guess(best.plan.drafter, path) for path in best.plan.paths),
+        tree_has_ngrams=any(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
+        tree_has_heads=not all(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
         samples=choose_samples(tokenizer, prompts, best.generations),
         drafted=_mean_share(best.generations),
         prompt_count=len(prompts),
@@ -195,8 +198,14 @@ def _charts(report: dict[str, Any], best: DrafterFigures) -> dict[str, Any]:
         },
         "speed": charts.speed_bars(report["plain_tokens_per_second"], drafters),
         "speed_narrow": charts.speed_bars(report["plain_tokens_per_second"], drafters, narrow=True),
-        "tree": charts.tree_drawing(best.plan.drafter, best.plan.tree) if best.plan.paths else None,
+        "tree": charts.tree_drawing(best.plan.drafter, DraftTree(_paths(best))) if _paths(best) else None,
     }
+
+
+def _paths(figures: DrafterFigures) -> tuple[tuple[int, ...], ...]:
+    """The tree's paths; a dynamic tree has none to draw."""
+    tree = figures.plan.shape
+    return tree.paths if isinstance(tree, DraftTree) else ()
 
 
 def _mean_share(generations: Sequence[Generation]) -> float:

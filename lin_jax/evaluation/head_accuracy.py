@@ -1,20 +1,28 @@
-"""How often the r-th guess of a Medusa head is the token that really comes: what draft trees are chosen from."""
+"""How often the r-th guess at each depth is the token that really comes: what draft trees are chosen from."""
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lin_jax.evaluation.targets import Batch, stack_targets, targets_ahead
-from lin_jax.models import CausalModel, MedusaHeads
+from lin_jax.evaluation.targets import Batch, path_ahead
+from lin_jax.models import CausalModel
 
 RANKS = 10
+
+
+class DraftHeads(Protocol):
+    """What guesses the tokens after the next one: `MedusaHeads`, `PathHead`."""
+
+    def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch K"]) -> Float[Array, "*batch K V"]:
+        """Logits of the token after each token of a path, whose first was chosen from the hidden vector."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +30,16 @@ class HeadAccuracy:
     """A table of hits.
 
     Attributes:
-        table: `[M, R]` share of positions whose token m + 2 ahead is exactly guess r (from 0) of head m (from 0).
-        counts: `[M]` positions each head was tried at.
+        table: `[K, R]` share of positions whose token k + 2 ahead is exactly guess r (from 0) at depth k (from 0): of
+            Medusa's head k, or of a path head after the k + 1 tokens before, as they really come.
+        counts: `[K]` positions that were tried at each depth.
     """
 
     table: np.ndarray
     counts: np.ndarray
 
     def save(self, path: Path) -> None:
-        """Writes `{"table": [M][R], "counts": [M]}` as JSON."""
+        """Writes `{"table": [K][R], "counts": [K]}` as JSON."""
         path.write_text(json.dumps({"table": self.table.tolist(), "counts": self.counts.tolist()}, indent=2) + "\n")
 
     @classmethod
@@ -40,41 +49,42 @@ class HeadAccuracy:
         return cls(np.asarray(content["table"]), np.asarray(content["counts"]))
 
     def __str__(self) -> str:
-        """A small text table: a line a head, a column a guess."""
+        """A small text table: a line a depth, a column a guess."""
         ranks = range(1, self.table.shape[1] + 1)
-        lines = ["head  ahead" + "".join(f"{f'guess {rank}':>10}" for rank in ranks)]
-        for head, row in enumerate(self.table):
-            lines.append(f"{head:>4}{head + 2:>7}" + "".join(f"{share:>10.3f}" for share in row))
+        lines = ["depth  ahead" + "".join(f"{f'guess {rank}':>10}" for rank in ranks)]
+        for depth, row in enumerate(self.table):
+            lines.append(f"{depth:>5}{depth + 2:>7}" + "".join(f"{share:>10.3f}" for share in row))
         return "\n".join(lines)
 
 
 def head_accuracy(
-    model: CausalModel, heads: MedusaHeads, batches: Iterable[Batch], *, ranks: int = RANKS
+    model: CausalModel, heads: DraftHeads, batches: Iterable[Batch], *, depth: int, ranks: int = RANKS
 ) -> HeadAccuracy:
-    """How often each guess of each head is right.
+    """How often each guess at each depth is right.
 
     Args:
         model: the base model.
         heads: its heads.
-        batches: `tokens` and `documents`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`, tokens to compare
-            the guesses with in place of the text itself (such as what the base model would have said).
-        ranks: how many guesses R of a head to look at.
+        batches: `tokens` and `documents`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`, tokens to follow and
+            to compare the guesses with in place of the text itself (such as what the base model would have said).
+        depth: how many depths K to look at; Medusa's heads have one each.
+        ranks: how many guesses R at a depth to look at.
     """
-    hits, counts = np.zeros((heads.count, ranks), np.int64), np.zeros(heads.count, np.int64)
+    hits, counts = np.zeros((depth, ranks), np.int64), np.zeros(depth, np.int64)
     for batch in batches:
-        found, tried = _hits(model, heads, dict(batch), ranks=ranks)
+        found, tried = _hits(model, heads, dict(batch), depth=depth, ranks=ranks)
         hits, counts = hits + np.asarray(found), counts + np.asarray(tried)
     return HeadAccuracy(hits / np.maximum(counts, 1)[:, None], counts)
 
 
-@partial(jax.jit, static_argnames="ranks")
+@partial(jax.jit, static_argnames=("depth", "ranks"))
 def _hits(
-    model: CausalModel, heads: MedusaHeads, batch: dict[str, Array], *, ranks: int
-) -> tuple[Int[Array, "M R"], Int[Array, " M"]]:
+    model: CausalModel, heads: DraftHeads, batch: dict[str, Array], *, depth: int, ranks: int
+) -> tuple[Int[Array, "K R"], Int[Array, " K"]]:
     hidden = model.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
     truth = {"tokens": batch.get("truth", batch["tokens"]), "documents": batch["documents"]}
-    ids, included = stack_targets(targets_ahead(truth, head + 2) for head in range(heads.count))
-    rank = _rank(heads(hidden), ids)
+    path, (ids, included) = path_ahead(truth, depth)
+    rank = _rank(heads.guess(hidden, path), ids)
     hits = (rank[..., None] == jnp.arange(ranks)) & included[..., None]
     return jnp.sum(hits, axis=(0, 1)), jnp.sum(included, axis=(0, 1))
 

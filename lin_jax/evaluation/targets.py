@@ -55,6 +55,15 @@ def stack_targets(targets: Iterable[Targets]) -> Targets:
     return Targets(jnp.stack(ids, axis=-1), jnp.stack(included, axis=-1))
 
 
+def path_ahead(batch: Batch, depth: int) -> tuple[Int[Array, "B T K"], Targets]:
+    """The path of K tokens that comes after each of the T inputs, and the token to guess after each of those.
+
+    Where there is one to guess, all of the path before it is in the same document.
+    """
+    targets = [targets_ahead(batch, ahead) for ahead in range(1, depth + 2)]
+    return stack_targets(targets[:-1]).ids, stack_targets(targets[1:])
+
+
 def token_sums(logits: Float[Array, "B T K V"], targets: Targets) -> Sums:
     """Sums of K predictors' cross entropies against targets `[B, T, K]`, in the type of the logits."""
     right = jnp.take_along_axis(logits, targets.ids[..., None], axis=-1)[..., 0]

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError, exit_cleanly
-from lin_jax.models.llama import DTYPES
+from lin_jax.models.parts import DTYPES
 
 
 class _Parser(argparse.ArgumentParser):

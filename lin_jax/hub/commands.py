@@ -23,7 +23,7 @@ from lin_jax.hub.medusa import has_heads, load_heads
 from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.hub.saving import TOKENIZER_FILES, check_place, save_pretrained
 from lin_jax.hub.tensors import stored
-from lin_jax.models import MedusaHeads
+from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.models.lora import merge_lora
 
 
@@ -108,17 +108,23 @@ def _load_run(folder: Path, step: int | None) -> tuple[Any, Tokenizer, MedusaHea
     from lin_jax.training.config import load_run_config
     from lin_jax.training.loading import load_heads as load_run_heads
     from lin_jax.training.loading import load_model, read_base
+    from lin_jax.training.objectives import OBJECTIVES
 
     heads_folder = folder / "heads" if (folder / "heads").is_dir() else None
     heads_step = None
-    if load_run_config(folder).objective == "medusa":
+    kind = OBJECTIVES[load_run_config(folder).objective]
+    if kind.heads_name is not None:
+        heads_folder, heads_step = folder, step
+    if not kind.has_model:
         base = read_base(folder)
-        heads_folder, heads_step, folder, step = folder, step, base.folder, base.step
+        folder, step = base.folder, base.step
     if is_checkpoint_folder(folder):
         model, tokenizer = from_pretrained(folder), Tokenizer.load(folder)
     else:
         model, tokenizer = load_model(folder, step)[0], Tokenizer.load(folder / "tokenizer")
     heads = None if heads_folder is None else load_run_heads(heads_folder, heads_step, model=model)
+    if isinstance(heads, PathHead):
+        raise UserError(f"{heads_folder} holds a path head, which has no published form; export {folder} without it")
     return model, tokenizer, heads
 
 

@@ -16,7 +16,7 @@ from lin_jax.hub.families import Family
 from lin_jax.hub.files import read_checkpoint, read_config, resolve
 from lin_jax.hub.llama2c import read_llama2c
 from lin_jax.hub.tensors import Entries, Place, fill, misfits
-from lin_jax.models.llama import DTYPES
+from lin_jax.models.parts import DTYPES
 
 
 @dataclass(frozen=True)

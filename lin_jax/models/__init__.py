@@ -14,6 +14,7 @@ from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
 from lin_jax.models.llama import Llama as Llama
 from lin_jax.models.llama import LlamaConfig as LlamaConfig
 from lin_jax.models.medusa import MedusaHeads as MedusaHeads
+from lin_jax.models.path_head import PathHead as PathHead
 from lin_jax.models.rotary import RotaryConfig as RotaryConfig
 from lin_jax.models.t5 import T5 as T5
 from lin_jax.models.t5 import T5Classifier as T5Classifier

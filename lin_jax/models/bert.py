@@ -1,17 +1,15 @@
 """BERT (Devlin et al. 2019) over any bidirectional token mixer: an encoder, a masked language model, a classifier."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, Layout, build_mixer, masked_rows, whole_rows
+from lin_jax.attention import AttentionConfig, Layout, build_mixer, single_rows
 from lin_jax.errors import UserError
-from lin_jax.models.llama import DTYPES
-from lin_jax.models.parts import LayerNorm
+from lin_jax.models.parts import LayerNorm, check_types, embedding, linear, wide
 from lin_jax.models.stack import LayerStack
 
 
@@ -56,9 +54,7 @@ class BertConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise UserError(f"model.{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(DTYPES)}")
+        check_types(self)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}"
@@ -71,14 +67,7 @@ class BertConfig:
 
 
 def _linear(config: BertConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        size_in,
-        size_out,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    return linear(config, size_in, size_out, config.initializer_range, rngs)
 
 
 def _norm(config: BertConfig) -> LayerNorm:
@@ -93,17 +82,8 @@ class Embeddings(nnx.Module):
     """Sums of word, position and type embeddings, normalised."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
         self.word, self.position, self.type = (
-            nnx.Embed(
-                count,
-                config.hidden_size,
-                embedding_init=nnx.initializers.normal(config.initializer_range),
-                dtype=jnp.dtype(config.dtype),
-                param_dtype=jnp.dtype(config.param_dtype),
-                rngs=rngs,
-            )
+            embedding(config, count, config.hidden_size, config.initializer_range, rngs)
             for count in (config.vocab_size, config.max_positions, config.types)
         )
         self.norm = _norm(config)
@@ -191,7 +171,7 @@ class Bert(nnx.Module):
         Raises:
             UserError: rows are longer than the model has positions.
         """
-        layout = whole_rows(*tokens.shape) if mask is None else masked_rows(mask)
+        layout = single_rows(tokens.shape, mask)
         return self.layers(lambda block, x, _: (block(x, layout), None), self.embed(tokens, types), None)[0]
 
     def pooled(
@@ -228,7 +208,7 @@ class BertMaskedLM(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of every place's own token, in float32 or better; arguments as in `Bert.hidden`."""
         hidden = self.norm(_gelu(self.transform(self.bert.hidden(tokens, mask, types))))
-        return _wide(self.bert.embed.word.attend(hidden)) + self.bias[...]
+        return wide(self.bert.embed.word.attend(hidden)) + self.bias[...]
 
 
 class BertClassifier(nnx.Module):
@@ -246,8 +226,4 @@ class BertClassifier(nnx.Module):
         types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L"]:
         """Logits of the classes, in float32 or better; arguments as in `Bert.hidden`."""
-        return _wide(self.head(self.bert.pooled(tokens, mask, types)))
-
-
-def _wide(logits: Any) -> Array:
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return wide(self.head(self.bert.pooled(tokens, mask, types)))

@@ -1,14 +1,15 @@
 """What every causal language model shares: the forms of its token mixers, lifted to a stack of blocks."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import Layout, TreeArrays, along, masked_rows, packed_rows, padded_rows, whole_rows
+from lin_jax.attention import Layout, TreeArrays, along, packed_rows, padded_rows, single_rows
+from lin_jax.models.parts import wide
 from lin_jax.models.stack import LayerStack
 
 
@@ -31,24 +32,27 @@ class CausalBlock(Protocol):
 class CausalModel(nnx.Module):
     """A causal language model: embedding, a stack of `CausalBlock`s, and a head.
 
-    A subclass sets `config` (with `dtype`, `hidden_size`, `vocab_size`, `attention`) and `layers`, and says how tokens
-    enter (`begin`) and leave (`finish`, `logits`).
+    A subclass sets `config` (with `dtype`, `hidden_size`, `vocab_size`, `attention`), `embed`, `layers`, `norm` and
+    `head` (None where it is the transposed embedding), and says how tokens enter (`begin`).
     """
 
     config: Any
+    embed: nnx.Embed
     layers: LayerStack
+    norm: Any
+    head: nnx.Linear | None
 
     @abstractmethod
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:
         """What enters the first block, and what every block needs to know of the positions."""
 
-    @abstractmethod
     def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """What the head reads, from what leaves the last block."""
+        """What the head reads, from what leaves the last block: its norm."""
+        return self.norm(x)
 
-    @abstractmethod
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
+        return wide(self.embed.attend(hidden) if self.head is None else self.head(hidden))
 
     def __call__(
         self,
@@ -74,10 +78,7 @@ class CausalModel(nnx.Module):
             documents: `[B, T]` which document a token belongs to, as in `layout.packed_rows`.
             mask: `[B, T]` instead of documents: nonzero where a token may be attended to, as in `layout.masked_rows`.
         """
-        if documents is not None:
-            layout = packed_rows(documents)
-        else:
-            layout = whole_rows(*tokens.shape) if mask is None else masked_rows(mask)
+        layout = single_rows(tokens.shape, mask) if documents is None else packed_rows(documents)
         return self._parallel(tokens, layout, None)[0]
 
     def init_state(self, batch: int, capacity: int = 0) -> Any:
@@ -109,6 +110,12 @@ class CausalModel(nnx.Module):
             return None, block.commit(layer_state, along(layer_nodes, path), length)
 
         return self.layers(one, None, (state, nodes))[1]
+
+    def with_layers(self, numbers: Sequence[int]) -> Self:
+        """This model with some of its layers only, in the given order, and with states of as many."""
+        model = nnx.clone(self)
+        model.layers = self.layers.selected(numbers)
+        return model
 
     def position(self, state: Any) -> Int[Array, " B"]:
         """How many tokens each sequence has consumed."""

@@ -6,12 +6,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import masked_rows, packed_rows, whole_rows
-from lin_jax.errors import UserError
+from lin_jax.attention import packed_rows, single_rows
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.flash_config import FlashConfig
 from lin_jax.models.gated_attention import GatedAttentionUnit, flash_linear
-from lin_jax.models.parts import LayerNorm
+from lin_jax.models.parts import LayerNorm, embedding, wide
 from lin_jax.models.rotary import RotaryConfig, rotary_table
 from lin_jax.models.stack import LayerStack
 
@@ -20,18 +19,9 @@ class _FlashBody(nnx.Module):
     """What a causal FLASH and an encoder share: embeddings, units, and the head behind a layer norm."""
 
     def __init__(self, config: FlashConfig, form: Literal["causal", "bidirectional"], rngs: nnx.Rngs) -> None:
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
         self.config = config
         param_dtype = jnp.dtype(config.param_dtype)
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.embed = embedding(config, config.vocab_size, config.hidden_size, config.initializer_range, rngs)
         self.position_scale = nnx.Param(jnp.full((1,), config.hidden_size**-0.5, param_dtype))
         self.layers = LayerStack(
             lambda rngs, layer: GatedAttentionUnit(config, layer, form, rngs=rngs),
@@ -41,7 +31,7 @@ class _FlashBody(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.head = flash_linear(config, config.hidden_size, config.vocab_size, rngs)
+        self.head = flash_linear(config, config.hidden_size, self.embed.num_embeddings, rngs)
 
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -59,8 +49,7 @@ class _FlashBody(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
-        logits = self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return wide(self.head(hidden))
 
 
 class Flash(_FlashBody, CausalModel):
@@ -94,10 +83,7 @@ class FlashEncoder(_FlashBody):
         mask: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
         """What the head reads at every position; arguments as in `CausalModel.hidden`."""
-        if documents is not None:
-            layout = packed_rows(documents)
-        else:
-            layout = whole_rows(*tokens.shape) if mask is None else masked_rows(mask)
+        layout = single_rows(tokens.shape, mask) if documents is None else packed_rows(documents)
         x, table = self.begin(tokens, layout.positions)
         x, _ = self.layers(lambda unit, x, _: (unit.bidirectional(x, table, layout), None), x, None)
         return self.finish(x)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from lin_jax.attention import AttentionConfig, Conventions, parse_name
 from lin_jax.errors import UserError
-from lin_jax.models.llama import DTYPES
+from lin_jax.models.parts import check_types, choose
 
 # Attentions whose branches have queries and keys of their own.
 TWO_BRANCHES = ("flash_local", "flash_global", "flash", "linear_angular")
@@ -58,15 +58,9 @@ class FlashConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        choices = {
-            "dtype": DTYPES,
-            "param_dtype": DTYPES,
-            "norm": ("scale", "layer"),
-            "length_scale": ("position", "row"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"model.{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(known)}")
+        check_types(self)
+        choose(self, "norm", ("scale", "layer"))
+        choose(self, "length_scale", ("position", "row"))
         if self.hidden_size % 2:
             raise UserError(f"model.hidden_size is {self.hidden_size}; sines and cosines need an even size")
         if self.rotary_size % 2:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, RelativeBias, TreeArrays, build_mixer
 from lin_jax.models.flash_config import FlashConfig
-from lin_jax.models.parts import LayerNorm
+from lin_jax.models.parts import LayerNorm, linear, wide
 from lin_jax.models.token_shift import after_path, after_rows, shift_nodes, shift_rows
 
 
@@ -48,10 +48,10 @@ class ScaleNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
         """Normalises the last axis."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * jax.lax.rsqrt(jnp.maximum(mean, self.eps**2))
-        return (normed * self.scale[...].astype(wide.dtype)).astype(x.dtype)
+        exact = wide(x)
+        mean = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+        normed = exact * jax.lax.rsqrt(jnp.maximum(mean, self.eps**2))
+        return (normed * self.scale[...].astype(exact.dtype)).astype(x.dtype)
 
 
 def rotate_neighbours(
@@ -69,14 +69,7 @@ def rotate_neighbours(
 
 def flash_linear(config: FlashConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer with a bias."""
-    return nnx.Linear(
-        size_in,
-        size_out,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    return linear(config, size_in, size_out, config.initializer_range, rngs)
 
 
 class GatedAttentionUnit(nnx.Module):

@@ -1,18 +1,17 @@
 """GPT-2 (Radford et al. 2019) over any token mixer: learnt positions, layer norm before each part, tanh-GELU."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, Layout, TreeArrays, build_mixer
+from lin_jax.attention import AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
-from lin_jax.models.llama import DTYPES
-from lin_jax.models.parts import LayerNorm
+from lin_jax.models.parts import LayerNorm, check_types, embedding, linear
+from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.stack import LayerStack
 
 
@@ -55,9 +54,7 @@ class Gpt2Config:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise UserError(f"model.{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(DTYPES)}")
+        check_types(self)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}; "
@@ -78,15 +75,7 @@ class Gpt2Config:
 
 
 def _linear(config: Gpt2Config, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
-    return nnx.Linear(
-        size_in,
-        size_out,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias)
 
 
 class Attention(nnx.Module):
@@ -106,7 +95,7 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def project(self, x: Float[Array, "B T E"]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B T E"], context: None) -> tuple[Array, Array, Array]:
         """Queries, keys and values `[B, T, H, D]`."""
         together = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
         return together[:, :, 0], together[:, :, 1], together[:, :, 2]
@@ -128,50 +117,25 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
-class Block(nnx.Module):
-    """One decoder layer, in the forms of its token mixer."""
+class Block(PreNormBlock):
+    """One decoder layer."""
 
     def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.attention_norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.attention = Attention(config, layer, rngs=rngs)
-        self.feed_forward_norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.feed_forward = FeedForward(config, rngs=rngs)
-
-    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
-        """The mixer's state before the first token."""
-        return self.attention.mixer.init_state(batch, capacity, dtype)
-
-    def parallel(self, x: Array, context: None, layout: Layout, state: Any) -> tuple[Array, Any]:
-        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
-        projected = self.attention.project(self.attention_norm(x))
-        mixed, state = self.attention.mixer.parallel(*projected, layout, state)
-        return self._finish(x, mixed), state
-
-    def verify(self, x: Array, context: None, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
-        """Tree nodes `[B, N, E]` on top of a state."""
-        projected = self.attention.project(self.attention_norm(x))
-        mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
-        return self._finish(x, mixed), nodes
-
-    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
-        """The state after the first `length` nodes of a path, row by row."""
-        return self.attention.mixer.commit(state, path, length)
-
-    def _finish(self, x: Array, mixed: Array) -> Array:
-        x = x + self.attention.merge(mixed)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        first, second = (
+            LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)) for _ in range(2)
+        )
+        super().__init__(Attention(config, layer, rngs=rngs), FeedForward(config, rngs=rngs), (first, second))
 
 
 class Gpt2(CausalModel):
     """A causal language model. `config.vocab_size` must be set."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
         self.config = config
-        self.embed = self._table(config.vocab_size, rngs)
-        self.embed_positions = self._table(config.max_positions, rngs)
+        self.embed, self.embed_positions = (
+            embedding(config, count, config.hidden_size, config.initializer_range, rngs)
+            for count in (config.vocab_size, config.max_positions)
+        )
         self.layers = LayerStack(
             lambda rngs, layer: Block(config, layer, rngs=rngs),
             config.num_layers,
@@ -180,9 +144,8 @@ class Gpt2(CausalModel):
             rngs=rngs,
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
-        self.head = (
-            None if config.tie_embeddings else _linear(config, config.hidden_size, config.vocab_size, rngs, bias=False)
-        )
+        size, vocabulary = config.hidden_size, self.embed.num_embeddings
+        self.head = None if config.tie_embeddings else _linear(config, size, vocabulary, rngs, bias=False)
 
     def hidden(
         self,
@@ -210,25 +173,6 @@ class Gpt2(CausalModel):
         """
         positions = jnp.minimum(positions, self.config.max_positions - 1)
         return self.embed(tokens) + self.embed_positions(positions), None
-
-    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The final norm."""
-        return self.norm(x)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Logits in float32 or better."""
-        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-
-    def _table(self, count: int, rngs: nnx.Rngs) -> nnx.Embed:
-        return nnx.Embed(
-            count,
-            self.config.hidden_size,
-            embedding_init=nnx.initializers.normal(self.config.initializer_range),
-            dtype=jnp.dtype(self.config.dtype),
-            param_dtype=jnp.dtype(self.config.param_dtype),
-            rngs=rngs,
-        )
 
 
 class Gpt2Classifier(nnx.Module):

@@ -4,20 +4,19 @@ Mistral, Qwen2 and Qwen3 are the same model with other options.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, Layout, TreeArrays, build_mixer
+from lin_jax.attention import AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.parts import RMSNorm, check_types, embedding, linear
+from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
 from lin_jax.models.stack import LayerStack
-
-DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ class LlamaConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise UserError(f"model.{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(DTYPES)}")
+        check_types(self)
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -92,29 +89,7 @@ class LlamaConfig:
 
 
 def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(
-        size_in,
-        size_out,
-        use_bias=bias,
-        kernel_init=nnx.initializers.normal(config.initializer_range),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
-
-
-class RMSNorm(nnx.Module):
-    """`x / sqrt(mean(x^2) + eps) * scale`, in float32 or better (Zhang and Sennrich 2019)."""
-
-    def __init__(self, size: int, eps: float, param_dtype: Any) -> None:
-        self.eps = eps
-        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
-
-    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
-        """Normalises the last axis."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(wide.dtype)).astype(x.dtype)
+    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias)
 
 
 class Attention(nnx.Module):
@@ -168,57 +143,20 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nnx.Module):
-    """One decoder layer, in the forms of its token mixer."""
+class Block(PreNormBlock):
+    """One decoder layer."""
 
     def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.attention = Attention(config, layer, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.feed_forward = FeedForward(config, rngs=rngs)
-
-    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
-        """The mixer's state before the first token."""
-        return self.attention.mixer.init_state(batch, capacity, dtype)
-
-    def parallel(self, x: Array, table: tuple[Array, Array], layout: Layout, state: Any) -> tuple[Array, Any]:
-        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
-        projected = self.attention.project(self.attention_norm(x), table)
-        mixed, state = self.attention.mixer.parallel(*projected, layout, state)
-        return self._finish(x, mixed), state
-
-    def verify(self, x: Array, table: tuple[Array, Array], tree: TreeArrays, state: Any) -> tuple[Array, Any]:
-        """Tree nodes `[B, N, E]` on top of a state."""
-        projected = self.attention.project(self.attention_norm(x), table)
-        mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
-        return self._finish(x, mixed), nodes
-
-    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
-        """The state after the first `length` nodes of a path, row by row."""
-        return self.attention.mixer.commit(state, path, length)
-
-    def _finish(self, x: Array, mixed: Array) -> Array:
-        x = x + self.attention.merge(mixed)
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        first, second = (RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)) for _ in range(2))
+        super().__init__(Attention(config, layer, rngs=rngs), FeedForward(config, rngs=rngs), (first, second))
 
 
 class Llama(CausalModel):
     """A causal language model. `config.vocab_size` must be set."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
         self.config = config
-        dtype, param_dtype = jnp.dtype(config.dtype), jnp.dtype(config.param_dtype)
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            embedding_init=nnx.initializers.normal(config.initializer_range),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.embed = embedding(config, config.vocab_size, config.hidden_size, config.initializer_range, rngs)
         self.layers = LayerStack(
             lambda rngs, layer: Block(config, layer, rngs=rngs),
             config.num_layers,
@@ -226,19 +164,11 @@ class Llama(CausalModel):
             unroll=config.unroll,
             rngs=rngs,
         )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.head = None if config.tie_embeddings else _linear(config, config.hidden_size, config.vocab_size, rngs)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
+        vocabulary = self.embed.num_embeddings
+        self.head = None if config.tie_embeddings else _linear(config, config.hidden_size, vocabulary, rngs)
 
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
         """Embeddings, and the rotary table of the positions."""
         table = rotary_table(positions, self.config.head_size, self.config.rotary, jnp.dtype(self.config.dtype))
         return self.embed(tokens), table
-
-    def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The final norm."""
-        return self.norm(x)
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Logits in float32 or better."""
-        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

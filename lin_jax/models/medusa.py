@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lin_jax.models.causal import CausalModel
 
@@ -39,9 +39,13 @@ class MedusaHeads(nnx.Module):
         """How many heads there are."""
         return self.weight.shape[0]
 
-    def __call__(self, hidden: Float[Array, "*batch E"], count: int | None = None) -> Float[Array, "*batch M V"]:
-        """Logits of the first `count` heads (None for all), in float32 or better."""
-        weight, bias, output = (part[:count].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
+    def __call__(self, hidden: Float[Array, "*batch E"], which: slice = slice(None)) -> Float[Array, "*batch M V"]:
+        """Logits of all heads, or of those in a slice, in float32 or better."""
+        weight, bias, output = (part[which].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
         block = jax.nn.silu(jnp.einsum("...e,mef->...mf", hidden, weight) + bias)
         logits = jnp.einsum("...me,mev->...mv", hidden[..., None, :] + block, output)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+    def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch M"]) -> Float[Array, "*batch M V"]:
+        """Logits of the token after each token of a path; the heads do not look at the tokens themselves."""
+        return self(hidden, slice(path.shape[-1]))

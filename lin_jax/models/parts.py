@@ -1,11 +1,99 @@
-"""Small layers that several models share."""
+"""What several models are made of: linear layers, embeddings, norms, and the checks of their configurations."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from lin_jax.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+class Typed(Protocol):
+    """A configuration that says the types of a model's numbers."""
+
+    @property
+    def dtype(self) -> str:
+        """Type of activations."""
+
+    @property
+    def param_dtype(self) -> str:
+        """Type of parameters."""
+
+
+def choose(config: Any, name: str, known: tuple[str, ...]) -> None:
+    """Refuses an option of a model that is not one of the known ones.
+
+    Raises:
+        UserError: it is not.
+    """
+    if getattr(config, name) not in known:
+        raise UserError(f"model.{name} '{getattr(config, name)}' is unknown; choose one of {', '.join(known)}")
+
+
+def check_types(config: Typed) -> None:
+    """Refuses types of numbers that no model has.
+
+    Raises:
+        UserError: the type of activations or of parameters is unknown.
+    """
+    for name in ("dtype", "param_dtype"):
+        choose(config, name, DTYPES)
+
+
+def linear(
+    config: Typed, size_in: int, size_out: int, deviation: float, rngs: nnx.Rngs, *, bias: bool = True
+) -> nnx.Linear:
+    """A linear layer whose weights begin with the given standard deviation."""
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(deviation),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def embedding(config: Typed, count: int | None, size: int, deviation: float, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of vectors that begin with the given standard deviation.
+
+    Raises:
+        UserError: the count, that of a vocabulary, is not known.
+    """
+    if count is None:
+        raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
+    return nnx.Embed(
+        count,
+        size,
+        embedding_init=nnx.initializers.normal(deviation),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+
+
+def wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Numbers in float32 or better."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, in float32 or better (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, param_dtype: Any) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+        """Normalises the last axis."""
+        exact = wide(x)
+        normed = exact * jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(exact.dtype)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -18,7 +106,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
         """Normalises the last axis."""
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        exact = wide(x)
+        centred = exact - jnp.mean(exact, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(wide.dtype) + self.bias[...].astype(wide.dtype)).astype(x.dtype)
+        return (normed * self.scale[...].astype(exact.dtype) + self.bias[...].astype(exact.dtype)).astype(x.dtype)

@@ -1,6 +1,6 @@
 """Identical layers with stacked parameters, run by one scan, so that compile time does not grow with depth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,14 @@ class LayerStack(nnx.Module):
         if self.remat:
             step = jax.checkpoint(step, prevent_cse=False)
         return jax.lax.scan(step, carry, (parameters, inputs), length=self.count, unroll=self.unroll)
+
+    def selected(self, numbers: Sequence[int]) -> "LayerStack":
+        """A stack of some of the layers, in the given order; the parameters are copies."""
+        index = jnp.asarray(numbers)
+        stack = nnx.clone(self)
+        nnx.update(stack.layers, jax.tree.map(lambda leaf: leaf[index], nnx.state(self.layers)))
+        stack.count = len(numbers)
+        return stack
 
     def stacked(self, make: Callable[[Any], Any]) -> Any:
         """What `make(layer)` returns for each layer, stacked."""

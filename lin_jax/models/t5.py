@@ -4,28 +4,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import Layout, masked_rows, whole_rows
-from lin_jax.errors import UserError
+from lin_jax.attention import single_rows
+from lin_jax.models.parts import embedding, linear
 from lin_jax.models.t5_config import T5Config
 from lin_jax.models.t5_decoder import ConditionalDecoder, Decoder
-from lin_jax.models.t5_encoder import Encoder, linear
+from lin_jax.models.t5_encoder import Encoder, projection
 
 
 class T5Trunk(nnx.Module):
     """Embedding, encoder and decoder. `config.vocab_size` must be set."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
-        if config.vocab_size is None:
-            raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            embedding_init=nnx.initializers.normal(config.initializer_factor),
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            rngs=rngs,
-        )
+        self.embed = embedding(config, config.vocab_size, config.hidden_size, config.initializer_factor, rngs)
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
@@ -36,7 +27,7 @@ class T5Trunk(nnx.Module):
             tokens: `[B, S]`.
             mask: `[B, S]` nonzero where a token may be attended to; None means everywhere. Positions count whole rows.
         """
-        return self.encoder(self.embed(tokens), _layout(tokens, mask))
+        return self.encoder(self.embed(tokens), single_rows(tokens.shape, mask))
 
     def decoder_inputs(self, labels: Int[Array, "B T"]) -> Int[Array, "B T"]:
         """What the decoder reads to predict labels: these, one place later; negative ones become padding."""
@@ -46,7 +37,7 @@ class T5Trunk(nnx.Module):
     def _condition(
         self, tokens: Array, mask: Array | None, head: nnx.Linear | None = None, scale: float = 1.0
     ) -> ConditionalDecoder:
-        memories = self.decoder.condense(self.encode(tokens, mask), _layout(tokens, mask))
+        memories = self.decoder.condense(self.encode(tokens, mask), single_rows(tokens.shape, mask))
         return ConditionalDecoder(self.config, self.embed, self.decoder, head, memories, scale=scale)
 
 
@@ -56,7 +47,7 @@ class T5(T5Trunk):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
         tied = config.tie_embeddings
-        self.head = None if tied else linear(config, config.hidden_size, self.embed.num_embeddings, 1.0, rngs)
+        self.head = None if tied else projection(config, config.hidden_size, self.embed.num_embeddings, 1.0, rngs)
 
     def condition(self, tokens: Int[Array, "B S"], mask: Int[Array, "B S"] | None = None) -> ConditionalDecoder:
         """The causal language model of what follows these rows, row by row; arguments as in `encode`.
@@ -97,16 +88,6 @@ class T5Classifier(T5Trunk):
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
-def _layout(tokens: Array, mask: Array | None) -> Layout:
-    return whole_rows(*tokens.shape) if mask is None else masked_rows(mask)
-
-
 def _dense(config: T5Config, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        config.hidden_size,
-        size_out,
-        kernel_init=nnx.initializers.normal(config.initializer_factor * config.hidden_size**-0.5),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+    size = config.hidden_size
+    return linear(config, size, size_out, config.initializer_factor * size**-0.5, rngs)

@@ -1,11 +1,11 @@
 """Sizes and options of a T5."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from lin_jax.attention import AttentionConfig, Conventions
 from lin_jax.errors import UserError
-from lin_jax.models.llama import DTYPES
+from lin_jax.models.parts import check_types, choose
 
 FEED_FORWARDS = ("relu", "gated-gelu")
 
@@ -70,9 +70,8 @@ class T5Config:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "param_dtype"):
-            _choose(name, getattr(self, name), DTYPES)
-        _choose("feed_forward", self.feed_forward, FEED_FORWARDS)
+        check_types(self)
+        choose(self, "feed_forward", FEED_FORWARDS)
         # Half of the encoder's buckets are for keys after the query, and half of a half for single distances.
         if self.buckets < 4 or self.buckets % 2:
             raise UserError(f"model.buckets is {self.buckets}; give an even number, at least 4")
@@ -91,8 +90,3 @@ class T5Config:
     def inner_size(self) -> int:
         """Width `H D` of all heads together."""
         return self.num_heads * self.head_dim
-
-
-def _choose(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"model.{name} '{value}' is unknown; choose one of {', '.join(choices)}")

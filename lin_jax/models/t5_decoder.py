@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -139,6 +139,11 @@ class ConditionalDecoder(CausalModel):
         self.memories = nnx.data(memories)
         self.scale = scale
 
+    @property
+    def batch(self) -> int:
+        """How many encoded rows B it is bound to."""
+        return jax.tree.leaves(self.memories)[0].shape[1]
+
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, Places]:
         """Embeddings, and the places of the tokens."""
         return self.embed(tokens), Places(self.bias(), positions)
@@ -155,8 +160,3 @@ class ConditionalDecoder(CausalModel):
         """The final norm, scaled for the head."""
         normed = self.norm(x)
         return normed if self.scale == 1 else normed * self.scale
-
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
-        """Logits in float32 or better."""
-        logits = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -7,22 +7,14 @@ from jaxtyping import Array, Float
 
 from lin_jax.attention import AttentionConfig, Layout, RelativeBias, build_mixer
 from lin_jax.attention.mixer import Form
-from lin_jax.models.llama import RMSNorm
+from lin_jax.models.parts import RMSNorm, linear
 from lin_jax.models.stack import LayerStack
 from lin_jax.models.t5_config import CONVENTIONS, T5Config
 
 
-def linear(config: T5Config, size_in: int, size_out: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
-    """A projection without bias, with initial weights of the given standard deviation."""
-    return nnx.Linear(
-        size_in,
-        size_out,
-        use_bias=False,
-        kernel_init=nnx.initializers.normal(config.initializer_factor * deviation),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        rngs=rngs,
-    )
+def projection(config: T5Config, size_in: int, size_out: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer without bias, with initial weights of the given standard deviation times the model's factor."""
+    return linear(config, size_in, size_out, config.initializer_factor * deviation, rngs, bias=False)
 
 
 def norm(config: T5Config) -> RMSNorm:
@@ -39,10 +31,10 @@ class Attention(nnx.Module):
         size, inner = config.hidden_size, config.inner_size
         self.head_dim = config.head_dim
         # Queries begin small instead of being divided by the root of the head's size.
-        self.query = linear(config, size, inner, (size * config.head_dim) ** -0.5, rngs)
-        self.key = linear(config, size, inner, size**-0.5, rngs)
-        self.value = linear(config, size, inner, size**-0.5, rngs)
-        self.out = linear(config, inner, size, inner**-0.5, rngs)
+        self.query = projection(config, size, inner, (size * config.head_dim) ** -0.5, rngs)
+        self.key = projection(config, size, inner, size**-0.5, rngs)
+        self.value = projection(config, size, inner, size**-0.5, rngs)
+        self.out = projection(config, inner, size, inner**-0.5, rngs)
         self.mixer = build_mixer(
             attention,
             form=form,
@@ -77,9 +69,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         size, inner = config.hidden_size, config.intermediate_size
         gated = config.feed_forward == "gated-gelu"
-        self.gate = linear(config, size, inner, size**-0.5, rngs) if gated else None
-        self.up = linear(config, size, inner, size**-0.5, rngs)
-        self.down = linear(config, inner, size, inner**-0.5, rngs)
+        self.gate = projection(config, size, inner, size**-0.5, rngs) if gated else None
+        self.up = projection(config, size, inner, size**-0.5, rngs)
+        self.down = projection(config, inner, size, inner**-0.5, rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Applies the layer to every token."""

@@ -93,12 +93,20 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
-        objective: what to learn: language_model (the next token) or medusa (draft heads on a frozen model).
-        init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa puts its heads
-            on that model. A Hugging Face folder also says what the model is: all but attention, types, remat, unroll.
-        medusa_heads: how many Medusa heads.
+        objective: what to learn: language_model (the next token), medusa (Medusa heads on a frozen model), path (a
+            path head on a frozen model) or medusa_joint (a model and its Medusa heads together).
+        init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
+            their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
+            remat, unroll.
+        medusa_heads: how many Medusa heads, for medusa and medusa_joint.
         medusa_decay: head m (from 0) weighs `medusa_decay^m` in the loss.
-        model: the model; of no effect for medusa, which takes that of `init_from`.
+        head_coefficient: weight of all heads beside the model in the loss of medusa_joint.
+        head_learning_rate_factor: learning rate of the heads of medusa_joint, as a multiple of the model's.
+        joint_warmup_steps: first steps of medusa_joint, in which its heads learn and its model does not.
+        path_width: width of a path head's state, for path; at most the model's hidden size.
+        path_depth: how many steps a path head is unrolled for, the first guessing the token after the next one.
+        path_decay: step d (from 0) weighs `path_decay^d` in the loss.
+        model: the model; of no effect for medusa and path, which take that of `init_from`.
         data: the text.
         optimizer: the optimiser.
         training: how long and how often.
@@ -109,6 +117,12 @@ class RunConfig:
     init_from: str | None = None
     medusa_heads: int = 4
     medusa_decay: float = 0.8
+    head_coefficient: float = 0.2
+    head_learning_rate_factor: float = 4.0
+    joint_warmup_steps: int = 100
+    path_width: int = 192
+    path_depth: int = 5
+    path_decay: float = 0.8
     model: LlamaConfig = field(default_factory=LlamaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

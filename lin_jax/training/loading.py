@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, MedusaHeads
+from lin_jax.models import Llama, MedusaHeads, PathHead
 from lin_jax.training.checkpoints import newest_readable, read_about, read_params, saved_steps
-from lin_jax.training.config import RunConfig, load_run_config
-from lin_jax.training.parameters import Params, abstract_heads, abstract_model, filled, fingerprint, params_of
+from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
+from lin_jax.training.objectives import OBJECTIVES
+from lin_jax.training.parameters import Params, fingerprint, params_of
 
 
 def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, RunConfig, int]:
@@ -23,18 +24,21 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, 
     """
     run = Path(run_folder)
     config = load_run_config(run)
-    if config.objective == "medusa":
-        raise UserError(f"{run} holds Medusa heads, not a model; its model is in {read_base(run).folder}")
-    model = abstract_model(config.model)
-    params, found = _read(run, step, params_of(model))
-    return filled(model, params), config, found
+    kind = OBJECTIVES[config.objective]
+    if not kind.has_model:
+        raise UserError(f"{run} holds {kind.heads_name}, not a model; its model is in {read_base(run).folder}")
+    objective = kind.of(config)
+    params, found = _read(run, step, objective.shapes())
+    return objective.parts(params)[0], config, found
 
 
-def load_heads(run_folder: str | Path, step: int | None = None, *, model: Llama | None = None) -> MedusaHeads:
-    """The Medusa heads of a run.
+def load_heads(
+    run_folder: str | Path, step: int | None = None, *, model: Llama | None = None
+) -> MedusaHeads | PathHead:
+    """The draft heads of a run.
 
     Args:
-        run_folder: output of a train.py run with the objective medusa.
+        run_folder: output of a train.py run with the objective medusa, medusa_joint or path.
         step: which checkpoint; None takes the newest that can be read.
         model: what the heads are to be used with, to make sure that they were trained on it.
 
@@ -43,18 +47,35 @@ def load_heads(run_folder: str | Path, step: int | None = None, *, model: Llama 
     """
     run = Path(run_folder)
     config = load_run_config(run)
-    if config.objective != "medusa":
-        raise UserError(f"{run} holds no Medusa heads; train some with objective medusa and init_from {run}")
-    if model is not None:
+    kind = OBJECTIVES[config.objective]
+    if kind.heads_name is None:
+        raise UserError(f"{run} holds no draft heads; train some with objective medusa or path and init_from {run}")
+    objective = kind.of(config)
+    if model is not None and not kind.has_model:
         base = read_base(run)
-        if fingerprint(params_of(model)) != base.fingerprint:
-            raise UserError(
-                f"the heads in {run} belong to step {base.step} of {base.folder}, and this is another model; "
-                "load that one, or train heads on this one"
-            )
-    heads = abstract_heads(config.model, config.medusa_heads)
-    params, _ = _read(run, step, params_of(heads))
-    return filled(heads, params)
+        _demand_same(model, base.fingerprint, run, f"step {base.step} of {base.folder}")
+    params, found = _read(run, step, objective.shapes())
+    own, heads = objective.parts(params)
+    if model is not None and own is not None:
+        _demand_same(model, fingerprint(params_of(own)), run, f"the model beside them at step {found}")
+    return heads
+
+
+def holds_heads(folder: str | Path) -> bool:
+    """Whether a folder is that of a run whose model was trained together with draft heads."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).exists():
+        return False
+    kind = OBJECTIVES[load_run_config(folder).objective]
+    return kind.has_model and kind.heads_name is not None
+
+
+def _demand_same(model: Llama, expected: str, run: Path, owner: str) -> None:
+    if fingerprint(params_of(model)) != expected:
+        raise UserError(
+            f"the heads in {run} belong to {owner}, and this is another model; "
+            "load that one, or train heads on this one"
+        )
 
 
 @dataclass(frozen=True)
@@ -70,12 +91,12 @@ def read_base(run_folder: str | Path) -> BaseRun:
     """Which model a run's heads stand on.
 
     Raises:
-        UserError: the run has no checkpoint, or holds no heads.
+        UserError: the run has no checkpoint, or holds no heads on a frozen model.
     """
     run = Path(run_folder)
     base = newest_readable(run, lambda step: read_about(run, step))[0].base
     if base is None:
-        raise UserError(f"{run} holds no Medusa heads, and so stands on no other run")
+        raise UserError(f"{run} holds no heads on a frozen model, and so stands on no other run")
     return BaseRun(Path(os.path.normpath(run / base["run"])), base["step"], base["fingerprint"])
 
 

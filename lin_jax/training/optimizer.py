@@ -1,7 +1,7 @@
 """AdamW (Loshchilov and Hutter 2019) with linear warm-up, a cosine, and clipping by the global norm."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,11 +12,12 @@ from flax.traverse_util import path_aware_map
 from jaxtyping import Array
 
 from lin_jax.training.config import OptimizerConfig
+from lin_jax.training.objectives import PartRate
 from lin_jax.training.parameters import Params
 
 # Matrices by their names: stacked layers add an axis, so that the number of axes says nothing. Norm scales, biases,
 # convolution taps and alpha are left alone.
-DECAYING = frozenset({"embedding", "kernel", "output", "weight"})
+DECAYING = frozenset({"embedding", "inner", "kernel", "outer", "output", "projection", "weight"})
 
 
 def decays(params: Params) -> Params:
@@ -45,8 +46,8 @@ class Optimizer(NamedTuple):
     schedule: Callable[[Any], Array]
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
-    """The optimiser of a run of `steps` steps."""
+def build_optimizer(config: OptimizerConfig, steps: int, rates: Mapping[str, PartRate] | None = None) -> Optimizer:
+    """The optimiser of a run of `steps` steps, and how fast the parts of the parameters learn, if not all alike."""
     schedule = partial(learning_rate, config, steps)
     parts: list[Any] = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     parts += [
@@ -54,7 +55,28 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> Optimizer:
         optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule),
     ]
+    if rates:
+        parts.append(scale_parts(rates))
     return Optimizer(optax.chain(*parts), schedule)
+
+
+def scale_parts(rates: Mapping[str, PartRate]) -> optax.GradientTransformation:
+    """Scales the updates of each part of the parameters (a dictionary of trees) by a factor, zero in its first steps.
+
+    Moments gather in those steps, too, so that the first that counts is of an ordinary size.
+    """
+
+    def init(params: Params) -> Any:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        scaled = {}
+        for name, tree in updates.items():
+            factor = jnp.where(state.count < rates[name].first_step, 0.0, rates[name].factor)
+            scaled[name] = jax.tree.map(lambda leaf, factor=factor: leaf * factor.astype(leaf.dtype), tree)
+        return scaled, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def widened(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads
+from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
 
 Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -34,6 +34,17 @@ def abstract_heads(config: LlamaConfig, heads: int) -> MedusaHeads:
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
     return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
+
+
+def abstract_path_head(config: LlamaConfig, width: int) -> PathHead:
+    """A path head of shapes, for a model with the given configuration.
+
+    Raises:
+        UserError: the head would be wider than the model.
+    """
+    assert config.vocab_size is not None, "filled in when a run begins"
+    size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
+    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
 def params_of(module: nnx.Module) -> Params:

@@ -28,7 +28,7 @@ from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.objectives import OBJECTIVES, Objective
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
+from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
 from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -100,24 +100,25 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     config = _with_options_of_base(config)
     _check_precision(config)
     base = _load_base(config, resume)
-    if base is not None and config.objective == "medusa":
+    kind = OBJECTIVES[config.objective]
+    if base is not None and not kind.has_model:
         config = replace(config, model=base.model.config)
-    # A stand-in vocabulary: any size shows whether the rest describes a model.
-    abstract_model(replace(config.model, vocab_size=config.model.vocab_size or 1))
+    # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
+    kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
     tokenizer, train, held_out = _read_text(config, base, resume)
     config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
     training = config.training
     batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
     validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
-    objective: Objective = OBJECTIVES[config.objective].of(config)
-    optimizer = build_optimizer(config.optimizer, training.steps)
+    objective: Objective = kind.of(config)
+    optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
     state = _first_state(config, objective, optimizer, base, resume)
     about = About(
         objective=config.objective,
         model=plain(config.model),
         tokenizer=tokenizer.fingerprint,
         parameters=shapes(state.params),
-        base=base.reference(folder) if base is not None and config.objective == "medusa" else None,
+        base=base.reference(folder) if base is not None and not kind.has_model else None,
     )
     if not resume:
         _write_folder(folder, config, tokenizer)
@@ -154,11 +155,9 @@ def _first_state(
     """The state before the first step, or its shapes, to be filled from a checkpoint."""
     key, init_key = jax.random.split(jax.random.key(config.training.seed))
 
-    def start() -> TrainState:
-        params = objective.start(init_key, None if base is None else base.model)
-        return TrainState.new(params, optimizer, key)
-
-    return jax.eval_shape(start) if resume else start()
+    if resume:
+        return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
+    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key)
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -195,12 +194,13 @@ def _check_precision(config: RunConfig) -> None:
 
 
 def _load_base(config: RunConfig, resume: bool) -> Base | None:
-    if config.init_from is None or (resume and config.objective != "medusa"):
+    goes_on = OBJECTIVES[config.objective].has_model
+    if config.init_from is None or (resume and goes_on):
         return None
     folder = Path(config.init_from)
     if is_checkpoint_folder(folder):
         # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-        types = {} if config.objective == "medusa" else {name: getattr(config.model, name) for name in _TYPES}
+        types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
         return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
     # Heads go on with the very model that they began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume else None

@@ -14,7 +14,7 @@ from lin_jax.data import (
     validation_batches,
 )
 from lin_jax.data.pipeline import _pack
-from lin_jax.data.token_sources import TokenizedStream
+from lin_jax.data.token_sources import LONGEST_PIECE, TokenizedDocuments, TokenizedStream
 from lin_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -234,3 +234,18 @@ def test_short_validation_text_is_padded(tokenizer):
     assert sorted(tuple(part.tolist()) for part in np.split(text, ends)[:-1]) == expected
     assert (tokens[numbers == 0] == 0).all()
     assert (numbers == 0).sum() < 4 * 25
+
+
+def test_long_documents_come_in_pieces():
+    """Together they are the document, marks at its own ends only, and shuffling mixes them with the others."""
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("abcdef "), 60)) + "\n" for _ in range(900)]
+    documents = (Document("long", "".join(lines)), Document("unbroken", "x" * 40000), Document("short", "abc"))
+    tokenizer = Tokenizer.train([lines[0]], 257)
+    source = TokenizedDocuments(documents, tokenizer)
+    assert len(source) == 4 + 3 + 1
+    tokens = [source[index]["tokens"] for index in range(len(source))]
+    assert all(len(piece) <= LONGEST_PIECE + 1 for piece in tokens)
+    for begin, end, document in ((0, 4, documents[0]), (4, 7, documents[1]), (7, 8, documents[2])):
+        assert np.array_equal(np.concatenate(tokens[begin:end]), tokenizer.encode_document(document.text))
+    assert all(tokenizer.decode(piece).endswith("\n") for piece in tokens[:3])

@@ -1,16 +1,27 @@
-"""Every attention decodes and speculates: a LLaMA's drafts of any quality leave the plain output, in float64."""
+"""Every kind of state decodes and speculates: a LLaMA's drafts leave the plain output, in float64.
+
+All attentions verify and commit trees in tests/attention; benchmarks/support_matrix.py decodes with all of them.
+"""
 
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
-from test_lossless import NEW, TREE, KnowingDrafter, build_model
+from samples import NEW, TREE, KnowingDrafter, build_model, padded
 
 from lin_jax.attention import REGISTRY
 from lin_jax.decoding import Generator, Sampling
 
-NAMES = (*(name for name in REGISTRY if name != "softmax"), "linformer+local+convolution", "rfa+local+convolution")
+NAMES = (
+    "flash",
+    "linformer",
+    "transnormer",
+    "yoso",
+    "relu",
+    "square",
+    "linformer+local+convolution",
+    "rfa+convolution",
+)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -19,10 +30,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def test_speculation_is_lossless(name: str) -> None:
     model = build_model(name)
     plain = Generator(model, piece=8).generate(PROMPTS, NEW, sampling=Sampling(1.0), seed=5)
-    longest = max(len(prompt) for prompt in PROMPTS)
-    truth = np.zeros((len(PROMPTS), longest + NEW), int)
-    for row, (prompt, tokens) in enumerate(zip(PROMPTS, plain.tokens, strict=True)):
-        truth[row, : len(prompt) + NEW] = prompt + tokens
+    truth = padded(PROMPTS, plain.tokens)
     drafter = KnowingDrafter(truth, seed=1, right=0.8)
     drafted = Generator(model, drafter=drafter, tree=TREE, piece=8).generate(
         PROMPTS, NEW, sampling=Sampling(1.0), seed=5

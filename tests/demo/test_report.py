@@ -15,6 +15,7 @@ from lin_jax.data import Tokenizer
 from lin_jax.decoding import Generation
 from lin_jax.decoding.loop import DRAFT, TARGET
 from lin_jax.decoding.plan import Plan
+from lin_jax.decoding.tree import DraftTree, tree_text
 from lin_jax.demo.measure import DrafterFigures
 from lin_jax.demo.report import choose_samples, coloured_spans, visible, write_report
 
@@ -36,11 +37,12 @@ def generation(tokens: list[int], drafted: int = 2) -> Generation:
     """As if all but every third token came from drafts."""
     origins = [DRAFT if (place + 1) % (drafted + 1) else TARGET for place in range(len(tokens))]
     yields = np.array([0] * drafted + [origins.count(TARGET)])
-    return Generation([tokens], [origins], [origins.count(TARGET)], yields, 0.1, 0.3, 4096)
+    steps = [origins.count(TARGET)]
+    return Generation([tokens], [origins], None, ["length"], steps, yields, 3 * steps[0], 0.1, 0.3, 4096)
 
 
 def figures(kind: str, generations: list[Generation], speedup: float) -> DrafterFigures:
-    plan = Plan(kind, TREES[kind], "cpu, 2 processors", 2.5, 1.5)
+    plan = Plan(kind, 1, tree_text(DraftTree(TREES[kind])), "cpu, 2 processors", 2.5, 1.5)
     equal = len(generations)
     return DrafterFigures(plan, 100.0, 100 * speedup, speedup, 2.4, equal, equal, 0, [5, 3, 1], generations)
 
@@ -70,7 +72,7 @@ def report_of(drafters: list[DrafterFigures], **changes: Any) -> dict[str, Any]:
                 "mean_accepted_tokens": each.mean_accepted_tokens,
                 "prompts_equal_greedy": each.lossless_greedy,
                 "prompts_equal_sampled": each.lossless_sampled,
-                "tree": each.plan.paths,
+                "tree": each.plan.tree,
                 "expected_tokens": each.plan.expected_tokens,
                 "expected_speedup": each.plan.expected_speedup,
                 "yields": each.yields,

@@ -81,7 +81,7 @@ def assert_drafts_change_nothing(model: CausalModel, new: int) -> None:
     """Greedy decoding plainly, with drafts, and by whole rows: the same tokens."""
     prompts = [draw_tokens(length).tolist() for length in (1, 6, 9)]
     plain = Generator(model, piece=16).generate(prompts, new)
-    drafted = Generator(model, drafter=NgramDrafter(depth=3, longest=2), piece=16).generate(prompts, new)
+    drafted = Generator(model, drafter=NgramDrafter(depth=3, lookback=64), piece=16).generate(prompts, new)
     assert drafted.tokens == plain.tokens
     assert drafted.mean_accepted_tokens > 1
     texts = [prompt + tokens for prompt, tokens in zip(prompts, plain.tokens, strict=True)]

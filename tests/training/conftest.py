@@ -42,6 +42,9 @@ def tiny_run(corpus, tiny_model):
             objective=objective,
             init_from=init_from,
             medusa_heads=2,
+            joint_warmup_steps=5,
+            path_width=8,
+            path_depth=3,
             model=model,
             data=DataConfig(
                 source=str(corpus),

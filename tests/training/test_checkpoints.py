@@ -189,7 +189,7 @@ def test_load_heads_knows_its_model(base_run, heads_run):
         load_heads(heads_run, model=load_model(base_run, 8)[0])
     with pytest.raises(UserError, match=r"holds Medusa heads, not a model; its model is in .*base"):
         load_model(heads_run)
-    with pytest.raises(UserError, match="holds no Medusa heads"):
+    with pytest.raises(UserError, match="holds no draft heads; train some with objective medusa or path"):
         load_heads(base_run)
 
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.decoding.command import decode, parse
+from lin_jax.decoding.command import decode
+from lin_jax.decoding.options import parse
 from lin_jax.decoding.session import Session
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
@@ -71,7 +72,7 @@ def test_export_in_another_type(base_run, tmp_path):
 def test_heads_from_another_place(exported, base_run, heads_run):
     """Heads of a run stand on an exported model, and exported heads on a run."""
     for model, heads in ((exported, heads_run), (base_run, exported)):
-        assert_equal(Session.load(model, heads).heads, load_heads(heads_run))
+        assert_equal(Session.load(model, heads).parts.medusa, load_heads(heads_run))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_training_on(exported, tiny_run, tmp_path):
 def test_heads_on_an_exported_model(exported, tiny_run, tmp_path):
     folder = tmp_path / "heads"
     train(tiny_run(folder, objective="medusa", init_from=str(exported), steps=1))
-    assert isinstance(Session.load(exported, folder).heads, MedusaHeads)
+    assert isinstance(Session.load(exported, folder).parts.medusa, MedusaHeads)
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     assert_equal(from_pretrained(tmp_path / "out"), from_pretrained(exported))
 

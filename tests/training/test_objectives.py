@@ -90,7 +90,7 @@ def test_medusa_sends_no_gradient_into_the_base(model, heads):
 
 
 def test_head_accuracy_counts_exact_ranks(model, heads):
-    accuracy = head_accuracy(model, heads, [BATCH, BATCH], ranks=4)
+    accuracy = head_accuracy(model, heads, [BATCH, BATCH], depth=2, ranks=4)
     logits = np.asarray(heads(model.hidden(TOKENS[:, :-1], DOCUMENTS[:, :-1])))
     for head in range(2):
         order = np.argsort(-logits[:, :, head], axis=-1, kind="stable")
@@ -104,7 +104,7 @@ def test_head_accuracy_against_given_tokens(model, heads):
     hidden = model.hidden(TOKENS[:, :-1], DOCUMENTS[:, :-1])
     truth = TOKENS.copy()
     truth[:, 2:] = np.argmax(heads(hidden), axis=-1)[:, :-1, 0]
-    accuracy = head_accuracy(model, heads, [{**BATCH, "truth": truth}])
+    accuracy = head_accuracy(model, heads, [{**BATCH, "truth": truth}], depth=2)
     np.testing.assert_allclose(accuracy.table[0], [1.0] + [0.0] * 9)
 
 

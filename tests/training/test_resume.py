@@ -87,6 +87,8 @@ def test_a_run_killed_and_stopped_continues_exactly(tmp_path, corpus):
 def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
     from lin_jax.training.stopping import StopRequest
 
+    # What Python does by itself, unless it was started in the background.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -94,3 +96,4 @@ def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, found)

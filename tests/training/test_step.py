@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import Llama, LlamaConfig, PathHead
 from lin_jax.training import OptimizerConfig
 from lin_jax.training.objectives import LanguageModel, Medusa
 from lin_jax.training.optimizer import build_optimizer, decays, learning_rate
@@ -118,6 +118,9 @@ def test_weight_decay_acts_on_matrices_alone():
     assert not layers["attention"]["mixer"]["convolution"]["taps"]
     medusa = decays({"weight": 0, "bias": 0, "output": 0})
     assert medusa == {"weight": True, "bias": False, "output": True}
+    path = decays(params_of(PathHead(16, 8, 23, rngs=nnx.Rngs(0))))
+    matrices = dict.fromkeys(("projection", "embedding", "inner", "outer", "output"), True)
+    assert path == matrices | {"bias": False, "norm": {"scale": False}}
 
 
 def test_weight_decay_and_clipping_do_what_they_say():

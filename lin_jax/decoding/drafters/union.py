@@ -1,0 +1,68 @@
+"""Several drafters side by side."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from lin_jax.decoding.draft import DraftContext, Drafter, Guesses, Layer, no_guesses
+
+
+class UnionDrafter(nnx.Module):
+    """Drafters that each guess for every node: the ranks of the second begin where those of the first end."""
+
+    def __init__(self, *drafters: Drafter) -> None:
+        self.drafters = nnx.List(drafters)
+        self.depth = max(drafter.depth for drafter in drafters)
+        self.width = sum(drafter.width for drafter in drafters)
+        self.lookback = max(drafter.lookback for drafter in drafters)
+
+    def init_state(self, batch: int, capacity: int) -> tuple[Any, ...]:
+        """What each remembers."""
+        return tuple(drafter.init_state(batch, capacity) for drafter in self.drafters)
+
+    def read(self, state: tuple[Any, ...], tokens: Array, lengths: Array) -> tuple[Any, ...]:
+        """All read the prompts."""
+        return tuple(each.read(own, tokens, lengths) for each, own in zip(self.drafters, state, strict=True))
+
+    def commit(self, state: tuple[Any, ...], path: Array, length: Array) -> tuple[Any, ...]:
+        """All learn what was accepted."""
+        return tuple(each.commit(own, path, length) for each, own in zip(self.drafters, state, strict=True))
+
+    def begin(self, context: DraftContext, state: tuple[Any, ...]) -> tuple[Any, Any]:
+        """All begin; each sees as much of the text as it wants."""
+        begun = [
+            each.begin(context._replace(recent=context.recent[:, context.recent.shape[1] - each.lookback :]), own)
+            for each, own in zip(self.drafters, state, strict=True)
+        ]
+        shared, carried = zip(*begun, strict=True)
+        return shared, carried
+
+    def expand(self, shared: Any, carried: Any, layer: Layer) -> tuple[Guesses, Any]:
+        """The guesses of all, joined along the ranks."""
+        tokens: list[Array] = []
+        log_probs: list[Array] = []
+        known: list[Any] = []
+        begins = 0
+        for each, own_shared, own_carried in zip(self.drafters, shared, carried, strict=True):
+            # In a tree of ranks the first ones are the first drafter's; a dynamic tree compares what all of them offer.
+            ranks = min(each.width, layer.ranks if layer.scored else max(layer.ranks - begins, 0))
+            ends = begins + each.width
+            needed = None if layer.needed is None else frozenset(r - begins for r in layer.needed if begins <= r < ends)
+            part, own = layer._replace(ranks=max(ranks, 1), needed=needed), own_carried
+            guesses = no_guesses(part)
+            if layer.depth < each.depth and needed != frozenset():
+                guesses, own = each.expand(own_shared, own_carried, part)
+            tokens.append(guesses.tokens[:, :, :ranks])
+            if guesses.log_probs is not None:
+                log_probs.append(guesses.log_probs[:, :, :ranks])
+            known.append(own)
+            begins = ends
+        joined = jnp.concatenate(tokens, axis=2)
+        if not layer.scored:
+            return Guesses(joined, None), tuple(known)
+        scores = jnp.concatenate(log_probs, axis=2)
+        best, order = jax.lax.top_k(jnp.where(joined < 0, -jnp.inf, scores), layer.ranks)
+        return Guesses(jnp.take_along_axis(joined, order, axis=2), best), tuple(known)

@@ -1,0 +1,130 @@
+"""Draft trees that are shaped anew at every step, row by row, by the drafter's own probabilities.
+
+As in EAGLE-2 (Li et al. 2024): the tree is grown from the `beam` likeliest nodes of each depth; of all nodes found the
+likeliest stay. A node is never likelier than its parent, so what stays hangs together. All shapes are static.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attention import TreeArrays, along
+from lin_jax.decoding.draft import Draft, DraftContext, Drafter, Drawing, Guesses, Layer
+from lin_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """A tree of `size` nodes, the root included, chosen from what a drafter finds likely.
+
+    Attributes:
+        size: nodes N.
+        depth: how deep it may grow.
+        beam: how many nodes of each depth get children.
+        width: how many children each of them may get.
+    """
+
+    size: int
+    depth: int
+    beam: int = 4
+    width: int = 4
+
+    def __post_init__(self) -> None:
+        if min(self.size - 1, self.depth, self.beam, self.width) < 1:
+            raise UserError(
+                f"dynamic tree of {self.size} nodes, depth {self.depth}, beam {self.beam}, width {self.width}: "
+                "give at least 2 nodes, and 1 of the others"
+            )
+        if self.size > self.most:
+            raise UserError(
+                f"a dynamic tree of depth {self.depth}, beam {self.beam} and width {self.width} finds {self.most} "
+                f"nodes at the most; ask for that many, not {self.size}"
+            )
+
+    @property
+    def most(self) -> int:
+        """How many nodes can be found, the root included."""
+        found, grown = 1, 1
+        for _ in range(self.depth):
+            found += grown * self.width
+            grown = min(self.beam, grown * self.width)
+        return found
+
+    def grow(self, drafter: Drafter, context: DraftContext, state: Any, drawing: Drawing | None = None) -> Draft:
+        """The likeliest nodes that the drafter finds on top of the root; arguments as in `DraftTree.grow`."""
+        assert drawing is None, "checked by the generator: which nodes stay would depend on what was drawn"
+        tokens, joint, parents = self.candidates(drafter, context, state)
+        # The candidates come layer by layer: in their order, parents precede children.
+        kept = jnp.sort(jax.lax.top_k(joint[:, 1:], self.size - 1)[1], axis=1) + 1
+        kept = jnp.pad(kept, ((0, 0), (1, 0)))
+        tokens, joint, parents = (jnp.take_along_axis(part, kept, axis=1) for part in (tokens, joint, parents))
+        found = jnp.isfinite(joint).at[:, 0].set(True)
+        place = jnp.sum(kept[:, None, :] < parents[:, :, None], axis=2)
+        place = jnp.where(found, place, 0)
+        return Draft(jnp.where(found, tokens, -1), place, ancestry(place, self.depth))
+
+    def candidates(
+        self, drafter: Drafter, context: DraftContext, state: Any
+    ) -> tuple[Int[Array, "B M"], Float[Array, "B M"], Int[Array, "B M"]]:
+        """All nodes found, layer by layer, the root first: tokens, joint log-probabilities, and who the parent is."""
+        batch = context.root.shape[0]
+        tokens = last = above = context.root[:, None]
+        shared, carried = drafter.begin(context, state)
+        joint = likely = jnp.zeros((batch, 1))
+        parents = number = jnp.zeros((batch, 1), jnp.int32)
+        tree = ancestry(parents, 0)
+        for depth in range(self.depth):
+            guesses, carried = drafter.expand(shared, carried, Layer(last, depth, self.width, None, True, above, tree))
+            found = (likely[:, :, None] + _distinct(guesses)).reshape(batch, -1)
+            children = guesses.tokens.reshape(batch, -1)
+            begins = tokens.shape[1]
+            tokens = jnp.concatenate([tokens, children], axis=1)
+            joint = jnp.concatenate([joint, found], axis=1)
+            parents = jnp.concatenate([parents, jnp.repeat(number, self.width, axis=1)], axis=1)
+            if depth + 1 == self.depth:
+                break
+            likely, chosen = jax.lax.top_k(found, min(self.beam, found.shape[1]))
+            slots = chosen // self.width
+            carried = along(carried, slots)
+            tree = _below(tree, last.shape[1], slots)
+            last = jnp.where(jnp.isfinite(likely), jnp.take_along_axis(children, chosen, axis=1), -1)
+            number = chosen + begins
+            above = jnp.concatenate([above, last], axis=1)
+        return tokens, joint, parents
+
+
+def ancestry(parents: Int[Array, "B N"], depth: int) -> TreeArrays:
+    """Depths and ancestry of trees, row by row, from each node's parent (0 for the root), which precedes it."""
+    itself = jnp.broadcast_to(jnp.eye(parents.shape[1], dtype=bool), (*parents.shape, parents.shape[1]))
+    ancestors = itself
+    for _ in range(depth):
+        ancestors = itself | jnp.take_along_axis(ancestors, parents[:, :, None], axis=1)
+    return TreeArrays(jnp.sum(ancestors, axis=2) - 1, ancestors)
+
+
+def _below(tree: TreeArrays, layer: int, slots: Int[Array, "B K"]) -> TreeArrays:
+    """A tree with a layer more, whose nodes hang on the given ones of its last `layer` nodes."""
+    batch, size = tree.ancestors.shape[:2]
+    count = slots.shape[1]
+    parents = slots + size - layer
+    above = jnp.take_along_axis(tree.ancestors, parents[:, :, None], axis=1)
+    own = jnp.broadcast_to(jnp.eye(count, dtype=bool), (batch, count, count))
+    lower = jnp.concatenate([above, own], axis=2)
+    upper = jnp.pad(tree.ancestors, ((0, 0), (0, 0), (0, count)))
+    ancestors = jnp.concatenate([upper, lower], axis=1)
+    return TreeArrays(jnp.sum(ancestors, axis=2) - 1, ancestors)
+
+
+def _distinct(guesses: Guesses) -> Float[Array, "B K R"]:
+    """Log-probabilities with minus infinity where there is no guess, or where the same token is guessed likelier."""
+    tokens, log_probs = guesses.tokens, guesses.log_probs
+    assert log_probs is not None, "asked for"
+    rank = jnp.arange(tokens.shape[2])
+    better = (log_probs[..., None, :] > log_probs[..., :, None]) | (
+        (log_probs[..., None, :] == log_probs[..., :, None]) & (rank[None, :] < rank[:, None])
+    )
+    twin: Bool[Array, "B K R"] = jnp.any((tokens[..., None, :] == tokens[..., :, None]) & better, axis=-1)
+    return jnp.where((tokens < 0) | twin, -jnp.inf, log_probs)

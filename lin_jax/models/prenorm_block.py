@@ -1,0 +1,46 @@
+"""The decoder layer that LLaMA and GPT-2 share: attention and a feed-forward layer, each behind a norm of its input."""
+
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Int
+
+from lin_jax.attention import Layout, TreeArrays
+
+
+class PreNormBlock(nnx.Module):
+    """One layer, in the forms of its token mixer (a `causal.CausalBlock`).
+
+    Args:
+        attention: projections around a mixer: `project(x, context)` to queries, keys and values, `merge(outputs)`.
+        feed_forward: what follows it.
+        norms: of the input of either.
+    """
+
+    def __init__(self, attention: Any, feed_forward: Any, norms: tuple[Any, Any]) -> None:
+        self.attention, self.feed_forward = attention, feed_forward
+        self.attention_norm, self.feed_forward_norm = norms
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> Any:
+        """The mixer's state before the first token."""
+        return self.attention.mixer.init_state(batch, capacity, dtype)
+
+    def parallel(self, x: Array, context: Any, layout: Layout, state: Any) -> tuple[Array, Any]:
+        """Whole rows `[B, T, E]`; the new state is None if `state` is."""
+        projected = self.attention.project(self.attention_norm(x), context)
+        mixed, state = self.attention.mixer.parallel(*projected, layout, state)
+        return self._finish(x, mixed), state
+
+    def verify(self, x: Array, context: Any, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
+        """Tree nodes `[B, N, E]` on top of a state."""
+        projected = self.attention.project(self.attention_norm(x), context)
+        mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
+        return self._finish(x, mixed), nodes
+
+    def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
+        """The state after the first `length` nodes of a path, row by row."""
+        return self.attention.mixer.commit(state, path, length)
+
+    def _finish(self, x: Array, mixed: Array) -> Array:
+        x = x + self.attention.merge(mixed)
+        return x + self.feed_forward(self.feed_forward_norm(x))

@@ -1,0 +1,124 @@
+"""What draft heads on a frozen model share: whose parameters learn, the loss over depths, and the reports."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from lin_jax.errors import UserError
+from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
+from lin_jax.evaluation.targets import Batch, Sums, path_ahead, token_sums
+from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
+from lin_jax.training.objectives.objective import PartRate
+from lin_jax.training.parameters import Params, abstract_model, filled, params_of
+
+if TYPE_CHECKING:
+    from lin_jax.training.config import RunConfig
+
+Heads = TypeVar("Heads", MedusaHeads, PathHead)
+
+
+class FrozenBase(Generic[Heads]):
+    """`sum_k decay^k CE_k` over the depths k (from 0) that heads guess at, on a frozen model.
+
+    Depth k is the token k + 2 after a position; the first depth has weight one.
+
+    Args:
+        config: the frozen model's.
+        heads: the heads, of shapes.
+        depth: how many depths K.
+        decay: of the weights.
+    """
+
+    has_model: ClassVar[bool] = False
+    heads_name: ClassVar[str | None]
+    depth_name: ClassVar[str]
+    rates: Mapping[str, PartRate] = {}
+
+    def __init__(self, config: LlamaConfig, heads: Heads, depth: int, decay: float) -> None:
+        self.depth = depth
+        self.coefficients = tuple(decay**each for each in range(depth))
+        self._base = abstract_model(config)
+        self._heads: Heads = heads
+
+    @abstractmethod
+    def new_heads(self, key: Array, base: Llama) -> Heads:
+        """Heads as they begin on a base model."""
+
+    def shapes(self) -> Params:
+        """The heads' parameters, without values."""
+        return params_of(self._heads)
+
+    def start(self, key: Array, base: Llama | None) -> Params:
+        """Heads that begin from the base model's own."""
+        assert base is not None, "checked with the configuration"
+        return params_of(self.new_heads(key, base))
+
+    def frozen(self, base: Llama | None) -> Params:
+        """The base model."""
+        assert base is not None, "checked with the configuration"
+        return params_of(base)
+
+    def parts(self, params: Params) -> tuple[None, Heads]:
+        """No model, and the heads."""
+        return None, filled(self._heads, params)
+
+    def counts(self, batch: Batch) -> Int[Array, " K"]:
+        """Targets in the same document as their input, for each depth."""
+        return jnp.sum(path_ahead(batch, self.depth)[1].included, axis=(0, 1))
+
+    def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
+        """Sums `[K]` over the tokens of a batch."""
+        hidden = filled(self._base, frozen).hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+        path, targets = path_ahead(batch, self.depth)
+        return token_sums(self.parts(params)[1].guess(jax.lax.stop_gradient(hidden), path), targets)
+
+    def figures(self, sums: Sums) -> dict[str, float]:
+        """How often the first guess is right, at each depth."""
+        return accuracies(sums, self.depth_name)
+
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
+        """How often each guess is right at each depth, as `head_accuracy.json` and as a table."""
+        return report_heads(filled(self._base, frozen), self.parts(params)[1], self.depth, batches, folder)
+
+
+def check_heads(config: "RunConfig", option: str) -> None:
+    """Refuses runs without a model to put heads on, or with texts too short for the deepest guess.
+
+    Args:
+        config: the run.
+        option: the name of the field that says how many depths there are.
+
+    Raises:
+        UserError: the run is one of those.
+    """
+    depth = getattr(config, option)
+    if config.init_from is None:
+        raise UserError(f"objective '{config.objective}' needs init_from: the run folder of the model to put heads on")
+    if depth < 1:
+        raise UserError(f"{option} is {depth}; give 1 or more")
+    if config.data.sequence_length <= depth:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} leaves nothing to predict at the end of {option} "
+            f"{depth}; give a longer one"
+        )
+
+
+def accuracies(sums: Sums, name: str) -> dict[str, float]:
+    """How often the first guess is right, of sums `[K]` on the host, as `accuracy_NAME_K`."""
+    return {
+        f"accuracy_{name}_{depth}": float(correct) / max(int(tokens), 1)
+        for depth, (correct, tokens) in enumerate(zip(sums.correct, sums.tokens, strict=True))
+    }
+
+
+def report_heads(model: Llama, heads: DraftHeads, depth: int, batches: Sequence[Batch], folder: Path) -> str:
+    """Measures how often each guess of heads is right: written as `head_accuracy.json`, returned as a table."""
+    accuracy = head_accuracy(model, heads, batches, depth=depth)
+    path = folder / "head_accuracy.json"
+    accuracy.save(path)
+    return f"how often each guess is the token that comes, in held-out text ({path}):\n{accuracy}"
