@@ -18,8 +18,9 @@ from tqdm import tqdm
 from lin_jax.attention import AttentionConfig
 from lin_jax.data.token_bytes import token_bytes
 from lin_jax.decoding import DraftTree, Generator, Sampling, chain
+from lin_jax.decoding.costs import SilentDrafter
 from lin_jax.decoding.draft import Drafter
-from lin_jax.decoding.drafters import DraftParts, NoDrafter, UnionDrafter, build_drafter
+from lin_jax.decoding.drafters import DraftParts, UnionDrafter, build_drafter
 from lin_jax.decoding.dynamic import DynamicTree
 from lin_jax.decoding.generator import Tree
 from lin_jax.decoding.session import Session
@@ -70,13 +71,6 @@ class Ending(NamedTuple):
     stops: tuple[str, ...] = ()
 
 
-class SilentDrafter(NoDrafter):
-    """Never guesses, though it has a tree to fill."""
-
-    depth = 4
-    width = 10
-
-
 class Subject(NamedTuple):
     """What is decoded with, what is decoded, and what should come out.
 
@@ -99,7 +93,7 @@ class Subject(NamedTuple):
     def generator(self, drafter: str, tree: str, ending: Ending | None = None) -> Generator:
         """A generator that drafts so."""
         ending = ending or Ending()
-        guesser = SilentDrafter() if drafter == "silent" else build_drafter(drafter, self.parts)
+        guesser = SilentDrafter(width=10, depth=4) if drafter == "silent" else build_drafter(drafter, self.parts)
         stops = stop_automaton(ending.stops, self.pieces) if ending.stops else None
         shape = fitting(TREES[tree], guesser)
         return Generator(

@@ -3,12 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from lin_jax.decoding.draft import DraftContext, Drafter, Guesses, Layer, Stateless, no_guesses
+from lin_jax.decoding.draft import Drafter
+from lin_jax.decoding.drafters.none import NoDrafter
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.tree import DraftTree, chain
 from lin_jax.models import CausalModel
@@ -43,23 +43,12 @@ def device_kind() -> str:
     return device.device_kind
 
 
-class SilentDrafter(Stateless):
-    """Never guesses, so that a step costs what verifying costs."""
+class SilentDrafter(NoDrafter):
+    """Never guesses, though it has a tree to fill: a step costs what verifying costs."""
 
-    depth = 1
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depth: int = 1) -> None:
         self.width = width
-
-    def begin(self, context: DraftContext, state: Any) -> tuple[Any, Any]:
-        """Nothing is known."""
-        del context, state
-        return None, None
-
-    def expand(self, shared: Any, carried: Any, layer: Layer) -> tuple[Guesses, Any]:
-        """No guess."""
-        del shared, carried
-        return no_guesses(layer), None
+        self.depth = depth
 
 
 def measure_costs(

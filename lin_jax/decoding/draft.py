@@ -58,7 +58,8 @@ class Guesses(NamedTuple):
 
     Attributes:
         tokens: `[B, K, R]`, -1 where there is no guess.
-        log_probs: `[B, K, R]` the drafter's own opinion of each, given the path; None unless asked for.
+        log_probs: `[B, K, R]` the drafter's own opinion of each, given the path; None unless asked for. Then no token
+            is guessed twice for a node, and what is no guess has minus infinity.
     """
 
     tokens: Int[Array, "B K R"]

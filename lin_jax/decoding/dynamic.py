@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import TreeArrays, along
-from lin_jax.decoding.draft import Draft, DraftContext, Drafter, Drawing, Guesses, Layer
+from lin_jax.decoding.draft import Draft, DraftContext, Drafter, Drawing, Layer
 from lin_jax.errors import UserError
 
 
@@ -78,7 +78,8 @@ class DynamicTree:
         tree = ancestry(parents, 0)
         for depth in range(self.depth):
             guesses, carried = drafter.expand(shared, carried, Layer(last, depth, self.width, None, True, above, tree))
-            found = (likely[:, :, None] + _distinct(guesses)).reshape(batch, -1)
+            assert guesses.log_probs is not None, "asked for"
+            found = (likely[:, :, None] + guesses.log_probs).reshape(batch, -1)
             children = guesses.tokens.reshape(batch, -1)
             begins = tokens.shape[1]
             tokens = jnp.concatenate([tokens, children], axis=1)
@@ -116,15 +117,3 @@ def _below(tree: TreeArrays, layer: int, slots: Int[Array, "B K"]) -> TreeArrays
     upper = jnp.pad(tree.ancestors, ((0, 0), (0, 0), (0, count)))
     ancestors = jnp.concatenate([upper, lower], axis=1)
     return TreeArrays(jnp.sum(ancestors, axis=2) - 1, ancestors)
-
-
-def _distinct(guesses: Guesses) -> Float[Array, "B K R"]:
-    """Log-probabilities with minus infinity where there is no guess, or where the same token is guessed likelier."""
-    tokens, log_probs = guesses.tokens, guesses.log_probs
-    assert log_probs is not None, "asked for"
-    rank = jnp.arange(tokens.shape[2])
-    better = (log_probs[..., None, :] > log_probs[..., :, None]) | (
-        (log_probs[..., None, :] == log_probs[..., :, None]) & (rank[None, :] < rank[:, None])
-    )
-    twin: Bool[Array, "B K R"] = jnp.any((tokens[..., None, :] == tokens[..., :, None]) & better, axis=-1)
-    return jnp.where((tokens < 0) | twin, -jnp.inf, log_probs)

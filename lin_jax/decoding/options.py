@@ -2,14 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
-from lin_jax.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; 'decode.py --help' lists every option")
+from lin_jax.errors import OptionParser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -19,7 +13,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an option is unknown or has a wrong value.
         SystemExit: help was asked for.
     """
-    parser = _Parser(
+    parser = OptionParser(
         prog="decode.py",
         description="Goes on from prompts with a trained model, plainly or with lossless speculation: the text is "
         "the same, only the time differs.",

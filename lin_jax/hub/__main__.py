@@ -5,16 +5,11 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NoReturn
+from typing import Any
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.models.parts import DTYPES
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; 'python -m lin_jax.hub --help' lists every option")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -24,7 +19,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         UserError: an option is unknown or has a wrong value.
         SystemExit: help was asked for.
     """
-    parser = _Parser(prog="python -m lin_jax.hub", description="Hugging Face folders in and out.", allow_abbrev=False)
+    parser = OptionParser(
+        prog="python -m lin_jax.hub", description="Hugging Face folders in and out.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|inspect")
     about = "Makes a folder of a checkpoint: of a Hugging Face folder, OWNER/NAME on the Hub, or a file of llama2.c."
     importing = commands.add_parser("import", help=about, description=about, allow_abbrev=False)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from lin_jax.decoding.draft import DraftContext, Drafter, Guesses, Layer, no_guesses
 
@@ -63,6 +63,15 @@ class UnionDrafter(nnx.Module):
         joined = jnp.concatenate(tokens, axis=2)
         if not layer.scored:
             return Guesses(joined, None), tuple(known)
-        scores = jnp.concatenate(log_probs, axis=2)
-        best, order = jax.lax.top_k(jnp.where(joined < 0, -jnp.inf, scores), layer.ranks)
+        scores = _likelier(joined, jnp.concatenate(log_probs, axis=2))
+        best, order = jax.lax.top_k(scores, layer.ranks)
         return Guesses(jnp.take_along_axis(joined, order, axis=2), best), tuple(known)
+
+
+def _likelier(tokens: Int[Array, "B K R"], log_probs: Float[Array, "B K R"]) -> Float[Array, "B K R"]:
+    """Log-probabilities, minus infinity where the token is guessed likelier too, or as likely by who comes first."""
+    rank = jnp.arange(tokens.shape[2])
+    likelier = log_probs[..., None, :] > log_probs[..., :, None]
+    earlier = (log_probs[..., None, :] == log_probs[..., :, None]) & (rank[None, :] < rank[:, None])
+    twin = jnp.any((tokens[..., None, :] == tokens[..., :, None]) & (likelier | earlier), axis=-1)
+    return jnp.where(twin, -jnp.inf, log_probs)
