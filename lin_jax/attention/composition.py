@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches, nothing, plus
 from lin_jax.attention.chunks import Chunks, cut
+from lin_jax.attention.fused import fused, is_fused
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
@@ -79,6 +80,13 @@ class ComposedAttention(Branches):
 
         The first document of a row continues the state; the state returned is that of the row's last document.
         """
+        if is_fused(self, layout, bias):
+            outputs, memory = fused(self, queries, keys, values, layout, state)
+            if state is None:
+                return outputs, None
+            # What the state keeps are keys as they are scored.
+            keys = self._inputs(queries, keys)[1]
+            return outputs, advance(state, keys, values, layout, None if self.linear is None else memory)
         queries, keys = self._inputs(queries, keys)
         rows = Chunks.of(queries, keys, values, layout, state, self.group_size)
         direct, sums = self._pairs(

@@ -141,6 +141,8 @@ class AttentionConfig:
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
+        implementation: what computes `augmented` in whole rows: xla, tpu or tpu_interpreted; None takes what suits the
+            platform.
     """
 
     name: str = "augmented"
@@ -154,6 +156,7 @@ class AttentionConfig:
     hash_bits: int = 6
     diagonal_layers: int = 1
     convolve_padding: bool = False
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("group_size", "rank", "hashes", "hash_bits"):

@@ -16,14 +16,14 @@ class Placement(NamedTuple):
         positions: `[B, T]` position of each token in its document.
         first: `[B]` the document that the row begins with, of which the memory before the row speaks.
         last: `[B]` the document that the row ends with, of which the memory after the row speaks.
-        count: `[B]` tokens of the last document so far.
+        tokens: `[B]` how many of the last document there are so far.
     """
 
     documents: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     first: Int[Array, " B"]
     last: Int[Array, " B"]
-    count: Int[Array, " B"]
+    tokens: Int[Array, " B"]
 
 
 class Start(NamedTuple):
@@ -31,8 +31,9 @@ class Start(NamedTuple):
 
     Attributes:
         memory: `[B, K, D, E]` `sum k v^T` over finished groups, float32 or better.
-        keys: `[B, P, K, D]` of the tokens just before the row, the last one last.
-        values: `[B, P, K, E]`.
+        keys: `[B, P, K, D]` of the tokens just before the row, the last one last, as they are scored (of length one
+            if keys are scaled): of the unfinished group at least.
+        values: `[B, P, K, E]`, as far back as the convolution reaches.
         positions: `[B, P]` of these tokens, -1 where there is none.
         known: `[B, P]` whether the memory holds the token.
     """
@@ -42,6 +43,17 @@ class Start(NamedTuple):
     values: Float[Array, "B P K E"]
     positions: Int[Array, "B P"]
     known: Bool[Array, "B P"]
+
+    def of_length(self, length: int) -> "Start":
+        """The same with `length` tokens before the row: the last ones, or with absent ones before them."""
+        have = self.positions.shape[1]
+        missing, extra = max(length - have, 0), max(have - length, 0)
+
+        def fit(rows: Array, value: int = 0) -> Array:
+            pad = ((0, 0), (missing, 0), *((0, 0),) * (rows.ndim - 2))
+            return jnp.pad(rows[:, extra:], pad, constant_values=value)
+
+        return Start(self.memory, fit(self.keys), fit(self.values), fit(self.positions, -1), fit(self.known))
 
 
 class Problem(NamedTuple):
@@ -139,7 +151,7 @@ class Placed(NamedTuple):
         found = jnp.take_along_axis(documents, jnp.maximum(index, 0), axis=1)
         middle = jnp.where(index >= 0, found, placement.first[:, None])
         carried = jnp.concatenate([placement.first[:, None], middle, placement.last[:, None]], axis=1)
-        finished = placement.count // plan.group * plan.group
+        finished = placement.tokens // plan.group * plan.group
         return cls(rows, first, carried.astype(jnp.int32), finished.astype(jnp.int32))
 
 

@@ -18,7 +18,6 @@ from pallas_kernels.augmented_attention.problem import (
     Placed,
     Plan,
     Problem,
-    Start,
     convolution_matrix,
     taps_gradient,
 )
@@ -68,7 +67,7 @@ def forward(
     outputs, after = call(
         forward_kernel,
         (),
-        out_specs=(call.rows(call.heads.count * call.heads.share * size), call.memory),
+        out_specs=(call.rows(call.heads.together * call.heads.share * size), call.memory),
         out=(_struct((batch, length, heads * size), problem.values.dtype), call.memory_struct),
         scratch=(pltpu.VMEM(call.memory_shape, jnp.float32),),
         interpret=interpret,
@@ -109,7 +108,7 @@ def backward(
 def _query_gradients(problem: Problem, plan: Plan, cotangents: Array, interpret: Any) -> QueryGradients:
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, size = problem.queries.shape
-    count = call.heads.count * call.heads.share
+    count = call.heads.together * call.heads.share
     matrix = (plan.block, plan.width) if problem.taps is not None else None
     alpha = (SUBLANES, LANES) if problem.alpha is not None else None
     return call(
@@ -139,7 +138,7 @@ def _query_gradients(problem: Problem, plan: Plan, cotangents: Array, interpret:
 def _key_gradients(problem: Problem, plan: Plan, cotangents: Array, after: Array, interpret: Any) -> KeyGradients:
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
     arrays, heads = call.arrays, call.heads
-    key, value = heads.count * heads.key_size, heads.count * heads.value_size
+    key, value = heads.together * heads.key_size, heads.together * heads.value_size
     first = problem.start is not None
     return call(
         key_gradient_kernel,
@@ -156,18 +155,18 @@ def _key_gradients(problem: Problem, plan: Plan, cotangents: Array, after: Array
         ),
         out=(
             KeyGradients(
-                *(
-                    None if each is None else _struct(each.shape, each.dtype)
-                    for each in (arrays.keys, arrays.values, arrays.first_keys, arrays.first_values)
-                ),
+                _like(arrays.keys),
+                _like(arrays.values),
+                _like(arrays.first_keys),
+                _like(arrays.first_values),
                 call.memory_struct,
             ),
         ),
         scratch=(
             Carried(
                 pltpu.VMEM(call.memory_shape, jnp.float32),
-                pltpu.VMEM((heads.count, plan.before, heads.key_size), jnp.float32),
-                pltpu.VMEM((heads.count, plan.before, heads.value_size), jnp.float32),
+                pltpu.VMEM((heads.together, plan.before, heads.key_size), jnp.float32),
+                pltpu.VMEM((heads.together, plan.before, heads.value_size), jnp.float32),
             ),
         ),
         interpret=interpret,
@@ -206,7 +205,7 @@ class _Call(NamedTuple):
 
     @property
     def memory_shape(self) -> tuple[int, int, int]:
-        return self.heads.count, self.heads.key_size, self.heads.value_size
+        return self.heads.together, self.heads.key_size, self.heads.value_size
 
     @property
     def memory(self) -> pl.BlockSpec:
@@ -240,7 +239,7 @@ class _Call(NamedTuple):
     def specs(self) -> Inputs:
         """How the arrays are cut."""
         plan, heads, arrays = self.plan, self.heads, self.arrays
-        key, value = heads.count * heads.key_size, heads.count * heads.value_size
+        key, value = heads.together * heads.key_size, heads.together * heads.value_size
         ratio = plan.block // plan.before
         specs = Inputs(
             queries=self.rows(heads.share * key),
@@ -250,7 +249,7 @@ class _Call(NamedTuple):
             values=self.rows(value),
             previous_values=self.previous(value),
             first_values=self.whole(plan.before, value),
-            matrix=self._spec((heads.count * heads.share, plan.block, plan.width), lambda b, k, i: (k, 0, 0)),
+            matrix=self._spec((heads.together * heads.share, plan.block, plan.width), lambda b, k, i: (k, 0, 0)),
             memory=self.memory,
             placed=self._spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))),
             previous_placed=self._spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio)),
@@ -333,3 +332,7 @@ def _sublanes(placed: Array) -> Array:
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _like(array: Array | None) -> jax.ShapeDtypeStruct | None:
+    return None if array is None else _struct(array.shape, array.dtype)

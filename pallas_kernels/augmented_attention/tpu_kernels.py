@@ -26,13 +26,14 @@ from pallas_kernels.augmented_attention.blocks import (
 )
 from pallas_kernels.augmented_attention.problem import Plan
 
+# A block in VMEM, or a scalar array in SMEM; None where a docstring says so.
 Ref = Any
 
 
 class Heads(NamedTuple):
-    """The heads that one program handles: `count` key/value heads of sizes D and E, with R query heads each."""
+    """The heads that one program handles: `together` key/value heads of sizes D and E, with R query heads each."""
 
-    count: int
+    together: int
     share: int
     key_size: int
     value_size: int
@@ -60,9 +61,9 @@ class Scalars(NamedTuple):
         finished: `[B]` tokens of the row's last document that are in finished groups; None likewise.
     """
 
-    alpha: Ref | None
-    carried: Ref | None
-    finished: Ref | None
+    alpha: Ref
+    carried: Ref
+    finished: Ref
 
 
 class Inputs(NamedTuple):
@@ -81,14 +82,14 @@ class Inputs(NamedTuple):
     queries: Ref
     keys: Ref
     previous_keys: Ref
-    first_keys: Ref | None
+    first_keys: Ref
     values: Ref
     previous_values: Ref
-    first_values: Ref | None
-    matrix: Ref | None
-    memory: Ref | None
-    placed: Ref | None
-    previous_placed: Ref | None
+    first_values: Ref
+    matrix: Ref
+    memory: Ref
+    placed: Ref
+    previous_placed: Ref
 
 
 def place_of(scalars: Scalars, inputs: Inputs, block: jax.Array, plan: Plan) -> Place:
@@ -112,15 +113,24 @@ class Window(NamedTuple):
 def window_of(inputs: Inputs, head: int, block: jax.Array, place: Place, plan: Plan, heads: Heads) -> Window:
     """The window of one key/value head."""
 
-    def joined(first: Ref | None, previous: Ref, own: Ref, part: slice) -> jax.Array:
-        before = previous[:, part]
-        if first is not None:
-            before = jnp.where(block == 0, first[:, part], before)
-        return present(jnp.concatenate([before, own[:, part]], axis=0), place.held)
+    def joined(previous: Ref, own: Ref, part: slice) -> jax.Array:
+        return present(jnp.concatenate([previous[:, part], own[:, part]], axis=0), place.held)
 
-    keys = joined(inputs.first_keys, inputs.previous_keys, inputs.keys, heads.keys(head))
-    values = joined(inputs.first_values, inputs.previous_values, inputs.values, heads.values(head))
-    return Window(keys, unit(keys) if plan.unit else keys, values)
+    key_part, value_part = heads.keys(head), heads.values(head)
+    raw = joined(inputs.previous_keys, inputs.keys, key_part)
+    keys = unit(raw) if plan.unit else raw
+    values = joined(inputs.previous_values, inputs.values, value_part)
+    if inputs.first_keys is not None:
+        begins = block == 0
+        keys = _begun(keys, inputs.first_keys[:, key_part], begins, plan)
+        values = _begun(values, inputs.first_values[:, value_part], begins, plan)
+        keys, values = present(keys, place.held), present(values, place.held)
+    return Window(raw, keys, values)
+
+
+def _begun(rows: jax.Array, first: jax.Array, begins: jax.Array, plan: Plan) -> jax.Array:
+    """A window whose rows before the block are those before the row, if it begins the row."""
+    return jnp.concatenate([jnp.where(begins, first, rows[: plan.before]), rows[plan.before :]], axis=0)
 
 
 class Asked(NamedTuple):
@@ -135,7 +145,7 @@ class Asked(NamedTuple):
 def asked_by(scalars: Scalars, inputs: Inputs, head: int, place: Place, plan: Plan, heads: Heads) -> Asked:
     """What one query head asks."""
     raw = present(inputs.queries[:, heads.keys(head)], place.asked)
-    first = pl.program_id(1) * heads.count * heads.share
+    first = pl.program_id(1) * heads.together * heads.share
     return Asked(
         raw,
         unit(raw) if plan.unit else raw,
@@ -156,7 +166,7 @@ def forward_kernel(
     block = pl.program_id(2)
     pl.when(block == 0)(lambda: begin(inputs, memory))
     place = place_of(scalars, inputs, block, plan)
-    for head in range(heads.count):
+    for head in range(heads.together):
         window = window_of(inputs, head, block, place, plan, heads)
         for query_head in heads.queries(head):
             asked = asked_by(scalars, inputs, query_head, place, plan, heads)
@@ -181,8 +191,8 @@ class QueryGradients(NamedTuple):
     """
 
     queries: Ref
-    matrix: Ref | None
-    alpha: Ref | None
+    matrix: Ref
+    alpha: Ref
 
 
 def query_gradient_kernel(
@@ -206,7 +216,7 @@ def query_gradient_kernel(
                 total[...] = jnp.zeros_like(total)
 
     place = place_of(scalars, inputs, block, plan)
-    for head in range(heads.count):
+    for head in range(heads.together):
         window = window_of(inputs, head, block, place, plan, heads)
         for query_head in heads.queries(head):
             asked = asked_by(scalars, inputs, query_head, place, plan, heads)
@@ -242,8 +252,8 @@ class KeyGradients(NamedTuple):
 
     keys: Ref
     values: Ref
-    first_keys: Ref | None
-    first_values: Ref | None
+    first_keys: Ref
+    first_values: Ref
     memory: Ref
 
 
@@ -285,7 +295,7 @@ def key_gradient_kernel(
         carried.values[...] = jnp.zeros_like(carried.values)
 
     place = place_of(scalars, inputs, block, plan)
-    for head in range(heads.count):
+    for head in range(heads.together):
         window = window_of(inputs, head, block, place, plan, heads)
         memory = carried.memory[head]
         key_gradient = memory_product(present(window.values, place.folded), memory, (1, 1))
@@ -302,17 +312,16 @@ def key_gradient_kernel(
             if asked.alpha is not None:
                 memory += asked.alpha * product(present(asked.queries, place.reads), cotangent, (0, 0))
         carried.memory[head] = memory
-        _write(inputs, gradients, carried, head, (key_gradient, value_gradient), window, plan, heads)
+        _write(gradients, carried, head, (key_gradient, value_gradient), window, plan, heads)
 
     @pl.when(block == 0)
     def _() -> None:
         gradients.memory[...] = carried.memory[...]
         if gradients.first_keys is not None:
-            _write_first(inputs, gradients, carried, plan, heads)
+            _write_first(gradients, carried, heads)
 
 
 def _write(
-    inputs: Inputs,
     gradients: KeyGradients,
     carried: Carried,
     head: int,
@@ -336,10 +345,7 @@ def _write(
     gradients.values[:, heads.values(head)] = value_rows.astype(gradients.values.dtype)
 
 
-def _write_first(inputs: Inputs, gradients: KeyGradients, carried: Carried, plan: Plan, heads: Heads) -> None:
-    for head in range(heads.count):
-        rows = carried.keys[head]
-        if plan.unit:
-            rows = unit_gradient(inputs.first_keys[:, heads.keys(head)], rows)
-        gradients.first_keys[:, heads.keys(head)] = rows.astype(gradients.first_keys.dtype)
+def _write_first(gradients: KeyGradients, carried: Carried, heads: Heads) -> None:
+    for head in range(heads.together):
+        gradients.first_keys[:, heads.keys(head)] = carried.keys[head].astype(gradients.first_keys.dtype)
         gradients.first_values[:, heads.values(head)] = carried.values[head].astype(gradients.first_values.dtype)

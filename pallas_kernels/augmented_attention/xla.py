@@ -35,7 +35,6 @@ def forward(problem: Problem, plan: Plan) -> tuple[Float[Array, "B T H E"], Floa
     first_keys, first_values = (None, None) if start is None else (start.keys, start.values)
     if plan.unit:
         queries, keys = unit(queries), unit(keys)
-        first_keys = None if first_keys is None else unit(first_keys)
     windows = _windows(keys, first_keys, plan), _windows(values, first_values, plan)
     place, by_row = _places(problem, plan)
 
