@@ -189,7 +189,7 @@ class _Call(NamedTuple):
     def of(cls, problem: Problem, plan: Plan, order: Order) -> "_Call":
         batch, _, query_heads, key_size = problem.queries.shape
         kv_heads, value_size = problem.values.shape[2:]
-        count = _heads_together(kv_heads, key_size, value_size)
+        count = heads_together(kv_heads, key_size, value_size)
         heads = Heads(count, query_heads // kv_heads, key_size, value_size)
         placed = None if problem.placement is None else Placed.of(problem.placement, problem.start, plan)
         alpha = None if problem.alpha is None else problem.alpha.astype(jnp.float32)
@@ -316,7 +316,7 @@ def _arrays(problem: Problem, placed: Placed | None, plan: Plan) -> Inputs:
     )
 
 
-def _heads_together(kv_heads: int, key_size: int, value_size: int) -> int:
+def heads_together(kv_heads: int, key_size: int, value_size: int) -> int:
     """How many key/value heads fill whole lanes; all of them where no smaller number does."""
     together = math.lcm(*(LANES // math.gcd(LANES, size) for size in (key_size, value_size)))
     return together if kv_heads % together == 0 else kv_heads

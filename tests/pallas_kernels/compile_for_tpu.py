@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.augmented_attention import Placement, Start, augmented_attention
 from pallas_kernels.implementations import compiling_for
+from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
 CASES = [
@@ -22,6 +23,12 @@ CASES = [
     (1, 63, 4, 4, 64, 64, jnp.float32, False),
     (1, 65, 4, 1, 32, 32, jnp.float32, True),
     (1, 500, 2, 2, 256, 256, jnp.bfloat16, True),
+]
+# Rows, nodes, query heads, key/value heads, sizes of keys and values, type, with a tree for each row.
+TREES = [
+    (1, 1, 32, 32, 128, 128, jnp.bfloat16, False),
+    (8, 64, 32, 32, 128, 128, jnp.bfloat16, False),
+    (3, 26, 8, 4, 64, 64, jnp.float32, True),
 ]
 
 
@@ -57,11 +64,37 @@ def main(topology: str) -> None:
 
         arrays = queries, keys, values, struct((heads,), jnp.float32), struct((heads, 32), jnp.float32)
         for name, program in (("forward", loss), ("backward", jax.grad(loss))):
-            with compiling_for("tpu"):
-                lowered = jax.jit(program).lower(arrays, placement, start)
-            compiled = lowered.compile()
-            kernels = compiled.as_text().count('custom_call_target="tpu_custom_call"')
+            kernels = compiled_kernels(program, arrays, placement, start)
             print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} {name}: {kernels} kernels", flush=True)
+
+    for rows, nodes, heads, kv_heads, key_size, value_size, dtype, own in TREES:
+        shape = (rows,) if own else ()
+        tree = Tree(struct((*shape, nodes)), struct((*shape, nodes, nodes), bool))
+        held = Held(
+            struct((rows, kv_heads, key_size, value_size), jnp.float32),
+            struct((rows, 64, kv_heads, key_size), dtype),
+            struct((rows, 64, kv_heads, value_size), dtype),
+            struct((rows, 31, kv_heads, value_size), dtype),
+            struct((rows,)),
+        )
+        queries, keys, values = (
+            struct((rows, nodes, *tail), dtype)
+            for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
+        )
+        alpha, taps = struct((heads,), jnp.float32), struct((heads, 32), jnp.float32)
+        kernels = compiled_kernels(_verify, queries, keys, values, tree, held, alpha, taps)
+        print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} verify: {kernels} kernels", flush=True)
+
+
+def _verify(queries, keys, values, tree, held, alpha, taps):
+    return verify_tree(queries, keys, values, tree, held, alpha=alpha, taps=taps)
+
+
+def compiled_kernels(program, *arguments):
+    """How many kernels a program holds once it is compiled."""
+    with compiling_for("tpu"):
+        lowered = jax.jit(program).lower(*arguments)
+    return lowered.compile().as_text().count('custom_call_target="tpu_custom_call"')
 
 
 if __name__ == "__main__":
