@@ -1,5 +1,6 @@
 """What augmented linear attention is computed from, and how its rows are cut into blocks."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,8 +83,8 @@ class Problem(NamedTuple):
 class Plan:
     """What is fixed when a program is compiled.
 
-    A window is the P rows before a block and the block's C rows. P is no less than a group, nor than the convolution's
-    reach: whatever lies before a window is in a finished group for every query of the block.
+    A window is the P rows before a block and the block's C rows, so many that whatever lies before it is in a finished
+    group for every query of the block, and beyond the convolution's reach.
 
     Attributes:
         group: tokens G in a group.
@@ -103,11 +104,19 @@ class Plan:
 
     @classmethod
     def of(cls, problem: Problem, *, group: int, unit: bool, local: bool, block: int, multiple: int) -> "Plan":
-        """Blocks of about `block` rows, with windows whose sizes are multiples of a number."""
+        """Blocks of about `block` rows, with windows whose sizes are multiples of a number.
+
+        In whole rows, blocks begin where groups do: the window need not hold a group before them, only what the
+        convolution reaches.
+        """
         length = problem.queries.shape[1]
         reach = 0 if problem.taps is None else problem.taps.shape[1] - 1
-        before = -(-max(group, reach) // multiple) * multiple
-        size = -(-min(block, length) // before) * before
+        if problem.placement is not None:
+            before = _rounded(max(group, reach), multiple)
+            return cls(group, before, _rounded(min(block, length), before), length, unit, local)
+        size = _rounded(min(block, length), math.lcm(group, multiple))
+        size = _rounded(reach, size) if reach > size else size
+        before = next(each for each in range(multiple, size + 1, multiple) if size % each == 0 and each >= reach)
         return cls(group, before, size, length, unit, local)
 
     @property
@@ -166,6 +175,11 @@ def taps_gradient(matrix: Float[Array, "H C M"], width: int, plan: Plan) -> Floa
     lag, inside = _lags(width, plan)
     place = jnp.where(inside, lag, width)
     return jax.vmap(lambda part: jnp.zeros((width + 1,), part.dtype).at[place].add(part))(matrix)[:, :width]
+
+
+def _rounded(number: int, multiple: int) -> int:
+    """The number, or the next one that is a multiple."""
+    return -(-number // multiple) * multiple
 
 
 def _lags(width: int, plan: Plan) -> tuple[Array, Array]:
