@@ -1,4 +1,4 @@
-"""Augmented linear attention by the operation of `pallas_kernels`: all branches in one pass, forward and backward."""
+"""Augmented linear attention by the operations of `pallas_kernels`: all branches in one pass."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,15 +8,18 @@ from lin_jax.attention.branches import Branches
 from lin_jax.attention.feature_maps import Identity
 from lin_jax.attention.layout import Layout, first_document
 from lin_jax.attention.local import relu_squared
+from lin_jax.attention.pairs import accumulation_dtype
 from lin_jax.attention.state import AugmentedState
+from lin_jax.attention.tree import TreeArrays
 from pallas_kernels.augmented_attention import Placement, Start, augmented_attention
+from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 
-def is_fused(branches: Branches, layout: Layout, bias: RelativeBias | None) -> bool:
-    """Whether the operation computes these branches: those of the paper's LLaMA and GPT-2 recipes do."""
+def is_fused(branches: Branches, bias: RelativeBias | None) -> bool:
+    """Whether the operations compute these branches: those of the paper's LLaMA and GPT-2 recipes they do."""
     local, linear = branches.local, branches.linear
     plain = not (branches.angular or branches.merged_norm or branches.unit_values)
-    if not plain or bias is not None or layout.present is not None or (local is None and linear is None):
+    if not plain or bias is not None or (local is None and linear is None):
         return False
     if local is not None:
         scored = local.score is relu_squared and local.scale == 1 and local.size is None
@@ -37,11 +40,7 @@ def fused(
     state: AugmentedState | None,
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
     """Outputs, and the memory after the rows (only with a state has it a meaning)."""
-    heads, alpha, taps = queries.shape[2], None, None
-    if branches.linear is not None:
-        alpha = jnp.ones((heads,)) if branches.alpha is None else jnp.broadcast_to(branches.alpha[...], (heads,))
-    if branches.convolution is not None:
-        taps = branches.convolution.taps[...]
+    alpha, taps = _parameters(branches, queries.shape[2])
     start = None if state is None else _start(state, keys, values)
     return augmented_attention(
         queries,
@@ -56,6 +55,47 @@ def fused(
         start=start,
         implementation=branches.implementation,
     )
+
+
+def fused_verify(
+    branches: Branches,
+    queries: Float[Array, "B N H D"],
+    keys: Float[Array, "B N K D"],
+    values: Float[Array, "B N K E"],
+    tree: TreeArrays,
+    state: AugmentedState,
+) -> Float[Array, "B N H E"]:
+    """Outputs of a draft tree's nodes."""
+    alpha, taps = _parameters(branches, queries.shape[2])
+    return verify_tree(
+        queries,
+        keys,
+        values,
+        Tree(tree.depth, tree.ancestors),
+        Held(_memory(state, values), state.keys, state.values, state.window, state.position),
+        alpha=alpha,
+        taps=taps,
+        local=branches.local is not None,
+        unit=branches.unit_inputs,
+        implementation=branches.implementation,
+    )
+
+
+def _parameters(branches: Branches, heads: int) -> tuple[Array | None, Array | None]:
+    """Alpha `[H]` and taps `[H, W]`, as far as there are these branches."""
+    alpha = taps = None
+    if branches.linear is not None:
+        alpha = jnp.ones((heads,)) if branches.alpha is None else jnp.broadcast_to(branches.alpha[...], (heads,))
+    if branches.convolution is not None:
+        taps = branches.convolution.taps[...]
+    return alpha, taps
+
+
+def _memory(state: AugmentedState, values: Array) -> Float[Array, "B K D E"]:
+    if state.memory is not None:
+        return state.memory
+    batch, _, kv_heads, size = state.keys.shape
+    return jnp.zeros((batch, kv_heads, size, values.shape[3]), accumulation_dtype(values.dtype))
 
 
 def _placement(layout: Layout) -> Placement:
@@ -85,12 +125,8 @@ def _start(state: AugmentedState, keys: Array, values: Array) -> Start:
             open_group[:, :, None, None], found_values, jnp.take_along_axis(state.window, index, axis=1)
         )
         held = open_group | (distance <= reach)
-    memory = state.memory
-    if memory is None:
-        shape = (keys.shape[0], keys.shape[2], keys.shape[3], values.shape[3])
-        memory = jnp.zeros(shape, jnp.promote_types(values.dtype, jnp.float32))
     return Start(
-        memory,
+        _memory(state, values),
         found_keys.astype(keys.dtype),
         found_values.astype(values.dtype),
         jnp.where(held & (positions >= 0), positions, -1),
