@@ -105,11 +105,10 @@ class CausalModel(nnx.Module):
     def commit(self, state: Any, nodes: Any, path: Int[Array, "B P"], length: Int[Array, " B"]) -> Any:
         """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
 
-        def one(block: CausalBlock, carry: None, layer: tuple[Any, Any]) -> tuple[None, Any]:
-            layer_state, layer_nodes = layer
-            return None, block.commit(layer_state, along(layer_nodes, path), length)
+        def one(block: CausalBlock, layer_state: Any, layer_nodes: Any) -> Any:
+            return block.commit(layer_state, along(layer_nodes, path), length)
 
-        return self.layers(one, None, (state, nodes))[1]
+        return self.layers.side_by_side(one, state, nodes)
 
     def with_layers(self, numbers: Sequence[int]) -> Self:
         """This model with some of its layers only, in the given order, and with states of as many."""
