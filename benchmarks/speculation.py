@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
 from plots import plot_speculation
@@ -60,6 +61,8 @@ def main() -> int:
         results, rates = compete(contenders, prompts, options.rounds)
     batches = []
     for slots in options.batches:
+        # A process can map only so many compiled programs.
+        jax.clear_caches()
         at_hand = (
             plans if slots == 1 else planned(session, [each.drafter for each in plans], slots, calibration, options)
         )

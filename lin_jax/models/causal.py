@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, TreeArrays, along, packed_rows, padded_rows, single_rows
 from lin_jax.models.parts import wide
+from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
 
 
@@ -38,7 +39,7 @@ class CausalModel(nnx.Module):
 
     config: Any
     embed: nnx.Embed
-    layers: LayerStack
+    layers: LayerStack | SeparateLayers
     norm: Any
     head: nnx.Linear | None
 
