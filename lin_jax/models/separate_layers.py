@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from lin_jax.models.stack import LayerStack, side_by_side
 
@@ -37,6 +38,17 @@ class SeparateLayers(nnx.Module):
             separate.append([leaf[at] for at in range(stack.count)])
         return cls(nnx.merge(graph, jax.tree.unflatten(tree, parts)) for parts in zip(*separate, strict=True))
 
+    def together(self) -> LayerStack:
+        """The same layers as a stack; its parameters are copies."""
+        graph = nnx.split(self.layers[0])[0]
+        parameters = self._stacked_parameters()
+
+        def build(rngs: nnx.Rngs, number: Array) -> nnx.Module:
+            del rngs
+            return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[number], parameters))
+
+        return LayerStack(build, self.count, rngs=nnx.Rngs(0))
+
     @property
     def count(self) -> int:
         """How many layers there are."""
@@ -54,8 +66,7 @@ class SeparateLayers(nnx.Module):
         """What `apply(layer, state, input)` makes of every layer's state, as in a stack."""
         graph = nnx.split(self.layers[0])[0]
         # Most parameters have nothing to do with states, and are never stacked.
-        parameters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))
-        return side_by_side(graph, parameters, apply, state, inputs)
+        return side_by_side(graph, self._stacked_parameters(), apply, state, inputs)
 
     def selected(self, numbers: Sequence[int]) -> "SeparateLayers":
         """Some of the layers, in the given order; they are the same ones, not copies."""
@@ -64,3 +75,6 @@ class SeparateLayers(nnx.Module):
     def stacked(self, make: Callable[[Any], Any]) -> Any:
         """What `make(layer)` returns for each layer, stacked."""
         return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
+
+    def _stacked_parameters(self) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))

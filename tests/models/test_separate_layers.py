@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig, TreeArrays
+from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.models import Flash, FlashConfig, Llama, LlamaConfig, SeparateLayers
 
 MODELS = {
@@ -57,9 +58,20 @@ def test_separate_layers_change_nothing(name, x64):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, other)
 
 
-def test_a_stack_is_used_up():
-    model = MODELS["llama"]()
-    stack = model.layers
+def test_a_stack_is_used_up_and_comes_back():
+    stack = MODELS["llama"]().layers
+    expected = nnx.state(stack)
     layers = SeparateLayers.of(stack)
     assert layers.count == 3
     assert stack.layers is None
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(layers.together()), expected)
+
+
+def test_a_model_with_separate_layers_is_exported_as_it_was(tmp_path):
+    model = MODELS["llama"]()
+    tokens = jnp.arange(8)[None]
+    expected = model(tokens)
+    model.layers = SeparateLayers.of(model.layers)
+    assert isinstance(model.layers, SeparateLayers)
+    np.testing.assert_array_equal(from_pretrained(save_pretrained(model, tmp_path / "out"))(tokens), expected)
+    assert isinstance(model.layers, SeparateLayers)
