@@ -21,7 +21,7 @@ from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_F
 from lin_jax.hub.medusa import save_heads
 from lin_jax.hub.model_card import CARD_FILE, model_card
 from lin_jax.hub.tensors import Entry, stored, uncovered, written, written_shape
-from lin_jax.models import MedusaHeads
+from lin_jax.models import MedusaHeads, SeparateLayers
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -72,6 +72,9 @@ def save_pretrained(
     Raises:
         UserError: the folder holds something already, or cannot be written.
     """
+    if isinstance(getattr(model, "layers", None), SeparateLayers):
+        model = nnx.merge(*nnx.split(model))
+        model.layers = model.layers.together()
     family = family_of_model(model)
     if left := uncovered(model, family.entries(model)):
         raise UserError(f"{', '.join(left)} of the model have no names in a checkpoint; they cannot be exported")
