@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
 from plots import plot_speculation
@@ -58,32 +59,47 @@ def main() -> int:
         if not options.without_hugging_face:
             contenders += hugging_face(session, options.softmax, Path(folder), options.new_tokens)
         results, rates = compete(contenders, prompts, options.rounds)
-    batches = []
+    batches: list[dict[str, Any]] = []
     for slots in options.batches:
+        # Whatever happens next, what was measured stays.
+        if options.json not in (None, "-"):
+            write(report_of(options, len(prompts), results, rates, batches), options.json)
+        # A process can map only so many compiled programs.
+        jax.clear_caches()
         at_hand = (
             plans if slots == 1 else planned(session, [each.drafter for each in plans], slots, calibration, options)
         )
         batches.append(at_batch(session, prompts, at_hand, slots, options))
-    wrong = sum(each["wrong"] for each in results) + sum(each["wrong"] for each in batches)
-    report = header("speculation") | {
-        "model": options.model,
-        "softmax": options.softmax,
-        "prompts": len(prompts),
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
-        "correct": not wrong,
-        "contenders": results,
-        "hugging_face": against_hugging_face(results, rates),
-        "batches": batches,
-        "targets": targets(results, rates, batches),
-    }
+    report = report_of(options, len(prompts), results, rates, batches)
     print_summary(report)
     if options.json is not None:
         write(report, options.json)
     if options.plot is not None:
         plot_speculation(report, options.plot)
-    return 1 if wrong else 0
+    return 0 if report["correct"] else 1
+
+
+def report_of(
+    options: argparse.Namespace,
+    prompts: int,
+    results: Sequence[dict[str, Any]],
+    rates: dict[str, np.ndarray],
+    batches: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """All that is known so far."""
+    return header("speculation") | {
+        "model": options.model,
+        "softmax": options.softmax,
+        "prompts": prompts,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": options.new_tokens,
+        "rounds": options.rounds,
+        "correct": not any(each["wrong"] for each in [*results, *batches]),
+        "contenders": results,
+        "hugging_face": against_hugging_face(results, rates),
+        "batches": batches,
+        "targets": targets(results, rates, batches),
+    }
 
 
 def parse() -> argparse.Namespace:

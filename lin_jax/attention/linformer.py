@@ -26,7 +26,7 @@ from lin_jax.attention.pairs import (
     split_heads,
     weighted_values,
 )
-from lin_jax.attention.state import AugmentedState, TreePairs, advance, join
+from lin_jax.attention.state import AugmentedState, TreePairs, advance, begun_group, join
 from lin_jax.attention.tree import TreeArrays
 
 
@@ -174,15 +174,13 @@ class LinformerAttention(nnx.Module):
 
     def commit(self, state: LinformerState, path: Nodes, length: Int[Array, " B"]) -> LinformerState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
-        joined = join(state.buffer, path, length)
-        slots = jnp.broadcast_to(jnp.arange(self.group_size), joined.group.keys.shape[:2])
+        joined, begun = join(state.buffer, path, length), begun_group(state.buffer, path)
+        slots = jnp.broadcast_to(jnp.arange(self.group_size), begun.keys.shape[:2])
         group = jnp.where(joined.finished, state.position // self.group_size, state.keys.shape[1])
         rows = jnp.arange(group.shape[0])
         caches = [
             cache.at[rows, group].set(jnp.einsum("bsr,bskd->brkd", weights, wide, precision=EXACT), mode="drop")
-            for cache, (weights, wide) in zip(
-                (state.keys, state.values), self._weighed(slots, *joined.group), strict=True
-            )
+            for cache, (weights, wide) in zip((state.keys, state.values), self._weighed(slots, *begun), strict=True)
         ]
         return LinformerState(caches[0], caches[1], AugmentedState(None, *joined.buffer, None, joined.position))
 

@@ -72,13 +72,11 @@ class Joined(NamedTuple):
     """An unfinished group and a path that follows it, slot by slot.
 
     Attributes:
-        group: the group in which the path begins, as far as it is filled.
         buffer: the group in which the path ends; slots beyond its end hold anything.
-        finished: `[B]` whether they differ.
+        finished: `[B]` whether that is another group than the one in which it begins.
         position: `[B]` tokens consumed after the path.
     """
 
-    group: Nodes
     buffer: Nodes
     finished: Bool[Array, " B"]
     position: Int[Array, " B"]
@@ -87,23 +85,28 @@ class Joined(NamedTuple):
 def join(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> Joined:
     """The first `length` (at most G) nodes of a path behind the unfinished group, row by row."""
     size = state.keys.shape[1]
-    filled = state.position % size
     position = state.position + length.astype(state.position.dtype)
-    slot = jnp.arange(size)
-    order = (slot - filled[:, None]) % size
-    written = order < length[:, None]
-    wraps = slot < filled[:, None]
-
-    def merge(old: Array, new: Array) -> tuple[Array, Array]:
-        index = jnp.minimum(order, new.shape[1] - 1)[:, :, None, None]
-        placed = jnp.take_along_axis(new.astype(old.dtype), index, axis=1)
-        first = jnp.where((written & ~wraps)[..., None, None], placed, old)
-        return first, jnp.where((written & wraps)[..., None, None], placed, first)
-
-    group_keys, new_keys = merge(state.keys, path.keys)
-    group_values, new_values = merge(state.values, path.values)
+    order = jnp.arange(path.keys.shape[1])
+    slots = jnp.where(order < length[:, None], (state.position[:, None] + order) % size, size)
     finished = position // size > state.position // size
-    return Joined(Nodes(group_keys, group_values), Nodes(new_keys, new_values), finished, position)
+    return Joined(Nodes(*_written(state, path, slots)), finished, position)
+
+
+def begun_group(state: AugmentedState, path: Nodes) -> Nodes:
+    """The group in which a path begins, with as much of the path as fits in, row by row."""
+    size = state.keys.shape[1]
+    slots = (state.position % size)[:, None] + jnp.arange(path.keys.shape[1])
+    return Nodes(*_written(state, path, slots))
+
+
+def _written(state: AugmentedState, path: Nodes, slots: Int[Array, "B P"]) -> tuple[Array, Array]:
+    """The unfinished group's keys and values with the path's in the given slots; slots beyond the group are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+    keys, values = (
+        old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+        for old, new in ((state.keys, path.keys), (state.values, path.values))
+    )
+    return keys, values
 
 
 def commit_path(
@@ -117,14 +120,26 @@ def commit_path(
     joined = join(state, path, length)
     memory = state.memory
     if memory is not None:
-        finished = joined.finished[:, None, None, None]
-        memory = jax.lax.cond(
-            jnp.any(finished),
-            lambda: jnp.where(finished, memory + fold(*joined.group), memory),
-            lambda: memory,
-        )
+        memory = _fold_finished(state, path, joined.finished, fold)
     window = None if state.window is None else shift_window(state.window, path.values, length)
     return AugmentedState(memory, *joined.buffer, window, joined.position)
+
+
+def _fold_finished(
+    state: AugmentedState, path: Nodes, finished: Bool[Array, " B"], fold: Callable[[Array, Array], Array]
+) -> Float[Array, "B K M E"]:
+    """The memory with the finished groups, row by row: rows seldom finish a group at the same time."""
+    rows = jnp.argsort(~finished)
+
+    def fold_row(index: Array, memory: Array) -> Array:
+        def row(part: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(part, rows[index], 1)
+
+        held = AugmentedState(None, row(state.keys), row(state.values), None, row(state.position))
+        group = begun_group(held, Nodes(row(path.keys), row(path.values)))
+        return jax.lax.dynamic_update_slice_in_dim(memory, row(memory) + fold(*group), rows[index], 0)
+
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)
 
 
 def advance(state: AugmentedState, keys: Array, values: Array, layout: Layout, memory: Array | None) -> AugmentedState:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt
 
 from lin_jax.attention import TreeArrays
+from lin_jax.decoding.sampling import largest
 
 
 class DraftContext(NamedTuple):
@@ -166,7 +167,7 @@ def no_guesses(layer: Layer) -> Guesses:
 def best_guesses(logits: Float[Array, "B K V"], layer: Layer) -> Guesses:
     """The tokens with the largest logits."""
     if layer.ranks == 1 and not layer.scored:
-        return Guesses(jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32), None)
+        return Guesses(largest(logits)[..., None], None)
     best, tokens = jax.lax.top_k(logits, layer.ranks)
     log_probs = best - jax.nn.logsumexp(logits, axis=-1, keepdims=True) if layer.scored else None
     return Guesses(tokens.astype(jnp.int32), log_probs)

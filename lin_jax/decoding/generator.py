@@ -20,7 +20,7 @@ from lin_jax.decoding.slots import bucket
 from lin_jax.decoding.stops import StopAutomaton
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
-from lin_jax.models import CausalModel
+from lin_jax.models import CausalModel, as_trained
 
 GREEDY = Sampling()
 Tree = DraftTree | DynamicTree
@@ -186,7 +186,7 @@ class Generator:
         """What stands for the model's parameters."""
         from lin_jax.training.parameters import fingerprint, params_of
 
-        return fingerprint(params_of(self.model))
+        return fingerprint(params_of(as_trained(self.model)))
 
     def tree_for(self, slots: int) -> Tree:
         """The tree that serves a batch size; the empty one below the smallest."""

@@ -17,7 +17,7 @@ from lin_jax.data import open_documents, split_documents
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.session import Session
-from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
 
 FIELD = "text"
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m lin_jax.decoding.own_text",
         description=__doc__.partition("\n\n")[2],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

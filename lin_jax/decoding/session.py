@@ -23,7 +23,7 @@ from lin_jax.hub.files import generation_ends, is_checkpoint_folder, resolve
 from lin_jax.hub.medusa import has_heads
 from lin_jax.hub.medusa import load_heads as load_published_heads
 from lin_jax.hub.pretrained import from_pretrained
-from lin_jax.models import CausalModel, MedusaHeads, PathHead
+from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
 
 PLAN_FILE = "speculation.json"
 # Folders inside a run's where heads for its model are looked for.
@@ -76,6 +76,8 @@ class Session:
             raise UserError(f"there is no folder {folder}; give the output of a train.py run, or a Hugging Face folder")
         model, tokenizer, ends = _load_checkpoint(folder) if is_checkpoint_folder(folder) else _load_run(folder)
         found = _load_heads([heads] if isinstance(heads, str | Path) else heads, folder, model)
+        if isinstance(model.layers, LayerStack):
+            model.layers = SeparateLayers.of(model.layers)
         small = None
         if draft_model is not None:
             other = Session.load(draft_model)
@@ -184,8 +186,6 @@ def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     from lin_jax.training.loading import load_model
 
     model, _, step = load_model(folder)
-    # Training may unroll the layer loop for speed; one step of decoding has too little work for that to pay.
-    model.layers.unroll = 1
     tokenizer = Tokenizer.load(str(folder / "tokenizer"))
     if tokenizer.fingerprint != read_about(folder, step).tokenizer:
         raise UserError(

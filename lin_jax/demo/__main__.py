@@ -15,7 +15,7 @@ from lin_jax.data import DataConfig, read_documents, split_documents
 from lin_jax.decoding.session import Session
 from lin_jax.demo.measure import DrafterFigures, compare
 from lin_jax.demo.report import write_report
-from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.evaluation.head_accuracy import HeadAccuracy
 from lin_jax.training import RunConfig, load_run_config
 from lin_jax.training.checkpoints import saved_steps
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m lin_jax.demo", description=__doc__)
+    parser = OptionParser(prog="python -m lin_jax.demo", description=__doc__)
     parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where everything goes")
     parser.add_argument("--fresh", action="store_true", help="begin anew, deleting what an earlier call has left")

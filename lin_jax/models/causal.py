@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, TreeArrays, along, packed_rows, padded_rows, single_rows
 from lin_jax.models.parts import wide
+from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
 
 
@@ -38,7 +39,7 @@ class CausalModel(nnx.Module):
 
     config: Any
     embed: nnx.Embed
-    layers: LayerStack
+    layers: LayerStack | SeparateLayers
     norm: Any
     head: nnx.Linear | None
 
@@ -105,11 +106,10 @@ class CausalModel(nnx.Module):
     def commit(self, state: Any, nodes: Any, path: Int[Array, "B P"], length: Int[Array, " B"]) -> Any:
         """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
 
-        def one(block: CausalBlock, carry: None, layer: tuple[Any, Any]) -> tuple[None, Any]:
-            layer_state, layer_nodes = layer
-            return None, block.commit(layer_state, along(layer_nodes, path), length)
+        def one(block: CausalBlock, layer_state: Any, layer_nodes: Any) -> Any:
+            return block.commit(layer_state, along(layer_nodes, path), length)
 
-        return self.layers(one, None, (state, nodes))[1]
+        return self.layers.side_by_side(one, state, nodes)
 
     def with_layers(self, numbers: Sequence[int]) -> Self:
         """This model with some of its layers only, in the given order, and with states of as many."""

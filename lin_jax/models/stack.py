@@ -51,6 +51,11 @@ class LayerStack(nnx.Module):
             step = jax.checkpoint(step, prevent_cse=False)
         return jax.lax.scan(step, carry, (parameters, inputs), length=self.count, unroll=self.unroll)
 
+    def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
+        """What `apply(layer, state, input)` makes of every layer's state, as the function of this name says."""
+        graph, parameters = nnx.split(self.layers)
+        return side_by_side(graph, parameters, apply, state, inputs)
+
     def selected(self, numbers: Sequence[int]) -> "LayerStack":
         """A stack of some of the layers, in the given order; the parameters are copies."""
         index = jnp.asarray(numbers)
@@ -62,3 +67,27 @@ class LayerStack(nnx.Module):
     def stacked(self, make: Callable[[Any], Any]) -> Any:
         """What `make(layer)` returns for each layer, stacked."""
         return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
+
+
+def side_by_side(graph: Any, parameters: Any, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
+    """What `apply(layer, state, input)` makes of every layer's state, all layers at once.
+
+    Positions are the same in all layers, so that whatever depends on them alone is decided once, and a state that is
+    written to in a few places stays where it is.
+
+    Args:
+        graph: what a layer is made of.
+        parameters: its parameters, with a leading layer axis.
+        apply: one layer's work.
+        state: the states, with a leading layer axis.
+        inputs: a tree whose leaves have a leading layer axis.
+    """
+    shared = jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "name", None) == "position", state)
+    axes = jax.tree.map(lambda same: None if same else 0, shared)
+    each = jax.vmap(
+        lambda parameters, state, inputs: apply(nnx.merge(graph, parameters), state, inputs),
+        in_axes=(0, axes, 0),
+        out_axes=axes,
+    )
+    once = each(parameters, jax.tree.map(lambda leaf, same: leaf[0] if same else leaf, state, shared), inputs)
+    return jax.tree.map(lambda leaf, old: jnp.broadcast_to(leaf, old.shape), once, state)
