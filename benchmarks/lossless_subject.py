@@ -28,7 +28,7 @@ from lin_jax.decoding.stops import stop_automaton
 from lin_jax.decoding.tree import MC_SIM_7B_63
 from lin_jax.hub import from_pretrained
 from lin_jax.hub.llama2c_tokenizer import load_tokenizer
-from lin_jax.models import CausalModel, MedusaHeads, PathHead
+from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
 
 SEED = 11
 PIECE = 64
@@ -128,7 +128,7 @@ def load(options: argparse.Namespace) -> Session:
     """The model to decode with, in the type asked for, with heads that are trained or are yet to be fitted."""
     if options.model:
         session = Session.load(options.model)
-        model = in_type(session.model, options.dtype)
+        model = in_type(as_trained(session.model), options.dtype)
     else:
         place = options.data / "checkpoints" / "stories260K"
         attention = AttentionConfig("augmented", 16, 7)

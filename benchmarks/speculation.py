@@ -25,9 +25,9 @@ from report import header, write
 from tqdm import tqdm
 
 from lin_jax.attention import longest_path
-from lin_jax.data import read_documents, split_documents
 from lin_jax.decoding import DraftTree, DynamicTree, Generator, Sampling, chain
 from lin_jax.decoding.agreement import is_rounding_tie
+from lin_jax.decoding.calibration import PROMPT_TOKENS, PROMPTS, held_out_prompts
 from lin_jax.decoding.costs import Costs, measure_costs, measure_drafting
 from lin_jax.decoding.drafters import available, build_drafter
 from lin_jax.decoding.generator import Tree
@@ -38,9 +38,6 @@ from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.training.config import load_run_config
 
 TARGETS = {"plain": 2.0, "chain": 1.15, "batches": 0.98}
-PROMPT_TOKENS = 64
-# Prompts that trees and chains are chosen by; none of them is measured on.
-CALIBRATION = 24
 LONGEST_CHAIN = 8
 # Turns at a batch: at least, at most, and until the ratio is known so well.
 LEAST, MOST, ERROR = 6, 200, 0.005
@@ -127,16 +124,10 @@ def parse() -> argparse.Namespace:
 
 
 def held_out(session: Session, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts to measure on and others to choose by: beginnings of documents held out, then places further on."""
+    """Prompts to measure on, and others to choose trees and chains by."""
     data = load_run_config(session.folder).data
-    _, documents = split_documents(read_documents(data), data.validation_fraction)
-    texts = [session.tokenizer.encode(document.text).tolist() for document in documents]
-    places = range(0, 40 * PROMPT_TOKENS, 4 * PROMPT_TOKENS)
-    pieces = [text[begin : begin + PROMPT_TOKENS] for begin in places for text in texts]
-    pieces = [piece for piece in pieces if len(piece) == PROMPT_TOKENS]
-    if len(pieces) < 2 * count:
-        raise UserError(f"the held-out text of {data.source} is too short for {2 * count} prompts; ask for fewer")
-    return pieces[:count], pieces[count : count + CALIBRATION]
+    found = held_out_prompts(data, session.tokenizer, 2 * count)
+    return found[:count], found[count : count + PROMPTS]
 
 
 def choose(

@@ -1,5 +1,6 @@
 """Options and fixtures of the whole suite."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ from safetensors import safe_open
 
 HERE = Path(__file__).parent
 
-# Most of the time of a small model's test is compilation.
+# Most of the time of a small model's test is compilation. Scripts that tests start inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -1,7 +1,6 @@
 """The benchmarks run, check themselves, and write what they promise."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,10 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run_benchmark(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Most of the time of a small model's benchmark is compilation."""
-    quick = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_decode_speed(tmp_path: Path) -> None:
@@ -95,9 +92,7 @@ def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"
     options = ("--models", "bert", "--attentions", "relu", "--json", str(file))
-    done = subprocess.run(
-        [sys.executable, "benchmarks/support_matrix.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
+    done = run_benchmark("support_matrix", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(file.read_text()) == {"relu": {"bert": {"T": True, "E": True, "X": True}}}
     assert "| `relu` | TEX |" in done.stdout
@@ -111,13 +106,7 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     file = tmp_path / "lossless.json"
     wanted = ("ngram:bushy", "self:dynamic")
     options = ("--prompts", "16", "--new-tokens", "24", "--data", str(shared_data), "--json", str(file))
-    done = subprocess.run(
-        [sys.executable, "benchmarks/lossless.py", *options, "--configurations", *wanted],
-        cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_benchmark("lossless", *options, "--configurations", *wanted)
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["lossless"] is True

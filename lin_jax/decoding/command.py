@@ -10,13 +10,14 @@ from tqdm import tqdm
 
 from lin_jax.decoding.decoding import Decoding
 from lin_jax.decoding.generation import Generation
-from lin_jax.decoding.generator import MOST_SLOTS, Generator, Tree, check_new_tokens
+from lin_jax.decoding.generator import MOST_SLOTS, Generator, check_new_tokens
 from lin_jax.decoding.judges import JUDGES
+from lin_jax.decoding.plan import Plan
 from lin_jax.decoding.printing import StreamedText, full_text
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.session import Session, check_length, read_prompts
 from lin_jax.decoding.slots import bucket
-from lin_jax.decoding.tree import parse_tree
+from lin_jax.decoding.tree import parse_tree, tree_text
 from lin_jax.errors import UserError
 
 # What a shell expects of a program that Ctrl-C ended.
@@ -41,8 +42,10 @@ def decode(options: argparse.Namespace) -> int:
     if options.state and not Path(options.state).is_file():
         raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
     slots = options.batch or min(bucket(len(texts)), MOST_SLOTS)
-    kind, tree = _drafting(session, options, slots)
-    generator = session.generator(kind, tree, stops=options.stop, acceptance=options.acceptance)
+    plan = _drafting(session, options, slots)
+    generator = session.generator(
+        plan.drafter, plan.shape, worth=plan.worth, stops=options.stop, acceptance=options.acceptance
+    )
     if options.save_state:
         return _save_state(generator, prompts, options, sampling, slots)
     prefix = None
@@ -60,17 +63,16 @@ def decode(options: argparse.Namespace) -> int:
     )
     write = _print_stream if len(prompts) == 1 and not options.json else _print_all
     status = write(session, texts, decoding, options)
-    _note(_figures(decoding.generation, kind, decoding.tree))
+    _note(_figures(decoding.generation, plan.drafter, decoding.tree.size))
     return status
 
 
-def _drafting(session: Session, options: argparse.Namespace, slots: int) -> tuple[str, Tree]:
+def _drafting(session: Session, options: argparse.Namespace, slots: int) -> Plan:
     """The drafter and the tree: as asked for, or as measured on this machine."""
     if options.tree != "auto":
         kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
-        return kind, parse_tree(options.tree)
-    plan = session.plan(options.drafter, slots, _note)
-    return plan.drafter, plan.shape
+        return Plan(kind, slots, tree_text(parse_tree(options.tree)))
+    return session.plan(options.drafter, slots, _note)
 
 
 def _save_state(
@@ -129,10 +131,11 @@ def _print_all(session: Session, texts: Sequence[str], decoding: Decoding, optio
     return status
 
 
-def _figures(generation: Generation, kind: str, tree: Tree) -> str:
+def _figures(generation: Generation, kind: str, size: int) -> str:
+    plain = f"; {generation.plain_steps:,} steps without drafts, which did not pay" if generation.plain_steps else ""
     return (
         f"{sum(map(len, generation.tokens))} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
-        f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {tree.size} nodes), "
+        f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {size} nodes{plain}), "
         f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
     )
 

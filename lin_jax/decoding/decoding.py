@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,10 +12,12 @@ import numpy as np
 
 from lin_jax.decoding.generation import ENDINGS, Generation, Update
 from lin_jax.decoding.loop import EMPTY, LoopState, Options, run, start
+from lin_jax.decoding.pacing import Pace
 from lin_jax.decoding.prefix import Prefix
 from lin_jax.decoding.reading import Reading, nothing_read, read
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.slots import bucket, insert, repeated
+from lin_jax.decoding.tree import DraftTree
 
 if TYPE_CHECKING:
     from lin_jax.decoding.generator import Generator
@@ -70,6 +72,8 @@ class Decoding:
         self.tree = generator.tree_for(slots)
         self.drafter = generator.drafter_for(self.tree)
         self.options = Options(self.tree, sampling, generator.acceptance, generator.end_tokens)
+        self.plain = replace(self.options, tree=DraftTree())
+        self.pace = Pace(generator.worth_for(slots))
         self.seed = jnp.asarray(seed, jnp.uint32)
         self.first_row = first_row
         self.prefix = prefix
@@ -79,8 +83,7 @@ class Decoding:
         self.waiting = deque(range(len(prompts)))
         self.held: list[int | None] = [None] * slots
         self.yields = np.zeros(self.tree.depth + 1, np.int64)
-        self.nodes = 0
-        self.collected = 0
+        self.nodes = self.plain_steps = self.collected = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         longest = max(len(prompt) for prompt in prompts) + (0 if prefix is None else prefix.length)
         # A tree may reach past the last token that is kept.
@@ -119,8 +122,13 @@ class Decoding:
             self.prefill_seconds += time.perf_counter() - began
         if self.finished:
             return False
+        if not self.pace.drafts and not self.plain_steps:
+            # Compiled only where it is needed, and outside the time of decoding.
+            began = time.perf_counter()
+            self._run(0)
+            self.prefill_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        self._run(self.steps_per_visit if steps is None else steps)
+        self._run(self.pace.visit(self.steps_per_visit if steps is None else steps))
         self.decode_seconds += time.perf_counter() - began
         return True
 
@@ -163,12 +171,15 @@ class Decoding:
             steps=[row.steps for row in self.rows],
             yields=yields,
             nodes=self.nodes,
+            plain_steps=self.plain_steps,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             state_bytes=self.state_bytes,
         )
 
     def _run(self, steps: int) -> None:
+        options = self.options if self.pace.drafts else self.plain
+        before = np.asarray(self.state.yields)
         self.state, done = run(
             self.generator.model,
             self.drafter,
@@ -176,9 +187,12 @@ class Decoding:
             self.generator.stops,
             jnp.int32(steps),
             jnp.asarray(bool(self.waiting)),
-            options=self.options,
+            options=options,
         )
-        self.nodes += int(done) * len(self.held) * self.tree.size
+        steps = int(done)
+        self.plain_steps += 0 if self.pace.drafts else steps
+        self.nodes += steps * len(self.held) * options.tree.size
+        self.pace.learn(steps, (np.asarray(self.state.yields) - before).sum(axis=0))
 
     def _fill(self) -> None:
         """Reads the next prompts, and puts them into the free slots."""

@@ -51,6 +51,7 @@ class Generation:
         steps: per prompt, target steps taken after the first token.
         yields: `[P]` how often a step gave 1, 2, ... tokens.
         nodes: nodes that the target computed in all, those of finished and empty rows included.
+        plain_steps: steps of the loop for which plain decoding took over, because the tree's did not pay.
         prefill_seconds: time to read the prompts and choose the first tokens, and to compile what is new.
         decode_seconds: time of the loop.
         state_bytes: size of one sequence's recurrent state.
@@ -63,6 +64,7 @@ class Generation:
     steps: list[int]
     yields: np.ndarray
     nodes: int
+    plain_steps: int
     prefill_seconds: float
     decode_seconds: float
     state_bytes: int

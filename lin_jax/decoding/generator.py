@@ -20,7 +20,7 @@ from lin_jax.decoding.slots import bucket
 from lin_jax.decoding.stops import StopAutomaton
 from lin_jax.decoding.tree import DraftTree
 from lin_jax.errors import UserError
-from lin_jax.models import CausalModel
+from lin_jax.models import CausalModel, as_trained
 
 GREEDY = Sampling()
 Tree = DraftTree | DynamicTree
@@ -37,6 +37,8 @@ class Generator:
             above the batch's serves it. None is the empty tree without a drafter, else its best guess at every depth.
         end_tokens: tokens that end a row.
         stops: automaton of strings that end a row.
+        worth: tokens that a step of the tree must yield for each row to be worth its while, for every tree or for each
+            as they are given (`Plan.worth`); with less, plain decoding takes over for a while. None always drafts.
         acceptance: which drafted tokens stand: exact (the output is plain decoding's, token for token), rejection
             (drafts are drawn, the output has plain decoding's distribution) or typical (lossy).
         piece: tokens of a prompt that are read at a time; it bounds the memory of reading.
@@ -52,6 +54,7 @@ class Generator:
         *,
         drafter: Drafter | None = None,
         tree: Tree | Mapping[int, Tree] | None = None,
+        worth: float | Mapping[int, float] | None = None,
         end_tokens: Sequence[int] = (),
         stops: StopAutomaton | None = None,
         acceptance: str = "exact",
@@ -62,6 +65,7 @@ class Generator:
         if tree is None:
             tree = DraftTree(tuple((0,) * d for d in range(1, self.drafter.depth + 1)))
         self.trees = dict(tree) if isinstance(tree, Mapping) else {1: tree}
+        self.worth = dict(worth) if isinstance(worth, Mapping) else dict.fromkeys(self.trees, worth)
         self.end_tokens = tuple(end_tokens)
         self.stops = stops
         self.acceptance = acceptance
@@ -186,12 +190,20 @@ class Generator:
         """What stands for the model's parameters."""
         from lin_jax.training.parameters import fingerprint, params_of
 
-        return fingerprint(params_of(self.model))
+        return fingerprint(params_of(as_trained(self.model)))
 
     def tree_for(self, slots: int) -> Tree:
         """The tree that serves a batch size; the empty one below the smallest."""
         sizes = [size for size in self.trees if size <= slots]
         return self.trees[max(sizes)] if sizes else DraftTree()
+
+    def worth_for(self, slots: int) -> float | None:
+        """What a step of the tree that serves a batch size must yield; None if it is to stay whatever it yields."""
+        sizes = [size for size in self.trees if size <= slots]
+        # Plain decoding writes other tokens than a lossy or random acceptance would.
+        if not sizes or self.trees[max(sizes)].size == 1 or self.acceptance != "exact":
+            return None
+        return self.worth.get(max(sizes))
 
     def drafter_for(self, tree: Tree) -> Drafter:
         """Who fills a tree: nobody, if there is nothing but the root."""

@@ -38,6 +38,7 @@ class Plan:
         slots: batch size that it is for.
         tree: the tree, as `parse_tree` reads it.
         device: kind of device that it was measured on.
+        worth: tokens that a step must yield to be as fast as plain decoding, as tried; None if nothing was tried.
         expected_tokens: per step, on the texts it was chosen by.
         expected_speedup: over plain decoding, by the costs of steps.
         measured_speedup: over plain decoding, as tried; 1 for plain decoding itself.
@@ -46,7 +47,8 @@ class Plan:
     drafter: str
     slots: int
     tree: str
-    device: str
+    device: str = ""
+    worth: float | None = None
     expected_tokens: float = 1.0
     expected_speedup: float = 1.0
     measured_speedup: float = 1.0
@@ -79,8 +81,11 @@ def make_plan(
     candidates = shortlist(model, kind, drafter, prompts, texts, costs)
     if not candidates:
         return plain
-    speedups = trial(model, drafter, [each.shape for each in candidates], prompts, len(texts[0]), costs.slots)
-    tried = [replace(each, measured_speedup=speedup) for each, speedup in zip(candidates, speedups, strict=True)]
+    found = trial(model, drafter, [each.shape for each in candidates], prompts, len(texts[0]), costs.slots)
+    tried = [
+        replace(each, measured_speedup=speedup, worth=worth)
+        for each, (speedup, worth) in zip(candidates, found, strict=True)
+    ]
     best = max(tried, key=lambda each: each.measured_speedup)
     return best if best.measured_speedup >= WORTH else plain
 
@@ -102,7 +107,7 @@ def shortlist(
 
     def plan(tree: Tree, tokens: float) -> Plan:
         speedup = tokens * costs.verify(1) / (costs.verify(tree.size) + tree.depth * drafting)
-        return Plan(kind, costs.slots, tree_text(tree), device_kind(), tokens, speedup)
+        return Plan(kind, costs.slots, tree_text(tree), device_kind(), None, tokens, speedup)
 
     hits = measure_hits(model, drafter, prompts, texts, depth=deepest)
     fixed = [
@@ -158,17 +163,22 @@ def trial(
     tokens: int,
     slots: int,
     rounds: int = 3,
-) -> list[float]:
-    """How many times faster than plain decoding each tree writes, median over rounds in which all take turns."""
+) -> list[tuple[float, float]]:
+    """How many times faster than plain decoding each tree writes, and how many tokens its steps must yield for 1.
+
+    Median over rounds in which all take turns.
+    """
     generators = [Generator(model), *(Generator(model, drafter=drafter, tree=tree) for tree in trees)]
     # Whole batches only, and no more of them than it takes to see a difference.
-    count = slots * max(1, min(len(prompts), 4) // slots)
+    count = slots * max(1, min(len(prompts), 8) // slots)
     asked = [prompts[index % len(prompts)] for index in range(count)]
-    rates = np.zeros((rounds + 1, len(generators)))
+    rates, tokens_per_step = np.zeros((rounds + 1, len(generators))), np.zeros(len(generators))
     for turn in range(rounds + 1):
         for index, generator in enumerate(generators):
-            rates[turn, index] = generator.generate(asked, tokens, slots=slots).tokens_per_second
-    return np.median(rates[1:, 1:] / rates[1:, :1], axis=0).tolist()
+            done = generator.generate(asked, tokens, slots=slots)
+            rates[turn, index], tokens_per_step[index] = done.tokens_per_second, done.mean_accepted_tokens
+    speedups = np.median(rates[1:, 1:] / rates[1:, :1], axis=0)
+    return list(zip(speedups.tolist(), (tokens_per_step[1:] / speedups).tolist(), strict=True))
 
 
 def save_plans(path: FilePath, plans: Sequence[Plan], costs: Sequence[Costs]) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 from lin_jax.data import Tokenizer
 from lin_jax.data.config import HUB_PREFIX
 from lin_jax.data.token_bytes import token_bytes
+from lin_jax.decoding.calibration import calibration_prompts
 from lin_jax.decoding.costs import measure_costs
 from lin_jax.decoding.drafters import DraftParts, available, build_drafter
 from lin_jax.decoding.generator import Generator, Tree
 from lin_jax.decoding.plan import Plan, load_plans, make_plan, save_plans
-from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.stops import stop_automaton
 from lin_jax.errors import UserError
 from lin_jax.hub.files import generation_ends, is_checkpoint_folder, resolve
@@ -113,7 +113,13 @@ class Session:
         return ids
 
     def generator(
-        self, kind: str, tree: Tree | None, *, stops: Sequence[str] = (), acceptance: str = "exact"
+        self,
+        kind: str,
+        tree: Tree | None,
+        *,
+        worth: float | None = None,
+        stops: Sequence[str] = (),
+        acceptance: str = "exact",
     ) -> Generator:
         """A generator with the given drafter and tree, whose texts end at any of some strings."""
         automaton = stop_automaton(stops, token_bytes(self.tokenizer)) if stops else None
@@ -121,6 +127,7 @@ class Session:
             self.model,
             drafter=build_drafter(kind, self.parts),
             tree=tree,
+            worth=worth,
             end_tokens=self.end_tokens,
             stops=automaton,
             acceptance=acceptance,
@@ -152,8 +159,8 @@ class Session:
         Args:
             kinds: the drafters.
             slots: the batch size.
-            prompts: what the texts go on from by which trees are chosen, measuring everything anew; None samples the
-                beginnings of a few documents, and measures only what is not known yet.
+            prompts: what the texts go on from by which trees are chosen, measuring everything anew; None takes
+                `calibration_prompts`, and measures only what is not known yet.
             tokens: length of the texts.
             note: told before something takes long.
         """
@@ -169,8 +176,7 @@ class Session:
             # Without end tokens: a text that ends at once would say nothing about the drafter.
             plain = Generator(self.model)
             if prompts is None:
-                empty = [self.encode_prompt("")] * 8
-                prompts = plain.generate(empty, 32, sampling=Sampling(1.0)).tokens
+                prompts = calibration_prompts(self.folder, plain, self.tokenizer, self.encode_prompt(""))
             texts = plain.generate(prompts, tokens).tokens
             cost = next((each for each in costs if each.slots == slots), None) or measure_costs(self.model, slots=slots)
             costs = [*(each for each in costs if each.slots != slots), cost]
@@ -178,7 +184,7 @@ class Session:
                 kept[kind, slots] = make_plan(self.model, kind, drafters[kind], prompts, texts, cost)
             if os.access(self.folder, os.W_OK):
                 save_plans(self.folder / PLAN_FILE, list(kept.values()), costs)
-        return [kept[kind, slots] if kind != "none" else Plan(kind, slots, "none", "") for kind in kinds]
+        return [kept[kind, slots] if kind != "none" else Plan(kind, slots, "none") for kind in kinds]
 
 
 def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:

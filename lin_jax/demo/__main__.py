@@ -11,18 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lin_jax.data import DataConfig, read_documents, split_documents
+from lin_jax.decoding.calibration import held_out_prompts
 from lin_jax.decoding.session import Session
 from lin_jax.demo.measure import DrafterFigures, compare
 from lin_jax.demo.report import write_report
-from lin_jax.errors import OptionParser, UserError, exit_cleanly
+from lin_jax.errors import OptionParser, exit_cleanly
 from lin_jax.evaluation.head_accuracy import HeadAccuracy
 from lin_jax.training import RunConfig, load_run_config
 from lin_jax.training.checkpoints import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.tracker import read_metrics
 
-PROMPT_TOKENS = 64
 DRAFTERS = ("medusa", "ngram", "medusa+ngram")
 
 
@@ -49,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return status
     _say("3/3 decoding with and without speculation")
     session = Session.load(folder)
-    prompts, calibration = _prompts(session, config.data, options.prompts)
+    found = held_out_prompts(config.data, session.tokenizer, 2 * options.prompts)
+    prompts, calibration = found[: options.prompts], found[options.prompts : 4 * options.prompts]
     _say("    choosing draft trees for this machine")
     plans = session.plans(DRAFTERS, prompts=calibration, tokens=options.new_tokens)
     _say(f"    decoding {len(prompts)} held-out prompts")
@@ -90,18 +90,6 @@ def _train(config: RunConfig) -> int:
         _say(f"    already done ({config.output}); --fresh begins anew")
         return 0
     return train(config, resume=bool(steps)).status
-
-
-def _prompts(session: Session, data: DataConfig, count: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts for the report, and others to choose trees by, all from held-out documents."""
-    _, held_out = split_documents(read_documents(data), data.validation_fraction)
-    texts = [session.tokenizer.encode(document.text).tolist() for document in held_out]
-    # Short corpora give several prompts a document.
-    pieces = [text[i : i + PROMPT_TOKENS] for i in range(0, 40 * PROMPT_TOKENS, 4 * PROMPT_TOKENS) for text in texts]
-    pieces = [piece for piece in pieces if len(piece) == PROMPT_TOKENS]
-    if len(pieces) < 2 * count:
-        raise UserError(f"the held-out text of {data.source} is too short for {2 * count} prompts; give more text")
-    return pieces[:count], pieces[count : 4 * count]
 
 
 def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_F
 from lin_jax.hub.medusa import save_heads
 from lin_jax.hub.model_card import CARD_FILE, model_card
 from lin_jax.hub.tensors import Entry, stored, uncovered, written, written_shape
-from lin_jax.models import MedusaHeads, SeparateLayers
+from lin_jax.models import MedusaHeads, as_trained
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -72,9 +72,7 @@ def save_pretrained(
     Raises:
         UserError: the folder holds something already, or cannot be written.
     """
-    if isinstance(getattr(model, "layers", None), SeparateLayers):
-        model = nnx.merge(*nnx.split(model))
-        model.layers = model.layers.together()
+    model = as_trained(model)
     family = family_of_model(model)
     if left := uncovered(model, family.entries(model)):
         raise UserError(f"{', '.join(left)} of the model have no names in a checkpoint; they cannot be exported")

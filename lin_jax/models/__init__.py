@@ -17,6 +17,7 @@ from lin_jax.models.medusa import MedusaHeads as MedusaHeads
 from lin_jax.models.path_head import PathHead as PathHead
 from lin_jax.models.rotary import RotaryConfig as RotaryConfig
 from lin_jax.models.separate_layers import SeparateLayers as SeparateLayers
+from lin_jax.models.separate_layers import as_trained as as_trained
 from lin_jax.models.stack import LayerStack as LayerStack
 from lin_jax.models.t5 import T5 as T5
 from lin_jax.models.t5 import T5Classifier as T5Classifier

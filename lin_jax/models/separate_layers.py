@@ -78,3 +78,12 @@ class SeparateLayers(nnx.Module):
 
     def _stacked_parameters(self) -> Any:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(layer) for layer in self.layers))
+
+
+def as_trained(model: Any) -> Any:
+    """The model with its layers in a stack, as checkpoints know it: itself, if it is so."""
+    if not isinstance(getattr(model, "layers", None), SeparateLayers):
+        return model
+    model = nnx.merge(*nnx.split(model))
+    model.layers = model.layers.together()
+    return model

@@ -116,15 +116,25 @@ def piece(mixer: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array, state: 
 
 
 @jax.jit
-def token_by_token(mixer: Any, inputs: tuple[jax.Array, ...], state: Any) -> tuple[jax.Array, Any]:
-    batch = inputs[0].shape[0]
+def token_by_token(mixer: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    """Rows that have come to their end commit nothing more."""
 
-    def step(state: Any, token: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+    def step(state: Any, now: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[Any, jax.Array]:
+        place, token = now
         outputs, nodes = mixer.verify(*(part[:, None] for part in token), tree_arrays((-1,)), state)
-        return mixer.commit(state, nodes, jnp.ones((batch,), int)), outputs[:, 0]
+        return mixer.commit(state, nodes, (place < lengths).astype(int)), outputs[:, 0]
 
-    state, outputs = jax.lax.scan(step, state, tuple(jnp.moveaxis(part, 1, 0) for part in inputs))
+    places = jnp.arange(inputs[0].shape[1])
+    state, outputs = jax.lax.scan(step, state, (places, tuple(jnp.moveaxis(part, 1, 0) for part in inputs)))
     return jnp.moveaxis(outputs, 0, 1), state
+
+
+@jax.jit
+def whole_and_gradients(
+    mixer: Any, inputs: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    outputs, pull = jax.vjp(lambda inputs: whole(mixer, inputs), inputs)
+    return outputs, pull(cotangent)[0]
 
 
 def same_state(size: int, one: Any, other: Any) -> None:
@@ -155,7 +165,7 @@ def test_whole_rows_and_their_gradients(case: Case) -> None:
 
     cotangent = case.rng.normal(size=expected.shape)
     direction = case.inputs(2, case.length)
-    gradients = jax.grad(lambda inputs: jnp.sum(whole(case.mixer, inputs) * cotangent))(inputs)
+    gradients = whole_and_gradients(case.mixer, inputs, cotangent)[1]
     slope = sum(float(jnp.sum(g * d)) for g, d in zip(gradients, direction, strict=True))
     step = 1e-5
     ends = []
@@ -169,7 +179,7 @@ def test_pieces_with_padding_and_single_tokens(case: Case) -> None:
     """Rows of unequal length, cut at different places, go on from a state as if they had been read at once."""
     total = np.array([case.length, max(case.length - 3, 1), 1])
     inputs = case.inputs(3, case.length)
-    expected, _ = token_by_token(case.mixer, inputs, case.state(3))
+    expected, _ = token_by_token(case.mixer, inputs, np.full(3, case.length), case.state(3))
     close(expected[0], case.reference(*(part[0] for part in inputs)))
     if not case.expects:
         close(expected, whole(case.mixer, inputs))
@@ -185,9 +195,7 @@ def test_pieces_with_padding_and_single_tokens(case: Case) -> None:
         for row, (begin, count) in enumerate(zip(done, lengths, strict=True)):
             close(outputs[row, :count], expected[row, begin : begin + count])
         done += lengths
-    for row, count in enumerate(total):
-        alone = token_by_token(case.mixer, tuple(part[row : row + 1, :count] for part in inputs), case.state(1))[1]
-        same_state(case.group_size, jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], state), alone)
+    same_state(case.group_size, state, token_by_token(case.mixer, inputs, total, case.state(3))[1])
 
 
 def test_packed_documents_and_padding(case: Case) -> None:
@@ -216,9 +224,9 @@ def test_packed_documents_and_padding(case: Case) -> None:
     begin = left[0].shape[1]
     for part, length in zip(parts, lengths, strict=True):
         here = slice(begin, begin + length)
-        alone, pull = jax.vjp(lambda inputs: whole(mixer, inputs), part)
+        alone, pulled = whole_and_gradients(mixer, part, cotangent[:, here])
         close(outputs[:, here], alone)
-        for found, expected in zip(gradients, pull(jnp.asarray(cotangent[:, here]))[0], strict=True):
+        for found, expected in zip(gradients, pulled, strict=True):
             close(found[:, here], expected)
         begin += length
 

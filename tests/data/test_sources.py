@@ -4,7 +4,6 @@ import logging
 import lzma
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -45,10 +44,8 @@ def message(error: pytest.ExceptionInfo[UserError]) -> str:
     return text
 
 
-def test_standard_library_is_a_corpus_and_reads_fast():
-    start = time.perf_counter()
+def test_standard_library_is_a_corpus():
     documents = read_documents(DataConfig())
-    assert time.perf_counter() - start < 3
     size = sum(len(document.text) for document in documents)
     assert 3_000_000 < size < 20_000_000
     assert len(documents) > 200

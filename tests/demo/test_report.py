@@ -38,7 +38,7 @@ def generation(tokens: list[int], drafted: int = 2) -> Generation:
     origins = [DRAFT if (place + 1) % (drafted + 1) else TARGET for place in range(len(tokens))]
     yields = np.array([0] * drafted + [origins.count(TARGET)])
     steps = [origins.count(TARGET)]
-    return Generation([tokens], [origins], None, ["length"], steps, yields, 3 * steps[0], 0.1, 0.3, 4096)
+    return Generation([tokens], [origins], None, ["length"], steps, yields, 3 * steps[0], 0, 0.1, 0.3, 4096)
 
 
 def figures(kind: str, generations: list[Generation], speedup: float) -> DrafterFigures:

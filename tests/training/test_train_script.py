@@ -1,7 +1,6 @@
 import runpy
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -67,11 +66,8 @@ def test_an_unknown_name_in_the_file(script, tmp_path):
     assert "hiden_size" in err
 
 
-def test_help_is_fast_and_names_every_section():
-    begun = time.monotonic()
+def test_help_names_every_section():
     done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
-    # Three seconds on a machine with nothing else to do.
-    assert time.monotonic() - begun < 10
     for name in ("--output", "--resume", "--model.attention.group_size", "--data.source", "--training.accumulation"):
         assert name in done.stdout
     assert "usage: train.py CONFIG.yaml" in done.stdout
