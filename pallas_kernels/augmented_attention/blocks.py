@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.augmented_attention.problem import Plan
+from pallas_kernels.products import accumulation_dtype, memory_product, present, product
 
 
 class Place(NamedTuple):
@@ -103,16 +104,6 @@ def _group(positions: Array, plan: Plan) -> Array:
     return jax.lax.div(jnp.maximum(positions, 0), jnp.int32(plan.group))
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The type of sums over `dtype`: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def present(rows: Float[Array, "n D"], mask: Bool[Array, "n 1"]) -> Float[Array, "n D"]:
-    """Rows with zeros where there are none, whatever stands there."""
-    return jnp.where(mask, rows, jnp.zeros_like(rows))
-
-
 def unit(rows: Float[Array, "n D"]) -> Float[Array, "n D"]:
     """Rows scaled to length one; a zero row stays zero."""
     wide = rows.astype(accumulation_dtype(rows.dtype))
@@ -130,27 +121,6 @@ def unit_gradient(rows: Float[Array, "n D"], gradient: Float[Array, "n D"]) -> F
 def _scale(wide: Array) -> Array:
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def product(one: Array, other: Array, contract: tuple[int, int]) -> Array:
-    """A product of two matrices over the given axes, summed in float32 or better."""
-    wide = accumulation_dtype(one.dtype)
-    exact = jax.lax.Precision.HIGHEST if one.dtype == wide else None
-    return jax.lax.dot_general(
-        one, other, (((contract[0],), (contract[1],)), ((), ())), precision=exact, preferred_element_type=wide
-    )
-
-
-def memory_product(rows: Array, memory: Array, contract: tuple[int, int]) -> Array:
-    """A product of rows with the memory, which is not rounded: for bfloat16 rows it is cut into three parts."""
-    if rows.dtype != jnp.bfloat16:
-        return product(rows.astype(memory.dtype), memory, contract)
-    rest, total = memory, jnp.zeros((), memory.dtype)
-    for _ in range(3):
-        part = rest.astype(jnp.bfloat16)
-        rest = rest - part.astype(memory.dtype)
-        total = total + product(rows, part, contract)
-    return total
 
 
 def pair_weights(

@@ -4,7 +4,6 @@ Heads stay where projections leave them, side by side in the last axis: a progra
 lanes. Rows are not padded: the last block of a row reads beyond its end and masks what it finds there.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from pallas_kernels.augmented_attention.problem import (
 )
 from pallas_kernels.augmented_attention.tpu_kernels import (
     Carried,
-    Heads,
     Inputs,
     KeyGradients,
     QueryGradients,
@@ -32,11 +30,9 @@ from pallas_kernels.augmented_attention.tpu_kernels import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
 
-LANES = 128
-SUBLANES = 8
 BLOCK = 256
-VMEM_BYTES = 64 * 2**20
 
 Order = Callable[[Any], Any]
 
@@ -85,7 +81,7 @@ def backward(
     interpret: Any = False,
 ) -> Gradients:
     """Gradients, given those of the outputs and of the memory after the rows."""
-    cotangents = _flat(outputs)
+    cotangents = side_by_side(outputs)
     asked = _query_gradients(problem, plan, cotangents, interpret)
     held = _key_gradients(problem, plan, cotangents, after, interpret)
     taps, start = problem.taps, None
@@ -187,20 +183,18 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, problem: Problem, plan: Plan, order: Order) -> "_Call":
-        batch, _, query_heads, key_size = problem.queries.shape
-        kv_heads, value_size = problem.values.shape[2:]
-        count = heads_together(kv_heads, key_size, value_size)
-        heads = Heads(count, query_heads // kv_heads, key_size, value_size)
+        batch, kv_heads = problem.values.shape[0], problem.values.shape[2]
+        heads = Heads.of(problem.queries, problem.values)
         placed = None if problem.placement is None else Placed.of(problem.placement, problem.start, plan)
         alpha = None if problem.alpha is None else problem.alpha.astype(jnp.float32)
         return cls(
             plan,
             order,
-            (batch, kv_heads // count, plan.blocks),
+            (batch, kv_heads // heads.together, plan.blocks),
             heads,
             Scalars(alpha, None, None) if placed is None else Scalars(alpha, placed.carried, placed.finished),
             _arrays(problem, placed, plan),
-            _struct((batch, kv_heads, key_size, value_size), jnp.float32),
+            _struct((batch, kv_heads, heads.key_size, heads.value_size), jnp.float32),
         )
 
     @property
@@ -295,35 +289,25 @@ class _Call(NamedTuple):
 
 def _arrays(problem: Problem, placed: Placed | None, plan: Plan) -> Inputs:
     start = problem.start
-    keys, values = _flat(problem.keys), _flat(problem.values)
+    keys, values = side_by_side(problem.keys), side_by_side(problem.values)
     matrix = None if problem.taps is None else convolution_matrix(problem.taps.astype(values.dtype), plan)
     rows = previous = None
     if placed is not None:
         rows = _sublanes(placed.rows)
         previous = _sublanes(jnp.concatenate([placed.first, placed.rows], axis=2))
     return Inputs(
-        queries=_flat(problem.queries),
+        queries=side_by_side(problem.queries),
         keys=keys,
         previous_keys=keys,
-        first_keys=None if start is None else _flat(start.keys).astype(keys.dtype),
+        first_keys=None if start is None else side_by_side(start.keys).astype(keys.dtype),
         values=values,
         previous_values=values,
-        first_values=None if start is None else _flat(start.values).astype(values.dtype),
+        first_values=None if start is None else side_by_side(start.values).astype(values.dtype),
         matrix=matrix,
         memory=None if start is None else start.memory.astype(jnp.float32),
         placed=rows,
         previous_placed=previous,
     )
-
-
-def heads_together(kv_heads: int, key_size: int, value_size: int) -> int:
-    """How many key/value heads fill whole lanes; all of them where no smaller number does."""
-    together = math.lcm(*(LANES // math.gcd(LANES, size) for size in (key_size, value_size)))
-    return together if kv_heads % together == 0 else kv_heads
-
-
-def _flat(rows: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
-    return rows.reshape(*rows.shape[:2], -1)
 
 
 def _sublanes(placed: Array) -> Array:

@@ -4,7 +4,7 @@ Blocks are visited in order (outputs, gradients of queries) or in reverse (gradi
 memory, or its gradient, in scratch: it never visits HBM in between.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,41 +14,16 @@ from pallas_kernels.augmented_attention.blocks import (
     Place,
     block_outputs,
     joining,
-    memory_product,
     pair_weights,
     place_by_document,
     place_in_row,
-    present,
-    product,
     score_gradient,
     unit,
     unit_gradient,
 )
 from pallas_kernels.augmented_attention.problem import Plan
-
-# A block in VMEM, or a scalar array in SMEM; None where a docstring says so.
-Ref = Any
-
-
-class Heads(NamedTuple):
-    """The heads that one program handles: `together` key/value heads of sizes D and E, with R query heads each."""
-
-    together: int
-    share: int
-    key_size: int
-    value_size: int
-
-    def keys(self, head: int) -> slice:
-        """Columns of a head of queries or keys."""
-        return slice(head * self.key_size, (head + 1) * self.key_size)
-
-    def values(self, head: int) -> slice:
-        """Columns of a head of values or outputs."""
-        return slice(head * self.value_size, (head + 1) * self.value_size)
-
-    def queries(self, head: int) -> range:
-        """The query heads of a key/value head."""
-        return range(head * self.share, (head + 1) * self.share)
+from pallas_kernels.products import memory_product, present, product
+from pallas_kernels.tpu_heads import Heads, Ref
 
 
 class Scalars(NamedTuple):

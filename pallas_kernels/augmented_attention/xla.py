@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.blocks import (
     Place,
-    accumulation_dtype,
     block_outputs,
     joining,
     place_by_document,
@@ -16,6 +15,7 @@ from pallas_kernels.augmented_attention.blocks import (
     unit,
 )
 from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, convolution_matrix
+from pallas_kernels.products import accumulation_dtype
 
 
 def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:

@@ -8,12 +8,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.augmented_attention.blocks import memory_product, product, unit
-from pallas_kernels.augmented_attention.tpu import heads_together
-from pallas_kernels.augmented_attention.tpu_kernels import Heads, Ref
+from pallas_kernels.augmented_attention.blocks import unit
+from pallas_kernels.products import memory_product, product
+from pallas_kernels.tpu_heads import VMEM_BYTES, Heads, Ref, side_by_side
 from pallas_kernels.tree_verify.problem import EARLIER, LOCAL, Problem, branches, convolution_matrices
-
-VMEM_BYTES = 64 * 2**20
 
 
 class Inputs(NamedTuple):
@@ -46,9 +44,9 @@ class Inputs(NamedTuple):
 
 def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: Any = False) -> Float[Array, "B N H E"]:
     """Outputs of the nodes."""
-    batch, nodes, query_heads, key_size = problem.queries.shape
+    batch, nodes, query_heads, _ = problem.queries.shape
     kv_heads, value_size = problem.values.shape[2:]
-    heads = Heads(heads_together(kv_heads, key_size, value_size), query_heads // kv_heads, key_size, value_size)
+    heads = Heads.of(problem.queries, problem.values)
     alpha = problem.alpha
 
     def kernel(factors: Ref, inputs: Inputs, outputs: Ref) -> None:
@@ -106,13 +104,15 @@ def _arrays(problem: Problem) -> Inputs:
         into, among = convolution_matrices(problem.taps.astype(values.dtype), problem.tree)
         into, among = (each if each.ndim == 4 else each[None] for each in (into, among))
         among = jnp.pad(among, ((0, 0), (0, 0), (0, 0), (held.keys.shape[1], 0)))
-        window = None if held.window is None or held.window.shape[1] == 0 else _flat(held.window, values.dtype)
+        window = (
+            None if held.window is None or held.window.shape[1] == 0 else side_by_side(held.window.astype(values.dtype))
+        )
     return Inputs(
-        queries=_flat(problem.queries, problem.queries.dtype),
-        keys=_flat(problem.keys, problem.keys.dtype),
-        values=_flat(values, values.dtype),
-        held_keys=_flat(held.keys, problem.keys.dtype),
-        held_values=_flat(held.values, values.dtype),
+        queries=side_by_side(problem.queries),
+        keys=side_by_side(problem.keys),
+        values=side_by_side(values),
+        held_keys=side_by_side(held.keys.astype(problem.keys.dtype)),
+        held_values=side_by_side(held.values.astype(values.dtype)),
         memory=held.memory.astype(jnp.float32),
         branch=branches(problem),
         window=window,
@@ -148,7 +148,3 @@ def _specs(arrays: Inputs, heads: Heads) -> Inputs:
 def _columns(rows: int, columns: int) -> pl.BlockSpec:
     """All rows, of the program's heads."""
     return pl.BlockSpec((None, rows, columns), lambda b, k, _: (b, 0, k))
-
-
-def _flat(rows: Float[Array, "B N H D"], dtype: Any) -> Float[Array, "B N HD"]:
-    return rows.astype(dtype).reshape(*rows.shape[:2], -1)

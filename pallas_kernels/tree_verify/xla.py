@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.augmented_attention.blocks import accumulation_dtype, unit
+from pallas_kernels.augmented_attention.blocks import unit
+from pallas_kernels.products import accumulation_dtype
 from pallas_kernels.tree_verify.problem import EARLIER, LOCAL, Problem, branches, convolution_matrices
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.augmented_attention import Placement, Start, augmented_attention
 from pallas_kernels.implementations import compiling_for
+from pallas_kernels.linear_attention import Memory, linear_attention
 from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
@@ -66,6 +67,21 @@ def main(topology: str) -> None:
         for name, program in (("forward", loss), ("backward", jax.grad(loss))):
             kernels = compiled_kernels(program, arrays, placement, start)
             print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} {name}: {kernels} kernels", flush=True)
+
+        def linear_loss(arrays, documents, start, decay, floor=0.0 if placed else None):
+            outputs, memory = linear_attention(*arrays, decay=decay, floor=floor, documents=documents, start=start)
+            return jnp.sum(jnp.square(outputs.astype(jnp.float32))) + jnp.sum(memory.values) + jnp.sum(memory.keys)
+
+        documents = decay = start = None
+        if placed:
+            documents, decay = struct((rows, tokens)), struct((kv_heads,), jnp.float32)
+            shape = (rows, kv_heads, key_size)
+            start = Memory(struct((*shape, value_size), jnp.float32), struct(shape, jnp.float32))
+        for name, program in (("forward", linear_loss), ("backward", jax.grad(linear_loss))):
+            kernels = compiled_kernels(program, (queries, keys, values), documents, start, decay)
+            print(
+                f"{topology} {queries.shape} {keys.shape} {dtype.__name__} linear {name}: {kernels} kernels", flush=True
+            )
 
     for rows, nodes, heads, kv_heads, key_size, value_size, dtype, own in TREES:
         shape = (rows,) if own else ()

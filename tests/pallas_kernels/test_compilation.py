@@ -22,5 +22,5 @@ def test_the_tpu_compiler_takes_every_kernel(topology):
     # Forward is one program, backward two more; a tree takes one.
     kernels = {"forward": 1, "backward": 3, "verify": 1}
     counted = [(line.split()[-3].rstrip(":"), int(line.split()[-2])) for line in lines]
-    assert len(counted) == 13
+    assert len(counted) == 23
     assert all(count == kernels[name] for name, count in counted), lines
