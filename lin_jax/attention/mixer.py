@@ -18,6 +18,7 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.tree import TreeArrays
 from lin_jax.errors import UserError
+from pallas_kernels.augmented_attention.operation import IMPLEMENTATIONS
 
 State = Any
 Form = Literal["causal", "bidirectional", "cross"]
@@ -164,6 +165,10 @@ class AttentionConfig:
                 raise UserError(f"attention.{name} is {getattr(self, name)}; give a positive number")
         if self.features is not None and self.features < 2:
             raise UserError(f"attention.features is {self.features}; give at least 2")
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise UserError(
+                f"attention.implementation is '{self.implementation}'; choose one of {', '.join(IMPLEMENTATIONS)}, or none"
+            )
         if self.diagonal_layers < 0:
             raise UserError(f"attention.diagonal_layers is {self.diagonal_layers}; give zero or more")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
