@@ -167,7 +167,7 @@ class AttentionConfig:
             raise UserError(f"attention.features is {self.features}; give at least 2")
         if self.implementation not in (None, *IMPLEMENTATIONS):
             raise UserError(
-                f"attention.implementation is '{self.implementation}'; choose one of {', '.join(IMPLEMENTATIONS)}, or none"
+                f"attention.implementation is '{self.implementation}'; choose one of {', '.join(IMPLEMENTATIONS)}"
             )
         if self.diagonal_layers < 0:
             raise UserError(f"attention.diagonal_layers is {self.diagonal_layers}; give zero or more")

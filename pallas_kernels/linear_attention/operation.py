@@ -91,14 +91,14 @@ def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result,
 def _tpu_backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Result) -> tuple[Problem]:
     problem, outputs, totals = residuals
     found = tpu.backward(problem, plan, outputs, totals, *cotangents, interpret=interpret)
-    documents = problem.documents
+    nothing: Any = None if problem.documents is None else np.zeros(problem.documents.shape, jax.dtypes.float0)
     return (
         Problem(
             found.queries,
             found.keys,
             found.values,
             None if problem.log_decay is None else jnp.zeros_like(problem.log_decay),
-            None if documents is None else np.zeros(documents.shape, jax.dtypes.float0),
+            nothing,
             found.start,
         ),
     )

@@ -51,7 +51,7 @@ def forward(problem: Problem, plan: Plan, *, interpret: Any = False) -> tuple[Ou
     outputs, totals, after = call(
         forward_kernel,
         (),
-        out_specs=(call.rows(call.count * size), call.totals if divided else None, call.memories),
+        out_specs=(call.rows(call.query_heads * size), call.totals if divided else None, call.memories),
         out=(
             _struct((batch, length, heads * size), problem.values.dtype),
             _struct((batch, heads, 1, length)) if divided else None,
@@ -81,7 +81,7 @@ def backward(
         query_gradient_kernel,
         (slopes,),
         in_specs=(call.slopes(slopes),),
-        out_specs=(call.rows(call.count * size),),
+        out_specs=(call.rows(call.query_heads * size),),
         out=(_struct((batch, length, heads * size), problem.queries.dtype),),
         interpret=interpret,
         name="linear_attention_query_gradients",
@@ -133,7 +133,8 @@ class _Call(NamedTuple):
         placed = None if problem.documents is None else Placed.of(problem.documents, plan)
         rows = None if placed is None else jnp.pad(placed.rows, ((0, 0), (0, SUBLANES - 2), (0, 0)))
         decay = None if problem.log_decay is None else problem.log_decay.astype(jnp.float32)
-        arrays = Inputs(*map(side_by_side, problem[:3]), _memories(problem.start), rows)
+        queries, keys, values = (side_by_side(each) for each in (problem.queries, problem.keys, problem.values))
+        arrays = Inputs(queries, keys, values, _memories(problem.start), rows)
         scalars = Scalars(decay, None, None) if placed is None else Scalars(decay, placed.carried, placed.clock)
         return cls(plan, order, (batch, kv_heads // heads.together, plan.blocks), heads, scalars, arrays)
 
@@ -148,7 +149,7 @@ class _Call(NamedTuple):
         return self.heads.together * self.heads.value_size
 
     @property
-    def count(self) -> int:
+    def query_heads(self) -> int:
         """The program's query heads."""
         return self.heads.together * self.heads.share
 
@@ -163,7 +164,7 @@ class _Call(NamedTuple):
     @property
     def totals(self) -> pl.BlockSpec:
         """Numbers of the program's query heads, for a block's rows."""
-        return _spec((None, self.count, 1, self.plan.block), lambda b, k, i: (b, k, 0, self.order(i)))
+        return _spec((None, self.query_heads, 1, self.plan.block), lambda b, k, i: (b, k, 0, self.order(i)))
 
     def slopes(self, slopes: Cotangents) -> Cotangents:
         return Cotangents(self.rows(self.heads.share * self.values), None if slopes.totals is None else self.totals)

@@ -37,9 +37,9 @@ def forward(problem: Problem, plan: Plan) -> tuple[Float[Array, "B T H E"], Memo
         normaliser = memory.keys[:, :, None]
         sums, totals = over_rows(queries, keys, values, memory.values, normaliser, problem.log_decay, place)
         outputs = sums if plan.floor is None else sums / divisor(totals, plan.floor)
-        over_heads = jax.vmap(joined, in_axes=(1, 1, 0, 0, _axis(problem), None))
-        over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, None, _by_row(problem)))
-        after, normaliser = over_rows(keys, values, memory.values, normaliser, problem.log_decay, place)
+        joining = jax.vmap(joined, in_axes=(1, 1, 0, 0, _axis(problem), None))
+        joining = jax.vmap(joining, in_axes=(0, 0, 0, 0, None, _by_row(problem)))
+        after, normaliser = joining(keys, values, memory.values, normaliser, problem.log_decay, place)
         return Memory(after, normaliser[:, :, 0]), outputs.astype(problem.values.dtype)
 
     after, outputs = jax.lax.scan(step, problem.start, (queries, keys, values, _places(problem, plan)))
@@ -69,6 +69,6 @@ def _places(problem: Problem, plan: Plan) -> Place:
         return jax.vmap(partial(place_in_row, plan=plan))(blocks)
     placed = Placed.of(problem.documents, plan)
     rows = jnp.moveaxis(_in_blocks(jnp.moveaxis(placed.rows, 1, 2), plan), 2, 3)
-    pairs = [tuple(jnp.moveaxis(each, 1, 0) for each in (part[:, :-1], part[:, 1:])) for part in placed[1:]]
+    carried, clock = ((part[:, :-1].T, part[:, 1:].T) for part in (placed.carried, placed.clock))
     over_rows = jax.vmap(partial(place_by_document, plan=plan), in_axes=(None, 0, 0, 0))
-    return jax.vmap(over_rows)(blocks, rows, *pairs)
+    return jax.vmap(over_rows)(blocks, rows, carried, clock)
