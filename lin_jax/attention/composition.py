@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches, nothing, plus
 from lin_jax.attention.chunks import Chunks, cut
-from lin_jax.attention.fused import fused, fused_verify, is_fused
+from lin_jax.attention.fused import fused, fused_commit, fused_verify, is_fused
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
@@ -138,6 +138,8 @@ class ComposedAttention(Branches):
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
+        if state.memory is not None and is_fused(self, None):
+            return fused_commit(self, state, path, length)
         return commit_path(state, path, length, self._fold)
 
     def bidirectional(

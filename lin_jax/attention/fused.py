@@ -1,17 +1,19 @@
 """Augmented linear attention by the operations of `pallas_kernels`: all branches in one pass."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches
 from lin_jax.attention.feature_maps import Identity
 from lin_jax.attention.layout import Layout, first_document
 from lin_jax.attention.local import relu_squared
+from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import accumulation_dtype
 from lin_jax.attention.state import AugmentedState
 from lin_jax.attention.tree import TreeArrays
 from pallas_kernels.augmented_attention import Placement, Start, augmented_attention
+from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 
@@ -79,6 +81,12 @@ def fused_verify(
         unit=branches.unit_inputs,
         implementation=branches.implementation,
     )
+
+
+def fused_commit(branches: Branches, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
+    """The state after the first `length` nodes of a path."""
+    held = Held(_memory(state, path.values), state.keys, state.values, state.window, state.position)
+    return AugmentedState(*commit_path(held, path.keys, path.values, length, implementation=branches.implementation))
 
 
 def _parameters(branches: Branches, heads: int) -> tuple[Array | None, Array | None]:
