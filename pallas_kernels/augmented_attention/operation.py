@@ -79,15 +79,18 @@ def _fitted(problem: Problem, plan: Plan) -> Problem:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _tpu_program(problem: Problem, plan: Plan, interpret: bool) -> Result:
-    return tpu.forward(problem, plan, interpret=interpret)
+    result = tpu.forward(problem, plan, interpret=interpret)
+    return result.outputs, result.after
 
 
-def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result, Problem]:
-    return tpu.forward(problem, plan, interpret=interpret), problem
+def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result, tuple[Problem, Any]]:
+    result = tpu.forward(problem, plan, differentiated=True, interpret=interpret)
+    return (result.outputs, result.after), (problem, result.before)
 
 
-def _tpu_backward(plan: Plan, interpret: bool, problem: Problem, cotangents: Result) -> tuple[Problem]:
-    found = tpu.backward(problem, plan, *cotangents, interpret=interpret)
+def _tpu_backward(plan: Plan, interpret: bool, residuals: tuple[Problem, Any], cotangents: Result) -> tuple[Problem]:
+    problem, before = residuals
+    found = tpu.backward(problem, plan, before, *cotangents, interpret=interpret)
     start = None
     if problem.start is not None and found.start is not None:
         memory, keys, values = (

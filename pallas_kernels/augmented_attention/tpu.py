@@ -1,4 +1,4 @@
-"""Augmented linear attention on TPU: three Pallas programs, forward, backward in order and backward in reverse.
+"""Augmented linear attention on TPU: two Pallas programs, forward, and backward in reverse.
 
 Heads stay where projections leave them, side by side in the last axis: a program takes as many of them as fill 128
 lanes. Rows are not padded: the last block of a row reads beyond its end and masks what it finds there.
@@ -22,13 +22,11 @@ from pallas_kernels.augmented_attention.problem import (
 )
 from pallas_kernels.augmented_attention.tpu_kernels import (
     Carried,
+    Gradients,
     Inputs,
-    KeyGradients,
-    QueryGradients,
     Scalars,
     forward_kernel,
-    key_gradient_kernel,
-    query_gradient_kernel,
+    gradient_kernel,
 )
 from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
 
@@ -37,7 +35,15 @@ BLOCK = 256
 Order = Callable[[Any], Any]
 
 
-class Gradients(NamedTuple):
+class Result(NamedTuple):
+    """Outputs, the memory `[B, n, K, D, E]` before every block (None if nobody asks), and after the rows; float32."""
+
+    outputs: Float[Array, "B T H E"]
+    before: Float[Array, "B n K D E"] | None
+    after: Float[Array, "B K D E"]
+
+
+class ProblemGradients(NamedTuple):
     """Gradients of a problem's arrays; those of the start are of its memory, keys and values."""
 
     queries: Float[Array, "B T H D"]
@@ -53,111 +59,46 @@ def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
     return Plan.of(problem, group=group, unit=unit, local=local, block=BLOCK, multiple=LANES)
 
 
-def forward(
-    problem: Problem, plan: Plan, *, interpret: Any = False
-) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
-    """Outputs, and the memory after the rows in float32."""
+def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
+    """Outputs, and the memory after the rows; to be differentiated, also what `backward` goes on from."""
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, _ = problem.queries.shape
     size = problem.values.shape[3]
-    outputs, after = call(
+    memory = call.memory_struct.shape
+    outputs, before, after = call(
         forward_kernel,
         (),
-        out_specs=(call.rows(call.heads.together * call.heads.share * size), call.memory),
-        out=(_struct((batch, length, heads * size), problem.values.dtype), call.memory_struct),
+        out_specs=(call.rows(call.query_heads * size), call.block_memory if differentiated else None, call.memory),
+        out=(
+            _struct((batch, length, heads * size), problem.values.dtype),
+            _struct((batch, plan.blocks, *memory[1:]), jnp.float32) if differentiated else None,
+            call.memory_struct,
+        ),
         scratch=(pltpu.VMEM(call.memory_shape, jnp.float32),),
         interpret=interpret,
         name="augmented_attention",
     )
-    return outputs.reshape(batch, length, heads, size), after
+    return Result(outputs.reshape(batch, length, heads, size), before, after)
 
 
 def backward(
     problem: Problem,
     plan: Plan,
+    before: Float[Array, "B n K D E"],
     outputs: Float[Array, "B T H E"],
     after: Float[Array, "B K D E"],
     *,
     interpret: Any = False,
-) -> Gradients:
-    """Gradients, given those of the outputs and of the memory after the rows."""
-    cotangents = side_by_side(outputs)
-    asked = _query_gradients(problem, plan, cotangents, interpret)
-    held = _key_gradients(problem, plan, cotangents, after, interpret)
-    taps, start = problem.taps, None
-    if problem.start is not None:
-        start = (
-            held.memory,
-            held.first_keys.reshape(problem.start.keys.shape),
-            held.first_values.reshape(problem.start.values.shape),
-        )
-    return Gradients(
-        queries=asked.queries.reshape(problem.queries.shape),
-        keys=held.keys.reshape(problem.keys.shape),
-        values=held.values.reshape(problem.values.shape),
-        alpha=None if asked.alpha is None else jnp.sum(asked.alpha[:, :, 0, 0], axis=0),
-        taps=None if taps is None else taps_gradient(jnp.sum(asked.matrix, axis=0), taps.shape[1], plan),
-        start=start,
-    )
-
-
-def _query_gradients(problem: Problem, plan: Plan, cotangents: Array, interpret: Any) -> QueryGradients:
-    call = _Call.of(problem, plan, lambda step: step)
-    batch, length, heads, size = problem.queries.shape
-    count = call.heads.together * call.heads.share
-    matrix = (plan.block, plan.width) if problem.taps is not None else None
-    alpha = (SUBLANES, LANES) if problem.alpha is not None else None
-    return call(
-        query_gradient_kernel,
-        (cotangents,),
-        in_specs=(call.rows(count * call.heads.value_size),),
-        out_specs=(
-            QueryGradients(
-                call.rows(count * size),
-                None if matrix is None else call.fixed(count, *matrix),
-                None if alpha is None else call.fixed(count, *alpha),
-            ),
-        ),
-        out=(
-            QueryGradients(
-                _struct((batch, length, heads * size), problem.queries.dtype),
-                None if matrix is None else _struct((batch, heads, *matrix), jnp.float32),
-                None if alpha is None else _struct((batch, heads, *alpha), jnp.float32),
-            ),
-        ),
-        scratch=(pltpu.VMEM(call.memory_shape, jnp.float32),),
-        interpret=interpret,
-        name="augmented_attention_query_gradients",
-    )[0]
-
-
-def _key_gradients(problem: Problem, plan: Plan, cotangents: Array, after: Array, interpret: Any) -> KeyGradients:
+) -> ProblemGradients:
+    """Gradients, given the memory before every block, and gradients of the outputs and of the memory after the rows."""
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
-    arrays, heads = call.arrays, call.heads
-    key, value = heads.together * heads.key_size, heads.together * heads.value_size
-    first = problem.start is not None
-    return call(
-        key_gradient_kernel,
-        (cotangents, after),
-        in_specs=(call.rows(heads.share * value), call.memory),
-        out_specs=(
-            KeyGradients(
-                call.rows(key),
-                call.rows(value),
-                call.whole(plan.before, key) if first else None,
-                call.whole(plan.before, value) if first else None,
-                call.memory,
-            ),
-        ),
-        out=(
-            KeyGradients(
-                _like(arrays.keys),
-                _like(arrays.values),
-                _like(arrays.first_keys),
-                _like(arrays.first_values),
-                call.memory_struct,
-            ),
-        ),
+    heads = call.heads
+    found = call(
+        gradient_kernel,
+        (side_by_side(outputs), before, after),
+        in_specs=(call.rows(call.query_heads * heads.value_size), call.block_memory, call.memory),
+        out_specs=(_gradient_specs(problem, plan, call),),
+        out=(_gradient_structs(problem, plan, call),),
         scratch=(
             Carried(
                 pltpu.VMEM(call.memory_shape, jnp.float32),
@@ -166,8 +107,54 @@ def _key_gradients(problem: Problem, plan: Plan, cotangents: Array, after: Array
             ),
         ),
         interpret=interpret,
-        name="augmented_attention_key_gradients",
+        name="augmented_attention_gradients",
     )[0]
+    taps, start = problem.taps, None
+    if problem.start is not None:
+        start = (
+            found.memory,
+            found.first_keys.reshape(problem.start.keys.shape),
+            found.first_values.reshape(problem.start.values.shape),
+        )
+    return ProblemGradients(
+        queries=found.queries.reshape(problem.queries.shape),
+        keys=found.keys.reshape(problem.keys.shape),
+        values=found.values.reshape(problem.values.shape),
+        alpha=None if found.alpha is None else jnp.sum(found.alpha[:, :, 0, 0], axis=0),
+        taps=None if taps is None else taps_gradient(jnp.sum(found.matrix, axis=0), taps.shape[1], plan),
+        start=start,
+    )
+
+
+def _gradient_specs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
+    """How the gradients are cut."""
+    heads, first = call.heads, problem.start is not None
+    key, value = heads.together * heads.key_size, heads.together * heads.value_size
+    return Gradients(
+        queries=call.rows(heads.share * key),
+        keys=call.rows(key),
+        values=call.rows(value),
+        matrix=None if problem.taps is None else call.fixed(call.query_heads, plan.block, plan.width),
+        alpha=None if problem.alpha is None else call.fixed(call.query_heads, SUBLANES, LANES),
+        first_keys=call.whole(plan.before, key) if first else None,
+        first_values=call.whole(plan.before, value) if first else None,
+        memory=call.memory,
+    )
+
+
+def _gradient_structs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
+    """Shapes and types of the gradients."""
+    arrays, (batch, _, heads, _) = call.arrays, problem.queries.shape
+    return Gradients(
+        queries=_struct(arrays.queries.shape, arrays.queries.dtype),
+        keys=_struct(arrays.keys.shape, arrays.keys.dtype),
+        values=_struct(arrays.values.shape, arrays.values.dtype),
+        matrix=None if problem.taps is None else _struct((batch, heads, plan.block, plan.width), jnp.float32),
+        alpha=None if problem.alpha is None else _struct((batch, heads, SUBLANES, LANES), jnp.float32),
+        first_keys=_like(arrays.first_keys),
+        first_values=_like(arrays.first_values),
+        memory=call.memory_struct,
+    )
 
 
 class _Call(NamedTuple):
@@ -202,8 +189,18 @@ class _Call(NamedTuple):
         return self.heads.together, self.heads.key_size, self.heads.value_size
 
     @property
+    def query_heads(self) -> int:
+        """The program's query heads."""
+        return self.heads.together * self.heads.share
+
+    @property
     def memory(self) -> pl.BlockSpec:
         return self.fixed(*self.memory_shape)
+
+    @property
+    def block_memory(self) -> pl.BlockSpec:
+        """The program's part of the memory before the block."""
+        return self._spec((None, None, *self.memory_shape), lambda b, k, i: (b, self.order(i), k, 0, 0))
 
     def rows(self, columns: int) -> pl.BlockSpec:
         """A block's rows, of the program's heads."""

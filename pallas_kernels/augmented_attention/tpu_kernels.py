@@ -1,7 +1,6 @@
 """Kernel bodies for TPU: one block of rows for a few heads at a time.
 
-Blocks are visited in order (outputs, gradients of queries) or in reverse (gradients of keys and values), with the
-memory, or its gradient, in scratch: it never visits HBM in between.
+Blocks are visited in order (outputs) or in reverse (gradients), with the memory, or its gradient, in scratch.
 """
 
 from typing import NamedTuple
@@ -135,11 +134,16 @@ def begin(inputs: Inputs, memory: Ref) -> None:
 
 
 def forward_kernel(
-    scalars: Scalars, inputs: Inputs, outputs: Ref, after: Ref, memory: Ref, *, plan: Plan, heads: Heads
+    scalars: Scalars, inputs: Inputs, outputs: Ref, before: Ref, after: Ref, memory: Ref, *, plan: Plan, heads: Heads
 ) -> None:
-    """Outputs `[C, k R E]` of a block, and the memory `[k, D, E]` after the row."""
+    """Outputs `[C, k R E]` of a block, and the memory `[k, D, E]` after the row.
+
+    To be differentiated also the memory before every block; else `before` is None.
+    """
     block = pl.program_id(2)
     pl.when(block == 0)(lambda: begin(inputs, memory))
+    if before is not None:
+        before[...] = memory[...]
     place = place_of(scalars, inputs, block, plan)
     for head in range(heads.together):
         window = window_of(inputs, head, block, place, plan, heads)
@@ -156,77 +160,25 @@ def forward_kernel(
         after[...] = memory[...]
 
 
-class QueryGradients(NamedTuple):
-    """What the pass in order writes.
-
-    Attributes:
-        queries: `[C, k R D]`.
-        matrix: `[k R, C, P + C]` float32, summed over blocks; None without a convolution.
-        alpha: `[k R, 8, 128]` float32, the same number everywhere; None without a grouped branch.
-    """
-
-    queries: Ref
-    matrix: Ref
-    alpha: Ref
-
-
-def query_gradient_kernel(
-    scalars: Scalars,
-    inputs: Inputs,
-    cotangents: Ref,
-    gradients: QueryGradients,
-    memory: Ref,
-    *,
-    plan: Plan,
-    heads: Heads,
-) -> None:
-    """Gradients of queries, of the convolution's matrix and of alpha, block after block."""
-    block = pl.program_id(2)
-
-    @pl.when(block == 0)
-    def _() -> None:
-        begin(inputs, memory)
-        for total in (gradients.alpha, gradients.matrix):
-            if total is not None:
-                total[...] = jnp.zeros_like(total)
-
-    place = place_of(scalars, inputs, block, plan)
-    for head in range(heads.together):
-        window = window_of(inputs, head, block, place, plan, heads)
-        for query_head in heads.queries(head):
-            asked = asked_by(scalars, inputs, query_head, place, plan, heads)
-            cotangent = present(cotangents[:, heads.values(query_head)], place.asked)
-            scores = product(asked.queries, window.keys, (1, 1))
-            weights = product(cotangent, window.values, (1, 1))
-            slope = score_gradient(scores, weights, asked.alpha, place, plan)
-            result = product(slope.astype(window.keys.dtype), window.keys, (1, 0))
-            if asked.alpha is not None:
-                read = jnp.where(place.reads, memory_product(cotangent, memory[head], (1, 1)), 0)
-                result += asked.alpha * read
-                change = jnp.sum(jnp.where(place.earlier, scores * weights, 0))
-                change += jnp.sum(read * asked.queries.astype(jnp.float32))
-                gradients.alpha[query_head] += jnp.full(gradients.alpha.shape[1:], change)
-            if gradients.matrix is not None:
-                gradients.matrix[query_head] += jnp.where(place.near, weights, 0)
-            if plan.unit:
-                result = unit_gradient(asked.raw, result)
-            gradients.queries[:, heads.keys(query_head)] = result.astype(gradients.queries.dtype)
-        memory[head] = jnp.where(place.keep, memory[head], 0) + joining(window.keys, window.values, place)
-
-
-class KeyGradients(NamedTuple):
+class Gradients(NamedTuple):
     """What the pass in reverse writes.
 
     Attributes:
+        queries: `[C, k R D]`.
         keys: `[C, k D]`.
         values: `[C, k E]`.
+        matrix: `[k R, C, P + C]` float32, summed over blocks; None without a convolution.
+        alpha: `[k R, 8, 128]` float32, the same number everywhere; None without a grouped branch.
         first_keys: `[P, k D]`, None without a state.
         first_values: `[P, k E]`, None without a state.
         memory: `[k, D, E]` float32, of the memory before the row.
     """
 
+    queries: Ref
     keys: Ref
     values: Ref
+    matrix: Ref
+    alpha: Ref
     first_keys: Ref
     first_values: Ref
     memory: Ref
@@ -246,28 +198,30 @@ class Carried(NamedTuple):
     values: Ref
 
 
-def key_gradient_kernel(
+def gradient_kernel(
     scalars: Scalars,
     inputs: Inputs,
     cotangents: Ref,
+    before: Ref,
     after: Ref,
-    gradients: KeyGradients,
+    gradients: Gradients,
     carried: Carried,
     *,
     plan: Plan,
     heads: Heads,
 ) -> None:
-    """Gradients of keys, values and the memory before the row, from the last block to the first.
+    """All gradients, from the last block to the first.
 
-    `after` `[k, D, E]` is the gradient of the memory after the row.
+    `before` `[k, D, E]` is the memory before the block, `after` `[k, D, E]` the gradient of the memory after the row.
     """
     block = plan.blocks - 1 - pl.program_id(2)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         carried.memory[...] = after[...]
-        carried.keys[...] = jnp.zeros_like(carried.keys)
-        carried.values[...] = jnp.zeros_like(carried.values)
+        for total in (carried.keys, carried.values, gradients.alpha, gradients.matrix):
+            if total is not None:
+                total[...] = jnp.zeros_like(total)
 
     place = place_of(scalars, inputs, block, plan)
     for head in range(heads.together):
@@ -282,10 +236,22 @@ def key_gradient_kernel(
             scores = product(asked.queries, window.keys, (1, 1))
             weights = pair_weights(scores, asked.alpha, asked.matrix, place, plan)
             value_gradient += product(weights.astype(cotangent.dtype), cotangent, (0, 0))
-            slope = score_gradient(scores, product(cotangent, window.values, (1, 1)), asked.alpha, place, plan)
+            upstream = product(cotangent, window.values, (1, 1))
+            slope = score_gradient(scores, upstream, asked.alpha, place, plan)
             key_gradient += product(slope.astype(asked.queries.dtype), asked.queries, (0, 0))
+            query_gradient = product(slope.astype(window.keys.dtype), window.keys, (1, 0))
             if asked.alpha is not None:
+                read = jnp.where(place.reads, memory_product(cotangent, before[head], (1, 1)), 0)
+                query_gradient += asked.alpha * read
+                change = jnp.sum(jnp.where(place.earlier, scores * upstream, 0))
+                change += jnp.sum(read * asked.queries.astype(jnp.float32))
+                gradients.alpha[query_head] += jnp.full(gradients.alpha.shape[1:], change)
                 memory += asked.alpha * product(present(asked.queries, place.reads), cotangent, (0, 0))
+            if gradients.matrix is not None:
+                gradients.matrix[query_head] += jnp.where(place.near, upstream, 0)
+            if plan.unit:
+                query_gradient = unit_gradient(asked.raw, query_gradient)
+            gradients.queries[:, heads.keys(query_head)] = query_gradient.astype(gradients.queries.dtype)
         carried.memory[head] = memory
         _write(gradients, carried, head, (key_gradient, value_gradient), window, plan, heads)
 
@@ -297,7 +263,7 @@ def key_gradient_kernel(
 
 
 def _write(
-    gradients: KeyGradients,
+    gradients: Gradients,
     carried: Carried,
     head: int,
     found: tuple[jax.Array, jax.Array],
@@ -320,7 +286,7 @@ def _write(
     gradients.values[:, heads.values(head)] = value_rows.astype(gradients.values.dtype)
 
 
-def _write_first(gradients: KeyGradients, carried: Carried, heads: Heads) -> None:
+def _write_first(gradients: Gradients, carried: Carried, heads: Heads) -> None:
     for head in range(heads.together):
         gradients.first_keys[:, heads.keys(head)] = carried.keys[head].astype(gradients.first_keys.dtype)
         gradients.first_values[:, heads.values(head)] = carried.values[head].astype(gradients.first_values.dtype)

@@ -79,18 +79,18 @@ def _tpu(problem: Problem, floor: float | None, interpret: bool = False) -> Resu
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _tpu_program(problem: Problem, plan: Plan, interpret: bool) -> Result:
-    outputs, _, after = tpu.forward(problem, plan, interpret=interpret)
-    return outputs, after
+    result = tpu.forward(problem, plan, interpret=interpret)
+    return result.outputs, result.after
 
 
 def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result, Any]:
-    outputs, totals, after = tpu.forward(problem, plan, interpret=interpret)
-    return (outputs, after), (problem, outputs, totals)
+    result = tpu.forward(problem, plan, differentiated=True, interpret=interpret)
+    return (result.outputs, result.after), (problem, result)
 
 
 def _tpu_backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Result) -> tuple[Problem]:
-    problem, outputs, totals = residuals
-    found = tpu.backward(problem, plan, outputs, totals, *cotangents, interpret=interpret)
+    problem, result = residuals
+    found = tpu.backward(problem, plan, result, *cotangents, interpret=interpret)
     nothing: Any = None if problem.documents is None else np.zeros(problem.documents.shape, jax.dtypes.float0)
     return (
         Problem(

@@ -1,4 +1,4 @@
-"""Linear attention on TPU: three Pallas programs, forward, backward in order and backward in reverse.
+"""Linear attention on TPU: two Pallas programs, forward, and backward in reverse.
 
 Heads stay where projections leave them, side by side in the last axis. Rows are not padded: the last block of a row
 reads beyond its end and masks what it finds there.
@@ -17,13 +17,12 @@ from pallas_kernels.linear_attention.blocks import divisor
 from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem
 from pallas_kernels.linear_attention.tpu_kernels import (
     Cotangents,
+    Gradients,
     Inputs,
-    KeyGradients,
     Memories,
     Scalars,
     forward_kernel,
-    key_gradient_kernel,
-    query_gradient_kernel,
+    gradient_kernel,
 )
 from pallas_kernels.tpu_heads import SUBLANES, VMEM_BYTES, Heads, side_by_side
 
@@ -33,84 +32,86 @@ Outputs = Float[Array, "B T H E"]
 Totals = Float[Array, "B H 1 T"]
 
 
-class Gradients(NamedTuple):
-    """Gradients of a problem's arrays."""
+class Result(NamedTuple):
+    """What the forward program leaves.
 
-    queries: Float[Array, "B T H D"]
-    keys: Float[Array, "B T K D"]
-    values: Float[Array, "B T K E"]
-    start: Memory
+    Attributes:
+        outputs: `[B, T, H, E]`.
+        totals: `[B, H, 1, T]` float32, the sums of weights; None if nothing is divided by them.
+        before: the memory before every block, `[B, n, K, D, E]` and `[B, n, K, 1, D]`; None if nobody asks.
+        after: the memory after the rows.
+    """
+
+    outputs: Outputs
+    totals: Totals | None
+    before: Memories | None
+    after: Memory
 
 
-def forward(problem: Problem, plan: Plan, *, interpret: Any = False) -> tuple[Outputs, Totals | None, Memory]:
-    """Outputs, the sums of weights that they were divided by, and the memory after the rows in float32."""
+def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
+    """Outputs, and the memory after the rows in float32; to be differentiated, also what `backward` goes on from."""
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, _ = problem.queries.shape
     size = problem.values.shape[3]
     divided = plan.floor is not None
-    outputs, totals, after = call(
+    outputs, totals, before, after = call(
         forward_kernel,
         (),
-        out_specs=(call.rows(call.query_heads * size), call.totals if divided else None, call.memories),
+        out_specs=(
+            call.rows(call.query_heads * size),
+            call.totals if divided else None,
+            call.block_memories if differentiated else None,
+            call.memories,
+        ),
         out=(
             _struct((batch, length, heads * size), problem.values.dtype),
             _struct((batch, heads, 1, length)) if divided else None,
+            call.block_memory_structs if differentiated else None,
             call.memory_structs,
         ),
         interpret=interpret,
         name="linear_attention",
     )
-    return outputs.reshape(batch, length, heads, size), totals, Memory(after.values, after.keys[:, :, 0])
+    outputs = outputs.reshape(batch, length, heads, size)
+    return Result(outputs, totals, before, Memory(after.values, after.keys[:, :, 0]))
 
 
 def backward(
-    problem: Problem,
-    plan: Plan,
-    outputs: Outputs,
-    totals: Totals | None,
-    cotangents: Outputs,
-    after: Memory,
-    *,
-    interpret: Any = False,
+    problem: Problem, plan: Plan, result: Result, cotangents: Outputs, after: Memory, *, interpret: Any = False
 ) -> Gradients:
-    """Gradients, given those of the outputs and of the memory after the rows."""
-    slopes = _cotangents(plan, outputs, totals, cotangents)
-    batch, length, heads, size = problem.queries.shape
-    call = _Call.of(problem, plan, lambda step: step)
-    (queries,) = call(
-        query_gradient_kernel,
-        (slopes,),
-        in_specs=(call.slopes(slopes),),
-        out_specs=(call.rows(call.query_heads * size),),
-        out=(_struct((batch, length, heads * size), problem.queries.dtype),),
-        interpret=interpret,
-        name="linear_attention_query_gradients",
-    )
+    """Gradients of the problem's arrays, given those of the outputs and of the memory after the rows."""
+    slopes = _cotangents(plan, result, cotangents)
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
-    (held,) = call(
-        key_gradient_kernel,
-        (slopes, _memories(after)),
-        in_specs=(call.slopes(slopes), call.memories),
-        out_specs=(KeyGradients(call.rows(call.keys), call.rows(call.values), call.memories),),
-        out=(KeyGradients(_like(call.arrays.keys), _like(call.arrays.values), call.memory_structs),),
+    arrays = call.arrays
+    (found,) = call(
+        gradient_kernel,
+        (slopes, result.before, _memories(after)),
+        in_specs=(call.slopes(slopes), call.block_memories, call.memories),
+        out_specs=(
+            Gradients(
+                call.rows(call.heads.share * call.keys), call.rows(call.keys), call.rows(call.values), call.memories
+            ),
+        ),
+        out=(Gradients(*map(_like, (arrays.queries, arrays.keys, arrays.values)), call.memory_structs),),
         interpret=interpret,
-        name="linear_attention_key_gradients",
+        name="linear_attention_gradients",
     )
     return Gradients(
-        queries.reshape(problem.queries.shape),
-        held.keys.reshape(problem.keys.shape),
-        held.values.reshape(problem.values.shape),
-        Memory(held.start.values, held.start.keys[:, :, 0]),
+        found.queries.reshape(problem.queries.shape),
+        found.keys.reshape(problem.keys.shape),
+        found.values.reshape(problem.values.shape),
+        Memory(found.start.values, found.start.keys[:, :, 0]),
     )
 
 
-def _cotangents(plan: Plan, outputs: Outputs, totals: Totals | None, cotangents: Outputs) -> Cotangents:
+def _cotangents(plan: Plan, result: Result, cotangents: Outputs) -> Cotangents:
     """Gradients of the sums and of what they were divided by, given those of the outputs."""
+    totals = result.totals
     if totals is None or plan.floor is None:
         return Cotangents(side_by_side(cotangents), None)
     divided = jnp.moveaxis(divisor(totals, plan.floor)[:, :, 0], 1, 2)
     wide = cotangents.astype(jnp.float32) / divided[..., None]
-    slope = -jnp.sum(wide * outputs.astype(jnp.float32), axis=3)
+    slope = -jnp.sum(wide * result.outputs.astype(jnp.float32), axis=3)
     slope = jnp.moveaxis(slope, 2, 1)[:, :, None]
     moves = totals > plan.floor if plan.floor else totals != 0
     return Cotangents(side_by_side(wide.astype(cotangents.dtype)), jnp.where(moves, slope, 0))
@@ -160,6 +161,22 @@ class _Call(NamedTuple):
     @property
     def memories(self) -> Memories:
         return Memories(*(self._fixed(*each.shape[2:]) for each in self.arrays.start))
+
+    @property
+    def block_memory_structs(self) -> Memories:
+        """Memories before every block."""
+        batch, *shapes = (self.grid[0], *(each.shape[1:] for each in self.arrays.start))
+        return Memories(*(_struct((batch, self.plan.blocks, *shape)) for shape in shapes))
+
+    @property
+    def block_memories(self) -> Memories:
+        """The program's part of the memory before the block."""
+
+        def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
+            size = (None, None, self.heads.together, *shape)
+            return _spec(size, lambda b, k, i: (b, self.order(i), k) + (0,) * len(shape))
+
+        return Memories(*(spec(each.shape[2:]) for each in self.arrays.start))
 
     @property
     def totals(self) -> pl.BlockSpec:

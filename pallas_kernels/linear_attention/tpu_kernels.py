@@ -1,7 +1,7 @@
 """Kernel bodies for TPU: one block of rows for a few heads at a time.
 
-Blocks are visited in order (outputs, gradients of queries) or in reverse (gradients of keys and values), with the
-memory and the normaliser, or their gradients, in scratch.
+Blocks are visited in order (outputs) or in reverse (gradients), with the memory and the normaliser, or their gradients,
+in scratch.
 """
 
 from typing import NamedTuple
@@ -113,15 +113,21 @@ def forward_kernel(
     inputs: Inputs,
     outputs: Ref,
     totals: Ref,
+    before: Memories | None,
     after: Memories,
     memory: Memories,
     *,
     plan: Plan,
     heads: Heads,
 ) -> None:
-    """Outputs `[C, k R E]` of a block, what they were divided by `[k R, 1, C]`, and the memory after the row."""
+    """Outputs `[C, k R E]` of a block, and the memory after the row.
+
+    With a floor also the sums of weights `[k R, 1, C]`; to be differentiated also the memory before every block.
+    """
     block = pl.program_id(2)
     pl.when(block == 0)(lambda: _begin(inputs.start, memory))
+    if before is not None:
+        before.values[...], before.keys[...] = memory.values[...], memory.keys[...]
     place = place_of(scalars, inputs, block, plan)
     for head in range(heads.together):
         (keys, values), log_decay = _rows(inputs, head, place, heads), _decay(scalars, head, heads)
@@ -166,63 +172,39 @@ def _asked(
     return _Asked(queries, sums, totals, jnp.where(place.met, aged(weights, log_decay, place.lag), 0))
 
 
-def query_gradient_kernel(
-    scalars: Scalars,
-    inputs: Inputs,
-    cotangents: Cotangents,
-    gradients: Ref,
-    memory: Memories,
-    *,
-    plan: Plan,
-    heads: Heads,
-) -> None:
-    """Gradients `[C, k R D]` of queries, block after block."""
-    block = pl.program_id(2)
-    pl.when(block == 0)(lambda: _begin(inputs.start, memory))
-    place = place_of(scalars, inputs, block, plan)
-    for head in range(heads.together):
-        (keys, values), log_decay = _rows(inputs, head, place, heads), _decay(scalars, head, heads)
-        for query_head in heads.queries(head):
-            asked = _asked(inputs, cotangents, query_head, values, log_decay, place, heads)
-            read = memory_product(asked.sums, memory.values[head], (1, 1))
-            if asked.totals is not None:
-                read += asked.totals * memory.keys[head]
-            result = product(asked.scores.astype(keys.dtype), keys, (1, 0))
-            result += jnp.where(place.reads, aged(read, log_decay, place.since), 0)
-            gradients[:, heads.keys(query_head)] = result.astype(gradients.dtype)
-        _advance(memory, head, keys, values, log_decay, place)
+class Gradients(NamedTuple):
+    """Gradients of queries `[C, k R D]`, keys `[C, k D]`, values `[C, k E]`, and of the memory before the row."""
 
-
-class KeyGradients(NamedTuple):
-    """What the pass in reverse writes: for keys `[C, k D]`, values `[C, k E]`, and the memory before the row."""
-
+    queries: Ref
     keys: Ref
     values: Ref
     start: Memories
 
 
-def key_gradient_kernel(
+def gradient_kernel(
     scalars: Scalars,
     inputs: Inputs,
     cotangents: Cotangents,
+    before: Memories,
     after: Memories,
-    gradients: KeyGradients,
+    gradients: Gradients,
     carried: Memories,
     *,
     plan: Plan,
     heads: Heads,
 ) -> None:
-    """Gradients of keys, values and the memory before the row, from the last block to the first."""
+    """Gradients from the last block to the first, given the memory before each block, and that of the one after all."""
     block = plan.blocks - 1 - pl.program_id(2)
     pl.when(pl.program_id(2) == 0)(lambda: _begin(after, carried))
     place = place_of(scalars, inputs, block, plan)
     for head in range(heads.together):
         (keys, values), log_decay = _rows(inputs, head, place, heads), _decay(scalars, head, heads)
         memory, normaliser = carried.values[head], carried.keys[head]
-        from_memory = memory_product(values, memory, (1, 1)) + normaliser
-        key_gradient = jnp.where(place.folded, aged(from_memory, log_decay, place.left), 0)
-        from_memory = memory_product(keys, memory, (1, 0))
-        value_gradient = jnp.where(place.folded, aged(from_memory, log_decay, place.left), 0)
+        key_gradient = memory_product(values, memory, (1, 1)) + normaliser
+        value_gradient = memory_product(keys, memory, (1, 0))
+        key_gradient, value_gradient = (
+            jnp.where(place.folded, aged(each, log_decay, place.left), 0) for each in (key_gradient, value_gradient)
+        )
         memory, normaliser = (
             jnp.where(place.keep, aged(each, log_decay, place.span), 0) for each in (memory, normaliser)
         )
@@ -231,14 +213,11 @@ def key_gradient_kernel(
             weights = pair_weights(asked.queries, keys, log_decay, place)
             value_gradient += product(weights.astype(asked.sums.dtype), asked.sums, (0, 0))
             key_gradient += product(asked.scores.astype(asked.queries.dtype), asked.queries, (0, 0))
-            reading = present(asked.queries, place.reads)
-            wide = aged(reading.astype(memory.dtype), log_decay, place.since)
-            if log_decay is None:
-                memory += product(reading, asked.sums, (0, 0))
-            else:
-                memory += memory_product(asked.sums, wide, (0, 0)).T
-            if asked.totals is not None:
-                normaliser += jnp.sum(wide * asked.totals, axis=0, keepdims=True)
+            query_gradient = product(asked.scores.astype(keys.dtype), keys, (1, 0))
+            query_gradient += _read_gradient(asked, before, head, log_decay, place)
+            gradients.queries[:, heads.keys(query_head)] = query_gradient.astype(gradients.queries.dtype)
+            added = _memory_gradient(asked, log_decay, place, memory.dtype)
+            memory, normaliser = memory + added[0], normaliser + added[1]
         carried.values[head], carried.keys[head] = memory, normaliser
         gradients.keys[:, heads.keys(head)] = key_gradient.astype(gradients.keys.dtype)
         gradients.values[:, heads.values(head)] = value_gradient.astype(gradients.values.dtype)
@@ -246,3 +225,22 @@ def key_gradient_kernel(
     @pl.when(block == 0)
     def _() -> None:
         gradients.start.values[...], gradients.start.keys[...] = carried.values[...], carried.keys[...]
+
+
+def _read_gradient(asked: _Asked, before: Memories, head: int, log_decay: jax.Array | None, place: Place) -> jax.Array:
+    """Gradient `[C, D]` of queries by what they read from the memory."""
+    read = memory_product(asked.sums, before.values[head], (1, 1))
+    if asked.totals is not None:
+        read += asked.totals * before.keys[head]
+    return jnp.where(place.reads, aged(read, log_decay, place.since), 0)
+
+
+def _memory_gradient(
+    asked: _Asked, log_decay: jax.Array | None, place: Place, wide: jnp.dtype
+) -> tuple[jax.Array, jax.Array | float]:
+    """What the block's queries add to the gradient of the memory before it, and of the normaliser."""
+    reading = present(asked.queries, place.reads)
+    queries = aged(reading.astype(wide), log_decay, place.since)
+    exact = log_decay is None
+    added = product(reading, asked.sums, (0, 0)) if exact else memory_product(asked.sums, queries, (0, 0)).T
+    return added, 0.0 if asked.totals is None else jnp.sum(queries * asked.totals, axis=0, keepdims=True)

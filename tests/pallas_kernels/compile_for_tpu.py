@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.augmented_attention import Placement, Start, augmented_attention
 from pallas_kernels.implementations import compiling_for
 from pallas_kernels.linear_attention import Memory, linear_attention
+from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
@@ -100,6 +101,12 @@ def main(topology: str) -> None:
         alpha, taps = struct((heads,), jnp.float32), struct((heads, 32), jnp.float32)
         kernels = compiled_kernels(_verify, queries, keys, values, tree, held, alpha, taps)
         print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} verify: {kernels} kernels", flush=True)
+        kernels = compiled_kernels(_commit, held, keys, values, struct((rows,)))
+        print(f"{topology} {keys.shape} {dtype.__name__} commit: {kernels} kernels", flush=True)
+
+
+def _commit(held, keys, values, length):
+    return commit_path(held, keys, values, length)
 
 
 def _verify(queries, keys, values, tree, held, alpha, taps):
