@@ -122,7 +122,7 @@ def least_bytes(shape: Shape, itemsize: int, backward: bool) -> int:
 
 
 def least_operations(shape: Shape, backward: bool) -> int:
-    """Operations of pairs within a chunk and of the memory between chunks; backward takes two and a half times as many."""
+    """Operations of pairs in a chunk and of the memory between chunks; backward takes two and a half times as many."""
     forward = shape.tokens * shape.heads * (2 * CHUNK * shape.size + 4 * shape.size**2)
     return int(3.5 * forward) if backward else forward
 
