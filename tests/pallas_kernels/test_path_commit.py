@@ -20,18 +20,14 @@ class Case:
     def __init__(self, *, kv_heads=2, key_size=32, value_size=16, dtype=np.float32, window=WINDOW):
         rng = np.random.default_rng(0)
         rows = len(POSITIONS)
+
+        def random(*shape):
+            return np.array(jnp.asarray(rng.normal(size=(rows, *shape)), dtype))
+
         self.memory = rng.normal(size=(rows, kv_heads, key_size, value_size)).astype(np.float32)
-        self.keys, self.values = (
-            np.asarray(jnp.asarray(rng.normal(size=(rows, GROUP, kv_heads, size)), dtype))
-            for size in (key_size, value_size)
-        )
-        self.window = None
-        if window is not None:
-            self.window = np.asarray(jnp.asarray(rng.normal(size=(rows, window, kv_heads, value_size)), dtype))
-        self.path = [
-            np.asarray(jnp.asarray(rng.normal(size=(rows, 6, kv_heads, size)), dtype))
-            for size in (key_size, value_size)
-        ]
+        self.keys, self.values = (random(GROUP, kv_heads, size) for size in (key_size, value_size))
+        self.window = None if window is None else random(window, kv_heads, value_size)
+        self.path = [random(6, kv_heads, size) for size in (key_size, value_size)]
         for part in self.path:
             for row, length in enumerate(LENGTHS):
                 part[row, length:] = np.nan
