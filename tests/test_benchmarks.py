@@ -88,6 +88,23 @@ def test_speculation(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_kernels(tmp_path: Path) -> None:
+    """What runs here is right and has its times; what the TPU programs move is little more than they must."""
+    file = tmp_path / "kernels.json"
+    few = ("--shapes", "1,100,2,16", "--rounds", "1", "--seconds", "0.001")
+    done = run_benchmark("kernels", *few, "--without-verify", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["correct"] is True
+    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed"}
+    assert all(each["implementations"]["xla"]["forward"]["milliseconds"] > 0 for each in report["results"])
+    done = run_benchmark(
+        "kernels", "--traffic", "--shapes", "4,4096,64,128", "--dtype", "bfloat16", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(1 < each["times_least"] <= 1.5 for each in json.loads(file.read_text())["results"])
+
+
 def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"

@@ -28,9 +28,7 @@ from pallas_kernels.augmented_attention.tpu_kernels import (
     forward_kernel,
     gradient_kernel,
 )
-from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
-
-BLOCK = 256
+from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, block_rows, side_by_side
 
 Order = Callable[[Any], Any]
 
@@ -56,7 +54,9 @@ class ProblemGradients(NamedTuple):
 
 def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
     """Blocks and windows of whole lanes."""
-    return Plan.of(problem, group=group, unit=unit, local=local, block=BLOCK, multiple=LANES)
+    return Plan.of(
+        problem, group=group, unit=unit, local=local, block=block_rows(problem.keys, problem.values), multiple=LANES
+    )
 
 
 def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
@@ -120,8 +120,8 @@ def backward(
         queries=found.queries.reshape(problem.queries.shape),
         keys=found.keys.reshape(problem.keys.shape),
         values=found.values.reshape(problem.values.shape),
-        alpha=None if found.alpha is None else jnp.sum(found.alpha[:, :, 0, 0], axis=0),
-        taps=None if taps is None else taps_gradient(jnp.sum(found.matrix, axis=0), taps.shape[1], plan),
+        alpha=None if found.alpha is None else found.alpha[:, 0, 0],
+        taps=None if taps is None else taps_gradient(found.matrix, taps.shape[1], plan),
         start=start,
     )
 
@@ -134,8 +134,8 @@ def _gradient_specs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
         queries=call.rows(heads.share * key),
         keys=call.rows(key),
         values=call.rows(value),
-        matrix=None if problem.taps is None else call.fixed(call.query_heads, plan.block, plan.width),
-        alpha=None if problem.alpha is None else call.fixed(call.query_heads, SUBLANES, LANES),
+        matrix=None if problem.taps is None else call.of_heads(plan.block, plan.width),
+        alpha=None if problem.alpha is None else call.of_heads(SUBLANES, LANES),
         first_keys=call.whole(plan.before, key) if first else None,
         first_values=call.whole(plan.before, value) if first else None,
         memory=call.memory,
@@ -144,13 +144,13 @@ def _gradient_specs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
 
 def _gradient_structs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
     """Shapes and types of the gradients."""
-    arrays, (batch, _, heads, _) = call.arrays, problem.queries.shape
+    arrays, heads = call.arrays, problem.queries.shape[2]
     return Gradients(
         queries=_struct(arrays.queries.shape, arrays.queries.dtype),
         keys=_struct(arrays.keys.shape, arrays.keys.dtype),
         values=_struct(arrays.values.shape, arrays.values.dtype),
-        matrix=None if problem.taps is None else _struct((batch, heads, plan.block, plan.width), jnp.float32),
-        alpha=None if problem.alpha is None else _struct((batch, heads, SUBLANES, LANES), jnp.float32),
+        matrix=None if problem.taps is None else _struct((heads, plan.block, plan.width), jnp.float32),
+        alpha=None if problem.alpha is None else _struct((heads, SUBLANES, LANES), jnp.float32),
         first_keys=_like(arrays.first_keys),
         first_values=_like(arrays.first_values),
         memory=call.memory_struct,
@@ -177,7 +177,7 @@ class _Call(NamedTuple):
         return cls(
             plan,
             order,
-            (batch, kv_heads // heads.together, plan.blocks),
+            (kv_heads // heads.together, batch, plan.blocks),
             heads,
             Scalars(alpha, None, None) if placed is None else Scalars(alpha, placed.carried, placed.finished),
             _arrays(problem, placed, plan),
@@ -223,9 +223,13 @@ class _Call(NamedTuple):
         """The program's heads of an array `[B, heads, ...]`."""
         return self._spec((None, *shape), lambda b, k, i: (b, k) + (0,) * (len(shape) - 1))
 
+    def of_heads(self, *shape: int) -> pl.BlockSpec:
+        """The program's query heads of an array `[H, ...]`."""
+        return self._spec((self.query_heads, *shape), lambda b, k, i: (k,) + (0,) * len(shape))
+
     @staticmethod
     def _spec(shape: tuple[int | None, ...], index: Callable[[Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda b, k, i, *scalars: index(b, k, i))
+        return pl.BlockSpec(shape, lambda k, b, i, *scalars: index(b, k, i))
 
     def specs(self) -> Inputs:
         """How the arrays are cut."""
@@ -240,7 +244,7 @@ class _Call(NamedTuple):
             values=self.rows(value),
             previous_values=self.previous(value),
             first_values=self.whole(plan.before, value),
-            matrix=self._spec((heads.together * heads.share, plan.block, plan.width), lambda b, k, i: (k, 0, 0)),
+            matrix=self.of_heads(plan.block, plan.width),
             memory=self.memory,
             placed=self._spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))),
             previous_placed=self._spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio)),
@@ -277,7 +281,7 @@ class _Call(NamedTuple):
                 scratch_shapes=scratch,
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+                dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
             ),
             interpret=interpret,
             name=name,

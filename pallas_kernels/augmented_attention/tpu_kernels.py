@@ -1,6 +1,7 @@
 """Kernel bodies for TPU: one block of rows for a few heads at a time.
 
-Blocks are visited in order (outputs) or in reverse (gradients), with the memory, or its gradient, in scratch.
+Head after head and row after row, blocks are visited in order (outputs) or in reverse (gradients), with the memory, or
+its gradient, in scratch.
 """
 
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def place_of(scalars: Scalars, inputs: Inputs, block: jax.Array, plan: Plan) -> 
     """The masks of a block."""
     if inputs.placed is None:
         return place_in_row(block, plan)
-    row = pl.program_id(0)
+    row = pl.program_id(1)
     window = jnp.concatenate([inputs.previous_placed[...], inputs.placed[...]], axis=1)
     carried = tuple(scalars.carried[row, each] for each in (block, block + 1, plan.blocks))
     return place_by_document(block, window, carried, scalars.finished[row], plan)
@@ -119,7 +120,7 @@ class Asked(NamedTuple):
 def asked_by(scalars: Scalars, inputs: Inputs, head: int, place: Place, plan: Plan, heads: Heads) -> Asked:
     """What one query head asks."""
     raw = present(inputs.queries[:, heads.keys(head)], place.asked)
-    first = pl.program_id(1) * heads.together * heads.share
+    first = pl.program_id(0) * heads.together * heads.share
     return Asked(
         raw,
         unit(raw) if plan.unit else raw,
@@ -167,8 +168,8 @@ class Gradients(NamedTuple):
         queries: `[C, k R D]`.
         keys: `[C, k D]`.
         values: `[C, k E]`.
-        matrix: `[k R, C, P + C]` float32, summed over blocks; None without a convolution.
-        alpha: `[k R, 8, 128]` float32, the same number everywhere; None without a grouped branch.
+        matrix: `[k R, C, P + C]` float32, summed over blocks and rows; None without a convolution.
+        alpha: `[k R, 8, 128]` float32, likewise, the same number everywhere; None without a grouped branch.
         first_keys: `[P, k D]`, None without a state.
         first_values: `[P, k E]`, None without a state.
         memory: `[k, D, E]` float32, of the memory before the row.
@@ -219,7 +220,12 @@ def gradient_kernel(
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
         carried.memory[...] = after[...]
-        for total in (carried.keys, carried.values, gradients.alpha, gradients.matrix):
+        for part in (carried.keys, carried.values):
+            part[...] = jnp.zeros_like(part)
+
+    @pl.when((pl.program_id(1) == 0) & (pl.program_id(2) == 0))
+    def _() -> None:
+        for total in (gradients.alpha, gradients.matrix):
             if total is not None:
                 total[...] = jnp.zeros_like(total)
 

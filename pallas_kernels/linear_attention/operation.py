@@ -13,6 +13,7 @@ from pallas_kernels.implementations import choose
 from pallas_kernels.linear_attention import tpu, xla
 from pallas_kernels.linear_attention.problem import Memory, Plan, Problem
 from pallas_kernels.products import accumulation_dtype
+from pallas_kernels.tpu_heads import LANES, block_rows
 
 Result = tuple[Float[Array, "B T H E"], Memory]
 
@@ -74,7 +75,8 @@ def _xla(problem: Problem, floor: float | None) -> Result:
 
 def _tpu(problem: Problem, floor: float | None, interpret: bool = False) -> Result:
     length = problem.queries.shape[1]
-    return _tpu_program(problem, Plan(min(tpu.BLOCK, -(-length // 128) * 128), length, floor), interpret)
+    block = min(block_rows(problem.keys, problem.values), -(-length // LANES) * LANES)
+    return _tpu_program(problem, Plan(block, length, floor), interpret)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

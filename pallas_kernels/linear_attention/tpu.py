@@ -26,8 +26,6 @@ from pallas_kernels.linear_attention.tpu_kernels import (
 )
 from pallas_kernels.tpu_heads import SUBLANES, VMEM_BYTES, Heads, side_by_side
 
-BLOCK = 256
-
 Outputs = Float[Array, "B T H E"]
 Totals = Float[Array, "B H 1 T"]
 
@@ -46,6 +44,15 @@ class Result(NamedTuple):
     totals: Totals | None
     before: Memories | None
     after: Memory
+
+
+class ProblemGradients(NamedTuple):
+    """Gradients of a problem's arrays."""
+
+    queries: Float[Array, "B T H D"]
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K E"]
+    start: Memory
 
 
 def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
@@ -78,7 +85,7 @@ def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, inter
 
 def backward(
     problem: Problem, plan: Plan, result: Result, cotangents: Outputs, after: Memory, *, interpret: Any = False
-) -> Gradients:
+) -> ProblemGradients:
     """Gradients of the problem's arrays, given those of the outputs and of the memory after the rows."""
     slopes = _cotangents(plan, result, cotangents)
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
@@ -92,11 +99,11 @@ def backward(
                 call.rows(call.heads.share * call.keys), call.rows(call.keys), call.rows(call.values), call.memories
             ),
         ),
-        out=(Gradients(*map(_like, (arrays.queries, arrays.keys, arrays.values)), call.memory_structs),),
+        out=(Gradients(_like(arrays.queries), _like(arrays.keys), _like(arrays.values), call.memory_structs),),
         interpret=interpret,
         name="linear_attention_gradients",
     )
-    return Gradients(
+    return ProblemGradients(
         found.queries.reshape(problem.queries.shape),
         found.keys.reshape(problem.keys.shape),
         found.values.reshape(problem.values.shape),
