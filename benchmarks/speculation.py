@@ -32,7 +32,7 @@ from lin_jax.decoding.costs import Costs, measure_costs, measure_drafting
 from lin_jax.decoding.drafters import available, build_drafter
 from lin_jax.decoding.generator import Tree
 from lin_jax.decoding.plan import Plan, load_plans
-from lin_jax.decoding.replay import measure_hits, measure_places
+from lin_jax.decoding.replay import measure_hits, measure_places, tokens_per_step
 from lin_jax.decoding.session import PLAN_FILE, Session
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.training.config import load_run_config
@@ -166,12 +166,12 @@ def best_chains(
         joined = "+" in kind
         if joined:
             whole = DynamicTree(deepest + 1, deepest, 1, 1)
-            right = measure_places(session.model, drafter, prompts, texts, whole)[:, -1] <= deepest
+            right = measure_places(session.model, drafter, prompts, texts, whole)[:, :, -1] <= deepest
         else:
-            right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, 0]
-        reached = np.cumprod(right, axis=1)
+            right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, :, 0]
+        reached = np.cumprod(right, axis=2)
         for length in range(1, deepest + 1):
-            tokens = 1 + float(reached[:, :length].sum(axis=1).mean())
+            tokens = tokens_per_step(reached[:, :, :length].sum(axis=2))
             cost = costs.verify(length + 1) + length * drafting
             tree: Tree = DynamicTree(length + 1, length, 1, 1) if joined else chain(length)
             found.append((kind, tree, tokens * costs.verify(1) / cost))
