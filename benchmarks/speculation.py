@@ -251,7 +251,7 @@ def at_batch(
     """The plan's choice at a batch size against plain decoding, in turns until noise is small or time is up."""
     plan = max(plans, key=lambda each: each.measured_speedup)
     kind = plan.drafter if plan.shape.size > 1 else "none"
-    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape)]
+    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape, plan.worth)]
     # Whole batches only, of several prompts where one after the other takes a slot.
     asked = [prompts[row % len(prompts)] for row in range(slots * max(1, 8 // slots))]
     plain, done = (each.generate(asked, options.new_tokens, slots=slots) for each in pair)
@@ -265,6 +265,8 @@ def at_batch(
         "drafter": kind,
         "tree": plan.tree,
         "planned_speedup": plan.measured_speedup,
+        "worth": plan.worth,
+        "plain_steps": done.plain_steps,
         "mean_accepted_tokens": done.mean_accepted_tokens,
         "useful_share": done.useful_share,
         "rounding_ties": ties,
