@@ -1,7 +1,7 @@
 """`python -m lin_jax.decoding.own_text RUN OUT.jsonl`: texts that a model writes itself, to train its draft heads on.
 
 Heads that guess for a model do better on what the model says than on what people wrote. Every text goes on from the
-beginning of a training document of the run.
+beginning of a training document of the run, and is cut where it goes round in circles: there is nothing to learn there.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from lin_jax.decoding.session import Session
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 
 FIELD = "text"
+# What counts as going round in circles: so many tokens that repeat with a period of so many at the most.
+CIRCLE, PERIOD = 32, 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,17 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.set_postfix_str(f"{decoding.tokens_per_second:,.0f} tokens/s", refresh=False)
     output = Path(options.output)
     partial = output.with_name(f".{output.name}.partial")
+    continuations = [before_circles(tokens) for tokens in decoding.generation.tokens]
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for prompt, tokens in zip(prompts, decoding.generation.tokens, strict=True):
+            for prompt, tokens in zip(prompts, continuations, strict=True):
                 text = session.tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
                 file.write(json.dumps({FIELD: text}) + "\n")
         partial.replace(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; give another file") from error
-    written = sum(map(len, decoding.generation.tokens))
+    written = sum(map(len, continuations))
     print(f"{len(prompts):,} texts, {written:,} tokens of the model's own: {output}; train heads with --data.source")
     return 0
+
+
+def before_circles(tokens: Sequence[int]) -> list[int]:
+    """The tokens up to where `CIRCLE` of them repeat what came at most `PERIOD` before."""
+    text, found = np.asarray(tokens, np.int64), len(tokens)
+    for period in range(1, min(PERIOD, len(tokens) - CIRCLE) + 1):
+        same = np.convolve(text[period:] == text[:-period], np.ones(CIRCLE, int), "valid")
+        found = min([found, *(np.flatnonzero(same == CIRCLE)[:1] + period).tolist()])
+    return list(tokens[:found])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

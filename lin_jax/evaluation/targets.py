@@ -77,6 +77,29 @@ def token_sums(logits: Float[Array, "B T K V"], targets: Targets) -> Sums:
     )
 
 
+def taught_sums(
+    logits: Float[Array, "B T K V"], teacher: Float[Array, "B T V"], included: Bool[Array, "B T K"]
+) -> Sums:
+    """Sums of K predictors' cross entropies against a teacher's distributions; right is what it finds likeliest.
+
+    Args:
+        logits: of predictor k (from 0), at every position, of the token k + 2 after it.
+        teacher: logits of the token after each position.
+        included: where there is a token to predict.
+    """
+    losses, hits = [], []
+    for k in range(logits.shape[2]):
+        shown = jnp.pad(teacher[:, k + 1 :], ((0, 0), (0, k + 1), (0, 0)))
+        guessed = logits[:, :, k]
+        losses.append(jax.nn.logsumexp(guessed, axis=-1) - jnp.sum(jax.nn.softmax(shown) * guessed, axis=-1))
+        hits.append(jnp.argmax(guessed, axis=-1) == jnp.argmax(shown, axis=-1))
+    return Sums(
+        jnp.sum(jnp.where(included, jnp.stack(losses, axis=-1), 0), axis=(0, 1)),
+        jnp.sum(jnp.stack(hits, axis=-1) & included, axis=(0, 1)),
+        jnp.sum(included, axis=(0, 1)),
+    )
+
+
 def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
     """The sums over all (at least one) batches, in float64 and int64 on the host."""
     each = [jax.device_get(sums(batch)) for batch in batches]

@@ -98,6 +98,8 @@ class RunConfig:
         init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
             their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
             remat, unroll.
+        head_targets: what heads of medusa and path learn to guess: text (its tokens: for text of the model's own) or
+            model (what the model would say after each piece of it: for any text).
         medusa_heads: how many Medusa heads, for medusa and medusa_joint.
         medusa_decay: head m (from 0) weighs `medusa_decay^m` in the loss.
         head_coefficient: weight of all heads beside the model in the loss of medusa_joint.
@@ -115,6 +117,7 @@ class RunConfig:
     output: str
     objective: str = "language_model"
     init_from: str | None = None
+    head_targets: str = "text"
     medusa_heads: int = 4
     medusa_decay: float = 0.8
     head_coefficient: float = 0.2

@@ -61,6 +61,22 @@ def test_the_loss_is_that_of_a_double_loop(exact):
     np.testing.assert_allclose(objective.coefficients, [1, DECAY, DECAY**2])
 
 
+def test_the_model_teaches_what_it_would_say(exact):
+    """Cross entropy against the model's distribution of the very token that is to be guessed."""
+    _, model, head = exact
+    taught = DraftPath(model.config, 5, DEPTH, DECAY, "model")
+    teacher = jax.nn.softmax(model(TOKENS[:, :-1], documents=DOCUMENTS[:, :-1]))
+    losses, hits = [[] for _ in range(DEPTH)], np.zeros(DEPTH, int)
+    for (row, position, depth), logits in slow_guesses(model, head).items():
+        shown = np.asarray(teacher[row, position + depth + 1])
+        losses[depth].append(np.log(np.exp(logits).sum()) - shown @ logits)
+        hits[depth] += logits.argmax() == shown.argmax()
+    sums = jax.jit(taught.sums)(params_of(head), params_of(model), BATCH)
+    assert list(sums.tokens) == list(taught.counts(BATCH)) == [len(each) for each in losses]
+    assert list(sums.correct) == hits.tolist()
+    np.testing.assert_allclose(sums.loss, [sum(each) for each in losses], rtol=1e-10)
+
+
 def test_ranks_along_the_true_path(exact):
     _, model, head = exact
     hits = np.zeros((DEPTH, 4))
@@ -118,6 +134,7 @@ def test_paths_are_of_one_document():
     ("options", "message"),
     [
         ({}, "objective 'path' needs init_from"),
+        ({"init_from": "x", "head_targets": "nobody"}, "head_targets is 'nobody'; choose one of text, model"),
         ({"init_from": "x", "path_depth": 0}, "path_depth is 0; give 1 or more"),
         ({"init_from": "x", "path_depth": 256}, "sequence_length 256 leaves nothing to predict at the end of path_dep"),
     ],

@@ -22,8 +22,8 @@ class DraftPath(FrozenBase[PathHead]):
     heads_name: ClassVar[str | None] = "a path head"
     depth_name: ClassVar[str] = "depth"
 
-    def __init__(self, config: LlamaConfig, width: int, depth: int, decay: float) -> None:
-        super().__init__(config, abstract_path_head(config, width), depth, decay)
+    def __init__(self, config: LlamaConfig, width: int, depth: int, decay: float, targets: str = "text") -> None:
+        super().__init__(config, abstract_path_head(config, width), depth, decay, targets)
         self._width = width
 
     @classmethod
@@ -34,7 +34,7 @@ class DraftPath(FrozenBase[PathHead]):
     @classmethod
     def of(cls, config: "RunConfig") -> "DraftPath":
         """The objective of a run; raises a `UserError` if the head would be wider than the model."""
-        return cls(config.model, config.path_width, config.path_depth, config.path_decay)
+        return cls(config.model, config.path_width, config.path_depth, config.path_decay, config.head_targets)
 
     def new_heads(self, key: Array, base: Llama) -> PathHead:
         """A head cut out of the base model's own."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
 from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
-from lin_jax.evaluation.targets import Batch, Sums, path_ahead, token_sums
+from lin_jax.evaluation.targets import Batch, Sums, path_ahead, taught_sums, token_sums
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
 from lin_jax.training.objectives.objective import PartRate
 from lin_jax.training.parameters import Params, abstract_model, filled, params_of
@@ -20,18 +20,23 @@ if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
 
 Heads = TypeVar("Heads", MedusaHeads, PathHead)
+# What heads learn to guess: the tokens of the text, or what the model would say in their place.
+HEAD_TARGETS = ("text", "model")
 
 
 class FrozenBase(Generic[Heads]):
     """`sum_k decay^k CE_k` over the depths k (from 0) that heads guess at, on a frozen model.
 
-    Depth k is the token k + 2 after a position; the first depth has weight one.
+    Depth k is the token k + 2 after a position; the first depth has weight one. CE is against the tokens of the text,
+    or against the model's own distribution after the text before them (as EAGLE, Li et al. 2024, and distillation do):
+    what heads are to guess is what the model would say, whoever wrote the text.
 
     Args:
         config: the frozen model's.
         heads: the heads, of shapes.
         depth: how many depths K.
         decay: of the weights.
+        targets: one of HEAD_TARGETS.
     """
 
     has_model: ClassVar[bool] = False
@@ -39,8 +44,9 @@ class FrozenBase(Generic[Heads]):
     depth_name: ClassVar[str]
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig, heads: Heads, depth: int, decay: float) -> None:
+    def __init__(self, config: LlamaConfig, heads: Heads, depth: int, decay: float, targets: str) -> None:
         self.depth = depth
+        self._targets = targets
         self.coefficients = tuple(decay**each for each in range(depth))
         self._base = abstract_model(config)
         self._heads: Heads = heads
@@ -73,9 +79,13 @@ class FrozenBase(Generic[Heads]):
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[K]` over the tokens of a batch."""
-        hidden = filled(self._base, frozen).hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+        base = filled(self._base, frozen)
+        hidden = jax.lax.stop_gradient(base.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1]))
         path, targets = path_ahead(batch, self.depth)
-        return token_sums(self.parts(params)[1].guess(jax.lax.stop_gradient(hidden), path), targets)
+        guesses = self.parts(params)[1].guess(hidden, path)
+        if self._targets == "text":
+            return token_sums(guesses, targets)
+        return taught_sums(guesses, jax.lax.stop_gradient(base.logits(hidden)), targets.included)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """How often the first guess is right, at each depth."""
@@ -97,6 +107,8 @@ def check_heads(config: "RunConfig", option: str) -> None:
         UserError: the run is one of those.
     """
     depth = getattr(config, option)
+    if config.head_targets not in HEAD_TARGETS:
+        raise UserError(f"head_targets is '{config.head_targets}'; choose one of {', '.join(HEAD_TARGETS)}")
     if config.init_from is None:
         raise UserError(f"objective '{config.objective}' needs init_from: the run folder of the model to put heads on")
     if depth < 1:

@@ -18,8 +18,8 @@ class Medusa(FrozenBase[MedusaHeads]):
     heads_name: ClassVar[str | None] = "Medusa heads"
     depth_name: ClassVar[str] = "head"
 
-    def __init__(self, config: LlamaConfig, heads: int, decay: float) -> None:
-        super().__init__(config, abstract_heads(config, heads), heads, decay)
+    def __init__(self, config: LlamaConfig, heads: int, decay: float, targets: str = "text") -> None:
+        super().__init__(config, abstract_heads(config, heads), heads, decay, targets)
 
     @classmethod
     def check(cls, config: "RunConfig") -> None:
@@ -29,7 +29,7 @@ class Medusa(FrozenBase[MedusaHeads]):
     @classmethod
     def of(cls, config: "RunConfig") -> "Medusa":
         """The objective of a run."""
-        return cls(config.model, config.medusa_heads, config.medusa_decay)
+        return cls(config.model, config.medusa_heads, config.medusa_decay, config.head_targets)
 
     def new_heads(self, key: Array, base: Llama) -> MedusaHeads:
         """Copies of the base model's own head."""
