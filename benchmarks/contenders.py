@@ -71,9 +71,9 @@ def our_contender(session: Session, kind: str, tree: Tree, tokens: int, about: d
     return Contender(name, shape, once, "plain", tie, {"drafter": kind, "tree": tree_text(tree), **about})
 
 
-def endless(session: Session, kind: str, tree: Tree) -> Generator:
+def endless(session: Session, kind: str, tree: Tree, worth: float | None = None) -> Generator:
     """A generator that no end token stops."""
-    return Generator(session.model, drafter=build_drafter(kind, session.parts), tree=tree)
+    return Generator(session.model, drafter=build_drafter(kind, session.parts), tree=tree, worth=worth)
 
 
 def hugging_face(session: Session, softmax: str | None, folder: Path, tokens: int) -> list[Contender]:

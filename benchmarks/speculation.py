@@ -32,7 +32,7 @@ from lin_jax.decoding.costs import Costs, measure_costs, measure_drafting
 from lin_jax.decoding.drafters import available, build_drafter
 from lin_jax.decoding.generator import Tree
 from lin_jax.decoding.plan import Plan, load_plans
-from lin_jax.decoding.replay import measure_hits, measure_places
+from lin_jax.decoding.replay import measure_hits, measure_places, tokens_per_step
 from lin_jax.decoding.session import PLAN_FILE, Session
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.training.config import load_run_config
@@ -166,12 +166,12 @@ def best_chains(
         joined = "+" in kind
         if joined:
             whole = DynamicTree(deepest + 1, deepest, 1, 1)
-            right = measure_places(session.model, drafter, prompts, texts, whole)[:, -1] <= deepest
+            right = measure_places(session.model, drafter, prompts, texts, whole)[:, :, -1] <= deepest
         else:
-            right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, 0]
-        reached = np.cumprod(right, axis=1)
+            right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, :, 0]
+        reached = np.cumprod(right, axis=2)
         for length in range(1, deepest + 1):
-            tokens = 1 + float(reached[:, :length].sum(axis=1).mean())
+            tokens = tokens_per_step(reached[:, :, :length].sum(axis=2))
             cost = costs.verify(length + 1) + length * drafting
             tree: Tree = DynamicTree(length + 1, length, 1, 1) if joined else chain(length)
             found.append((kind, tree, tokens * costs.verify(1) / cost))
@@ -251,7 +251,7 @@ def at_batch(
     """The plan's choice at a batch size against plain decoding, in turns until noise is small or time is up."""
     plan = max(plans, key=lambda each: each.measured_speedup)
     kind = plan.drafter if plan.shape.size > 1 else "none"
-    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape)]
+    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape, plan.worth)]
     # Whole batches only, of several prompts where one after the other takes a slot.
     asked = [prompts[row % len(prompts)] for row in range(slots * max(1, 8 // slots))]
     plain, done = (each.generate(asked, options.new_tokens, slots=slots) for each in pair)
@@ -265,6 +265,8 @@ def at_batch(
         "drafter": kind,
         "tree": plan.tree,
         "planned_speedup": plan.measured_speedup,
+        "worth": plan.worth,
+        "plain_steps": done.plain_steps,
         "mean_accepted_tokens": done.mean_accepted_tokens,
         "useful_share": done.useful_share,
         "rounding_ties": ties,

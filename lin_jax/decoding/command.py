@@ -17,7 +17,6 @@ from lin_jax.decoding.printing import StreamedText, full_text
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.session import Session, check_length, read_prompts
 from lin_jax.decoding.slots import bucket
-from lin_jax.decoding.tree import parse_tree, tree_text
 from lin_jax.errors import UserError
 
 # What a shell expects of a program that Ctrl-C ended.
@@ -71,7 +70,7 @@ def _drafting(session: Session, options: argparse.Namespace, slots: int) -> Plan
     """The drafter and the tree: as asked for, or as measured on this machine."""
     if options.tree != "auto":
         kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
-        return Plan(kind, slots, tree_text(parse_tree(options.tree)))
+        return Plan(kind, slots, options.tree)
     return session.plan(options.drafter, slots, _note)
 
 

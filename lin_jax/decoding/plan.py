@@ -18,7 +18,7 @@ from lin_jax.decoding.costs import Costs, device_kind, measure_drafting
 from lin_jax.decoding.draft import Drafter
 from lin_jax.decoding.dynamic import DynamicTree
 from lin_jax.decoding.generator import Generator, Tree
-from lin_jax.decoding.replay import measure_hits, measure_places
+from lin_jax.decoding.replay import measure_hits, measure_places, tokens_per_step
 from lin_jax.decoding.tree import DraftTree, Path, parse_tree, tree_text
 from lin_jax.models import CausalModel
 
@@ -113,7 +113,7 @@ def shortlist(
     fixed = [
         plan(tree, tokens)
         for depth in range(1, deepest + 1)
-        for tree, tokens in grow_tree(hits[:, :depth], largest)
+        for tree, tokens in grow_tree(hits[:, :, :depth], largest)
         if tree.depth == depth
     ]
     moving = []
@@ -121,24 +121,25 @@ def shortlist(
         whole = DynamicTree(2, deepest, BEAM, min(BEAM, drafter.width))
         places = measure_places(model, drafter, prompts, texts, whole)
         for depth in range(1, deepest + 1):
-            for size, tokens in dynamic_tokens(places[:, depth - 1], min(largest, replace(whole, depth=depth).most)):
+            most = min(largest, replace(whole, depth=depth).most)
+            for size, tokens in dynamic_tokens(places[:, :, depth - 1], most):
                 moving.append(plan(replace(whole, size=size, depth=depth), tokens))
     best = [max(each, key=lambda plan: plan.expected_speedup) for each in (fixed, moving) if each]
     return [each for each in best if each.expected_speedup > 1]
 
 
-def dynamic_tokens(places: Int[np.ndarray, "P D"], largest: int) -> Iterator[tuple[int, float]]:
+def dynamic_tokens(places: Int[np.ndarray, "B P D"], largest: int) -> Iterator[tuple[int, float]]:
     """Tokens that a step yields with dynamic trees of 2 up to `largest` nodes."""
     for size in range(2, largest + 1):
-        yield size, 1 + float(np.cumprod(places < size, axis=1).sum(axis=1).mean())
+        yield size, tokens_per_step(np.cumprod(places < size, axis=2).sum(axis=2))
 
 
-def grow_tree(hits: Bool[np.ndarray, "P D R"], largest: int) -> list[tuple[DraftTree, float]]:
+def grow_tree(hits: Bool[np.ndarray, "B P D R"], largest: int) -> list[tuple[DraftTree, float]]:
     """Trees of 1 up to `largest` nodes, each grown from the last, and the tokens that each yields per step."""
-    positions, depth, width = hits.shape
-    stands: dict[Path, np.ndarray] = {(): np.ones(positions, bool)}
-    reached = np.zeros(positions, int)
-    candidates: dict[Path, np.ndarray] = {(rank,): hits[:, 0, rank] for rank in range(width)} if depth else {}
+    depth, width = hits.shape[2:]
+    stands: dict[Path, np.ndarray] = {(): np.ones(hits.shape[:2], bool)}
+    reached = np.zeros(hits.shape[:2], int)
+    candidates: dict[Path, np.ndarray] = {(rank,): hits[:, :, 0, rank] for rank in range(width)} if depth else {}
     trees = [(DraftTree(), 1.0)]
     while len(trees) < largest and candidates:
         gains = {path: int((stand & (reached < len(path))).sum()) for path, stand in candidates.items()}
@@ -149,9 +150,9 @@ def grow_tree(hits: Bool[np.ndarray, "P D R"], largest: int) -> list[tuple[Draft
         reached = np.maximum(reached, stands[best] * len(best))
         if len(best) < depth:
             for rank in range(width):
-                candidates[*best, rank] = stands[best] & hits[:, len(best), rank]
+                candidates[*best, rank] = stands[best] & hits[:, :, len(best), rank]
         paths = tuple(path for path in stands if path)
-        trees.append((DraftTree(paths), 1 + float(reached.mean())))
+        trees.append((DraftTree(paths), tokens_per_step(reached)))
     return trees
 
 

@@ -27,8 +27,8 @@ def measure_hits(
     texts: Sequence[Sequence[int]],
     *,
     depth: int,
-) -> Bool[np.ndarray, "P D R"]:
-    """Which of a drafter's guesses would have been right, at every position of the texts.
+) -> Bool[np.ndarray, "B P D R"]:
+    """Which of a drafter's guesses would have been right, at every position P of the texts B.
 
     At depth d the drafter is asked behind the right tokens up to there, so that a path of ranks is right exactly if all
     its ranks are hits.
@@ -49,7 +49,7 @@ def measure_places(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     tree: DynamicTree,
-) -> Int[np.ndarray, "P L D"]:
+) -> Int[np.ndarray, "B P L D"]:
     """How early dynamic trees take in the node of each depth that would have been right, NOWHERE if not at all.
 
     There is one finding for each depth L that a tree may stop at. A tree of N nodes that is grown alike holds the node
@@ -74,8 +74,21 @@ def _replayed(
     capacity = bucket(max(len(prompt) for prompt in prompts) + length, 64)
     reading = nothing_read(model, drafter, len(prompts), capacity, seen=False)
     reading = read(model, drafter, reading, prompts, 256)
-    found = _scan(model, drafter, reading, told, depth=depth, tree=tree)
-    return np.asarray(found).reshape(-1, *found.shape[2:])
+    return np.moveaxis(np.asarray(_scan(model, drafter, reading, told, depth=depth, tree=tree)), 0, 1)
+
+
+def tokens_per_step(accepted: Int[np.ndarray, "B P"]) -> float:
+    """What a step yields on average, if so many drafted tokens stand behind each position of the texts.
+
+    Steps follow each other: the next one begins behind what was accepted. The mean over all positions would be larger,
+    as most of them lie inside of what is easy to guess.
+    """
+    tokens = steps = 0
+    for row in accepted.tolist():
+        place = 0
+        while place < len(row):
+            tokens, steps, place = tokens + row[place] + 1, steps + 1, place + row[place] + 1
+    return tokens / steps
 
 
 @partial(jax.jit, static_argnames=("depth", "tree"))

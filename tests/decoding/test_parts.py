@@ -3,11 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from samples import VOCABULARY, KnowingDrafter, build_model, padded
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.decoding import DraftTree, DynamicTree, Generator, NgramDrafter, PathDrafter, Sampling, chain, parse_tree
 from lin_jax.decoding.drafters import DraftParts
-from lin_jax.decoding.plan import grow_tree
+from lin_jax.decoding.plan import dynamic_tokens, grow_tree
+from lin_jax.decoding.replay import measure_hits, measure_places
 from lin_jax.decoding.tree import MC_SIM_7B_63, tree_text
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
@@ -15,14 +17,38 @@ from lin_jax.models import PathHead
 
 def test_grown_tree_is_what_it_claims() -> None:
     rng = np.random.default_rng(2)
-    hits = rng.random((300, 3, 4)) < np.array([0.5, 0.2, 0.1, 0.05])
+    hits = rng.random((3, 100, 3, 4)) < np.array([0.5, 0.2, 0.1, 0.05])
     trees = grow_tree(hits, 9)
     assert [tree.size for tree, _ in trees] == list(range(1, 10))
     for tree, expected in trees:
-        reached = [
-            max((len(p) for p in tree.paths if all(hit[d, r] for d, r in enumerate(p))), default=0) for hit in hits
-        ]
-        assert expected == pytest.approx(1 + np.mean(reached))
+        yields = []
+        for text in hits:
+            place = 0
+            while place < len(text):
+                hit = text[place]
+                yields.append(
+                    1 + max((len(p) for p in tree.paths if all(hit[d, r] for d, r in enumerate(p))), default=0)
+                )
+                place += yields[-1]
+        assert expected == pytest.approx(np.mean(yields))
+
+
+def test_what_texts_promise_is_what_decoding_gives() -> None:
+    """Tokens a step, foretold from hits and from places in dynamic trees, against the loop on the same texts."""
+    model = build_model("augmented", dtype="float32")
+    prompts = np.random.default_rng(0).integers(0, VOCABULARY, (3, 20)).tolist()
+    texts = Generator(model).generate(prompts, 200).tokens
+    drafter = KnowingDrafter(padded(prompts, texts), 3, 0.7)
+    fixed, promised = grow_tree(measure_hits(model, drafter, prompts, texts, depth=4), 9)[-1]
+    dynamic = DynamicTree(6, 3, 2, 3)
+    places = measure_places(model, drafter, prompts, texts, dynamic)[:, :, -1]
+    foretold = dict(dynamic_tokens(places, dynamic.size))[dynamic.size]
+    for tree, expected in ((fixed, promised), (dynamic, foretold)):
+        done = Generator(model, drafter=drafter, tree=tree).generate(prompts, 200)
+        assert done.tokens == texts
+        assert expected > 1.5
+        # What is left at the ends of the texts is all that differs.
+        assert done.mean_accepted_tokens == pytest.approx(expected, rel=0.03)
 
 
 @pytest.mark.parametrize(
