@@ -35,11 +35,12 @@ def verify(problem: Problem, *, unit_inputs: bool, local: bool) -> Float[Array, 
     if problem.taps is not None:
         into_window, among = convolution_matrices(problem.taps.astype(values.dtype), problem.tree)
         among = jnp.broadcast_to(among, (batch, heads, nodes, nodes)).reshape(batch, kv_heads, -1, nodes, nodes)
-        weights = weights.at[..., held.keys.shape[1] :].add(among.astype(wide))
+        filtered = values
         if held.window is not None:
             into = jnp.broadcast_to(into_window, (batch, *into_window.shape[-3:]))
-            into = into.reshape(batch, kv_heads, -1, *into.shape[2:])
-            outputs = outputs + _weighted(into, held.window.astype(values.dtype), exact)
+            among = jnp.concatenate([into.reshape(batch, kv_heads, -1, *into.shape[2:]), among], axis=-1)
+            filtered = jnp.concatenate([held.window.astype(values.dtype), values], axis=1)
+        outputs = outputs + _weighted(among, filtered, exact)
     outputs = outputs + _weighted(weights.astype(values.dtype), all_values, exact)
     return outputs.reshape(batch, nodes, heads, -1).astype(values.dtype)
 
