@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.augmented_attention import tpu, xla
+from pallas_kernels.augmented_attention import gpu, tpu, xla
 from pallas_kernels.augmented_attention.problem import Placement, Plan, Problem, Start
+from pallas_kernels.gpu_launch import obstacle
 from pallas_kernels.implementations import choose
 
 Result = tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]
@@ -67,9 +68,9 @@ def _xla(problem: Problem, group: int, unit: bool, local: bool) -> Result:
     return xla.forward(_fitted(problem, plan), plan)
 
 
-def _tpu(problem: Problem, group: int, unit: bool, local: bool, interpret: bool = False) -> Result:
-    plan = tpu.plan_for(problem, group=group, unit=unit, local=local)
-    return _tpu_program(_fitted(problem, plan), plan, interpret)
+def _programs(problem: Problem, group: int, unit: bool, local: bool, *, platform: str, interpret: bool) -> Result:
+    plan = PROGRAMS[platform].plan_for(problem, group=group, unit=unit, local=local)
+    return _program(_fitted(problem, plan), plan, platform, interpret)
 
 
 def _fitted(problem: Problem, plan: Plan) -> Problem:
@@ -77,20 +78,22 @@ def _fitted(problem: Problem, plan: Plan) -> Problem:
     return problem if problem.start is None else problem._replace(start=problem.start.of_length(plan.before))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _tpu_program(problem: Problem, plan: Plan, interpret: bool) -> Result:
-    result = tpu.forward(problem, plan, interpret=interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _program(problem: Problem, plan: Plan, platform: str, interpret: bool) -> Result:
+    result = PROGRAMS[platform].forward(problem, plan, interpret=interpret)
     return result.outputs, result.after
 
 
-def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result, tuple[Problem, Any]]:
-    result = tpu.forward(problem, plan, differentiated=True, interpret=interpret)
+def _forward(
+    problem: Problem, plan: Plan, platform: str, interpret: bool
+) -> tuple[Result, tuple[Problem, Float[Array, "B n K D E"]]]:
+    result = PROGRAMS[platform].forward(problem, plan, differentiated=True, interpret=interpret)
     return (result.outputs, result.after), (problem, result.before)
 
 
-def _tpu_backward(plan: Plan, interpret: bool, residuals: tuple[Problem, Any], cotangents: Result) -> tuple[Problem]:
+def _backward(plan: Plan, platform: str, interpret: bool, residuals: Any, cotangents: Result) -> tuple[Problem]:
     problem, before = residuals
-    found = tpu.backward(problem, plan, before, *cotangents, interpret=interpret)
+    found = PROGRAMS[platform].backward(problem, plan, before, *cotangents, interpret=interpret)
     start = None
     if problem.start is not None and found.start is not None:
         memory, keys, values = (
@@ -111,9 +114,15 @@ def _tpu_backward(plan: Plan, interpret: bool, residuals: tuple[Problem, Any], c
     )
 
 
-_tpu_program.defvjp(_tpu_forward, _tpu_backward)
+_program.defvjp(_forward, _backward)
 
-IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla, "tpu": _tpu, "tpu_interpreted": partial(_tpu, interpret=True)}
+# Modules with `plan_for`, `forward` and `backward`.
+PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
+IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {
+    f"{platform}_interpreted" if interpret else platform: partial(_programs, platform=platform, interpret=interpret)
+    for platform in PROGRAMS
+    for interpret in (False, True)
+}
 
 
 def _no_gradient(numbers: Array) -> Any:
@@ -127,7 +136,7 @@ def _obstacle(name: str, problem: Problem) -> str | None:
     kinds = {str(each.dtype) for each in (problem.queries, problem.keys, problem.values)}
     if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    return None
+    return obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None
 
 
 def _check(problem: Problem, group_size: int) -> None:

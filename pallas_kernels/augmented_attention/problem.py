@@ -79,6 +79,25 @@ class Problem(NamedTuple):
     start: Start | None = None
 
 
+class Result(NamedTuple):
+    """Outputs, the memory `[B, n, K, D, E]` before every block (None if nobody asks), and after the rows; float32."""
+
+    outputs: Float[Array, "B T H E"]
+    before: Float[Array, "B n K D E"] | None
+    after: Float[Array, "B K D E"]
+
+
+class ProblemGradients(NamedTuple):
+    """Gradients of a problem's arrays; those of the start are of its memory, keys and values."""
+
+    queries: Float[Array, "B T H D"]
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K E"]
+    alpha: Float[Array, " H"] | None
+    taps: Float[Array, "H W"] | None
+    start: tuple[Float[Array, "B K D E"], Float[Array, "B P K D"], Float[Array, "B P K E"]] | None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is fixed when a program is compiled.

@@ -17,6 +17,8 @@ from pallas_kernels.augmented_attention.problem import (
     Placed,
     Plan,
     Problem,
+    ProblemGradients,
+    Result,
     convolution_matrix,
     taps_gradient,
 )
@@ -31,25 +33,6 @@ from pallas_kernels.augmented_attention.tpu_kernels import (
 from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, block_rows, side_by_side
 
 Order = Callable[[Any], Any]
-
-
-class Result(NamedTuple):
-    """Outputs, the memory `[B, n, K, D, E]` before every block (None if nobody asks), and after the rows; float32."""
-
-    outputs: Float[Array, "B T H E"]
-    before: Float[Array, "B n K D E"] | None
-    after: Float[Array, "B K D E"]
-
-
-class ProblemGradients(NamedTuple):
-    """Gradients of a problem's arrays; those of the start are of its memory, keys and values."""
-
-    queries: Float[Array, "B T H D"]
-    keys: Float[Array, "B T K D"]
-    values: Float[Array, "B T K E"]
-    alpha: Float[Array, " H"] | None
-    taps: Float[Array, "H W"] | None
-    start: tuple[Float[Array, "B K D E"], Float[Array, "B P K D"], Float[Array, "B P K E"]] | None
 
 
 def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:

@@ -13,7 +13,7 @@ from pallas_kernels.augmented_attention import (
 )
 from pallas_kernels.implementations import UnsupportedError, choose, compiling_for
 
-IMPLEMENTATIONS = ["xla", "tpu_interpreted"]
+IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 # Of the largest number, for float32 inputs and float32 sums of a few hundred terms.
 TOLERANCE = 2e-6
 

@@ -1,0 +1,75 @@
+"""How GPU kernels cut their work: a small table for each kind of device, kernel, size of heads and type.
+
+`gpu_tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+TABLE = Path(__file__).with_name("gpu_tiles.json")
+# Entries of devices that have none of their own.
+COMMON = "any"
+SIZES = (32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How one kernel cuts its work.
+
+    Attributes:
+        rows: of a tile.
+        part: columns of values that a program has.
+        piece: columns that products with the memory take at a time.
+        warps: of a program.
+        stages: of software pipelines.
+    """
+
+    rows: int
+    part: int
+    piece: int
+    warps: int
+    stages: int
+
+
+def next_power(number: int) -> int:
+    """The next power of two that Triton's products take."""
+    return max(16, 1 << (number - 1).bit_length()) if number > 0 else 16
+
+
+def bucket(key_size: int, value_size: int, dtype: Any) -> str:
+    """The name of a row of the table: the larger size, rounded up, and the type."""
+    size = next((each for each in SIZES if each >= max(key_size, value_size)), SIZES[-1])
+    return f"{size} {jnp.dtype(dtype).name}"
+
+
+def tiles_for(kernel: str, key_size: int, value_size: int, dtype: Any, device: str | None = None) -> Tiles:
+    """The tiles of a kernel for heads of some size.
+
+    Args:
+        kernel: `operation.kernel`.
+        key_size: of a head's queries and keys.
+        value_size: of its values.
+        dtype: of all three.
+        device: a kind of device; None for the one at hand.
+    """
+    table = load_table()
+    row = bucket(key_size, value_size, dtype)
+    device = device or jax.devices()[0].device_kind
+    entry = table.get(device, {}).get(kernel, {}).get(row) or table[COMMON][kernel][row]
+    tiles = Tiles(**entry)
+    widest = next_power(value_size)
+    piece = min(tiles.piece, next_power(key_size), widest)
+    return dataclasses.replace(tiles, part=min(tiles.part, widest), piece=piece)
+
+
+@functools.cache
+def load_table() -> dict[str, Any]:
+    """The table: device, kernel, bucket, tiles."""
+    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return table
