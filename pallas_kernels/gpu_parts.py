@@ -21,18 +21,21 @@ def narrowed(wide, dtype: tl.constexpr):
 
 
 @triton.jit
-def load_rows(pointer, batch, rows, columns, there, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
-    """`[n, columns]` of a head's rows, zero where they are not there or there is no such column."""
-    offset = ((batch * length + rows) * HEADS + head).to(tl.int64)[:, None] * SIZE + columns[None, :]
-    return tl.load(pointer + offset, mask=there[:, None] & (columns < SIZE)[None, :], other=0.0)
+def load_rows(pointer, batch, begin, columns, there, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    """`[n, columns]` of a head's n rows from a first one on, zero where they or a column are not there."""
+    # One wide number for a tile, narrow ones within it: registers are few.
+    base = pointer + ((batch * length + begin).to(tl.int64) * HEADS + head) * SIZE
+    offset = tl.arange(0, there.shape[0])[:, None] * (HEADS * SIZE) + columns[None, :]
+    return tl.load(base + offset, mask=there[:, None] & (columns < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(pointer, found, batch, rows, columns, there, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
+def store_rows(pointer, found, batch, begin, columns, there, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """Writes what `load_rows` reads."""
-    offset = ((batch * length + rows) * HEADS + head).to(tl.int64)[:, None] * SIZE + columns[None, :]
+    base = pointer + ((batch * length + begin).to(tl.int64) * HEADS + head) * SIZE
+    offset = tl.arange(0, there.shape[0])[:, None] * (HEADS * SIZE) + columns[None, :]
     mask = there[:, None] & (columns < SIZE)[None, :]
-    tl.store(pointer + offset, narrowed(found, pointer.dtype.element_ty), mask=mask)
+    tl.store(base + offset, narrowed(found, pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -40,7 +43,7 @@ def load_joined(
     pointer,
     first,
     batch,
-    rows,
+    begin,
     columns,
     there,
     length,
@@ -51,10 +54,12 @@ def load_joined(
     STARTED: tl.constexpr,
 ):
     """`load_rows`, with rows below 0 from `first`, which holds the BEFORE rows before the row."""
-    found = load_rows(pointer, batch, rows, columns, there & (rows >= 0) & (rows < length), length, head, HEADS, SIZE)
+    rows = begin + tl.arange(0, there.shape[0])
+    own = there & (rows >= 0) & (rows < length)
+    found = load_rows(pointer, batch, begin, columns, own, length, head, HEADS, SIZE)
     if STARTED:
         early = there & (rows < 0) & (rows >= -BEFORE)
-        found += load_rows(first, batch, rows + BEFORE, columns, early, BEFORE, head, HEADS, SIZE)
+        found += load_rows(first, batch, begin + BEFORE, columns, early, BEFORE, head, HEADS, SIZE)
     return found
 
 
@@ -123,14 +128,16 @@ def memory_product(one, other):
 @triton.jit
 def load_memory(pointer, index, rows, columns, D: tl.constexpr, E: tl.constexpr):
     """Part of the memory `[D, E]` with an index, zero beyond its sizes."""
-    offset = index.to(tl.int64) * D * E + rows[:, None] * E + columns[None, :]
+    pointer += index.to(tl.int64) * (D * E)
+    offset = rows[:, None] * E + columns[None, :]
     return tl.load(pointer + offset, mask=(rows < D)[:, None] & (columns < E)[None, :], other=0.0)
 
 
 @triton.jit
 def store_memory(pointer, found, index, rows, columns, D: tl.constexpr, E: tl.constexpr):
     """Writes what `load_memory` reads."""
-    offset = index.to(tl.int64) * D * E + rows[:, None] * E + columns[None, :]
+    pointer += index.to(tl.int64) * (D * E)
+    offset = rows[:, None] * E + columns[None, :]
     tl.store(pointer + offset, found, mask=(rows < D)[:, None] & (columns < E)[None, :])
 
 
@@ -144,10 +151,14 @@ def memories_kernel(
     weights,
     keep,
     initial,
+    extras,
+    initial_sum,
     length,
     blocks,
     before,
     after,
+    before_sum,
+    after_sum,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
     D: tl.constexpr,
@@ -161,6 +172,9 @@ def memories_kernel(
     FACTORS: tl.constexpr,
     WEIGHTS: tl.constexpr,
     AGED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    ADDED: tl.constexpr,
+    EXTRAS: tl.constexpr,
     STARTED: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
@@ -169,17 +183,28 @@ def memories_kernel(
     `before [B, n, K, D, E]` and `after [B, K, D, E]` are float32, as is `initial`. The rows of a block are shifted by
     BEFORE, and the last block's go on to the end. `weights [B, BEFORE + T]` (AGED: `[B, K, BEFORE + T]`) are of the
     rows, `keep [B, n]` (AGED: `[B, K, n]`) of the memory, `factors [H]` of the query heads that share a memory.
+    SUMMED: likewise a sum from `initial_sum` on, `before_sum [B, n, K, D]` and `after_sum [B, K, D]`, to which ADDED adds
+    `sum weight extras left`, with `extras [B, T, H]` or ones.
     """
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = HEADS // SHARE
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     memory = load_memory(initial, batch * kv_heads + head, inner, columns, D, E)
     lane = batch * kv_heads + head if AGED else batch
+    total = tl.zeros([WIDE_D], tl.float32)
+    if SUMMED:
+        total = tl.load(initial_sum + (batch * kv_heads + head) * D + inner, mask=inner < D, other=0.0)
     for step in range(0, blocks):
         block = blocks - 1 - step if REVERSE else step
-        store_memory(before, memory, (batch * blocks + block) * kv_heads + head, inner, columns, D, E)
+        index = (batch * blocks + block) * kv_heads + head
+        store_memory(before, memory, index, inner, columns, D, E)
+        if SUMMED:
+            if part == 0:
+                tl.store(before_sum + index * D + inner, total, mask=inner < D)
         if WEIGHTS:
-            memory *= tl.load(keep + lane * blocks + block)
+            kept = tl.load(keep + lane * blocks + block)
+            memory *= kept
+            total *= kept
         begin = block * BLOCK - BEFORE
         end = begin + BLOCK
         if block == blocks - 1:
@@ -194,13 +219,13 @@ def memories_kernel(
             for share in tl.static_range(SHARE):
                 own = head * SHARE + share
                 # Rows of `first_left` have been scaled before.
-                one = load_rows(left, batch, rows, inner, there & (rows >= 0), length, own, HEADS, D)
+                one = load_rows(left, batch, tile, inner, there & (rows >= 0), length, own, HEADS, D)
                 one = scaled(one, unit_scale(one, UNIT), UNIT)
                 if STARTED:
                     early = there & (rows < 0)
-                    one += load_rows(first_left, batch, rows + BEFORE, inner, early, BEFORE, own, HEADS, D)
+                    one += load_rows(first_left, batch, tile + BEFORE, inner, early, BEFORE, own, HEADS, D)
                 other = load_joined(
-                    right, first_right, batch, rows, columns, there, length, own, HEADS, E, BEFORE, STARTED
+                    right, first_right, batch, tile, columns, there, length, own, HEADS, E, BEFORE, STARTED
                 )
                 if AGED:
                     added = split_product(tl.trans(one.to(tl.float32) * weight[:, None]), other)
@@ -209,4 +234,14 @@ def memories_kernel(
                 if FACTORS:
                     added *= tl.load(factors + own)
                 memory += added
-    store_memory(after, memory, batch * kv_heads + head, inner, columns, D, E)
+                if ADDED:
+                    extra = weight
+                    if EXTRAS:
+                        place = (batch * length + rows) * HEADS + own
+                        extra *= tl.load(extras + place, mask=there & (rows >= 0), other=0.0)
+                    total += tl.sum(one.to(tl.float32) * extra[:, None], axis=0)
+    index = batch * kv_heads + head
+    store_memory(after, memory, index, inner, columns, D, E)
+    if SUMMED:
+        if part == 0:
+            tl.store(after_sum + index * D + inner, total, mask=inner < D)

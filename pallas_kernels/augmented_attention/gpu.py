@@ -13,11 +13,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, ProblemGradients, Result
 from pallas_kernels.gpu_launch import kernels_of, launch
+from pallas_kernels.gpu_memories import Memories, Rows, Scan, scan_memories
 from pallas_kernels.gpu_tiles import Tiles, next_power, tiles_for
 from pallas_kernels.tpu_heads import block_rows
 
 KERNELS = "pallas_kernels.augmented_attention.gpu_kernels"
-MEMORIES = "pallas_kernels.gpu_parts"
 # Kernels with tiles of their own; all of them divide blocks.
 TILED = ("memories", "outputs", "query_gradients", "key_gradients")
 
@@ -234,36 +234,19 @@ class _Call(NamedTuple):
 
     def _scan(self, rows: Any, initial: Array, shift: int, started: bool, *, reverse: bool) -> tuple[Array, Array]:
         problem, plan = self.problem, self.plan
-        tiles = _tiles(problem, "memories")
-        batch, kv_heads, key_size, value_size = shape = self._memory_shape
-        heads = rows[0].shape[2]
-        before, after = launch(
-            kernels_of(MEMORIES, self.interpret).memories_kernel,
-            (*rows, self.keep, initial, plan.length, plan.blocks),
-            (_struct((batch, plan.blocks, *shape[1:]), jnp.float32), _struct(shape, jnp.float32)),
-            grid=(-(-value_size // tiles.part), kv_heads, batch),
-            constants={
-                "HEADS": heads,
-                "SHARE": heads // kv_heads,
-                "D": key_size,
-                "E": value_size,
-                "WIDE_D": next_power(key_size),
-                "PART_E": tiles.part,
-                "BLOCK": plan.block,
-                "BEFORE": shift,
-                "TILE": tiles.rows,
-                "UNIT": plan.unit,
-                "FACTORS": reverse,
-                "WEIGHTS": problem.placement is not None,
-                "AGED": False,
-                "STARTED": started,
-                "REVERSE": reverse,
-            },
-            warps=tiles.warps,
-            stages=tiles.stages,
+        nothing = jnp.zeros((1,))
+        found = scan_memories(
+            Rows(*rows, self.keep),
+            Memories(initial, nothing),
+            Scan(plan.length, plan.block, plan.blocks, shift, reverse),
+            tiles=_tiles(problem, "memories"),
             interpret=self.interpret,
+            UNIT=plan.unit,
+            FACTORS=reverse,
+            WEIGHTS=problem.placement is not None,
+            STARTED=started,
         )
-        return before, after
+        return found[0].values, found[1].values
 
 
 def _tiles(problem: Problem, kernel: str) -> Tiles:

@@ -94,7 +94,7 @@ def scored_keys(
     keys,
     first_keys,
     batch,
-    rows,
+    begin,
     columns,
     there,
     length,
@@ -106,12 +106,13 @@ def scored_keys(
     STARTED: tl.constexpr,
 ):
     """Keys as they are scored, as they came, and the scale between; those before the row have been scaled before."""
-    raw = load_rows(keys, batch, rows, columns, there & (rows >= 0) & (rows < length), length, head, KV_HEADS, D)
+    rows = begin + tl.arange(0, there.shape[0])
+    raw = load_rows(keys, batch, begin, columns, there & (rows >= 0) & (rows < length), length, head, KV_HEADS, D)
     scale = unit_scale(raw, UNIT)
     ready = scaled(raw, scale, UNIT)
     if STARTED:
         early = there & (rows < 0) & (rows >= -BEFORE)
-        ready += load_rows(first_keys, batch, rows + BEFORE, columns, early, BEFORE, head, KV_HEADS, D)
+        ready += load_rows(first_keys, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, D)
     return ready, raw, scale
 
 
@@ -159,7 +160,7 @@ def outputs_kernel(
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
     document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    raw = load_rows(queries, batch, asked, inner, document > 0, length, head, HEADS, D)
+    raw = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
     scale = unit_scale(raw, UNIT)
     query = scaled(raw, scale, UNIT)
     factor = 0.0
@@ -175,10 +176,10 @@ def outputs_kernel(
         other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
         there = other_document > 0
         key, raw_key, key_scale = scored_keys(
-            keys, first_keys, batch, rows, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
+            keys, first_keys, batch, key_begin, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
         )
         value = load_joined(
-            values, first_values, batch, rows, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
         near, local, earlier = pairs(document, position, other_document, other_position, known, GROUP)
         scores = product(query, tl.trans(key))
@@ -195,11 +196,11 @@ def outputs_kernel(
         read = tl.zeros([TILE, PART_E], tl.float32)
         for piece in range(0, WIDE_D, PART_D):
             chosen = piece + tl.arange(0, PART_D)
-            some = load_rows(queries, batch, asked, chosen, reads, length, head, HEADS, D)
+            some = load_rows(queries, batch, begin, chosen, reads, length, head, HEADS, D)
             memory = load_memory(memories, index, chosen, columns, D, E)
             read += memory_product(scaled(some, scale, UNIT), memory)
         found += factor * read
-    store_rows(outputs, found, batch, asked, columns, asked < length, length, head, HEADS, E)
+    store_rows(outputs, found, batch, begin, columns, asked < length, length, head, HEADS, E)
 
 
 @triton.jit
@@ -254,10 +255,10 @@ def query_gradients_kernel(
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
     document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    raw = load_rows(queries, batch, asked, inner, document > 0, length, head, HEADS, D)
+    raw = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
     scale = unit_scale(raw, UNIT)
     query = scaled(raw, scale, UNIT)
-    cotangent = load_rows(cotangents, batch, asked, columns, document > 0, length, head, HEADS, E)
+    cotangent = load_rows(cotangents, batch, begin, columns, document > 0, length, head, HEADS, E)
     factor = 0.0
     if GROUPED:
         factor = tl.load(alpha + head)
@@ -274,10 +275,10 @@ def query_gradients_kernel(
         other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
         there = other_document > 0
         key, raw_key, key_scale = scored_keys(
-            keys, first_keys, batch, rows, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
+            keys, first_keys, batch, key_begin, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
         )
         value = load_joined(
-            values, first_values, batch, rows, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
         near, local, earlier = pairs(document, position, other_document, other_position, known, GROUP)
         scores = product(query, tl.trans(key))
@@ -302,12 +303,12 @@ def query_gradients_kernel(
         read = tl.zeros([TILE, WIDE_D], tl.float32)
         for piece in range(0, PART_E, PIECE_E):
             chosen = part * PART_E + piece + tl.arange(0, PIECE_E)
-            some = load_rows(cotangents, batch, asked, chosen, reads, length, head, HEADS, E)
+            some = load_rows(cotangents, batch, begin, chosen, reads, length, head, HEADS, E)
             read += memory_product(some, tl.trans(load_memory(memories, index, inner, chosen, D, E)))
         found += factor * read
         change += tl.sum(read * query.to(tl.float32), axis=1)
     found = unit_gradient(raw, scale, found, UNIT)
-    store_rows(query_gradients, found, part * batches + batch, asked, inner, asked < length, length, head, HEADS, D)
+    store_rows(query_gradients, found, part * batches + batch, begin, inner, asked < length, length, head, HEADS, D)
     place = ((part * batches + batch) * tiles + tile) * HEADS + head
     tl.store(alpha_gradients + place, tl.sum(change, axis=0))
     if WIDTH > 0:
@@ -369,9 +370,9 @@ def key_gradients_kernel(
     document, position, known = placed(places, batch, rows, length, BEFORE, PLACED)
     there = document > 0
     key, raw, scale = scored_keys(
-        keys, first_keys, batch, rows, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
+        keys, first_keys, batch, begin, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
     )
-    value = load_joined(values, first_values, batch, rows, columns, there, length, head, KV_HEADS, E, BEFORE, STARTED)
+    value = load_joined(values, first_values, batch, begin, columns, there, length, head, KV_HEADS, E, BEFORE, STARTED)
     # The rows join the memory after this block, of which they are the window's last ones that are asked.
     last = (begin + BEFORE) // BLOCK
 
@@ -385,9 +386,9 @@ def key_gradients_kernel(
         for query_begin in range(tl.maximum(begin, 0), tl.minimum((last + 1) * BLOCK, length), TILE):
             asked = query_begin + tl.arange(0, TILE)
             own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
-            query = load_rows(queries, batch, asked, inner, own_document > 0, length, own, HEADS, D)
+            query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
             query = scaled(query, unit_scale(query, UNIT), UNIT)
-            cotangent = load_rows(cotangents, batch, asked, columns, own_document > 0, length, own, HEADS, E)
+            cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
             near, local, earlier = pairs(own_document, own_position, document, position, known, GROUP)
             scores = product(query, tl.trans(key))
             weights = pair_weights(
@@ -406,16 +407,16 @@ def key_gradients_kernel(
         for piece in range(0, PART_E, PIECE_E):
             chosen = part * PART_E + piece + tl.arange(0, PIECE_E)
             some = load_joined(
-                values, first_values, batch, rows, chosen, joins, length, head, KV_HEADS, E, BEFORE, STARTED
+                values, first_values, batch, begin, chosen, joins, length, head, KV_HEADS, E, BEFORE, STARTED
             )
             key_found += memory_product(some, tl.trans(load_memory(memory_gradients, index, inner, chosen, D, E)))
         for piece in range(0, WIDE_D, PART_D):
             chosen = piece + tl.arange(0, PART_D)
-            some = load_rows(keys, batch, rows, chosen, joins & (rows >= 0), length, head, KV_HEADS, D)
+            some = load_rows(keys, batch, begin, chosen, joins & (rows >= 0), length, head, KV_HEADS, D)
             some = scaled(some, scale, UNIT)
             if STARTED:
                 early = joins & (rows < 0)
-                some += load_rows(first_keys, batch, rows + BEFORE, chosen, early, BEFORE, head, KV_HEADS, D)
+                some += load_rows(first_keys, batch, begin + BEFORE, chosen, early, BEFORE, head, KV_HEADS, D)
             value_found += memory_product(some, load_memory(memory_gradients, index, chosen, columns, D, E))
 
     outer = part * batches + batch
@@ -423,11 +424,11 @@ def key_gradients_kernel(
     if STARTED:
         early = rows < 0
         store_rows(
-            first_key_gradients, key_found, outer, rows + BEFORE, inner, early, BEFORE, head, KV_HEADS, D
+            first_key_gradients, key_found, outer, begin + BEFORE, inner, early, BEFORE, head, KV_HEADS, D
         )
         store_rows(
-            first_value_gradients, value_found, batch, rows + BEFORE, columns, early, BEFORE, head, KV_HEADS, E
+            first_value_gradients, value_found, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, E
         )
     key_found = unit_gradient(raw, scale, key_found, UNIT)
-    store_rows(key_gradients, key_found, outer, rows, inner, own_rows, length, head, KV_HEADS, D)
-    store_rows(value_gradients, value_found, batch, rows, columns, own_rows, length, head, KV_HEADS, E)
+    store_rows(key_gradients, key_found, outer, begin, inner, own_rows, length, head, KV_HEADS, D)
+    store_rows(value_gradients, value_found, batch, begin, columns, own_rows, length, head, KV_HEADS, E)

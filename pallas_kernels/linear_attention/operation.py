@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gpu_launch import obstacle
 from pallas_kernels.implementations import choose
-from pallas_kernels.linear_attention import tpu, xla
+from pallas_kernels.linear_attention import gpu, tpu, xla
 from pallas_kernels.linear_attention.problem import Memory, Plan, Problem
 from pallas_kernels.products import accumulation_dtype
-from pallas_kernels.tpu_heads import LANES, block_rows
 
 Result = tuple[Float[Array, "B T H E"], Memory]
 
@@ -73,26 +73,24 @@ def _xla(problem: Problem, floor: float | None) -> Result:
     return xla.forward(problem, Plan(min(xla.BLOCK, length), length, floor))
 
 
-def _tpu(problem: Problem, floor: float | None, interpret: bool = False) -> Result:
-    length = problem.queries.shape[1]
-    block = min(block_rows(problem.keys, problem.values), -(-length // LANES) * LANES)
-    return _tpu_program(problem, Plan(block, length, floor), interpret)
+def _programs(problem: Problem, floor: float | None, *, platform: str, interpret: bool) -> Result:
+    return _program(problem, PROGRAMS[platform].plan_for(problem, floor), platform, interpret)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _tpu_program(problem: Problem, plan: Plan, interpret: bool) -> Result:
-    result = tpu.forward(problem, plan, interpret=interpret)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _program(problem: Problem, plan: Plan, platform: str, interpret: bool) -> Result:
+    result = PROGRAMS[platform].forward(problem, plan, interpret=interpret)
     return result.outputs, result.after
 
 
-def _tpu_forward(problem: Problem, plan: Plan, interpret: bool) -> tuple[Result, Any]:
-    result = tpu.forward(problem, plan, differentiated=True, interpret=interpret)
+def _forward(problem: Problem, plan: Plan, platform: str, interpret: bool) -> tuple[Result, Any]:
+    result = PROGRAMS[platform].forward(problem, plan, differentiated=True, interpret=interpret)
     return (result.outputs, result.after), (problem, result)
 
 
-def _tpu_backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Result) -> tuple[Problem]:
+def _backward(plan: Plan, platform: str, interpret: bool, residuals: Any, cotangents: Result) -> tuple[Problem]:
     problem, result = residuals
-    found = tpu.backward(problem, plan, result, *cotangents, interpret=interpret)
+    found = PROGRAMS[platform].backward(problem, plan, result, *cotangents, interpret=interpret)
     nothing: Any = None if problem.documents is None else np.zeros(problem.documents.shape, jax.dtypes.float0)
     return (
         Problem(
@@ -106,17 +104,25 @@ def _tpu_backward(plan: Plan, interpret: bool, residuals: Any, cotangents: Resul
     )
 
 
-_tpu_program.defvjp(_tpu_forward, _tpu_backward)
+_program.defvjp(_forward, _backward)
 
-IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla, "tpu": _tpu, "tpu_interpreted": partial(_tpu, interpret=True)}
+# Modules with `plan_for`, `forward` and `backward`.
+PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
+IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {
+    f"{platform}_interpreted" if interpret else platform: partial(_programs, platform=platform, interpret=interpret)
+    for platform in PROGRAMS
+    for interpret in (False, True)
+}
 
 
 def _obstacle(name: str, problem: Problem) -> str | None:
     """Why an implementation cannot take a problem."""
+    if name == "xla":
+        return None
     kinds = {str(each.dtype) for each in (problem.queries, problem.keys, problem.values)}
-    if name != "xla" and kinds not in ({"float32"}, {"bfloat16"}):
+    if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    return None
+    return obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None
 
 
 def _check(queries: Array, keys: Array, values: Array, decay: Array | None, floor: float | None) -> None:

@@ -39,6 +39,15 @@ class Problem(NamedTuple):
     start: Memory
 
 
+class ProblemGradients(NamedTuple):
+    """Gradients of a problem's arrays."""
+
+    queries: Float[Array, "B T H D"]
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K E"]
+    start: Memory
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is fixed when a program is compiled.

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear_attention.blocks import divisor
-from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem
+from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem, ProblemGradients
 from pallas_kernels.linear_attention.tpu_kernels import (
     Cotangents,
     Gradients,
@@ -24,7 +24,7 @@ from pallas_kernels.linear_attention.tpu_kernels import (
     forward_kernel,
     gradient_kernel,
 )
-from pallas_kernels.tpu_heads import SUBLANES, VMEM_BYTES, Heads, side_by_side
+from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, block_rows, side_by_side
 
 Outputs = Float[Array, "B T H E"]
 Totals = Float[Array, "B H 1 T"]
@@ -46,13 +46,11 @@ class Result(NamedTuple):
     after: Memory
 
 
-class ProblemGradients(NamedTuple):
-    """Gradients of a problem's arrays."""
-
-    queries: Float[Array, "B T H D"]
-    keys: Float[Array, "B T K D"]
-    values: Float[Array, "B T K E"]
-    start: Memory
+def plan_for(problem: Problem, floor: float | None) -> Plan:
+    """Blocks of whole lanes."""
+    length = problem.queries.shape[1]
+    block = min(block_rows(problem.keys, problem.values), -(-length // LANES) * LANES)
+    return Plan(block, length, floor)
 
 
 def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
