@@ -6,14 +6,17 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.gpu_launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose
-from pallas_kernels.path_commit import tpu, xla
+from pallas_kernels.path_commit import gpu, tpu, xla
 from pallas_kernels.tree_verify.problem import Held
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla.commit,
     "tpu": tpu.commit,
     "tpu_interpreted": partial(tpu.commit, interpret=True),
+    "gpu": gpu.commit,
+    "gpu_interpreted": partial(gpu.commit, interpret=True),
 }
 
 
@@ -48,5 +51,8 @@ def commit_path(
         obstacle = (
             f"the state holds {', '.join(sorted(kinds))} and {held.memory.dtype}, not float32 or bfloat16 and float32"
         )
-    obstacles = {"xla": None, "tpu": obstacle, "tpu_interpreted": obstacle}
+    obstacles = {
+        name: obstacle or (triton_obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None)
+        for name in IMPLEMENTATIONS
+    } | {"xla": None}
     return IMPLEMENTATIONS[choose("commit_path", implementation, obstacles)](held, keys, values, length)

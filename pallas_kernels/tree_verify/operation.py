@@ -6,14 +6,17 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
+from pallas_kernels.gpu_launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose
-from pallas_kernels.tree_verify import tpu, xla
+from pallas_kernels.tree_verify import gpu, tpu, xla
 from pallas_kernels.tree_verify.problem import Held, Problem, Tree
 
 IMPLEMENTATIONS: dict[str, Any] = {
     "xla": xla.verify,
     "tpu": tpu.verify,
     "tpu_interpreted": partial(tpu.verify, interpret=True),
+    "gpu": gpu.verify,
+    "gpu_interpreted": partial(gpu.verify, interpret=True),
 }
 
 
@@ -56,6 +59,9 @@ def verify_tree(
     obstacle = None
     if kinds not in ({"float32"}, {"bfloat16"}):
         obstacle = f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    obstacles = {"xla": None, "tpu": obstacle, "tpu_interpreted": obstacle}
+    obstacles = {
+        name: obstacle or (triton_obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None)
+        for name in IMPLEMENTATIONS
+    } | {"xla": None}
     name = choose("verify_tree", implementation, obstacles)
     return IMPLEMENTATIONS[name](problem, unit_inputs=unit, local=local)
