@@ -41,7 +41,9 @@ def kernels_of(module: str, interpret: bool) -> ModuleType:
         found = importlib.import_module(module)
     if isinstance(triton.language.sum, triton.JITFunction) == interpret:
         wanted = "TRITON_INTERPRET=1" if interpret else "no TRITON_INTERPRET"
-        raise UnsupportedError(f"Triton has been imported to {'compile' if interpret else 'interpret'}; begin with {wanted}")
+        raise UnsupportedError(
+            f"Triton has been imported to {'compile' if interpret else 'interpret'}; begin with {wanted}"
+        )
     return found
 
 

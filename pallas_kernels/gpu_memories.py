@@ -1,7 +1,7 @@
 """Memories before blocks of rows on GPU, in order or in reverse: what both linear attentions go through first."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp

@@ -183,8 +183,8 @@ def memories_kernel(
     `before [B, n, K, D, E]` and `after [B, K, D, E]` are float32, as is `initial`. The rows of a block are shifted by
     BEFORE, and the last block's go on to the end. `weights [B, BEFORE + T]` (AGED: `[B, K, BEFORE + T]`) are of the
     rows, `keep [B, n]` (AGED: `[B, K, n]`) of the memory, `factors [H]` of the query heads that share a memory.
-    SUMMED: likewise a sum from `initial_sum` on, `before_sum [B, n, K, D]` and `after_sum [B, K, D]`, to which ADDED adds
-    `sum weight extras left`, with `extras [B, T, H]` or ones.
+    SUMMED: likewise a sum from `initial_sum` on, `before_sum [B, n, K, D]` and `after_sum [B, K, D]`, to which ADDED
+    adds `sum weight extras left`, with `extras [B, T, H]` or ones.
     """
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = HEADS // SHARE

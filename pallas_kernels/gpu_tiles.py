@@ -43,12 +43,14 @@ def next_power(number: int) -> int:
 
 
 def bucket(key_size: int, value_size: int, dtype: Any) -> str:
-    """The name of a row of the table: the larger size, rounded up, and the type."""
+    """The name of a row of the table: the larger size, rounded up, and the type; ` placed` may follow."""
     size = next((each for each in SIZES if each >= max(key_size, value_size)), SIZES[-1])
     return f"{size} {jnp.dtype(dtype).name}"
 
 
-def tiles_for(kernel: str, key_size: int, value_size: int, dtype: Any, device: str | None = None) -> Tiles:
+def tiles_for(
+    kernel: str, key_size: int, value_size: int, dtype: Any, *, placed: bool = False, device: str | None = None
+) -> Tiles:
     """The tiles of a kernel for heads of some size.
 
     Args:
@@ -56,13 +58,15 @@ def tiles_for(kernel: str, key_size: int, value_size: int, dtype: Any, device: s
         key_size: of a head's queries and keys.
         value_size: of its values.
         dtype: of all three.
+        placed: whether rows hold several documents, for which kernels need more registers.
         device: a kind of device; None for the one at hand.
     """
     table = load_table()
     row = bucket(key_size, value_size, dtype)
     device = device or jax.devices()[0].device_kind
-    entry = table.get(device, {}).get(kernel, {}).get(row) or table[COMMON][kernel][row]
-    tiles = Tiles(**entry)
+    entries = [table.get(each, {}).get(kernel, {}) for each in (device, COMMON)]
+    names = [f"{row} placed", row] if placed else [row]
+    tiles = Tiles(**next(rows[name] for rows in entries for name in names if name in rows))
     widest = next_power(value_size)
     piece = min(tiles.piece, next_power(key_size), widest)
     return dataclasses.replace(tiles, part=min(tiles.part, widest), piece=piece)

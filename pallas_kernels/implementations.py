@@ -35,6 +35,11 @@ def compiling_for(platform: str) -> Iterator[None]:
         _target.reset(token)
 
 
+def target_platform() -> str:
+    """What is being compiled for: the platform of `compiling_for`, or of this process."""
+    return _target.get() or jax.default_backend()
+
+
 def choose(
     operation: str, asked: str | Sequence[str] | None, obstacles: Mapping[str, str | None], platform: str | None = None
 ) -> str:
@@ -49,7 +54,7 @@ def choose(
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
-    platform = platform or _target.get() or jax.default_backend()
+    platform = platform or target_platform()
     names = PREFERRED.get(platform, ("xla",)) if asked is None else (asked,) if isinstance(asked, str) else tuple(asked)
     reasons = {}
     for name in names:

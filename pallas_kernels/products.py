@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.implementations import target_platform
+
 
 def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The type of sums over `dtype`: float32, or float64 for float64."""
@@ -18,6 +20,9 @@ def present(rows: Float[Array, "n D"], mask: Bool[Array, "n 1"]) -> Float[Array,
 def product(one: Array, other: Array, contract: tuple[int, int]) -> Array:
     """A product of two matrices over the given axes, summed in float32 or better."""
     wide = accumulation_dtype(one.dtype)
+    if target_platform() == "cpu":
+        # XLA refuses some products of bfloat16 there; in float32 they are the same numbers.
+        one, other = one.astype(wide), other.astype(wide)
     exact = jax.lax.Precision.HIGHEST if one.dtype == wide else None
     return jax.lax.dot_general(
         one, other, (((contract[0],), (contract[1],)), ((), ())), precision=exact, preferred_element_type=wide

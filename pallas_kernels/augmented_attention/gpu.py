@@ -168,10 +168,11 @@ class _Call(NamedTuple):
     @property
     def factors(self) -> tuple[Array, Array]:
         """Alpha and taps."""
-        problem = self.problem
-        return tuple(
-            jnp.zeros((1,)) if each is None else each.astype(jnp.float32) for each in (problem.alpha, problem.taps)
+        alpha, taps = (
+            jnp.zeros((1,)) if each is None else each.astype(jnp.float32)
+            for each in (self.problem.alpha, self.problem.taps)
         )
+        return alpha, taps
 
     @property
     def first(self) -> tuple[Array, Array]:
@@ -181,7 +182,9 @@ class _Call(NamedTuple):
             return problem.keys, problem.values
         return problem.start.keys.astype(problem.keys.dtype), problem.start.values.astype(problem.values.dtype)
 
-    def launch(self, name: str, more: tuple[Any, ...], outputs: Any, tiles: Tiles, *, grid: Any, **more_constants: Any):
+    def launch(
+        self, name: str, more: tuple[Any, ...], outputs: Any, tiles: Tiles, *, grid: Any, **more_constants: Any
+    ) -> list[Array]:
         """Runs a kernel that reads queries, keys and values."""
         problem, plan = self.problem, self.plan
         constants = {
@@ -217,14 +220,14 @@ class _Call(NamedTuple):
         problem = self.problem
         start = problem.start
         initial = jnp.zeros(self._memory_shape) if start is None else start.memory.astype(jnp.float32)
-        rows = (problem.keys, problem.values, *self.first, jnp.zeros((1,)), self.folded)
+        rows = Rows(problem.keys, problem.values, *self.first, jnp.zeros((1,)), self.folded, self.keep)
         return self._scan(rows, initial, self.plan.before, start is not None, reverse=False)
 
     def memory_gradients(self, cotangents: Array, after: Array) -> tuple[Array, Array]:
         """The gradient of the memory after every block, and of the memory before the row."""
         problem = self.problem
         factors = jnp.zeros((problem.queries.shape[2],)) if problem.alpha is None else self.factors[0]
-        rows = (problem.queries, cotangents, problem.queries, cotangents, factors, self.reads)
+        rows = Rows(problem.queries, cotangents, problem.queries, cotangents, factors, self.reads, self.keep)
         return self._scan(rows, after.astype(jnp.float32), 0, False, reverse=True)
 
     @property
@@ -232,11 +235,11 @@ class _Call(NamedTuple):
         keys, values = self.problem.keys, self.problem.values
         return keys.shape[0], keys.shape[2], keys.shape[3], values.shape[3]
 
-    def _scan(self, rows: Any, initial: Array, shift: int, started: bool, *, reverse: bool) -> tuple[Array, Array]:
+    def _scan(self, rows: Rows, initial: Array, shift: int, started: bool, *, reverse: bool) -> tuple[Array, Array]:
         problem, plan = self.problem, self.plan
         nothing = jnp.zeros((1,))
         found = scan_memories(
-            Rows(*rows, self.keep),
+            rows,
             Memories(initial, nothing),
             Scan(plan.length, plan.block, plan.blocks, shift, reverse),
             tiles=_tiles(problem, "memories"),
@@ -250,7 +253,9 @@ class _Call(NamedTuple):
 
 
 def _tiles(problem: Problem, kernel: str) -> Tiles:
-    return tiles_for(f"augmented_attention.{kernel}", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
+    sizes = problem.keys.shape[3], problem.values.shape[3]
+    return tiles_for(f"augmented_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.placement is not None)
+
 
 
 def _summed(parts: Array, dtype: Any) -> Array:

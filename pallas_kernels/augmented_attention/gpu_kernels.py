@@ -183,9 +183,7 @@ def outputs_kernel(
         )
         near, local, earlier = pairs(document, position, other_document, other_position, known, GROUP)
         scores = product(query, tl.trans(key))
-        weights = pair_weights(
-            scores, near, local, earlier, factor, taps, head, asked, rows, LOCAL, GROUPED, WIDTH
-        )
+        weights = pair_weights(scores, near, local, earlier, factor, taps, head, asked, rows, LOCAL, GROUPED, WIDTH)
         found += product(narrowed(weights, value.dtype), value)
 
     if GROUPED:
@@ -391,9 +389,7 @@ def key_gradients_kernel(
             cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
             near, local, earlier = pairs(own_document, own_position, document, position, known, GROUP)
             scores = product(query, tl.trans(key))
-            weights = pair_weights(
-                scores, near, local, earlier, factor, taps, own, asked, rows, LOCAL, GROUPED, WIDTH
-            )
+            weights = pair_weights(scores, near, local, earlier, factor, taps, own, asked, rows, LOCAL, GROUPED, WIDTH)
             value_found += product(tl.trans(narrowed(weights, cotangent.dtype)), cotangent)
             upstream = product(cotangent, tl.trans(value))
             slope = score_gradient(scores, upstream, local, earlier, factor, LOCAL, GROUPED)
@@ -423,12 +419,8 @@ def key_gradients_kernel(
     own_rows = (rows >= 0) & (rows < length)
     if STARTED:
         early = rows < 0
-        store_rows(
-            first_key_gradients, key_found, outer, begin + BEFORE, inner, early, BEFORE, head, KV_HEADS, D
-        )
-        store_rows(
-            first_value_gradients, value_found, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, E
-        )
+        store_rows(first_key_gradients, key_found, outer, begin + BEFORE, inner, early, BEFORE, head, KV_HEADS, D)
+        store_rows(first_value_gradients, value_found, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, E)
     key_found = unit_gradient(raw, scale, key_found, UNIT)
     store_rows(key_gradients, key_found, outer, begin, inner, own_rows, length, head, KV_HEADS, D)
     store_rows(value_gradients, value_found, batch, begin, columns, own_rows, length, head, KV_HEADS, E)

@@ -241,4 +241,5 @@ def _ages(placed: Placed, problem: Problem, plan: Plan) -> _Ages:
 
 
 def _tiles(problem: Problem, kernel: str) -> Tiles:
-    return tiles_for(f"linear_attention.{kernel}", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
+    sizes = problem.keys.shape[3], problem.values.shape[3]
+    return tiles_for(f"linear_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.documents is not None)

@@ -11,9 +11,7 @@ from pallas_kernels.tree_verify.problem import Problem, branches, convolution_ma
 KERNELS = "pallas_kernels.tree_verify.gpu_kernels"
 
 
-def verify(
-    problem: Problem, *, unit_inputs: bool, local: bool, interpret: bool = False
-) -> Float[Array, "B N H E"]:
+def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: bool = False) -> Float[Array, "B N H E"]:
     """Outputs of the nodes."""
     held, values = problem.held, problem.values
     batch, nodes, heads, size = problem.queries.shape

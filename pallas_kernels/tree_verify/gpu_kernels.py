@@ -3,8 +3,16 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu_parts import load_memory, load_rows, memory_product, narrowed, product, scaled, store_rows
-from pallas_kernels.gpu_parts import unit_scale
+from pallas_kernels.gpu_parts import (
+    load_memory,
+    load_rows,
+    memory_product,
+    narrowed,
+    product,
+    scaled,
+    store_rows,
+    unit_scale,
+)
 
 
 @triton.jit

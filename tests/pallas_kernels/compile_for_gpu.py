@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be there, in a process of its own: `compile_for_gpu.py SM [SM ..]`.
+"""Compiles the Triton kernels for GPUs that need not be there, in a process of its own: `compile_for_gpu.py SM..`.
 
 Prints a line for each kernel: registers, spilled bytes, shared memory.
 """
