@@ -15,6 +15,7 @@ PLATFORMS = {"tpu": "tpu", "gpu": "gpu"}
 _log = logging.getLogger("pallas_kernels")
 _noted: set[str] = set()
 _target: ContextVar[str | None] = ContextVar("target", default=None)
+_wanted: ContextVar[tuple[str, ...] | None] = ContextVar("wanted", default=None)
 
 
 class UnsupportedError(ValueError):
@@ -33,6 +34,22 @@ def compiling_for(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextlib.contextmanager
+def preferring(*names: str) -> Iterator[None]:
+    """Prefers implementations where a call asks for none; what none of them can do falls back to XLA.
+
+    Programs that have been compiled before keep what they were compiled with.
+
+    Args:
+        names: of implementations, the best first.
+    """
+    token = _wanted.set((*names, "xla"))
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 def target_platform() -> str:
@@ -55,7 +72,9 @@ def choose(
         UnsupportedError: none of those that were asked for can run.
     """
     platform = platform or target_platform()
-    names = PREFERRED.get(platform, ("xla",)) if asked is None else (asked,) if isinstance(asked, str) else tuple(asked)
+    if asked is None:
+        asked = _wanted.get() or PREFERRED.get(platform, ("xla",))
+    names = (asked,) if isinstance(asked, str) else tuple(asked)
     reasons = {}
     for name in names:
         if name not in obstacles:

@@ -142,8 +142,8 @@ class AttentionConfig:
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
-        implementation: what computes `augmented` in whole rows: xla, tpu or tpu_interpreted; None takes what suits the
-            platform.
+        implementation: what computes the local and grouped branches and the convolution together: xla, tpu, gpu, or the
+            last two interpreted; None takes what suits the platform.
     """
 
     name: str = "augmented"

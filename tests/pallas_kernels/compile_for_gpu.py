@@ -1,12 +1,16 @@
-"""Compiles the Triton kernels for GPUs that need not be there, in a process of its own: `compile_for_gpu.py SM..`.
+"""Compiles the Triton kernels for GPUs that need not be there, in a process of its own.
 
-Prints a line for each kernel: registers, spilled bytes, shared memory.
+    python tests/pallas_kernels/compile_for_gpu.py [--capabilities 80 90] [--all]
+
+Prints a line for each kernel: registers, bytes spilled to the stack, shared memory. `--all` compiles every row of the
+shipped table; without it, a few.
 """
 
+import argparse
 import re
 import subprocess
-import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
@@ -16,28 +20,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pallas_kernels import gpu_launch
-from pallas_kernels.augmented_attention import Placement, Start, gpu
-from pallas_kernels.augmented_attention.problem import Problem
+import pallas_kernels.augmented_attention.gpu
+import pallas_kernels.linear_attention.gpu
+import pallas_kernels.path_commit.gpu
+import pallas_kernels.tree_verify.gpu
+from pallas_kernels import gpu_launch, gpu_memories
+from pallas_kernels.augmented_attention import problem as augmented
+from pallas_kernels.gpu_tiles import SIZES
+from pallas_kernels.linear_attention import problem as linear
+from pallas_kernels.tree_verify import problem as trees
 
-# Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
-CASES = [
-    (1, 8192, 8, 8, 128, 128, jnp.bfloat16, False),
-    (2, 1000, 8, 4, 64, 64, jnp.bfloat16, True),
-    (1, 500, 2, 2, 256, 256, jnp.bfloat16, False),
-    (1, 500, 2, 2, 256, 256, jnp.bfloat16, True),
-    (1, 500, 4, 2, 128, 128, jnp.bfloat16, True),
-    (1, 63, 4, 4, 64, 64, jnp.float32, False),
-    (1, 65, 4, 1, 32, 32, jnp.float32, True),
-    (1, 65, 4, 4, 128, 128, jnp.float32, True),
-    (1, 65, 4, 4, 256, 256, jnp.float32, False),
-]
-NAMES = {
-    "bfloat16": "*bf16",
-    "float32": "*fp32",
-    "int32": "*i32",
-    "bool": "*i1",
+MODULES = {
+    "augmented_attention": pallas_kernels.augmented_attention.gpu,
+    "linear_attention": pallas_kernels.linear_attention.gpu,
+    "tree_verify": pallas_kernels.tree_verify.gpu,
+    "path_commit": pallas_kernels.path_commit.gpu,
 }
+# Size of heads, type, and whether rows hold several documents and go on from a state.
+FEW = [(128, jnp.bfloat16, False), (64, jnp.bfloat16, True), (32, jnp.float32, True)]
+ALL = [(size, dtype, placed) for size in SIZES for dtype in (jnp.bfloat16, jnp.float32) for placed in (False, True)]
+NAMES = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
+ROWS, TOKENS, HEADS, KV_HEADS, NODES, GROUP, TAPS = 2, 500, 4, 2, 26, 64, 32
 
 
 class Launches:
@@ -47,51 +50,72 @@ class Launches:
         self.seen = {}
 
     def __call__(self, kernel, arguments, outputs, *, grid, constants, warps, stages, interpret, aliases=None):
-        signature = {}
-        for name, each in zip(kernel.arg_names, [*arguments, *outputs], strict=False):
-            signature[name] = "i32" if isinstance(each, int) else NAMES[each.dtype.name]
+        arrays = [*arguments, *outputs]
+        names = kernel.arg_names[: len(arrays)]
+        signature = {
+            name: "i32" if isinstance(each, int) else NAMES[each.dtype.name]
+            for name, each in zip(names, arrays, strict=True)
+        }
         signature |= dict.fromkeys(constants, "constexpr")
         assert set(signature) == set(kernel.arg_names), set(kernel.arg_names) ^ set(signature)
-        pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
-        key = (kernel.fn.__name__, tuple(signature.items()), tuple(constants.items()), warps, stages)
-        self.seen[key] = (kernel, signature, constants, pointers, warps, stages)
+        key = (kernel.fn.__name__, *signature.items(), *constants.items(), warps, stages)
+        self.seen[key] = (kernel, signature, constants, warps, stages)
         return [jnp.zeros(each.shape, each.dtype) for each in outputs]
 
 
-def trace(launches):
-    """Goes through all operations' launches without running anything."""
-    for rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed in CASES:
-        struct = jax.ShapeDtypeStruct
-        queries, keys, values = (
-            struct((rows, tokens, *tail), dtype)
-            for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
-        )
-        placement = start = None
-        if placed:
-            whole, row = struct((rows, tokens), jnp.int32), struct((rows,), jnp.int32)
-            placement = Placement(whole, whole, row, row, row)
-            start = Start(
-                struct((rows, kv_heads, key_size, value_size), jnp.float32),
-                struct((rows, 64, kv_heads, key_size), dtype),
-                struct((rows, 64, kv_heads, value_size), dtype),
-                struct((rows, 64), jnp.int32),
-                struct((rows, 64), bool),
-            )
-        alpha, taps = struct((heads,), jnp.float32), struct((heads, 32), jnp.float32)
-        problem = Problem(queries, keys, values, alpha, taps, placement, start)
-        plan = gpu.plan_for(problem, group=64, unit=True, local=True)
-
-        def both(problem, plan=plan):
-            problem = problem if problem.start is None else problem._replace(start=problem.start.of_length(plan.before))
-            result = gpu.forward(problem, plan, differentiated=True)
-            return gpu.backward(problem, plan, result.before, result.outputs, result.after)
-
-        with mock.patch.object(gpu, "launch", launches):
-            jax.eval_shape(both, problem)
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def report(kernel, signature, constants, pointers, warps, stages, capability):
+def rows_of(size, dtype, tokens):
+    """Queries, keys and values."""
+    return [struct(ROWS, tokens, heads, size, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def both_passes(module, problem, plan):
+    """Forward and backward."""
+
+    def run(problem):
+        if getattr(plan, "before", None) is not None and problem.start is not None:
+            problem = problem._replace(start=problem.start.of_length(plan.before))
+        result = module.forward(problem, plan, differentiated=True)
+        kept = result.before if module is MODULES["augmented_attention"] else result
+        return module.backward(problem, plan, kept, result.outputs, result.after)
+
+    jax.eval_shape(run, problem)
+
+
+def trace(launches, size, dtype, placed):
+    """Goes through all operations without running anything."""
+    memory = struct(ROWS, KV_HEADS, size, size)
+    whole, row = struct(ROWS, TOKENS, dtype=jnp.int32), struct(ROWS, dtype=jnp.int32)
+    held = [struct(ROWS, GROUP, KV_HEADS, size, dtype=dtype) for _ in range(2)]
+    alpha, taps = struct(HEADS), struct(HEADS, TAPS)
+    placement = augmented.Placement(whole, whole, row, row, row) if placed else None
+    slots = struct(ROWS, GROUP, dtype=jnp.int32), struct(ROWS, GROUP, dtype=bool)
+    start = augmented.Start(memory, *held, *slots) if placed else None
+    with ExitStack() as stack:
+        for module in (*MODULES.values(), gpu_memories):
+            stack.enter_context(mock.patch.object(module, "launch", launches, create=True))
+        rows = rows_of(size, dtype, TOKENS)
+        problem = augmented.Problem(*rows, alpha, taps, placement, start)
+        module = MODULES["augmented_attention"]
+        both_passes(module, problem, module.plan_for(problem, group=GROUP, unit=True, local=True))
+        module = MODULES["linear_attention"]
+        memories = linear.Memory(memory, struct(ROWS, KV_HEADS, size))
+        problem = linear.Problem(*rows, struct(KV_HEADS) if placed else None, whole if placed else None, memories)
+        both_passes(module, problem, module.plan_for(problem, 0.0 if placed else None))
+        tree = trees.Tree(struct(NODES, dtype=jnp.int32), struct(NODES, NODES, dtype=bool))
+        state = trees.Held(memory, *held, struct(ROWS, TAPS - 1, KV_HEADS, size, dtype=dtype), row)
+        nodes = rows_of(size, dtype, NODES)
+        verified = trees.Problem(*nodes, alpha, taps, tree, state)
+        jax.eval_shape(lambda problem: MODULES["tree_verify"].verify(problem, unit_inputs=True, local=True), verified)
+        jax.eval_shape(MODULES["path_commit"].commit, state, *nodes[1:], row)
+
+
+def report(kernel, signature, constants, warps, stages, capability):
     """Compiles a kernel and reads off its machine code what it needs; what is spilled lies on the stack."""
+    pointers = [index for index, kind in enumerate(signature.values()) if kind.startswith("*")]
     attributes = {(index,): [["tt.divisibility", 16]] for index in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", capability, 32)
@@ -105,23 +129,28 @@ def report(kernel, signature, constants, pointers, warps, stages, capability):
     return registers, stack, compiled.metadata.shared
 
 
-def main(capabilities):
+def main():
     """Compiles everything."""
-    # Kernels must be imported before Triton could be told to interpret.
-    gpu_launch.kernels_of(gpu.KERNELS, False)
-    launches = Launches()
-    trace(launches)
-    for capability in capabilities:
-        for kernel, signature, constants, pointers, warps, stages in launches.seen.values():
-            registers, stack, shared = report(kernel, signature, constants, pointers, warps, stages, capability)
-            kinds = sorted({kind for kind in signature.values() if kind in ("*bf16",)}) or ["*fp32"]
-            tags = "".join(name[0] for name in ("PLACED", "STARTED", "WEIGHTS", "REVERSE") if constants.get(name))
-            print(
-                f"sm_{capability} {kernel.fn.__name__} {kinds[0][1:]} {constants['D']}x{constants['E']} {tags or '-'}: "
-                f"{registers} registers, {stack} bytes spilled, {shared} bytes shared",
-                flush=True,
-            )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], metavar="CC")
+    parser.add_argument("--all", action="store_true", help="every row of the table")
+    options = parser.parse_args()
+    for module in MODULES.values():
+        gpu_launch.kernels_of(module.KERNELS, False)
+    for size, dtype, placed in ALL if options.all else FEW:
+        launches = Launches()
+        trace(launches, size, dtype, placed)
+        for kernel, *compiled in launches.seen.values():
+            module = kernel.fn.__module__.split(".")[1]
+            for capability in options.capabilities:
+                registers, stack, shared = report(kernel, *compiled, capability)
+                print(
+                    f"sm_{capability} {module} {kernel.fn.__name__} {jnp.dtype(dtype).name} {size}"
+                    f"{' placed' if placed else ''}: "
+                    f"{registers} registers, {stack} bytes spilled, {shared} bytes shared",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [80, 90])
+    main()

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import IMPLEMENTATIONS
 
 from pallas_kernels.augmented_attention import (
     Placement,
@@ -13,7 +14,6 @@ from pallas_kernels.augmented_attention import (
 )
 from pallas_kernels.implementations import UnsupportedError, choose, compiling_for
 
-IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 # Of the largest number, for float32 inputs and float32 sums of a few hundred terms.
 TOLERANCE = 2e-6
 

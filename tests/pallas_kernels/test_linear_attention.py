@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import IMPLEMENTATIONS
 
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.linear_attention import Memory, linear_attention, linear_attention_reference
 
-IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 # Of the largest number, for float32 inputs and float32 sums of a few hundred terms.
 TOLERANCE = 3e-6
 KINDS = {"sums": {}, "divided": {"floor": 0.0}, "floor": {"floor": 6.0}, "decay": {"decay": True}}

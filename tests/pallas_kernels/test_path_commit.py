@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import IMPLEMENTATIONS
 
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import Held
 
-IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 GROUP, WINDOW = 16, 7
 POSITIONS = [0, 3, 10, 15, 16, 31, 40]
 LENGTHS = [0, 5, 6, 1, 3, 6, 6]

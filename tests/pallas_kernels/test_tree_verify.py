@@ -3,12 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backends import IMPLEMENTATIONS
 
 from pallas_kernels.augmented_attention import augmented_attention_reference
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
-IMPLEMENTATIONS = ["xla", "tpu_interpreted", "gpu_interpreted"]
 TOLERANCE = 2e-6
 GROUP, WIDTH = 16, 8
 
