@@ -6,13 +6,15 @@
 
 The roofline is measured in the same run: bytes per second of a copy, operations per second of a matrix product. Outputs
 and gradients of a few heads are held against the XLA implementation in float64, which the tests hold against loops over
-tokens; what is wrong has no speed. Verifying a tree is held against as many single steps as it has nodes.
+tokens; what is wrong has no speed. Beside them: softmax attention, and flash-linear-attention where it is installed.
+Verifying a tree is held against as many single steps as it has nodes.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +31,7 @@ from kernel_cases import (
     verify,
     verify_inputs,
 )
+from kernel_peers import PEERS, Call
 from kernel_traffic import traffic_of
 from report import header, write
 from tqdm import tqdm
@@ -77,6 +80,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", metavar="B,T,H,D", default=CPU if platform == "cpu" else ACCELERATOR)
     parser.add_argument("--sweep", action="store_true", help="65,536 tokens in rows of many lengths instead")
     parser.add_argument("--implementations", nargs="+", default=PREFERRED.get(platform, ("xla",)), metavar="NAME")
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers", nargs="*", choices=names, default=names, help="what else is timed in the same run")
     parser.add_argument("--dtype", choices=tuple(ERRORS), default="float32" if platform == "cpu" else "bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="all implementations take turns; medians are taken")
     parser.add_argument("--seconds", type=float, default=0.2, help="length of one timing")
@@ -135,10 +140,13 @@ def compared(operation: Operation, shape: Shape, roof: dict[str, float], options
         if ways[name]["error"] <= ERRORS[options.dtype]:
             programs[name] = forward(operation, name), forward_and_backward(operation, name)
             ways[name]["peak_memory_bytes"] = memory(programs[name][1], arrays)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+    calls = {name: tuple(partial(each, *arrays) for each in pair) for name, pair in programs.items()} | peers_of(
+        operation, arrays, ways, options
+    )
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
     for _ in range(options.rounds):
-        for name, pair in programs.items():
-            taken[name].append(tuple(seconds(each, arrays, options.seconds) for each in pair))
+        for name, pair in calls.items():
+            taken[name].append(tuple(seconds(each, (), options.seconds) for each in pair))
     itemsize = jnp.dtype(options.dtype).itemsize
     for name, rounds in taken.items():
         for index, label in enumerate(("forward", "forward_and_backward")):
@@ -153,6 +161,28 @@ def compared(operation: Operation, shape: Shape, roof: dict[str, float], options
                 "share_of_roofline": least / spent,
             }
     return {"operation": operation.name, "shape": str(shape), "implementations": ways}
+
+
+def peers_of(
+    operation: Operation, arrays: list[jax.Array], ways: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, tuple[Call, Call]]:
+    """Calls of the peers that are there and not wrong; their errors go to `ways`."""
+    calls = {}
+    for peer in PEERS:
+        if operation.name not in peer.operations or peer.name not in options.peers:
+            continue
+        if (missing := peer.missing()) is not None:
+            tqdm.write(f"{peer.name} is left out: {missing}", file=sys.stderr)
+            continue
+        off = 0.0
+        if operation.name in peer.same:
+            few = operation.few_heads(arrays, CHECKED_HEADS)
+            expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
+            off = difference(peer.build(few, operation.name)[0](), expected)
+        ways[peer.name] = {"error": off, "checked": operation.name in peer.same, "peak_memory_bytes": None}
+        if off <= ERRORS[options.dtype]:
+            calls[peer.name] = peer.build(arrays, operation.name)
+    return calls
 
 
 def error(operation: Operation, implementation: str, arrays: list[jax.Array]) -> float:

@@ -3,9 +3,12 @@
 `gpu_tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ TABLE = Path(__file__).with_name("gpu_tiles.json")
 # Entries of devices that have none of their own.
 COMMON = "any"
 SIZES = (32, 64, 128, 256)
+_table: ContextVar[dict[str, Any] | None] = ContextVar("table", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +65,7 @@ def tiles_for(
         placed: whether rows hold several documents, for which kernels need more registers.
         device: a kind of device; None for the one at hand.
     """
-    table = load_table()
+    table = _table.get() or load_table()
     row = bucket(key_size, value_size, dtype)
     device = device or jax.devices()[0].device_kind
     entries = [table.get(each, {}).get(kernel, {}) for each in (device, COMMON)]
@@ -70,6 +74,16 @@ def tiles_for(
     widest = next_power(value_size)
     piece = min(tiles.piece, next_power(key_size), widest)
     return dataclasses.replace(tiles, part=min(tiles.part, widest), piece=piece)
+
+
+@contextlib.contextmanager
+def using(table: dict[str, Any]) -> Iterator[None]:
+    """Another table in place of the shipped one, for programs that are traced meanwhile."""
+    token = _table.set(table)
+    try:
+        yield
+    finally:
+        _table.reset(token)
 
 
 @functools.cache

@@ -257,7 +257,6 @@ def _tiles(problem: Problem, kernel: str) -> Tiles:
     return tiles_for(f"augmented_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.placement is not None)
 
 
-
 def _summed(parts: Array, dtype: Any) -> Array:
     return parts[0].astype(dtype) if parts.shape[0] == 1 else jnp.sum(parts, axis=0).astype(dtype)
 
