@@ -12,6 +12,7 @@ from pallas_kernels.augmented_attention import gpu, tpu, xla
 from pallas_kernels.augmented_attention.problem import Placement, Plan, Problem, Start
 from pallas_kernels.gpu_launch import obstacle
 from pallas_kernels.implementations import choose
+from pallas_kernels.over_devices import over_devices
 
 Result = tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]
 
@@ -69,8 +70,12 @@ def _xla(problem: Problem, group: int, unit: bool, local: bool) -> Result:
 
 
 def _programs(problem: Problem, group: int, unit: bool, local: bool, *, platform: str, interpret: bool) -> Result:
-    plan = PROGRAMS[platform].plan_for(problem, group=group, unit=unit, local=local)
-    return _program(_fitted(problem, plan), plan, platform, interpret)
+    def run(problem: Problem) -> Result:
+        plan = PROGRAMS[platform].plan_for(problem, group=group, unit=unit, local=local)
+        return _program(_fitted(problem, plan), plan, platform, interpret)
+
+    batch, kv_heads = problem.keys.shape[0], problem.keys.shape[2]
+    return over_devices(run, problem, DIMENSIONS, ("bthe", "bkde"), rows=batch, heads=kv_heads)
 
 
 def _fitted(problem: Problem, plan: Plan) -> Problem:
@@ -116,6 +121,14 @@ def _backward(plan: Plan, platform: str, interpret: bool, residuals: Any, cotang
 
 _program.defvjp(_forward, _backward)
 
+# What lies along rows (b) and heads (h, k), on a mesh.
+DIMENSIONS = Problem._make(
+    [
+        *("bthd", "btkd", "btke", "h", "hw"),
+        Placement._make(["bt", "bt", "b", "b", "b"]),
+        Start._make(["bkde", "bpkd", "bpke", "bp", "bp"]),
+    ]
+)
 # Modules with `plan_for`, `forward` and `backward`.
 PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
 IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {

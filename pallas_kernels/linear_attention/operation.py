@@ -13,6 +13,7 @@ from pallas_kernels.gpu_launch import obstacle
 from pallas_kernels.implementations import choose
 from pallas_kernels.linear_attention import gpu, tpu, xla
 from pallas_kernels.linear_attention.problem import Memory, Plan, Problem
+from pallas_kernels.over_devices import over_devices
 from pallas_kernels.products import accumulation_dtype
 
 Result = tuple[Float[Array, "B T H E"], Memory]
@@ -74,7 +75,11 @@ def _xla(problem: Problem, floor: float | None) -> Result:
 
 
 def _programs(problem: Problem, floor: float | None, *, platform: str, interpret: bool) -> Result:
-    return _program(problem, PROGRAMS[platform].plan_for(problem, floor), platform, interpret)
+    def run(problem: Problem) -> Result:
+        return _program(problem, PROGRAMS[platform].plan_for(problem, floor), platform, interpret)
+
+    batch, kv_heads = problem.keys.shape[0], problem.keys.shape[2]
+    return over_devices(run, problem, DIMENSIONS, ("bthe", Memory._make(["bkde", "bkd"])), rows=batch, heads=kv_heads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
@@ -106,6 +111,8 @@ def _backward(plan: Plan, platform: str, interpret: bool, residuals: Any, cotang
 
 _program.defvjp(_forward, _backward)
 
+# What lies along rows (b) and heads (h, k), on a mesh.
+DIMENSIONS = Problem._make(["bthd", "btkd", "btke", "k", "bt", Memory._make(["bkde", "bkd"])])
 # Modules with `plan_for`, `forward` and `backward`.
 PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
 IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {
