@@ -15,15 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.gpu_tiles import untiled
 from pallas_kernels.implementations import UnsupportedError
 
 NEEDED = {False: ("jax_triton", "triton"), True: ("triton", "torch")}
 
 
-def obstacle(interpret: bool) -> str | None:
-    """Why Triton kernels cannot run here; None if they can."""
+def obstacle(kernel: str, key_size: int, value_size: int, dtype: Any, *, interpret: bool) -> str | None:
+    """Why a Triton kernel cannot run here, or not with such heads; None if it can."""
     missing = [name for name in NEEDED[interpret] if importlib.util.find_spec(name) is None]
-    return f"{' and '.join(missing)} is not installed; install 'lin-jax[gpu]'" if missing else None
+    if missing:
+        return f"{' and '.join(missing)} is not installed; install 'lin-jax[gpu]'"
+    return untiled(kernel, key_size, value_size, dtype)
 
 
 def kernels_of(module: str, interpret: bool) -> ModuleType:

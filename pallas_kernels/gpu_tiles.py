@@ -76,6 +76,15 @@ def tiles_for(
     return dataclasses.replace(tiles, part=min(tiles.part, widest), piece=piece)
 
 
+def untiled(kernel: str, key_size: int, value_size: int, dtype: Any) -> str | None:
+    """Why a kernel has no tiles for heads of some size: it would need more registers than there are."""
+    table = _table.get() or load_table()
+    row = bucket(key_size, value_size, dtype)
+    if max(key_size, value_size) > SIZES[-1] or row not in table[COMMON][kernel]:
+        return f"heads of {key_size} and {value_size} in {jnp.dtype(dtype).name} are too large for it"
+    return None
+
+
 @contextlib.contextmanager
 def using(table: dict[str, Any]) -> Iterator[None]:
     """Another table in place of the shipped one, for programs that are traced meanwhile."""

@@ -149,7 +149,10 @@ def _obstacle(name: str, problem: Problem) -> str | None:
     kinds = {str(each.dtype) for each in (problem.queries, problem.keys, problem.values)}
     if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    return obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None
+    if not name.startswith("gpu"):
+        return None
+    sizes = problem.keys.shape[3], problem.values.shape[3]
+    return obstacle("augmented_attention.outputs", *sizes, problem.keys.dtype, interpret=name == "gpu_interpreted")
 
 
 def _check(problem: Problem, group_size: int) -> None:

@@ -51,8 +51,10 @@ def commit_path(
         obstacle = (
             f"the state holds {', '.join(sorted(kinds))} and {held.memory.dtype}, not float32 or bfloat16 and float32"
         )
+    key_size, value_size = held.memory.shape[2:]
+    triton = partial(triton_obstacle, "path_commit", key_size, value_size, held.keys.dtype)
     obstacles = {
-        name: obstacle or (triton_obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None)
+        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
         for name in IMPLEMENTATIONS
     } | {"xla": None}
     return IMPLEMENTATIONS[choose("commit_path", implementation, obstacles)](held, keys, values, length)

@@ -59,8 +59,9 @@ def verify_tree(
     obstacle = None
     if kinds not in ({"float32"}, {"bfloat16"}):
         obstacle = f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
+    triton = partial(triton_obstacle, "tree_verify", keys.shape[3], values.shape[3], keys.dtype)
     obstacles = {
-        name: obstacle or (triton_obstacle(name == "gpu_interpreted") if name.startswith("gpu") else None)
+        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
         for name in IMPLEMENTATIONS
     } | {"xla": None}
     name = choose("verify_tree", implementation, obstacles)
