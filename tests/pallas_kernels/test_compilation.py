@@ -3,27 +3,16 @@
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, printed
 
-ROOT = Path(__file__).parents[2]
 # Where `make test` puts the TPU compiler.
 COMPILER = Path(sys.prefix) / "libtpu"
 # A process without a TPU must not look for one.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
-
-
-def printed(script: str, *options: str, **environment: str) -> list[str]:
-    """What a script of this folder prints in a process of its own."""
-    command = [sys.executable, Path(__file__).with_name(script), *options]
-    # Flags for a CPU mean nothing to other compilers.
-    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TRITON_INTERPRET")}
-    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
 
 
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="libtpu is not installed")
