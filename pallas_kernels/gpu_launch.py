@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.gpu_tiles import untiled
 from pallas_kernels.implementations import UnsupportedError
+from pallas_kernels.tiles import untiled
 
 NEEDED = {False: ("jax_triton", "triton"), True: ("triton", "torch")}
 

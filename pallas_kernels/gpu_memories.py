@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu_launch import kernels_of, launch
-from pallas_kernels.gpu_tiles import Tiles, next_power
+from pallas_kernels.tiles import Tiles, next_power
 
 KERNELS = "pallas_kernels.gpu_parts"
 

@@ -42,11 +42,6 @@ class Heads(NamedTuple):
         return range(head * self.share, (head + 1) * self.share)
 
 
-def block_rows(keys: Float[Array, "B T K D"], values: Float[Array, "B T K E"]) -> int:
-    """Rows of a block: so many that its memory, which is kept for the backward pass, weighs little beside them."""
-    return 256 if keys.shape[3] * values.shape[3] <= LANES**2 else 512
-
-
 def side_by_side(rows: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
     """Heads in the last axis."""
     return rows.reshape(*rows.shape[:2], -1)

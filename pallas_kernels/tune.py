@@ -1,4 +1,4 @@
-"""Measures how GPU kernels should cut their work on the device at hand, and writes it into the table of tiles.
+"""Measures how kernels should cut their work on the device at hand, and writes it into the table of tiles.
 
     python -m pallas_kernels.tune [--sizes 64 128] [--dtypes bfloat16] [--operations augmented_attention ...]
 
@@ -22,22 +22,21 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from pallas_kernels import gpu_tiles
+from pallas_kernels import tiles
 from pallas_kernels.augmented_attention import augmented_attention
-from pallas_kernels.gpu_tiles import COMMON, SIZES, TABLE, Tiles, bucket
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.path_commit import commit_path
+from pallas_kernels.tiles import COMMON, SIZES, TABLE, bucket
 from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
-PASSES = ("memories", "outputs", "query_gradients", "key_gradients")
-KERNELS = {
-    "augmented_attention": tuple(f"augmented_attention.{each}" for each in PASSES),
-    "linear_attention": tuple(f"linear_attention.{each}" for each in PASSES),
-    "tree_verify": ("tree_verify",),
-    "path_commit": ("path_commit",),
-}
+OPERATIONS = ("augmented_attention", "linear_attention", "tree_verify", "path_commit")
+PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
+BLOCKS = (128, 256, 512, 1024)
 GROUP, TAPS, NODES = 64, 32, 26
 Program = Callable[[], Any]
+# A row of the table, and the table: device, kernel, bucket, row.
+Entry = dict[str, int]
+Table = dict[str, dict[str, dict[str, Entry]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +54,8 @@ def main() -> int:
     """Tunes and writes."""
     options = parse()
     device = jax.devices()[0].device_kind
-    if jax.default_backend() != "gpu" and options.implementation == "gpu":
-        print("error: this machine has no GPU to tune for; run it where one is", file=sys.stderr)
+    if options.implementation not in ("gpu", "tpu", "gpu_interpreted"):
+        print("error: this machine has neither a GPU nor a TPU to tune for; run it where one is", file=sys.stderr)
         return 2
     table = json.loads(options.table.read_text())
     found = table.setdefault(device, {})
@@ -65,8 +64,8 @@ def main() -> int:
         for size, dtype, operation in bar:
             shape = Shape(options.batch, options.tokens, options.heads, size, dtype)
             bar.set_postfix_str(f"{operation}, heads of {size}, {dtype}")
-            for kernel, tiles in tuned(operation, shape, table, device, options).items():
-                found.setdefault(kernel, {})[bucket(size, size, dtype)] = dataclasses.asdict(tiles)
+            for kernel, entry in tuned(operation, shape, table, device, options).items():
+                found.setdefault(kernel, {})[bucket(size, size, dtype)] = entry
             # Whatever has been found is kept if the rest is interrupted.
             written = options.table.with_suffix(".part")
             written.write_text(json.dumps(table, indent=1) + "\n")
@@ -78,7 +77,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operations", nargs="+", choices=tuple(KERNELS), default=tuple(KERNELS))
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=OPERATIONS)
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=(64, 128, 256), help="of heads")
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16",))
     parser.add_argument("--batch", type=int, default=4, metavar="B", help="rows")
@@ -86,49 +85,61 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=16, metavar="H")
     parser.add_argument("--seconds", type=float, default=0.1, help="length of one timing")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="what is read and written")
-    parser.add_argument("--implementation", choices=("gpu", "gpu_interpreted"), default="gpu", help=argparse.SUPPRESS)
+    parser.add_argument("--implementation", default=jax.default_backend(), help=argparse.SUPPRESS)
     parser.add_argument("--candidates", type=int, metavar="N", help="try the first N ways to cut only")
     return parser.parse_args()
 
 
-def tuned(
-    operation: str, shape: Shape, table: dict[str, Any], device: str, options: argparse.Namespace
-) -> dict[str, Tiles]:
-    """The fastest tiles of each of an operation's kernels."""
-    best: dict[str, Tiles] = {}
+def kernels_of(operation: str, implementation: str) -> list[str]:
+    """What of an operation has rows in the table; on TPU only blocks are to be chosen."""
+    if operation in ("tree_verify", "path_commit"):
+        return [] if implementation == "tpu" else [operation]
+    return [f"{operation}.{each}" for each in (PASSES[:1] if implementation == "tpu" else PASSES)]
+
+
+def tuned(operation: str, shape: Shape, table: Table, device: str, options: argparse.Namespace) -> dict[str, Entry]:
+    """The fastest way to cut the work of each of an operation's kernels."""
+    best: dict[str, Entry] = {}
     row = bucket(shape.size, shape.size, shape.dtype)
-    for kernel in KERNELS[operation]:
-        shipped = Tiles(**(table.get(device, {}).get(kernel, {}).get(row) or table[COMMON][kernel][row]))
-        timed: dict[Tiles, float] = {}
-        for tiles in candidates(shipped)[: options.candidates]:
+    for kernel in kernels_of(operation, options.implementation):
+        shipped = table.get(device, {}).get(kernel, {}).get(row) or table[COMMON][kernel].get(row)
+        if shipped is None:
+            continue
+        timed: list[tuple[float, Entry]] = []
+        for entry in candidates(shipped)[: options.candidates]:
             try:
-                with replaced(table, device, row, best | {kernel: tiles}):
-                    timed[tiles] = seconds(program(operation, shape, options.implementation), options.seconds)
+                with replaced(table, device, row, best | {kernel: entry}):
+                    spent = seconds(program(operation, shape, options.implementation), options.seconds)
             except Exception:
                 # Too much shared memory, for instance; but what is shipped must run.
-                if tiles == shipped:
+                if entry == shipped:
                     raise
-        best[kernel] = min(timed, key=timed.__getitem__)
+            else:
+                timed.append((spent, entry))
+        best[kernel] = min(timed, key=lambda each: each[0])[1]
     return best
 
 
-def candidates(shipped: Tiles) -> list[Tiles]:
+def candidates(shipped: Entry) -> list[Entry]:
     """Ways to cut a kernel's work, the shipped one first."""
-    ways = itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))
-    others = [
-        dataclasses.replace(shipped, rows=rows, part=part, warps=warps, stages=stages)
-        for rows, part, warps, stages in ways
-    ]
+    if "part" not in shipped:
+        others = [{"rows": rows} for rows in BLOCKS]
+    else:
+        ways = itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))
+        others = [
+            shipped | {"rows": rows, "part": part, "warps": warps, "stages": stages}
+            for rows, part, warps, stages in ways
+        ]
     return [shipped, *(each for each in others if each != shipped)]
 
 
 @contextlib.contextmanager
-def replaced(table: dict[str, Any], device: str, row: str, tiles: dict[str, Tiles]) -> Iterator[None]:
-    """Kernels with other tiles, while programs are traced."""
+def replaced(table: Table, device: str, row: str, entries: dict[str, Entry]) -> Iterator[None]:
+    """Kernels with other rows of the table, while programs are traced."""
     mine = {name: dict(rows) for name, rows in table.get(device, {}).items()}
-    for kernel, each in tiles.items():
-        mine.setdefault(kernel, {})[row] = dataclasses.asdict(each)
-    with gpu_tiles.using({**table, device: mine}):
+    for kernel, entry in entries.items():
+        mine.setdefault(kernel, {})[row] = entry
+    with tiles.using({**table, device: mine}):
         yield
 
 

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, ProblemGradients, Result
 from pallas_kernels.gpu_launch import kernels_of, launch
 from pallas_kernels.gpu_memories import Memories, Rows, Scan, scan_memories
-from pallas_kernels.gpu_tiles import Tiles, next_power, tiles_for
-from pallas_kernels.tpu_heads import block_rows
+from pallas_kernels.tiles import Tiles, block_rows, next_power, tiles_for
 
 KERNELS = "pallas_kernels.augmented_attention.gpu_kernels"
 # Kernels with tiles of their own; all of them divide blocks.
@@ -25,7 +24,7 @@ TILED = ("memories", "outputs", "query_gradients", "key_gradients")
 def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
     """Blocks of whole tiles."""
     multiple = max(_tiles(problem, kernel).rows for kernel in TILED)
-    rows = block_rows(problem.keys, problem.values)
+    rows = block_rows("augmented_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
     return Plan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=multiple)
 
 

@@ -30,16 +30,16 @@ from pallas_kernels.augmented_attention.tpu_kernels import (
     forward_kernel,
     gradient_kernel,
 )
-from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, block_rows, side_by_side
+from pallas_kernels.tiles import block_rows
+from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
 
 Order = Callable[[Any], Any]
 
 
 def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
     """Blocks and windows of whole lanes."""
-    return Plan.of(
-        problem, group=group, unit=unit, local=local, block=block_rows(problem.keys, problem.values), multiple=LANES
-    )
+    rows = block_rows("augmented_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
+    return Plan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=LANES)
 
 
 def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:

@@ -12,10 +12,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.gpu_launch import kernels_of, launch
 from pallas_kernels.gpu_memories import Memories, Rows, Scan, scan_memories
-from pallas_kernels.gpu_tiles import Tiles, next_power, tiles_for
 from pallas_kernels.linear_attention.blocks import divisor
 from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem, ProblemGradients
-from pallas_kernels.tpu_heads import block_rows
+from pallas_kernels.tiles import Tiles, block_rows, next_power, tiles_for
 
 KERNELS = "pallas_kernels.linear_attention.gpu_kernels"
 # Kernels with tiles of their own; all of them divide blocks.
@@ -42,8 +41,8 @@ def plan_for(problem: Problem, floor: float | None) -> Plan:
     """Blocks of whole tiles."""
     multiple = max(_tiles(problem, kernel).rows for kernel in TILED)
     length = problem.queries.shape[1]
-    rows = min(block_rows(problem.keys, problem.values), -(-length // multiple) * multiple)
-    return Plan(rows, length, floor)
+    rows = block_rows("linear_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
+    return Plan(min(rows, -(-length // multiple) * multiple), length, floor)
 
 
 def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: bool = False) -> Result:

@@ -24,7 +24,8 @@ from pallas_kernels.linear_attention.tpu_kernels import (
     forward_kernel,
     gradient_kernel,
 )
-from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, block_rows, side_by_side
+from pallas_kernels.tiles import block_rows
+from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
 
 Outputs = Float[Array, "B T H E"]
 Totals = Float[Array, "B H 1 T"]
@@ -49,7 +50,8 @@ class Result(NamedTuple):
 def plan_for(problem: Problem, floor: float | None) -> Plan:
     """Blocks of whole lanes."""
     length = problem.queries.shape[1]
-    block = min(block_rows(problem.keys, problem.values), -(-length // LANES) * LANES)
+    rows = block_rows("linear_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
+    block = min(rows, -(-length // LANES) * LANES)
     return Plan(block, length, floor)
 
 

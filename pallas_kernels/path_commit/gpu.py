@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_launch import kernels_of, launch
-from pallas_kernels.gpu_tiles import next_power, tiles_for
 from pallas_kernels.path_commit.xla import join, shift_window
+from pallas_kernels.tiles import next_power, tiles_for
 from pallas_kernels.tree_verify.problem import Held
 
 KERNELS = "pallas_kernels.path_commit.gpu_kernels"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.gpu_launch import kernels_of, launch
-from pallas_kernels.gpu_tiles import next_power, tiles_for
+from pallas_kernels.tiles import next_power, tiles_for
 from pallas_kernels.tree_verify.problem import Problem, branches, convolution_matrices
 
 KERNELS = "pallas_kernels.tree_verify.gpu_kernels"

@@ -26,8 +26,8 @@ import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
 from pallas_kernels import gpu_launch, gpu_memories
 from pallas_kernels.augmented_attention import problem as augmented
-from pallas_kernels.gpu_tiles import SIZES, untiled
 from pallas_kernels.linear_attention import problem as linear
+from pallas_kernels.tiles import SIZES, untiled
 from pallas_kernels.tree_verify import problem as trees
 
 MODULES = {

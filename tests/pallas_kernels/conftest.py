@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pallas_kernels.gpu_tiles import load_table, using
+from pallas_kernels.tiles import load_table, using
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,15 @@ import shutil
 
 import jax
 import pytest
-from backends import KERNELS
+from backends import INTERPRETED, KERNELS
 
 from pallas_kernels import tune
-from pallas_kernels.gpu_tiles import (
+from pallas_kernels.tiles import (
     COMMON,
     SIZES,
     TABLE,
     Tiles,
+    block_rows,
     bucket,
     load_table,
     next_power,
@@ -26,12 +27,17 @@ from pallas_kernels.gpu_tiles import (
 @pytest.mark.parametrize("size", [1, 16, 48, *SIZES])
 def test_what_is_shipped(size, dtype):
     for kernel in load_table()[COMMON]:
+        operation, _, part = kernel.partition(".")
+        if part == "block":
+            # Blocks are whole tiles, on TPU of 128 rows.
+            assert block_rows(operation, size, size, dtype, device="none of ours") % 128 == 0
+            continue
         if untiled(kernel, size, size, dtype) is not None:
             assert (size, dtype) == (256, "float32")
             continue
         for placed in (False, True):
             tiles = tiles_for(kernel, size, size, dtype, placed=placed, device="none of ours")
-            # Tiles divide blocks of 256 rows, parts and pieces the padded sizes of heads.
+            # Tiles divide blocks, parts and pieces the padded sizes of heads.
             assert 256 % tiles.rows == 0 == next_power(size) % tiles.part == next_power(size) % tiles.piece
             assert tiles.rows >= 16
 
@@ -45,7 +51,7 @@ def test_a_device_has_its_own():
         assert tiles_for("tree_verify", 64, 64, "bfloat16", device="kettle") != Tiles(**mine)
 
 
-@pytest.mark.skipif("gpu_interpreted" not in KERNELS, reason="interprets Triton")
+@pytest.mark.skipif(KERNELS != INTERPRETED, reason="interprets Triton")
 def test_tuning(tmp_path, monkeypatch, capsys):
     table = tmp_path / "tiles.json"
     shutil.copy(TABLE, table)

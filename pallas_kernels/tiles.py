@@ -1,13 +1,13 @@
-"""How GPU kernels cut their work: a small table for each kind of device, kernel, size of heads and type.
+"""How kernels cut their work: a small table for each kind of device, kernel, size of heads and type.
 
-`gpu_tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
+`tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TABLE = Path(__file__).with_name("gpu_tiles.json")
+TABLE = Path(__file__).with_name("tiles.json")
 # Entries of devices that have none of their own.
 COMMON = "any"
 SIZES = (32, 64, 128, 256)
@@ -24,7 +24,7 @@ _table: ContextVar[dict[str, Any] | None] = ContextVar("table", default=None)
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one kernel cuts its work.
+    """How one GPU kernel cuts its work.
 
     Attributes:
         rows: of a tile.
@@ -65,15 +65,24 @@ def tiles_for(
         placed: whether rows hold several documents, for which kernels need more registers.
         device: a kind of device; None for the one at hand.
     """
-    table = _table.get() or load_table()
     row = bucket(key_size, value_size, dtype)
-    device = device or jax.devices()[0].device_kind
-    entries = [table.get(each, {}).get(kernel, {}) for each in (device, COMMON)]
-    names = [f"{row} placed", row] if placed else [row]
-    tiles = Tiles(**next(rows[name] for rows in entries for name in names if name in rows))
+    tiles = Tiles(**_entry(kernel, [f"{row} placed", row] if placed else [row], device))
     widest = next_power(value_size)
     piece = min(tiles.piece, next_power(key_size), widest)
     return dataclasses.replace(tiles, part=min(tiles.part, widest), piece=piece)
+
+
+def block_rows(operation: str, key_size: int, value_size: int, dtype: Any, device: str | None = None) -> int:
+    """Rows of a block: so many that its memory, which is kept for the backward pass, weighs little beside them."""
+    rows: int = _entry(f"{operation}.block", [bucket(key_size, value_size, dtype)], device)["rows"]
+    return rows
+
+
+def _entry(kernel: str, names: Sequence[str], device: str | None) -> dict[str, int]:
+    """The first of some rows that the device has, or all devices have."""
+    table = _table.get() or load_table()
+    entries = [table.get(each, {}).get(kernel, {}) for each in (device or jax.devices()[0].device_kind, COMMON)]
+    return next(rows[name] for rows in entries for name in names if name in rows)
 
 
 def untiled(kernel: str, key_size: int, value_size: int, dtype: Any) -> str | None:
