@@ -47,8 +47,8 @@ def augmented_attention(
         unit: scale queries and keys to length one.
         placement: where tokens stand in rows with several documents or padding; None for whole rows from position 0.
         start: what came before the rows; it needs a placement.
-        implementation: `xla`, `tpu`, `tpu_interpreted` (anywhere, slow, for tests), several in order of preference, or
-            None for what suits the platform and the shapes.
+        implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
+            in order of preference, or None for what suits the platform, the types and the shapes.
 
     Returns:
         outputs `[B, T, H, E]` in the type of the values, and the memory `[B, K, D, E]` of all finished groups of the

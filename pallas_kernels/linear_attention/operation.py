@@ -45,8 +45,8 @@ def linear_attention(
             None does not divide.
         documents: `[B, T]` document of each token, equal numbers side by side, 0 for padding; None for whole rows.
         start: the memory before the rows, of their first document; None for nothing.
-        implementation: `xla`, `tpu`, `tpu_interpreted` (anywhere, slow, for tests), several in order of preference, or
-            None for what suits the platform and the shapes.
+        implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
+            in order of preference, or None for what suits the platform, the types and the shapes.
 
     Returns:
         outputs `[B, T, H, E]` in the type of the values, and the memory after the last token that is there.

@@ -37,7 +37,8 @@ def commit_path(
         keys: `[B, P, K, D]` of the path from the root down, as they are scored; P is at most a group's size.
         values: `[B, P, K, E]`.
         length: `[B]` how many tokens of the path are accepted, 0 to P.
-        implementation: `xla`, `tpu`, `tpu_interpreted`, several in order of preference, or None.
+        implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
+            in order of preference, or None for what suits the platform, the types and the shapes.
 
     Raises:
         UnsupportedError: the implementation that was asked for cannot run here or with these types.

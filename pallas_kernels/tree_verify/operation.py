@@ -49,7 +49,8 @@ def verify_tree(
         taps: `[H, W]` of the convolution, lag 0 first; None leaves it out.
         local: whether there is a local branch.
         unit: scale queries and keys to length one.
-        implementation: `xla`, `tpu`, `tpu_interpreted`, several in order of preference, or None.
+        implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
+            in order of preference, or None for what suits the platform, the types and the shapes.
 
     Raises:
         UnsupportedError: the implementation that was asked for cannot run here or with these types.
