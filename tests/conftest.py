@@ -3,11 +3,14 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import pytest
 from safetensors import safe_open
+
+from pallas_kernels.implementations import preferring
 
 HERE = Path(__file__).parent
 
@@ -15,6 +18,9 @@ HERE = Path(__file__).parent
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
+# Triton learns whether it interprets when it is imported, which PyTorch may do.
+if jax.default_backend() != "gpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=HERE / "golden",
         metavar="DIR",
         help="folder of golden files to check against (default: tests/golden)",
+    )
+    parser.addoption(
+        "--implementation",
+        metavar="NAME",
+        help="what computes attention where a test asks for nothing: tpu_interpreted, gpu_interpreted, gpu or tpu",
     )
 
 
@@ -47,6 +58,14 @@ def forget_programs() -> Iterator[None]:
     """Frees a module's compiled programs: a process can map only so many, and XLA crashes beyond."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Kernels in place of XLA in whatever a test runs in float32 or bfloat16."""
+    name = request.config.getoption("--implementation")
+    with preferring(name) if name else nullcontext():
+        yield
 
 
 @pytest.fixture

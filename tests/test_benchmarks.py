@@ -1,10 +1,13 @@
 """The benchmarks run, check themselves, and write what they promise."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from lin_jax.attention import REGISTRY
 from lin_jax.decoding.costs import Costs, device_kind
@@ -16,9 +19,10 @@ from lin_jax.training.loop import train
 ROOT = Path(__file__).parent.parent
 
 
-def run_benchmark(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"benchmarks/{script}.py", *options]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in without}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_decode_speed(tmp_path: Path) -> None:
@@ -86,6 +90,39 @@ def test_speculation(tmp_path: Path) -> None:
     }
     assert report["targets"]["best_tree"] == "ngram, tree of 3"
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_kernels(tmp_path: Path) -> None:
+    """What runs here is right and has its times; what the TPU programs move is little more than they must."""
+    file = tmp_path / "kernels.json"
+    few = ("--shapes", "1,100,2,16", "--rounds", "1", "--seconds", "0.001")
+    done = run_benchmark("kernels", *few, "--without-verify", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["correct"] is True
+    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed"}
+    for way in ("xla", "softmax"):
+        assert all(each["implementations"][way]["forward"]["milliseconds"] > 0 for each in report["results"])
+    assert "flash-linear-attention is left out" in done.stderr
+    done = run_benchmark(
+        "kernels", "--traffic", "--shapes", "4,4096,64,128", "--dtype", "bfloat16", "--json", str(file)
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(1 < each["times_least"] <= 1.5 for each in json.loads(file.read_text())["results"])
+
+
+@pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
+def test_pod_step(tmp_path: Path) -> None:
+    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
+    file = tmp_path / "step.json"
+    done = run_benchmark(
+        *("pod_step", "--topology", "v5e:2x2", "--layers", "1", "--length", "128", "--json", str(file)),
+        without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert (report["chips"], report["kernels"]) == (4, 3)
+    assert 0 < report["bytes_held_per_chip"] + report["bytes_in_between_per_chip"] < 16 * 2**30
 
 
 def test_support_matrix(tmp_path: Path) -> None:

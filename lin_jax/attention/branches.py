@@ -31,6 +31,7 @@ class Branches(nnx.Module):
         merged_norm: divide all heads together by `1e-4` plus their length.
         mean: divide what a bidirectional linear branch reads by the number of its tokens: those that are present, or
             all of the row; None leaves the sum.
+        implementation: of `pallas_kernels.augmented_attention`, where it computes these branches.
         param_dtype: type of the parameters.
     """
 
@@ -50,6 +51,7 @@ class Branches(nnx.Module):
         angular: bool = False,
         merged_norm: bool = False,
         mean: Literal["present", "row"] | None = None,
+        implementation: str | None = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
         self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
@@ -60,6 +62,7 @@ class Branches(nnx.Module):
         self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
         self.unit_inputs, self.unit_values = unit_inputs, unit_values
         self.angular, self.merged_norm, self.mean = angular, merged_norm, mean
+        self.implementation = implementation
 
     def _inputs(self, queries: Array, keys: Array) -> tuple[Array, Array]:
         if self.unit_inputs:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches, nothing, plus
 from lin_jax.attention.chunks import Chunks, cut
+from lin_jax.attention.fused import fused, fused_commit, fused_verify, is_fused
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
@@ -79,6 +80,13 @@ class ComposedAttention(Branches):
 
         The first document of a row continues the state; the state returned is that of the row's last document.
         """
+        if layout.present is None and is_fused(self, bias):
+            outputs, memory = fused(self, queries, keys, values, layout, state)
+            if state is None:
+                return outputs, None
+            # What the state keeps are keys as they are scored.
+            keys = self._inputs(queries, keys)[1]
+            return outputs, advance(state, keys, values, layout, None if self.linear is None else memory)
         queries, keys = self._inputs(queries, keys)
         rows = Chunks.of(queries, keys, values, layout, state, self.group_size)
         direct, sums = self._pairs(
@@ -112,6 +120,10 @@ class ComposedAttention(Branches):
         The pairs are (node, token of the unfinished group) and (node, ancestor or itself); whatever lies in an earlier
         group than the node scores through the linear branch, although it has not been folded into the memory.
         """
+        if is_fused(self, bias):
+            # What the state keeps are keys as they are scored.
+            nodes = Nodes(self._inputs(queries, keys)[1], values)
+            return fused_verify(self, queries, keys, values, tree, state), nodes
         queries, keys = self._inputs(queries, keys)
         nodes = Nodes(keys, values)
         pairs = TreePairs.of(state, nodes, tree)
@@ -126,6 +138,8 @@ class ComposedAttention(Branches):
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
+        if state.memory is not None and is_fused(self, None):
+            return fused_commit(self, state, path, length)
         return commit_path(state, path, length, self._fold)
 
     def bidirectional(

@@ -135,12 +135,3 @@ class Convolution(nnx.Module):
         inside = (index >= 0) & (index < taps.shape[2])
         found = jnp.moveaxis(taps[:, :, jnp.clip(index, 0, taps.shape[2] - 1)], (0, 1), (-4, -3))
         return jnp.where(inside[..., None, None, :, :], found, 0)
-
-
-def shift_window(
-    window: Float[Array, "B W_1 K E"], path: Float[Array, "B P K E"], length: Int[Array, " B"]
-) -> Float[Array, "B W_1 K E"]:
-    """The window after `length` values of `path` were consumed, row by row."""
-    extended = jnp.concatenate([window, path.astype(window.dtype)], axis=1)
-    index = length[:, None] + jnp.arange(window.shape[1])
-    return jnp.take_along_axis(extended, index[:, :, None, None], axis=1)

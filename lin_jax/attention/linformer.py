@@ -26,8 +26,9 @@ from lin_jax.attention.pairs import (
     split_heads,
     weighted_values,
 )
-from lin_jax.attention.state import AugmentedState, TreePairs, advance, begun_group, join
+from lin_jax.attention.state import AugmentedState, TreePairs, advance
 from lin_jax.attention.tree import TreeArrays
+from pallas_kernels.path_commit.xla import begun_group, join
 
 
 class Summaries(NamedTuple):
@@ -174,8 +175,10 @@ class LinformerAttention(nnx.Module):
 
     def commit(self, state: LinformerState, path: Nodes, length: Int[Array, " B"]) -> LinformerState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
-        joined, begun = join(state.buffer, path, length), begun_group(state.buffer, path)
-        slots = jnp.broadcast_to(jnp.arange(self.group_size), begun.keys.shape[:2])
+        buffer = state.buffer.keys, state.buffer.values
+        joined = join(buffer, state.buffer.position, path, length)
+        begun = begun_group(buffer, state.buffer.position, path)
+        slots = jnp.broadcast_to(jnp.arange(self.group_size), begun[0].shape[:2])
         group = jnp.where(joined.finished, state.position // self.group_size, state.keys.shape[1])
         rows = jnp.arange(group.shape[0])
         caches = [

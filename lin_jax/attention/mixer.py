@@ -18,6 +18,7 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.tree import TreeArrays
 from lin_jax.errors import UserError
+from pallas_kernels.augmented_attention.operation import IMPLEMENTATIONS
 
 State = Any
 Form = Literal["causal", "bidirectional", "cross"]
@@ -141,6 +142,8 @@ class AttentionConfig:
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
+        implementation: what computes the local and grouped branches and the convolution together: xla, tpu, gpu, or the
+            last two interpreted; None takes what suits the platform.
     """
 
     name: str = "augmented"
@@ -154,6 +157,7 @@ class AttentionConfig:
     hash_bits: int = 6
     diagonal_layers: int = 1
     convolve_padding: bool = False
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("group_size", "rank", "hashes", "hash_bits"):
@@ -161,6 +165,10 @@ class AttentionConfig:
                 raise UserError(f"attention.{name} is {getattr(self, name)}; give a positive number")
         if self.features is not None and self.features < 2:
             raise UserError(f"attention.features is {self.features}; give at least 2")
+        if self.implementation not in (None, *IMPLEMENTATIONS):
+            raise UserError(
+                f"attention.implementation is '{self.implementation}'; choose one of {', '.join(IMPLEMENTATIONS)}"
+            )
         if self.diagonal_layers < 0:
             raise UserError(f"attention.diagonal_layers is {self.diagonal_layers}; give zero or more")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:

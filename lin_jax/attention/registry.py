@@ -142,6 +142,7 @@ def _composed(config: AttentionConfig, sizes: Sizes, **parts: Any) -> ComposedAt
         sizes.head_dim,
         sizes.value_dim,
         group_size=config.group_size,
+        implementation=config.implementation,
         param_dtype=sizes.param_dtype,
         **parts,
     )

@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from lin_jax.attention.convolution import shift_window
 from lin_jax.attention.layout import Layout, first_document
 from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import PairMasks, causal_masks
 from lin_jax.attention.tree import TreeArrays
+from pallas_kernels.path_commit.xla import fold_finished, join, shift_window
 
 
 @jax.tree_util.register_dataclass
@@ -68,47 +68,6 @@ class TreePairs(NamedTuple):
         return cls(positions, key_positions, masks, keys, values)
 
 
-class Joined(NamedTuple):
-    """An unfinished group and a path that follows it, slot by slot.
-
-    Attributes:
-        buffer: the group in which the path ends; slots beyond its end hold anything.
-        finished: `[B]` whether that is another group than the one in which it begins.
-        position: `[B]` tokens consumed after the path.
-    """
-
-    buffer: Nodes
-    finished: Bool[Array, " B"]
-    position: Int[Array, " B"]
-
-
-def join(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> Joined:
-    """The first `length` (at most G) nodes of a path behind the unfinished group, row by row."""
-    size = state.keys.shape[1]
-    position = state.position + length.astype(state.position.dtype)
-    order = jnp.arange(path.keys.shape[1])
-    slots = jnp.where(order < length[:, None], (state.position[:, None] + order) % size, size)
-    finished = position // size > state.position // size
-    return Joined(Nodes(*_written(state, path, slots)), finished, position)
-
-
-def begun_group(state: AugmentedState, path: Nodes) -> Nodes:
-    """The group in which a path begins, with as much of the path as fits in, row by row."""
-    size = state.keys.shape[1]
-    slots = (state.position % size)[:, None] + jnp.arange(path.keys.shape[1])
-    return Nodes(*_written(state, path, slots))
-
-
-def _written(state: AugmentedState, path: Nodes, slots: Int[Array, "B P"]) -> tuple[Array, Array]:
-    """The unfinished group's keys and values with the path's in the given slots; slots beyond the group are dropped."""
-    rows = jnp.arange(slots.shape[0])[:, None]
-    keys, values = (
-        old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
-        for old, new in ((state.keys, path.keys), (state.values, path.values))
-    )
-    return keys, values
-
-
 def commit_path(
     state: AugmentedState, path: Nodes, length: Int[Array, " B"], fold: Callable[[Array, Array], Array]
 ) -> AugmentedState:
@@ -117,29 +76,13 @@ def commit_path(
     A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
     that plain decoding uses, so that both leave the same bits. `fold(keys, values)` is what a group adds to the memory.
     """
-    joined = join(state, path, length)
+    buffer = state.keys, state.values
+    joined = join(buffer, state.position, path, length)
     memory = state.memory
     if memory is not None:
-        memory = _fold_finished(state, path, joined.finished, fold)
+        memory = fold_finished(memory, buffer, state.position, path, joined.finished, fold)
     window = None if state.window is None else shift_window(state.window, path.values, length)
     return AugmentedState(memory, *joined.buffer, window, joined.position)
-
-
-def _fold_finished(
-    state: AugmentedState, path: Nodes, finished: Bool[Array, " B"], fold: Callable[[Array, Array], Array]
-) -> Float[Array, "B K M E"]:
-    """The memory with the finished groups, row by row: rows seldom finish a group at the same time."""
-    rows = jnp.argsort(~finished)
-
-    def fold_row(index: Array, memory: Array) -> Array:
-        def row(part: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(part, rows[index], 1)
-
-        held = AugmentedState(None, row(state.keys), row(state.values), None, row(state.position))
-        group = begun_group(held, Nodes(row(path.keys), row(path.values)))
-        return jax.lax.dynamic_update_slice_in_dim(memory, row(memory) + fold(*group), rows[index], 0)
-
-    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)
 
 
 def advance(state: AugmentedState, keys: Array, values: Array, layout: Layout, memory: Array | None) -> AugmentedState:

@@ -37,6 +37,7 @@ class Reading:
     seen: Bool[Array, "B V"] | None
 
 
+@partial(jax.jit, static_argnames=("batch", "capacity", "seen"))
 def nothing_read(model: CausalModel, drafter: Drafter, batch: int, capacity: int, *, seen: bool) -> Reading:
     """Before the first token; `capacity` is the longest sequence that a growing state must hold."""
     config = model.config

@@ -74,7 +74,7 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     if family.known and is_softmax(config):
         return description
     attentions = attentions_of(config)
-    said = {name: asdict(attention) for name, attention in attentions.items()}
+    said = {name: _saying(attention) for name, attention in attentions.items()}
     description |= {
         "base_model_type": description["model_type"],
         "model_type": family.own_type,
@@ -84,6 +84,11 @@ def describe(model: nnx.Module) -> dict[str, Any]:
     if has_remote_code(model):
         description |= {"architectures": architectures(family.name), "auto_map": auto_map(family.name)}
     return description
+
+
+def _saying(attention: AttentionConfig) -> dict[str, Any]:
+    """What an attention is, whatever computes it here."""
+    return {name: value for name, value in asdict(attention).items() if name != "implementation"}
 
 
 def has_remote_code(model: nnx.Module) -> bool:

@@ -75,7 +75,12 @@ def test_slots_and_prompts_share_compiled_programs(model: Llama, prompts: list[l
 
     everything()
     before = [program._cache_size() for program in programs]
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
     everything()
+    assert not compiled
     for count, slots in ((1, 2), (2, 2), (7, 2), (3, 1)):
         generator.generate([[1] * (5 + 6 * row) for row in range(count)], 7, slots=slots)
     generator.generate([[2] * 99], 9, slots=1)

@@ -157,6 +157,7 @@ def test_divisors_for_another_head_size() -> None:
         ({}, {"local_score": "exp"}, "attention.local_score 'exp' is unknown"),
         ({}, {"kernel_size": 4}, "attention.kernel_size is 4"),
         ({}, {"group_size": 0}, "attention.group_size is 0"),
+        ({}, {"implementation": "cuda"}, "attention.implementation is 'cuda'; choose one of xla, tpu, tpu_interpreted"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_line(model: dict[str, Any], attention: dict[str, Any], message: str) -> None:

@@ -1,0 +1,278 @@
+"""Operations of `pallas_kernels` over shapes and implementations: time, share of the roofline, memory, error; one run.
+
+    python benchmarks/kernels.py [--json FILE]            # what suits this device
+    python benchmarks/kernels.py --sweep                  # 65,536 tokens, from 128 rows of 512 to one row
+    python benchmarks/kernels.py --traffic                # what the TPU programs move, from their grids: no device
+
+The roofline is measured in the same run: bytes per second of a copy, operations per second of a matrix product. Outputs
+and gradients of a few heads are held against the XLA implementation in float64, which the tests hold against loops over
+tokens; what is wrong has no speed. Beside them: softmax attention, and flash-linear-attention where it is installed.
+Verifying a tree is held against as many single steps as it has nodes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_cases import (
+    OPERATIONS,
+    Operation,
+    Shape,
+    forward,
+    forward_and_backward,
+    least_bytes,
+    least_operations,
+    verify,
+    verify_inputs,
+)
+from kernel_peers import PEERS, Call
+from kernel_traffic import traffic_of
+from report import header, write
+from tqdm import tqdm
+
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
+from pallas_kernels.implementations import PREFERRED
+
+ACCELERATOR = ("1,8192,96,128", "2,16384,16,128", "4,2048,16,128", "4,4096,64,128", "8,2048,32,256", "8,1024,8,64")
+CPU = ("1,1024,4,64", "2,500,4,32")
+SWEEP = tuple(f"{65536 // length},{length},16,64" for length in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536))
+NODES, BATCHES = (1, 8, 26, 64), (1, 8, 64)
+# Of the largest number: rounding of what comes out, and of sums over weights that are rounded like it.
+ERRORS = {"bfloat16": 2e-2, "float32": 1e-4}
+CHECKED_HEADS = 2
+
+
+def main() -> int:
+    """Measures, prints, and writes JSON if asked to."""
+    options = parse()
+    shapes = [parse_shape(text) for text in (SWEEP if options.sweep else options.shapes)]
+    if options.traffic:
+        results = [row for name in options.operations for shape in shapes for row in moved(name, shape, options.dtype)]
+        report = header("kernel traffic") | {"dtype": options.dtype, "results": results}
+    else:
+        roof = roofline(options.dtype)
+        moves, computes = roof["bytes_per_second"] / 1e9, roof["operations_per_second"] / 1e12
+        print(f"copy {moves:,.0f} GB/s, product {computes:,.2f} TFLOP/s")
+        jobs = [(OPERATIONS[name], shape) for name in options.operations for shape in shapes]
+        results = [compared(*job, roof, options) for job in tqdm(jobs, desc="rows", file=sys.stderr)]
+        trees = [] if options.without_verify else verified(options)
+        errors = [way["error"] for each in results for way in each["implementations"].values()]
+        errors += [each["error"] for each in trees]
+        report = header("kernels") | {"dtype": options.dtype, "roofline": roof, "results": results, "verify": trees}
+        report["correct"] = max(errors) <= ERRORS[options.dtype]
+    print_summary(report)
+    if options.json is not None:
+        write(report, options.json)
+    return 0 if report.get("correct", True) else 1
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    platform = jax.default_backend()
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operations", nargs="+", choices=tuple(OPERATIONS), default=tuple(OPERATIONS))
+    parser.add_argument("--shapes", nargs="+", metavar="B,T,H,D", default=CPU if platform == "cpu" else ACCELERATOR)
+    parser.add_argument("--sweep", action="store_true", help="65,536 tokens in rows of many lengths instead")
+    parser.add_argument("--implementations", nargs="+", default=PREFERRED.get(platform, ("xla",)), metavar="NAME")
+    names = [peer.name for peer in PEERS]
+    parser.add_argument("--peers", nargs="*", choices=names, default=names, help="what else is timed in the same run")
+    parser.add_argument("--dtype", choices=tuple(ERRORS), default="float32" if platform == "cpu" else "bfloat16")
+    parser.add_argument("--rounds", type=int, default=5, help="all implementations take turns; medians are taken")
+    parser.add_argument("--seconds", type=float, default=0.2, help="length of one timing")
+    parser.add_argument("--without-verify", action="store_true", help="leave draft trees out")
+    parser.add_argument("--traffic", action="store_true", help="bytes that the TPU programs move; nothing is run")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        raise UserError(f"--rounds is {options.rounds}; give 1 or more")
+    return options
+
+
+def parse_shape(text: str) -> Shape:
+    """A shape from `B,T,H,D`."""
+    try:
+        shape = Shape(*(int(part) for part in text.split(",")))
+    except (ValueError, TypeError):
+        raise UserError(f"the shape '{text}' is not understood; give B,T,H,D such as 4,2048,16,128") from None
+    if min(shape.batch, shape.length, shape.heads, shape.size) < 1:
+        raise UserError(f"the shape '{text}' has a size below 1")
+    return shape
+
+
+def roofline(dtype: str) -> dict[str, float]:
+    """What the device does at the best: bytes per second of a copy, operations per second of a matrix product."""
+    big = jax.default_backend() != "cpu"
+    size = 8192 if big else 1024
+    matrix = jnp.ones((size, size), dtype)
+    rows = jnp.ones((2**28 if big else 2**24,), jnp.float32)
+    copy, square = jax.jit(lambda rows: -rows), jax.jit(lambda matrix: matrix @ matrix)
+    copied = min(seconds(copy, (rows,), 0.2) for _ in range(5))
+    multiplied = min(seconds(square, (matrix,), 0.2) for _ in range(5))
+    return {"bytes_per_second": 2 * rows.nbytes / copied, "operations_per_second": 2 * size**3 / multiplied}
+
+
+def seconds(program: Callable[..., Any], arguments: Sequence[Any], least: float) -> float:
+    """Seconds of one call, over as many calls as take `least` seconds together."""
+    jax.block_until_ready(program(*arguments))
+    calls, spent = 0, 0.0
+    began = time.perf_counter()
+    while spent < least:
+        # The queue is kept short, so that results are freed.
+        jax.block_until_ready(program(*arguments))
+        calls += 1
+        spent = time.perf_counter() - began
+    return spent / calls
+
+
+def compared(operation: Operation, shape: Shape, roof: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+    """All implementations of an operation on one shape, in turns."""
+    arrays = operation.inputs(shape, options.dtype)
+    ways: dict[str, dict[str, Any]] = {}
+    programs = {}
+    for name in options.implementations:
+        ways[name] = {"error": error(operation, name, arrays), "peak_memory_bytes": None}
+        if ways[name]["error"] <= ERRORS[options.dtype]:
+            programs[name] = forward(operation, name), forward_and_backward(operation, name)
+            ways[name]["peak_memory_bytes"] = memory(programs[name][1], arrays)
+    calls = {name: tuple(partial(each, *arrays) for each in pair) for name, pair in programs.items()} | peers_of(
+        operation, arrays, ways, options
+    )
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+    for _ in range(options.rounds):
+        for name, pair in calls.items():
+            taken[name].append(tuple(seconds(each, (), options.seconds) for each in pair))
+    itemsize = jnp.dtype(options.dtype).itemsize
+    for name, rounds in taken.items():
+        for index, label in enumerate(("forward", "forward_and_backward")):
+            spent = float(np.median([each[index] for each in rounds]))
+            least = max(
+                least_bytes(shape, itemsize, index == 1) / roof["bytes_per_second"],
+                least_operations(shape, index == 1) / roof["operations_per_second"],
+            )
+            ways[name][label] = {
+                "milliseconds": 1e3 * spent,
+                "tokens_per_second": shape.tokens / spent,
+                "share_of_roofline": least / spent,
+            }
+    return {"operation": operation.name, "shape": str(shape), "implementations": ways}
+
+
+def peers_of(
+    operation: Operation, arrays: list[jax.Array], ways: dict[str, dict[str, Any]], options: argparse.Namespace
+) -> dict[str, tuple[Call, Call]]:
+    """Calls of the peers that are there and not wrong; their errors go to `ways`."""
+    calls = {}
+    for peer in PEERS:
+        if operation.name not in peer.operations or peer.name not in options.peers:
+            continue
+        if (missing := peer.missing()) is not None:
+            tqdm.write(f"{peer.name} is left out: {missing}", file=sys.stderr)
+            continue
+        off = 0.0
+        if operation.name in peer.same:
+            few = operation.few_heads(arrays, CHECKED_HEADS)
+            expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
+            off = difference(peer.build(few, operation.name)[0](), expected)
+        ways[peer.name] = {"error": off, "checked": operation.name in peer.same, "peak_memory_bytes": None}
+        if off <= ERRORS[options.dtype]:
+            calls[peer.name] = peer.build(arrays, operation.name)
+    return calls
+
+
+def error(operation: Operation, implementation: str, arrays: list[jax.Array]) -> float:
+    """The largest error of outputs and gradients of a few heads against float64, relative to the largest number."""
+    few = operation.few_heads(arrays, CHECKED_HEADS)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(each, np.float64)) for each in few]
+        expected = [np.asarray(each) for each in jax.tree.leaves(forward_and_backward(operation, "xla")(*wide))]
+    found = jax.tree.leaves(forward_and_backward(operation, implementation)(*few))
+    return max(
+        float(np.abs(np.asarray(one, np.float64) - other).max() / max(np.abs(other).max(), 1e-30))
+        for one, other in zip(found, expected, strict=True)
+    )
+
+
+def memory(program: Any, arrays: list[jax.Array]) -> int | None:
+    """Bytes that a compiled program needs at the most: arguments, results and what lies between."""
+    found = program.lower(*arrays).compile().memory_analysis()
+    if found is None:
+        return None
+    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+
+
+def verified(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Trees of several sizes on several rows, against one node, with the heads of a LLaMA of 7 billion parameters."""
+    heads, size = (32, 128) if jax.default_backend() != "cpu" else (4, 64)
+    cells = [(nodes, batch, name) for batch in BATCHES for name in options.implementations for nodes in NODES]
+    results: list[dict[str, Any]] = []
+    single: dict[tuple[int, str], float] = {}
+    for nodes, batch, name in tqdm(cells, desc="trees", file=sys.stderr):
+        inputs = verify_inputs(nodes, batch, heads, size, options.dtype)
+        program = verify(name)
+        off = difference(program(*inputs), verify("xla")(*jax.tree.map(_wider, inputs)))
+        cell: dict[str, Any] = {"nodes": nodes, "batch": batch, "implementation": name, "error": off}
+        if off <= ERRORS[options.dtype]:
+            spent = float(np.median([seconds(program, inputs, options.seconds) for _ in range(options.rounds)]))
+            single.setdefault((batch, name), spent)
+            cell |= {"milliseconds": 1e3 * spent, "times_one_node": spent / single[batch, name]}
+        results.append(cell)
+    return results
+
+
+def difference(found: jax.Array, expected: jax.Array) -> float:
+    """The largest error, relative to the largest number."""
+    one, other = (np.asarray(each, np.float64) for each in (found, expected))
+    return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+def _wider(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array
+
+
+def moved(name: str, shape: Shape, dtype: str) -> list[dict[str, Any]]:
+    """Bytes that the TPU programs of an operation move, and how many times the least that is."""
+    operation = OPERATIONS[name]
+    arrays = operation.structs(shape, dtype)
+    rows = []
+    for backward, program in ((False, forward), (True, forward_and_backward)):
+        traffic = traffic_of(program(operation, "tpu_interpreted"), *arrays)
+        total = sum(each.read + each.written for each in traffic)
+        least = least_bytes(shape, jnp.dtype(dtype).itemsize, backward)
+        label = "forward_and_backward" if backward else "forward"
+        rows.append(
+            {"operation": name, "shape": str(shape), "pass": label, "bytes": total, "times_least": total / least}
+        )
+    return rows
+
+
+def print_summary(report: dict[str, Any]) -> None:
+    """The report in words."""
+    for each in report["results"]:
+        if "times_least" in each:
+            where = f"{each['operation']:10} {each['shape']:18} {each['pass']:21}"
+            print(f"{where} {each['times_least']:.2f} times the least")
+            continue
+        for name, way in each["implementations"].items():
+            told = f"WRONG by {way['error']:.1e}"
+            if "forward" in way:
+                told = ", ".join(
+                    f"{label.replace('_', ' ')} {way[label]['milliseconds']:,.3f} ms "
+                    f"({100 * way[label]['share_of_roofline']:.0f}% of the roofline)"
+                    for label in ("forward", "forward_and_backward")
+                )
+            print(f"{each['operation']:10} {each['shape']:18} {name:16} {told}, error {way['error']:.1e}")
+    for each in report.get("verify", ()):
+        told = "WRONG"
+        if "milliseconds" in each:
+            told = f"{each['milliseconds']:.3f} ms, {each['times_one_node']:.2f} times one node"
+        print(f"verify     {each['nodes']:>2} nodes, {each['batch']:>2} rows  {each['implementation']:16} {told}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

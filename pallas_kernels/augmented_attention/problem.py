@@ -1,0 +1,206 @@
+"""What augmented linear attention is computed from, and how its rows are cut into blocks."""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Placement(NamedTuple):
+    """Where tokens stand in rows that hold several documents or padding, or that go on from a state.
+
+    Attributes:
+        documents: `[B, T]` document of each token, equal numbers side by side, 0 for padding.
+        positions: `[B, T]` position of each token in its document.
+        first: `[B]` the document that the row begins with, of which the memory before the row speaks.
+        last: `[B]` the document that the row ends with, of which the memory after the row speaks.
+        tokens: `[B]` how many of the last document there are so far.
+    """
+
+    documents: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    first: Int[Array, " B"]
+    last: Int[Array, " B"]
+    tokens: Int[Array, " B"]
+
+
+class Start(NamedTuple):
+    """What came before the rows.
+
+    Attributes:
+        memory: `[B, K, D, E]` `sum k v^T` over finished groups, float32 or better.
+        keys: `[B, P, K, D]` of the tokens just before the row, the last one last, as they are scored (of length one
+            if keys are scaled): of the unfinished group at least.
+        values: `[B, P, K, E]`, as far back as the convolution reaches.
+        positions: `[B, P]` of these tokens, -1 where there is none.
+        known: `[B, P]` whether the memory holds the token.
+    """
+
+    memory: Float[Array, "B K D E"]
+    keys: Float[Array, "B P K D"]
+    values: Float[Array, "B P K E"]
+    positions: Int[Array, "B P"]
+    known: Bool[Array, "B P"]
+
+    def of_length(self, length: int) -> "Start":
+        """The same with `length` tokens before the row: the last ones, or with absent ones before them."""
+        have = self.positions.shape[1]
+        missing, extra = max(length - have, 0), max(have - length, 0)
+
+        def fit(rows: Array, value: int = 0) -> Array:
+            pad = ((0, 0), (missing, 0), *((0, 0),) * (rows.ndim - 2))
+            return jnp.pad(rows[:, extra:], pad, constant_values=value)
+
+        return Start(self.memory, fit(self.keys), fit(self.values), fit(self.positions, -1), fit(self.known))
+
+
+class Problem(NamedTuple):
+    """What every implementation reads.
+
+    Attributes:
+        queries: `[B, T, H, D]`.
+        keys: `[B, T, K, D]`, H a multiple of K.
+        values: `[B, T, K, E]`.
+        alpha: `[H]` factor of the grouped branch, None to leave it out.
+        taps: `[H, W]` convolution filter, lag 0 first, None to leave it out.
+        placement: where tokens stand; None where every row is one document from its start.
+        start: what came before the rows; None for nothing. It needs a placement.
+    """
+
+    queries: Float[Array, "B T H D"]
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K E"]
+    alpha: Float[Array, " H"] | None
+    taps: Float[Array, "H W"] | None
+    placement: Placement | None = None
+    start: Start | None = None
+
+
+class Result(NamedTuple):
+    """Outputs, the memory `[B, n, K, D, E]` before every block (None if nobody asks), and after the rows; float32."""
+
+    outputs: Float[Array, "B T H E"]
+    before: Float[Array, "B n K D E"] | None
+    after: Float[Array, "B K D E"]
+
+
+class ProblemGradients(NamedTuple):
+    """Gradients of a problem's arrays; those of the start are of its memory, keys and values."""
+
+    queries: Float[Array, "B T H D"]
+    keys: Float[Array, "B T K D"]
+    values: Float[Array, "B T K E"]
+    alpha: Float[Array, " H"] | None
+    taps: Float[Array, "H W"] | None
+    start: tuple[Float[Array, "B K D E"], Float[Array, "B P K D"], Float[Array, "B P K E"]] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed when a program is compiled.
+
+    A window is the P rows before a block and the block's C rows, so many that whatever lies before it is in a finished
+    group for every query of the block, and beyond the convolution's reach.
+
+    Attributes:
+        group: tokens G in a group.
+        before: rows P of a window before its block.
+        block: rows C of a block, a multiple of P.
+        length: tokens T of a row.
+        unit: scale queries and keys to length one.
+        local: whether there is a local branch, `relu(q·k)^2`.
+    """
+
+    group: int
+    before: int
+    block: int
+    length: int
+    unit: bool
+    local: bool
+
+    @classmethod
+    def of(cls, problem: Problem, *, group: int, unit: bool, local: bool, block: int, multiple: int) -> "Plan":
+        """Blocks of about `block` rows, with windows whose sizes are multiples of a number.
+
+        In whole rows, blocks begin where groups do: the window need not hold a group before them, only what the
+        convolution reaches.
+        """
+        length = problem.queries.shape[1]
+        reach = 0 if problem.taps is None else problem.taps.shape[1] - 1
+        if problem.placement is not None:
+            before = _rounded(max(group, reach), multiple)
+            return cls(group, before, _rounded(min(block, length), before), length, unit, local)
+        size = _rounded(min(block, length), math.lcm(group, multiple))
+        size = _rounded(reach, size) if reach > size else size
+        before = next(each for each in range(multiple, size + 1, multiple) if size % each == 0 and each >= reach)
+        return cls(group, before, size, length, unit, local)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a row has."""
+        return -(-self.length // self.block)
+
+    @property
+    def width(self) -> int:
+        """Rows of a window."""
+        return self.before + self.block
+
+
+class Placed(NamedTuple):
+    """A placement cut up for windows.
+
+    Attributes:
+        rows: `[B, 3, T]` documents, positions, and whether the memory before the row holds the token.
+        first: `[B, 3, P]` the same of the rows before.
+        carried: `[B, n + 1]` the document that the memory speaks of before each block, and after the row.
+        finished: `[B]` tokens of the last document that are in finished groups.
+    """
+
+    rows: Int[Array, "B 3 T"]
+    first: Int[Array, "B 3 P"]
+    carried: Int[Array, "B n_1"]
+    finished: Int[Array, " B"]
+
+    @classmethod
+    def of(cls, placement: Placement, start: Start | None, plan: Plan) -> "Placed":
+        """Cuts a placement up."""
+        documents = placement.documents
+        rows = jnp.stack([documents, placement.positions, jnp.zeros_like(documents)], axis=1).astype(jnp.int32)
+        first = jnp.zeros((rows.shape[0], 3, plan.before), jnp.int32)
+        if start is not None:
+            there = start.positions >= 0
+            named = jnp.where(there, placement.first[:, None], 0)
+            first = jnp.stack([named, jnp.maximum(start.positions, 0), start.known], axis=1).astype(jnp.int32)
+        index = jax.lax.cummax(jnp.where(documents > 0, jnp.arange(plan.length), -1), axis=1)
+        index = index[:, jnp.arange(1, plan.blocks) * plan.block - plan.before - 1]
+        found = jnp.take_along_axis(documents, jnp.maximum(index, 0), axis=1)
+        middle = jnp.where(index >= 0, found, placement.first[:, None])
+        carried = jnp.concatenate([placement.first[:, None], middle, placement.last[:, None]], axis=1)
+        finished = placement.tokens // plan.group * plan.group
+        return cls(rows, first, carried.astype(jnp.int32), finished.astype(jnp.int32))
+
+
+def convolution_matrix(taps: Float[Array, "H W"], plan: Plan) -> Float[Array, "H C M"]:
+    """The convolution of a block's rows as a matrix over its window."""
+    lag, inside = _lags(taps.shape[1], plan)
+    return jnp.where(inside, taps[:, jnp.clip(lag, 0, taps.shape[1] - 1)], 0)
+
+
+def taps_gradient(matrix: Float[Array, "H C M"], width: int, plan: Plan) -> Float[Array, "H W"]:
+    """The gradient of the taps, given that of the matrix."""
+    lag, inside = _lags(width, plan)
+    place = jnp.where(inside, lag, width)
+    return jax.vmap(lambda part: jnp.zeros((width + 1,), part.dtype).at[place].add(part))(matrix)[:, :width]
+
+
+def _rounded(number: int, multiple: int) -> int:
+    """The number, or the next one that is a multiple."""
+    return -(-number // multiple) * multiple
+
+
+def _lags(width: int, plan: Plan) -> tuple[Array, Array]:
+    lag = jnp.arange(plan.block)[:, None] + plan.before - jnp.arange(plan.width)
+    return lag, (lag >= 0) & (lag < width)

@@ -1,0 +1,106 @@
+"""Augmented linear attention in plain XLA: all blocks side by side, the memories before them by a scan."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.augmented_attention.blocks import (
+    Place,
+    block_outputs,
+    joining,
+    place_by_document,
+    place_in_row,
+    unit,
+)
+from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, convolution_matrix
+from pallas_kernels.products import accumulation_dtype
+
+
+def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
+    """Blocks and windows of a group, or of the convolution's reach where that is longer."""
+    return Plan.of(problem, group=group, unit=unit, local=local, block=group, multiple=1)
+
+
+def forward(problem: Problem, plan: Plan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
+    """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients."""
+    batch, length, heads, key_size = problem.queries.shape
+    kv_heads, value_size = problem.values.shape[2:]
+    start, placement = problem.start, problem.placement
+    queries, keys, values = problem.queries, problem.keys, problem.values
+    if placement is not None:
+        there = (placement.documents > 0)[:, :, None, None]
+        keys, values = (jnp.where(there, each, 0) for each in (keys, values))
+    first_keys, first_values = (None, None) if start is None else (start.keys, start.values)
+    if plan.unit:
+        queries, keys = unit(queries), unit(keys)
+    windows = _windows(keys, first_keys, plan), _windows(values, first_values, plan)
+    place, by_row = _places(problem, plan)
+
+    over_heads = jax.vmap(joining, in_axes=(1, 1, None))
+    updates = jax.vmap(jax.vmap(over_heads), in_axes=(0, 0, by_row))(*windows, place)
+    initial = jnp.zeros(updates.shape[:1] + updates.shape[2:], accumulation_dtype(values.dtype))
+    if start is not None:
+        initial = start.memory.astype(initial.dtype)
+    before, after = _memories(updates, jnp.broadcast_to(place.keep, updates.shape[:2]), initial)
+
+    over_share = jax.vmap(partial(block_outputs, plan=plan), in_axes=(1, None, None, 0, 0, None, None), out_axes=1)
+    over_heads = jax.vmap(over_share, in_axes=(1, 1, 1, 0, 0, 0, None), out_axes=1)
+    over_blocks = jax.vmap(over_heads, in_axes=(0, 0, 0, None, None, 0, 0))
+    over_rows = jax.vmap(over_blocks, in_axes=(0, 0, 0, None, None, 0, by_row))
+    padded = jnp.pad(queries, ((0, 0), (0, plan.blocks * plan.block - length), (0, 0), (0, 0)))
+    outputs = over_rows(
+        padded.reshape(batch, plan.blocks, plan.block, kv_heads, -1, key_size),
+        *windows,
+        None if problem.alpha is None else problem.alpha.astype(before.dtype).reshape(kv_heads, -1),
+        _matrices(problem, plan),
+        before,
+        place,
+    )
+    outputs = outputs.reshape(batch, -1, heads, value_size)[:, :length]
+    return outputs.astype(problem.values.dtype), after
+
+
+def _windows(rows: Float[Array, "B T K D"], first: Float[Array, "B P K D"] | None, plan: Plan) -> Array:
+    """Windows `[B, n, M, K, D]` of rows, with `first` or zeros before them."""
+    pad = ((0, 0), (plan.before if first is None else 0, plan.blocks * plan.block - plan.length), (0, 0), (0, 0))
+    rows = rows if first is None else jnp.concatenate([first.astype(rows.dtype), rows], axis=1)
+    pieces = jnp.pad(rows, pad).reshape(rows.shape[0], -1, plan.before, *rows.shape[2:])
+    ratio = plan.block // plan.before
+    ends = plan.blocks * ratio
+    return jnp.concatenate([pieces[:, shift : shift + ends : ratio] for shift in range(ratio + 1)], axis=2)
+
+
+def _places(problem: Problem, plan: Plan) -> tuple[Place, int | None]:
+    """The places `[n]` of all blocks, or `[B, n]` by row, and the axis of the rows."""
+    blocks = jnp.arange(plan.blocks, dtype=jnp.int32)
+    if problem.placement is None:
+        return jax.vmap(partial(place_in_row, plan=plan))(blocks), None
+    placed = Placed.of(problem.placement, problem.start, plan)
+    tokens = jnp.moveaxis(placed.rows, 1, 2)[..., None]
+    windows = _windows(tokens, jnp.moveaxis(placed.first, 1, 2)[..., None], plan)[..., 0]
+    over_blocks = jax.vmap(partial(place_by_document, plan=plan), in_axes=(0, 0, (0, 0, None), None))
+    over_rows = jax.vmap(over_blocks, in_axes=(None, 0, (0, 0, 0), 0))
+    carried = placed.carried[:, :-1], placed.carried[:, 1:], placed.carried[:, -1]
+    return over_rows(blocks, jnp.swapaxes(windows, 2, 3), carried, placed.finished), 0
+
+
+def _memories(
+    updates: Float[Array, "B n K D E"], keep: Array, initial: Float[Array, "B K D E"]
+) -> tuple[Float[Array, "B n K D E"], Float[Array, "B K D E"]]:
+    """The memory before each block, and after the last."""
+
+    def step(memory: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        update, kept = block
+        return jnp.where(kept[:, None, None, None], memory, 0) + update, memory
+
+    after, before = jax.lax.scan(step, initial, (jnp.moveaxis(updates, 1, 0), keep.T))
+    return jnp.moveaxis(before, 0, 1), after
+
+
+def _matrices(problem: Problem, plan: Plan) -> Float[Array, "K R C M"] | None:
+    if problem.taps is None:
+        return None
+    matrix = convolution_matrix(problem.taps.astype(problem.values.dtype), plan)
+    return matrix.reshape(problem.values.shape[2], -1, *matrix.shape[1:])
