@@ -72,7 +72,7 @@ def _kernel(
     before, after, (fetched, arrived) = refs[:count], refs[count : 2 * count], refs[2 * count :]
     row, part = pl.program_id(0), pl.program_id(1)
     group, length = before[0].shape[0], lengths[row]
-    slot = jax.lax.rem(positions[row], group)
+    slot = jax.lax.rem(positions[row], jnp.int32(group))
     steps = jax.lax.broadcasted_iota(jnp.int32, (path_keys.shape[0], 1), 0)
     new = [present(each[...], steps < length) for each in (path_keys, path_values)]
     begun = [_placed(rows, old[...], slot, length) for rows, old in zip(new, before[:2], strict=True)]

@@ -74,6 +74,13 @@ class TestImplementation:
             np.testing.assert_array_equal(found.keys[row, used], keys[row, used])
             np.testing.assert_array_equal(found.values[row, used], values[row, used])
 
+    def test_where_numbers_are_wide(self, implementation, x64):
+        """Positions are then wider than what kernels count with."""
+        case = Case()
+        found = case.run(implementation)
+        np.testing.assert_allclose(found.memory, case.expected()[0], rtol=2e-6, atol=2e-5)
+        np.testing.assert_array_equal(found.position, np.add(POSITIONS, LENGTHS))
+
     @pytest.mark.parametrize("window", [None, 0])
     def test_without_a_convolution(self, implementation, window):
         case = Case(window=window)
