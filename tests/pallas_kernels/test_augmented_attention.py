@@ -120,6 +120,18 @@ class TestImplementation:
         case = Case(length)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
 
+    @pytest.mark.parametrize(("length", "size"), [(500, 128), (1000, 64)])
+    def test_long_rows_of_large_heads(self, implementation, length, size):
+        case = Case(length, heads=1, key_size=size, value_size=size, group=64, width=32)
+        assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
+
+    def test_the_largest_heads(self, implementation):
+        """In float32 their tiles need more registers than a GPU has."""
+        case = Case(200, heads=1, key_size=256, value_size=256, group=64, width=32)
+        arrays = [jnp.asarray(each, jnp.bfloat16) for each in case.arrays]
+        case.queries, case.keys, case.values, case.alpha, case.taps = (np.asarray(each, np.float64) for each in arrays)
+        assert difference(case.run(implementation, arrays)[0], case.expected()) < 2**-7
+
     def test_documents_heads_and_sizes(self, implementation):
         case = Case(280, batch=2, heads=4, kv_heads=2, key_size=64, value_size=32, group=64, width=32, packed=True)
         outputs = np.asarray(case.run(implementation)[0])

@@ -120,6 +120,13 @@ class TestImplementation:
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
+    @pytest.mark.parametrize(("length", "size"), [(500, 128), (1000, 64)])
+    def test_long_rows_of_large_heads(self, implementation, length, size):
+        case = Case(length, heads=1, sizes=(size, size), **KINDS["divided decay"])
+        outputs, after = case.run(implementation)
+        for one, other in zip((outputs, *after), case.expected(), strict=True):
+            assert difference(one, other) < TOLERANCE
+
     @pytest.mark.parametrize("kind", ["divided", "divided decay"])
     def test_documents_and_heads(self, implementation, kind):
         case = Case(290, batch=3, heads=4, kv_heads=2, sizes=(64, 16), packed=True, **KINDS[kind])
