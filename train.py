@@ -9,7 +9,7 @@ from lin_jax.training import parse_run_config
 
 def main() -> int:
     """Runs the command line; returns the exit status."""
-    config, resume = parse_run_config(sys.argv[1:])
+    config, resume, launch = parse_run_config(sys.argv[1:])
     # Imported only now: help and wrong options should not wait for the checkpoint library.
     import jax
 
@@ -18,6 +18,7 @@ def main() -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if "float64" in (config.model.dtype, config.model.param_dtype):
         jax.config.update("jax_enable_x64", True)
+    launch.join()
     return train(config, resume=resume).status
 
 

@@ -31,6 +31,9 @@ class LowRankLinear(nnx.Module):
             return nnx.LoRA(size_in, rank, size_out, dtype=base.dtype, param_dtype=base.param_dtype, rngs=rngs)
 
         self.update = nnx.vmap(update)(rngs.split(stack[0])) if stack else update(rngs)
+        reads, writes = base.kernel.get_metadata().get("axes", (None, None))
+        self.update.lora_a.set_metadata("axes", (reads, None))
+        self.update.lora_b.set_metadata("axes", (None, writes))
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Applies the layer with its update."""

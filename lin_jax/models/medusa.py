@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.logical_axes import EMBED, VOCABULARY
 
 
 class MedusaHeads(nnx.Module):
@@ -22,9 +23,9 @@ class MedusaHeads(nnx.Module):
     """
 
     def __init__(self, heads: int, hidden_size: int, vocab_size: int, *, dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.zeros((heads, hidden_size, hidden_size), dtype))
+        self.weight = nnx.Param(jnp.zeros((heads, hidden_size, hidden_size), dtype), axes=(None, EMBED, None))
         self.bias = nnx.Param(jnp.zeros((heads, hidden_size), dtype))
-        self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype))
+        self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype), axes=(None, EMBED, VOCABULARY))
 
     @classmethod
     def on(cls, model: CausalModel, heads: int) -> "MedusaHeads":

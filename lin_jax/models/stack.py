@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from lin_jax.models.logical_axes import along_mesh
+
 
 class LayerStack(nnx.Module):
     """`count` layers built alike; every parameter has a leading layer axis.
@@ -45,11 +47,12 @@ class LayerStack(nnx.Module):
         graph, parameters = nnx.split(self.layers)
 
         def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
-            return apply(nnx.merge(graph, layer[0]), carry, layer[1])
+            carry, output = apply(nnx.merge(graph, layer[0]), carry, layer[1])
+            return along_mesh(carry), output
 
         if self.remat:
             step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, carry, (parameters, inputs), length=self.count, unroll=self.unroll)
+        return jax.lax.scan(step, along_mesh(carry), (parameters, inputs), length=self.count, unroll=self.unroll)
 
     def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
         """What `apply(layer, state, input)` makes of every layer's state, as the function of this name says."""

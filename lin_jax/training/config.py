@@ -5,7 +5,7 @@ from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -13,6 +13,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models import LlamaConfig
+from lin_jax.training.launch import Launch
+from lin_jax.training.mesh import MeshConfig
 from lin_jax.training.objectives import OBJECTIVES
 
 CONFIG_FILE = "config.yaml"
@@ -112,6 +114,7 @@ class RunConfig:
         data: the text.
         optimizer: the optimiser.
         training: how long and how often.
+        mesh: how the devices of all processes are laid out.
     """
 
     output: str
@@ -130,6 +133,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -152,11 +156,19 @@ def plain(config: Any) -> dict[str, Any]:
     return simple(asdict(config))
 
 
-def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
-    """The run that a command line describes, and whether it is to be resumed.
+class Command(NamedTuple):
+    """What a command line asks for: a run, whether it is to be resumed, and how its processes find each other."""
+
+    config: RunConfig
+    resume: bool
+    launch: Launch
+
+
+def parse_run_config(argv: Sequence[str]) -> Command:
+    """The run that a command line describes, whether it is to be resumed, and how its processes find each other.
 
     Args:
-        argv: `CONFIG.yaml [--resume] [--section.field VALUE ...]`.
+        argv: `CONFIG.yaml [--resume] [--launch.option VALUE ...] [--section.field VALUE ...]`.
 
     Raises:
         UserError: the file is missing, an option is unknown, or a value is wrong.
@@ -167,6 +179,7 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         argv.insert(0, "--config")
     parser = _parser()
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_class_arguments(Launch, "launch")
     return _parse(parser, argv)
 
 
@@ -181,7 +194,7 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
-    return _parse(_parser(), ["--config", str(path)])[0]
+    return _parse(_parser(), ["--config", str(path)]).config
 
 
 def _parser() -> ArgumentParser:
@@ -196,11 +209,11 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _parse(parser: ArgumentParser, argv: list[str]) -> tuple[RunConfig, bool]:
+def _parse(parser: ArgumentParser, argv: list[str]) -> Command:
     try:
         parsed = parser.instantiate(parser.parse_args(argv))
     except ArgumentError as error:
         message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", str(error)).split())
         raise UserError(f"{message}; 'train.py --help' lists every option") from error
     values = {each.name: getattr(parsed, each.name) for each in fields(RunConfig)}
-    return RunConfig(**values), getattr(parsed, "resume", False)
+    return Command(RunConfig(**values), getattr(parsed, "resume", False), getattr(parsed, "launch", Launch()))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import total
+from lin_jax.evaluation.targets import Batch, total
 from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.clock import Clock
 from lin_jax.training.config import RunConfig
@@ -48,6 +48,11 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
         UserError: the configuration or the folder does not allow it, or the loss is no longer a number.
     """
     run = prepare(config, resume=resume)
+    with jax.set_mesh(run.placement.mesh):
+        return _train(run, resume)
+
+
+def _train(run: Run, resume: bool) -> Outcome:
     training = run.config.training
     with Checkpoints(run.folder, training.keep_checkpoints) as checkpoints:
         state, start = run.state, None
@@ -100,7 +105,7 @@ class Loop:
         self.clock = Clock(seconds)
         self._logged = step
         self._compiled: Any = None
-        self._sums = jax.jit(run.objective.sums)
+        self._sums = jax.jit(run.objective.sums, out_shardings=run.placement.whole)
         self._pending: Figures | None = None
 
     def run_to_end(self, stop: StopRequest) -> Outcome:
@@ -119,7 +124,7 @@ class Loop:
         return Outcome(self.step)
 
     def _train(self) -> None:
-        batch = next(self.run.batches)
+        batch = self._placed(next(self.run.batches))
         if self._compiled is None:
             self._compiled = self.run.step.lower(self.state, self.run.frozen, batch).compile()
             self.clock.start()
@@ -140,6 +145,10 @@ class Loop:
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self._log(figures)
 
+    def _placed(self, batch: Batch) -> Batch:
+        """The rows of a batch that this process holds, on its devices."""
+        return self.run.placement.batch(batch)
+
     def _log(self, figures: Figures) -> None:
         per_step = self.config.batch_size * self.run.config.data.sequence_length
         speed = (self.step - self._logged) * per_step / max(self.clock.lap(), 1e-9)
@@ -159,7 +168,8 @@ class Loop:
     def _evaluate(self) -> None:
         self._settle()
         with self.clock.paused():
-            sums = total(lambda batch: self._sums(self.state.params, self.run.frozen, batch), self.run.validation)
+            batches = map(self._placed, self.run.validation)
+            sums = total(lambda batch: self._sums(self.state.params, self.run.frozen, batch), batches)
         means = sums.loss / np.maximum(sums.tokens, 1)
         figures = {"loss": float(np.dot(self.run.objective.coefficients, means)), **self.run.objective.figures(sums)}
         self.trackers.log(self.step, {f"validation_{name}": value for name, value in figures.items()})

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from lin_jax.data import (
     Tokenizer,
@@ -23,12 +24,15 @@ from lin_jax.evaluation.targets import Batch
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.models import Llama
+from lin_jax.models.logical_axes import axes_of
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.loading import load_model, read_base
+from lin_jax.training.mesh import make_mesh
 from lin_jax.training.objectives import OBJECTIVES, Objective
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
+from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
+from lin_jax.training.placement import Placement
 from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -48,6 +52,7 @@ class Run:
         batches: training batches, from the first.
         validation: held-out batches.
         about: what checkpoints of this run say of themselves.
+        placement: where all of this lies on the run's mesh.
     """
 
     config: RunConfig
@@ -58,6 +63,7 @@ class Run:
     batches: TrainingBatches
     validation: Sequence[Batch]
     about: About
+    placement: Placement
 
     @property
     def folder(self) -> Path:
@@ -99,20 +105,22 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     _check_folder(folder, resume)
     config = _with_options_of_base(config)
     _check_precision(config)
-    base = _load_base(config, resume)
+    mesh = make_mesh(config.mesh)
+    base = _load_base(config, resume, mesh)
     kind = OBJECTIVES[config.objective]
     if base is not None and not kind.has_model:
         config = replace(config, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
-    kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
+    placement = _placement(config, mesh, kind.of(replace(config, model=_with_vocabulary(config.model))))
+    training = config.training
+    placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
     tokenizer, train, held_out = _read_text(config, base, resume)
     config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
-    training = config.training
     batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
     validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
     objective: Objective = kind.of(config)
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
-    state = _first_state(config, objective, optimizer, base, resume)
+    state = _first_state(config, objective, optimizer, base, placement, resume)
     about = About(
         objective=config.objective,
         model=plain(config.model),
@@ -125,13 +133,27 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     return Run(
         config=config,
         objective=objective,
-        step=make_step(objective, optimizer, training.accumulation),
+        step=make_step(objective, optimizer, training.accumulation, placement=placement, state=state),
         state=state,
-        frozen=objective.frozen(None if base is None else base.model),
+        frozen=placement.place(objective.frozen(None if base is None else base.model)),
         batches=batches,
         validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
         about=about,
+        placement=placement,
     )
+
+
+def _placement(config: RunConfig, mesh: Mesh, objective: Objective | None = None) -> Placement:
+    """Where the model lies, and the heads that an objective adds; any vocabulary will do."""
+    modules = [abstract_model(_with_vocabulary(config.model))]
+    if objective is not None:
+        modules += [part for part in objective.parts(objective.shapes()) if part is not None]
+    axes = {path: names for module in modules for path, names in axes_of(module).items()}
+    return Placement.of(mesh, axes, config.model)
+
+
+def _with_vocabulary(model: Any) -> Any:
+    return replace(model, vocab_size=model.vocab_size or 1)
 
 
 def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
@@ -150,14 +172,29 @@ def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Toke
 
 
 def _first_state(
-    config: RunConfig, objective: Objective, optimizer: Optimizer, base: Base | None, resume: bool
+    config: RunConfig,
+    objective: Objective,
+    optimizer: Optimizer,
+    base: Base | None,
+    placement: Placement,
+    resume: bool,
 ) -> TrainState:
-    """The state before the first step, or its shapes, to be filled from a checkpoint."""
+    """The state before the first step, or its shapes, to be filled from a checkpoint; either says where it lies."""
     key, init_key = jax.random.split(jax.random.key(config.training.seed))
 
+    def new(params: Params) -> TrainState:
+        return TrainState.new(params, optimizer, key)
+
+    like = jax.eval_shape(new, objective.shapes())
+    where = placement.tree(like)
     if resume:
-        return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
-    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, where
+        )
+    if base is None:
+        # Born where they lie: no device ever holds more than its part.
+        return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(init_key)
+    return jax.jit(new, out_shardings=where)(placement.place(objective.start(init_key, base.model)))
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -193,7 +230,7 @@ def _check_precision(config: RunConfig) -> None:
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
 
 
-def _load_base(config: RunConfig, resume: bool) -> Base | None:
+def _load_base(config: RunConfig, resume: bool, mesh: Mesh) -> Base | None:
     goes_on = OBJECTIVES[config.objective].has_model
     if config.init_from is None or (resume and goes_on):
         return None
@@ -201,7 +238,8 @@ def _load_base(config: RunConfig, resume: bool) -> Base | None:
     if is_checkpoint_folder(folder):
         # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
         types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
-        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
+        place = _placement(config, mesh).parameter
+        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, shardings=place, **types), folder))
     # Heads go on with the very model that they began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume else None
     model, _, step = load_model(folder, step)

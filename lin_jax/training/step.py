@@ -14,6 +14,7 @@ from lin_jax.evaluation.targets import Batch, Sums
 from lin_jax.training.objectives import Objective
 from lin_jax.training.optimizer import Optimizer, widened
 from lin_jax.training.parameters import Params
+from lin_jax.training.placement import Placement
 
 
 @jax.tree_util.register_dataclass
@@ -60,15 +61,25 @@ class Figures(NamedTuple):
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Figures]]
 
 
-def make_step(objective: Objective, optimizer: Optimizer, accumulation: int = 1) -> Any:
+def make_step(
+    objective: Objective,
+    optimizer: Optimizer,
+    accumulation: int = 1,
+    *,
+    placement: Placement | None = None,
+    state: TrainState | None = None,
+) -> Any:
     """The jitted `(state, frozen, batch) -> (state, figures)`; the old state's memory is reused for the new one.
 
     Args:
         objective: what to learn.
         optimizer: turns gradients into updates.
         accumulation: how many parts the rows of a batch are taken in; must divide them.
+        placement: where the new state is to lie; None leaves it to the compiler.
+        state: a state, or its shapes, for the placement.
     """
-    return jax.jit(partial(_step, objective, optimizer, accumulation), donate_argnums=0)
+    where = None if placement is None else (placement.tree(state), placement.whole)
+    return jax.jit(partial(_step, objective, optimizer, accumulation), donate_argnums=0, out_shardings=where)
 
 
 def _step(
@@ -110,7 +121,8 @@ def accumulate(
         (loss, sums), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, totals, (loss, sums, widened(gradients))), None
 
-    stacked = jax.tree.map(lambda rows: jnp.reshape(rows, (parts, -1, *rows.shape[1:])), dict(batch))
+    # Every part takes rows from all over the batch, and so from every device that holds some.
+    stacked = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0), dict(batch))
     zeros = _zeros(part_loss, params, jax.tree.map(lambda rows: rows[0], stacked))
     totals, _ = jax.lax.scan(add, zeros, stacked)
     return totals
