@@ -31,6 +31,15 @@ def axes_of(module: nnx.Module) -> dict[tuple[str, ...], Axes]:
     return found
 
 
+def read_whole(table: Array) -> Array:
+    """A table `[V, E]` that rows are taken from: gathered along E, and what is taken lies like activations."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if all(size == 1 for size in mesh.shape.values()):
+        return table
+    cut = "tensor" if table.shape[0] % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(cut, None))
+
+
 def along_mesh(activations: Any) -> Any:
     """A tree whose arrays `[B, T, E]` lie along the mesh of `jax.set_mesh`, rows and tokens; itself without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -5,10 +5,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
-from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes
+from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes, read_whole
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -82,6 +82,15 @@ def linear(
     return layer
 
 
+class Embedding(nnx.Embed):
+    """A table of vectors; on a mesh it is gathered, not what is read from it."""
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+        """The vectors of tokens."""
+        table = read_whole(self.embedding[...])
+        return jnp.take(table.astype(self.dtype or table.dtype), inputs, axis=0)
+
+
 def embedding(config: Typed, count: int | None, size: int, deviation: float, rngs: nnx.Rngs) -> nnx.Embed:
     """A table of vectors that begin with the given standard deviation.
 
@@ -90,7 +99,7 @@ def embedding(config: Typed, count: int | None, size: int, deviation: float, rng
     """
     if count is None:
         raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
-    table = nnx.Embed(
+    table = Embedding(
         count,
         size,
         embedding_init=nnx.initializers.normal(deviation),

@@ -43,8 +43,9 @@ class Placement:
     @classmethod
     def of(cls, mesh: Mesh, axes: AxesByPath, model: Any) -> "Placement":
         """The placement of a model of the given configuration, and of whatever else has named dimensions."""
-        heads = getattr(model, "num_heads", 1)
-        return cls(mesh, axes, {HEADS: heads, KV_HEADS: getattr(model, "kv_heads", heads)}, RULES)
+        heads = getattr(model, "num_heads", None)
+        counts = {} if heads is None else {HEADS: heads, KV_HEADS: getattr(model, "kv_heads", heads)}
+        return cls(mesh, axes, counts, RULES)
 
     @property
     def whole(self) -> NamedSharding:
@@ -96,9 +97,7 @@ class Placement:
         }
         start, stop = min(begin for begin, _ in held), max(end for _, end in held)
         if sum(end - begin for begin, end in held) != stop - start:
-            raise UserError(
-                "the mesh gives a process rows that are not side by side; make mesh.data or fsdp the larger"
-            )
+            raise UserError("the mesh gives this process rows that are not side by side; make mesh.tensor smaller")
         return start, stop
 
     def check(self, batch_size: int, accumulation: int, length: int) -> None:
@@ -120,7 +119,7 @@ class Placement:
         sequence, tensor = self.mesh.shape.get(TIME, 1), self.mesh.shape.get("tensor", 1)
         if length % sequence:
             raise UserError(f"data.sequence_length {length} is not a multiple of mesh.sequence {sequence}; change one")
-        if self.counts[HEADS] % tensor:
+        if self.counts.get(HEADS, tensor) % tensor:
             raise UserError(
                 f"model.num_heads {self.counts[HEADS]} is not a multiple of mesh.tensor {tensor}; change one"
             )

@@ -188,9 +188,7 @@ def _first_state(
     like = jax.eval_shape(new, objective.shapes())
     where = placement.tree(like)
     if resume:
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, where
-        )
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, where)
     if base is None:
         # Born where they lie: no device ever holds more than its part.
         return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(init_key)
