@@ -1,12 +1,12 @@
-"""Training LLaMAs by the package's own step on one device: tokens per second, share of the peak, memory; at many lengths.
+"""Training LLaMAs by the package's own step on one device, at many lengths: tokens per second, share of the peak.
 
-    python benchmarks/train_speed.py --size 1b --lengths 2048 8192 32768 [--json FILE]      # on a GPU
-    python benchmarks/train_speed.py --size tiny --lengths 64 128                           # anywhere, to see that it works
-    python benchmarks/train_speed.py --size 1b --peers fla                                  # PyTorch beside it, before
+    python benchmarks/train_speed.py --size 1b --lengths 2048 8192 32768 [--json FILE]  # on a GPU
+    python benchmarks/train_speed.py --size tiny --lengths 64 128 --tokens 512          # anywhere
+    python benchmarks/train_speed.py --size 1b --peers fla                              # PyTorch beside it
 
-A step is `lin_jax.training.step.make_step` with the next-token objective and AdamW on rows that are one document each, in
-as many parts as memory asks for. Operations are those of `lin_jax.evaluation.flops`: products that the mathematics needs,
-causal attention at half, nothing for what is computed twice. MFU is their rate over the data sheet's peak for
+A step is `lin_jax.training.step.make_step` with the next-token objective and AdamW, on rows that are one document each,
+in as many parts as memory asks for. Operations are those of `lin_jax.evaluation.flops`: products that the mathematics
+needs, causal attention at half, nothing for what is computed twice. MFU is their rate over the data sheet's peak for
 bfloat16; a product of two square matrices, measured in the same run, is the other yardstick.
 
 Attention that is wrong has no speed: loss and gradient of a short row are held against plain XLA's before anything is
@@ -14,7 +14,7 @@ timed. The loss of a repeated batch has to fall.
 """
 
 import argparse
-import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from kernels import seconds
 from report import header, write
 
@@ -54,21 +55,18 @@ def main() -> int:
     results = peer_rows(options) if options.peers else []
     report = header("train speed") | {"size": options.size, "tokens": options.tokens, "dtype": options.dtype}
     report |= {"peak_flops": peak_flops(), "product_flops": product_flops(), "results": results}
-    print(f"{report['device']}: peak {_tera(report['peak_flops'])}, product {_tera(report['product_flops'])}", flush=True)
+    peak, product = _tera(report["peak_flops"]), _tera(report["product_flops"])
+    print(f"{report['device']}: peak {peak}, product {product}", flush=True)
     for name in options.attention:
-        results.extend(row for row in measured(name, options, report) if keep(row, report, options))
-    keep(None, report, options)
-    return 0 if all(row.get("correct", True) for row in results) else 1
-
-
-def keep(row: dict[str, Any] | None, report: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Prints a row and writes the report as far as it is, so that nothing is lost if the rest is."""
-    if row is not None:
-        print(told(row), flush=True)
-        report = report | {"results": [*report["results"], row]}
-    if options.json is not None and (row is None or options.json != "-"):
-        write(report, options.json)
-    return row is not None
+        for row in measured(name, options, report):
+            print(told(row), flush=True)
+            results.append(row)
+            # Whatever has been found is kept if the rest is interrupted.
+            if options.json not in (None, "-"):
+                write(report, options.json)
+    if options.json == "-":
+        write(report, "-")
+    return 0 if all("tokens_per_second" in row for row in results) else 1
 
 
 def parse() -> argparse.Namespace:
@@ -103,8 +101,7 @@ def peer_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     words = [f"--tokens={options.tokens}", f"--part={options.part}", f"--steps={options.steps}", "--lengths", *lengths]
     done = subprocess.run([sys.executable, PEER, *sizes, *words], stdout=subprocess.PIPE, text=True, check=False)
     sys.stdout.write(done.stdout)
-    rows = [line.removeprefix("json ") for line in done.stdout.splitlines() if line.startswith("json ")]
-    return [__import__("json").loads(row) for row in rows]
+    return [json.loads(line.removeprefix("json ")) for line in done.stdout.splitlines() if line.startswith("json ")]
 
 
 def product_flops() -> float:
@@ -150,6 +147,7 @@ def measured(name: str, options: argparse.Namespace, report: dict[str, Any]) -> 
         except Exception as problem:
             # Too little memory, for instance; what was donated is gone.
             yield tried | {"length": length, "failed": f"{type(problem).__name__}: {str(problem)[:1500]}"}
+            state = None
             state = begin(jax.random.key(0))
             continue
         spent = row["step_seconds"]
@@ -176,10 +174,7 @@ def checked(name: str, options: argparse.Namespace, params: Any) -> dict[str, An
 
     @jax.jit
     def distance(one: Any, other: Any) -> jax.Array:
-        squares = [jax.tree.map(lambda leaf: jnp.sum(jnp.square(leaf)), each) for each in (
-            jax.tree.map(jnp.subtract, one, other), other)]
-        apart, whole = (jax.tree.reduce(jnp.add, each) for each in squares)
-        return jnp.sqrt(apart / whole)
+        return optax.tree.norm(jax.tree.map(jnp.subtract, one, other)) / optax.tree.norm(other)
 
     errors = abs(loss - expected) / abs(expected), float(distance(gradient, gradients))
     right = all(error <= most for error, most in zip(errors, ERRORS[options.dtype], strict=True))

@@ -13,8 +13,8 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.attention.registry import parse_name
 from lin_jax.models import LlamaConfig
 
-# Dense bfloat16 operations per second without sparsity, from data sheets, by the beginning of what JAX calls the device;
-# longer names come first.
+# Bfloat16 operations per second without sparsity, from data sheets, by how the device's name in JAX begins; the longer
+# of two names comes first.
 PEAKS = {
     "NVIDIA A100": 312e12,
     "NVIDIA B200": 2250e12,

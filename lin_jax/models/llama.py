@@ -42,8 +42,8 @@ class LlamaConfig:
         dtype: type of activations: float32, bfloat16 or float64.
         param_dtype: type of parameters.
         remat: recompute each block's activations in the backward pass instead of keeping them.
-        remat_keeps: what remat keeps all the same: nothing, or products (with weights, and attention by kernels), so that
-            only cheap work is done twice.
+        remat_keeps: what remat keeps all the same: nothing, or products (with weights, and attention by kernels), so
+            that only cheap work is done twice.
         unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 

@@ -13,7 +13,7 @@ KERNELS = frozenset({"dot_product_attention_fwd_wrapper", "pallas_call", "triton
 
 
 def products(primitive: Any, *arguments: Any, **options: Any) -> Any:
-    """What rematerialization keeps so that only cheap work is done again: products with weights, and kernels' outputs."""
+    """Keeps products with weights, and kernels' outputs, so that only cheap work is done again."""
     kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **options)
     return kept or primitive.name in KERNELS
 
