@@ -37,16 +37,19 @@ def targets_ahead(batch: Batch, ahead: int) -> Targets:
     """The tokens `ahead` (from 1 to T) positions after each of the T inputs, within the same document.
 
     Args:
-        batch: `tokens` and `documents`, `[B, T+1]`; document 0 is padding.
+        batch: `tokens` and `documents`, `[B, T+1]`; document 0 is padding. Without documents every row is one.
         ahead: how far ahead.
     """
 
     def shift(rows: Array) -> Array:
         return jnp.pad(rows[:, ahead:], ((0, 0), (0, ahead - 1)))
 
+    ids = shift(jnp.asarray(batch["tokens"]))
+    if batch.get("documents") is None:
+        return Targets(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]) <= ids.shape[1] - ahead, ids.shape))
     documents = jnp.asarray(batch["documents"])
     here = documents[:, :-1]
-    return Targets(shift(jnp.asarray(batch["tokens"])), (shift(documents) == here) & (here > 0))
+    return Targets(ids, (shift(documents) == here) & (here > 0))
 
 
 def stack_targets(targets: Iterable[Targets]) -> Targets:

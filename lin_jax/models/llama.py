@@ -14,10 +14,10 @@ from lin_jax.attention import AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
-from lin_jax.models.parts import RMSNorm, check_types, embedding, linear
+from lin_jax.models.parts import RMSNorm, check_types, choose, embedding, linear
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
-from lin_jax.models.stack import LayerStack
+from lin_jax.models.stack import KEPT, LayerStack
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class LlamaConfig:
         dtype: type of activations: float32, bfloat16 or float64.
         param_dtype: type of parameters.
         remat: recompute each block's activations in the backward pass instead of keeping them.
+        remat_keeps: what remat keeps all the same: nothing, or products (with weights, and attention by kernels), so
+            that only cheap work is done twice.
         unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 
@@ -64,10 +66,12 @@ class LlamaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    remat_keeps: str = "nothing"
     unroll: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
+        choose(self, "remat_keeps", tuple(KEPT))
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -166,6 +170,7 @@ class Llama(CausalModel):
             lambda rngs, layer: Block(config, layer, rngs=rngs),
             config.num_layers,
             remat=config.remat,
+            keep=config.remat_keeps,
             unroll=config.unroll,
             rngs=rngs,
         )

@@ -252,7 +252,7 @@ def _with_options_of_base(config: RunConfig) -> RunConfig:
     if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
         return config
     sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
-    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}
+    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "remat_keeps", "unroll")}
     return replace(config, model=replace(sizes, **own))
 
 

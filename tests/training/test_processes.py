@@ -21,7 +21,9 @@ def start(corpus, output, *options):
     command += ["--data.source", corpus, "--data.document_separator", "<|endoftext|>", "--training.steps", STEPS]
     command += ["--training.log_every", 1, "--training.checkpoint_every", 3, "--training.evaluate_every", 6]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*map(str, command), *options], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    return subprocess.Popen(
+        [*map(str, command), *options], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes
+    )
 
 
 def start_pair(corpus, output, *options):
