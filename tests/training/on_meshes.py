@@ -1,12 +1,14 @@
 """Losses and gradients on meshes of eight devices, in a process of its own; prints the largest differences from one.
 
-A line for every model and mesh: names, and the largest difference of the loss and of any gradient, relative to the
-largest number of that gradient.
+    python tests/training/on_meshes.py [--models llama ...] [--meshes fsdp ...]
+
+A line for every model and mesh: names, how many parameters are cut up, and the largest difference of the loss and of any
+gradient, relative to the largest number of that gradient.
 """
 
+import argparse
 import json
 import os
-import sys
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
@@ -45,9 +47,9 @@ MESHES = {
     "data": MeshConfig(),
     "fsdp": MeshConfig(fsdp=8),
     "tensor": MeshConfig(data=4, tensor=2),
-    "tensor only": MeshConfig(tensor=4),
     "sequence": MeshConfig(data=2, sequence=4),
     "mixed": MeshConfig(fsdp=2, tensor=2, sequence=2),
+    "whole": MeshConfig(tensor=4),
 }
 ROWS, TOKENS = 8, 64
 
@@ -79,8 +81,12 @@ def difference(one, other):
 
 
 def main():
-    """All meshes for the models that are named on the command line."""
-    for name in sys.argv[1:]:
+    """Models and meshes that are named on the command line, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--meshes", nargs="+", choices=MESHES, default=list(MESHES))
+    options = parser.parse_args()
+    for name in options.models:
         kind, config = MODELS[name]
         model = kind(config, rngs=nnx.Rngs(0))
         shapes = nnx.eval_shape(lambda kind=kind, config=config: kind(config, rngs=nnx.Rngs(0)))
@@ -95,8 +101,9 @@ def main():
 
         both = jax.jit(jax.value_and_grad(value))
         expected = jax.device_get(both(params, batch))
-        for mesh_name, mesh_config in MESHES.items():
-            devices = jax.devices()[: mesh_config.tensor] if mesh_name == "tensor only" else jax.devices()
+        for mesh_name in options.meshes:
+            # One head on a device of its own, or all devices.
+            mesh_config, devices = MESHES[mesh_name], jax.devices()[: 4 if mesh_name == "whole" else 8]
             mesh = make_mesh(mesh_config, devices)
             placement = Placement.of(mesh, axes_of(shapes), config)
             placement.check(ROWS, 1, TOKENS)
