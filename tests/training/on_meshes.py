@@ -2,8 +2,8 @@
 
     python tests/training/on_meshes.py [--models llama ...] [--meshes fsdp ...]
 
-A line for every model and mesh: names, how many parameters are cut up, and the largest difference of the loss and of any
-gradient, relative to the largest number of that gradient.
+A line for every model and mesh: names, how many parameters are cut up, and the largest difference of the loss and of
+any gradient, relative to the largest number of that gradient.
 """
 
 import argparse
