@@ -94,7 +94,7 @@ def _adapted():
     [
         ({"data": 3}, "batch_size 8 is not a multiple of training.accumulation 1 times mesh.data x mesh.fsdp 3"),
         ({"sequence": 5}, "sequence_length 64 is not a multiple of mesh.sequence 5"),
-        ({"tensor": 3}, "num_heads 8 is no multiple of mesh.tensor 3"),
+        ({"tensor": 3}, "num_heads 8 is not a multiple of mesh.tensor 3"),
     ],
 )
 def test_sizes_that_a_mesh_does_not_divide_are_refused(sizes, message):
