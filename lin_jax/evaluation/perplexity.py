@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from lin_jax.evaluation.targets import Batch, Sums, targets_ahead, token_sums, total
+from lin_jax.evaluation.targets import Batch, Sums, inputs_of, targets_ahead, token_sums, total
 from lin_jax.models import CausalModel
 
 
@@ -36,7 +36,7 @@ class Perplexity:
 
 def next_token_sums(model: CausalModel, batch: Batch) -> Sums:
     """Sums `[1]` of the next-token cross entropy of a batch; targets never cross documents."""
-    logits = model(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+    logits = model(*inputs_of(batch))
     targets = targets_ahead(batch, 1)
     return token_sums(logits[..., None, :], type(targets)(*(part[..., None] for part in targets)))
 
@@ -45,7 +45,7 @@ _next_token_sums = jax.jit(next_token_sums)
 
 
 def evaluate(model: CausalModel, batches: Iterable[Batch]) -> Perplexity:
-    """Perplexity of a model on batches of `tokens` and `documents`, `[B, T+1]`.
+    """Perplexity of a model on batches of `tokens` and perhaps `documents`, `[B, T+1]`.
 
     Every token weighs the same, whatever batch it is in.
     """
