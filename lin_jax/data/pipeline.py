@@ -11,16 +11,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
-import numpy as np
 
 from lin_jax.data.config import DataConfig
 from lin_jax.data.corpus import Corpus, Part
+from lin_jax.data.dealing import DealtDocuments, Deck
 from lin_jax.data.mixing import Ingredient, MixedRows, Row, SourceClock
 from lin_jax.data.shards import ShardedRows, shards_of
 from lin_jax.data.sources import Document
-from lin_jax.data.token_sources import TokenizedStream, Tokens, tokenized
+from lin_jax.data.token_sources import TokenizedStream, tokenized
 from lin_jax.data.tokenizer import Tokenizer
 from lin_jax.data.training_batches import TrainingBatches
+from lin_jax.data.windows import ShuffledWindows
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 _SHUFFLED_ROWS = 64
 # Batches made ahead of the training loop, at least.
 _READ_AHEAD = 4
-# One thread makes the batches; readers of text in memory would only wait for it and for one another.
-_NO_READERS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 class _Source(NamedTuple):
@@ -101,21 +100,15 @@ def _check(batch_size: int, seed: int, rows: tuple[int, int]) -> None:
 
 def _source(part: Part, tokenizer: Tokenizer, config: DataConfig, seed: int) -> _Source:
     if not isinstance(part.documents, Sequence):
-        tokens = partial(_streamed, part, tokenizer, config.shards)
-        return _Source(part.name, part.share, None, tokens)
+        return _Source(part.name, part.share, None, partial(_streamed, part, tokenizer, config.shards))
     found = tokenized(part.documents, tokenizer, config.cache)
     if len(found) < config.shards:
         raise UserError(
             f"{len(found)} training documents of {part.name} cannot be dealt to {config.shards} shards: set "
             "document_separator, give more documents, or use fewer shards"
         )
-    return _Source(part.name, part.share, found.fingerprint, partial(_in_memory, found, seed, config.shards))
-
-
-def _in_memory(tokens: Tokens, seed: int, count: int, number: int) -> grain.IterDataset:
-    # Shuffled before it is dealt out, so that a shard has other documents in every epoch.
-    dealt = grain.MapDataset.source(tokens).shuffle(seed)[number::count]
-    return dealt.repeat(None).to_iter_dataset(_NO_READERS)
+    tokens = partial(DealtDocuments, Deck(found, seed, config.shards))
+    return _Source(part.name, part.share, found.fingerprint, tokens)
 
 
 def _streamed(part: Part, tokenizer: Tokenizer, count: int, number: int) -> grain.IterDataset:
@@ -133,10 +126,7 @@ def _shard(
     """The endless rows of one shard."""
     ingredients = [Ingredient(source.name, source.share, _pack(source.tokens(number), config)) for source in sources]
     # Shards mix alike: without an order of its own for each, a batch would have all its rows from one source.
-    own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0]) >> 1
-    return grain.experimental.WindowShuffleIterDataset(
-        MixedRows(ingredients, clock), window_size=_SHUFFLED_ROWS, seed=own_seed
-    )
+    return ShuffledWindows(MixedRows(ingredients, clock), _SHUFFLED_ROWS, seed=(seed, number))
 
 
 def _pack(tokens: grain.IterDataset, config: DataConfig) -> grain.IterDataset:

@@ -2,11 +2,12 @@
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
 
+from lin_jax.data.dealing import Tokens
 from lin_jax.data.pieces import fingerprint, narrow, pieces_of
 from lin_jax.data.sources import Document
 from lin_jax.data.tables import readable
@@ -16,20 +17,6 @@ from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
-
-
-class Tokens(Protocol):
-    """Random access to tokens, `{"tokens": int32 [N]}`: a document, or a piece of a long one, at each place.
-
-    Attributes:
-        fingerprint: Stands for all texts in their order.
-    """
-
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
 
 def tokenized(documents: Sequence[Document], tokenizer: Tokenizer, cache: str | None) -> Tokens:

@@ -16,8 +16,8 @@ from lin_jax.data import (
     training_batches,
     validation_batches,
 )
-from lin_jax.data.pipeline import _pack
 from lin_jax.data.pieces import LONGEST_PIECE
+from lin_jax.data.pipeline import _pack
 from lin_jax.data.token_sources import TokenizedDocuments, TokenizedStream
 from lin_jax.errors import UserError
 
