@@ -24,8 +24,8 @@ class Tokens(Protocol):
 def random_order(size: int, *seed: int) -> np.ndarray:
     """A permutation `[size]` that is the same for the same numbers.
 
-    It is made of a generator's raw numbers, which no version of NumPy changes, as permutations may be. Grain's own
-    `index_shuffle` needs no memory, but a millisecond and more a number where there are few to shuffle.
+    It is made of a generator's raw numbers, which are the same in every version of NumPy, as its permutations need not
+    be. Grain's `index_shuffle` needs no memory, but long for each number where there are few to shuffle.
     """
     chance = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
     return np.argsort(chance, kind="stable")
