@@ -60,6 +60,9 @@ class Corpus:
     def split(self, validation_fraction: float) -> tuple["Corpus", "Corpus"]:
         """Parts the documents of each source into a training and a validation side, as `split_documents` does.
 
+        A source has text on either side, however small it is; there alone a text that also stands in another source
+        may be on both.
+
         Raises:
             UserError: a source is a single document, too short to be cut.
         """

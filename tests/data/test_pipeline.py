@@ -259,3 +259,27 @@ def test_long_documents_come_in_pieces():
     for begin, end, document in ((0, 4, documents[0]), (4, 7, documents[1]), (7, 8, documents[2])):
         assert np.array_equal(np.concatenate(tokens[begin:end]), tokenizer.encode_document(document.text))
     assert all(tokenizer.decode(piece).endswith("\n") for piece in tokens[:3])
+
+
+def test_rows_without_documents_are_the_same_tokens(documents, tokenizer):
+    plain = replace(CONFIG, separate_documents=False)
+    for ours, theirs in zip(
+        take(training_batches(documents, tokenizer, plain, batch_size=4, seed=0), 20),
+        take(training_batches(documents, tokenizer, CONFIG, batch_size=4, seed=0), 20),
+        strict=True,
+    ):
+        assert list(ours) == ["tokens"]
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+
+
+def test_validation_without_documents_has_whole_batches_only(tokenizer):
+    plain = DataConfig(sequence_length=24, validation_batches=10, separate_documents=False)
+    batches = validation_batches(DOCUMENTS[:20], tokenizer, plain, batch_size=4)
+    padded = validation_batches(DOCUMENTS[:20], tokenizer, replace(plain, separate_documents=True), batch_size=4)
+    whole = [batch["tokens"] for batch in padded if batch["documents"].all()]
+    assert len(batches) == len(whole) == len(padded) - 1
+    for ours, theirs in zip(batches, whole, strict=True):
+        assert list(ours) == ["tokens"]
+        np.testing.assert_array_equal(ours["tokens"], theirs)
+    with pytest.raises(UserError, match="less than one batch of 64 rows"):
+        validation_batches(DOCUMENTS[:20], tokenizer, plain, batch_size=64)

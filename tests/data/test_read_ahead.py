@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import threading
 import time
 
@@ -66,6 +68,15 @@ def test_an_iterator_that_is_thrown_away_leaves_no_thread():
     assert len(readers()) == 1
     del batches
     until(lambda: not readers())
+
+
+def test_a_process_does_not_wait_for_a_reader_that_hangs():
+    program = (
+        "import time\nfrom lin_jax.data.read_ahead import ReadAhead\n"
+        "ahead = ReadAhead(lambda: time.sleep(1000), 2)\nprint(time.time(), flush=True)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert time.time() - float(result.stdout) < 10
 
 
 class SlowTokenizer:
