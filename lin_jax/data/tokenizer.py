@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lin_jax.data.config import HUB_PREFIX, SMALLEST_BPE, DataConfig
+from lin_jax.data.corpus import Corpus, Part
 from lin_jax.data.sources import Document
 from lin_jax.errors import UserError
 
@@ -141,18 +142,35 @@ class Tokenizer:
         content = json.dumps([model["type"], vocabulary, model.get("merges")])
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
+    @property
+    def encoding_fingerprint(self) -> str:
+        """Stands for all that decides which ids a document gets: normalisation and cutting into words, too."""
+        content = json.loads(self.backend.to_str())
+        parts = [content.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        whole = json.dumps([parts, self.bos_id, self.eos_id], sort_keys=True)
+        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 `[N]`."""
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text, int32 `[N]`, on all processor cores."""
+        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
 
     def encode_document(self, text: str) -> np.ndarray:
         """Returns the ids of a whole document, int32 `[N]`: first token, text, last token, as far as there are such.
 
         Where one token serves as both (GPT-2), it comes last only, so that one stands between documents.
         """
-        bos = [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
-        eos = [] if self.eos_id is None else [self.eos_id]
-        return np.concatenate([bos, self.encode(text), eos]).astype(np.int32)
+        return self.marked(self.encode(text))
+
+    def marked(self, ids: np.ndarray, *, begins: bool = True, ends: bool = True) -> np.ndarray:
+        """Returns ids of a part of a document, `[N]`, with the first and last token where it begins and ends it."""
+        bos = [self.bos_id] if begins and self.bos_id is not None and self.bos_id != self.eos_id else []
+        eos = [self.eos_id] if ends and self.eos_id is not None else []
+        return np.concatenate([bos, ids, eos]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids `[N]`; bytes that are not UTF-8 become U+FFFD."""
@@ -182,21 +200,24 @@ def _neutral_config(path: Path) -> dict[str, Any]:
     return {"config": PretrainedConfig()}
 
 
-def prepare_tokenizer(config: DataConfig, documents: "Sequence[Document] | IterableDataset") -> Tokenizer:
+def prepare_tokenizer(config: DataConfig, documents: "Corpus | Sequence[Document] | IterableDataset") -> Tokenizer:
     """Loads the tokenizer that the configuration names, or trains one on (the beginning of) the documents.
+
+    A tokenizer learns from every part of a mixture, by its weight.
 
     Raises:
         UserError: the named tokenizer cannot be read.
     """
     if config.tokenizer is not None:
         return Tokenizer.load(config.tokenizer)
-    return Tokenizer.train(_beginning(documents), config.vocab_size)
+    parts = Corpus.of(documents).parts
+    texts = (text for part in parts for text in _beginning(part, round(_TRAINING_CHARACTERS * part.share)))
+    return Tokenizer.train(texts, config.vocab_size)
 
 
-def _beginning(documents: "Sequence[Document] | IterableDataset") -> Iterator[str]:
-    left = _TRAINING_CHARACTERS
-    for document in documents:
-        text = document.text if isinstance(document, Document) else document["text"]
+def _beginning(part: Part, characters: int) -> Iterator[str]:
+    left = characters
+    for text in part.texts():
         yield text[:left]
         left -= len(text)
         if left <= 0:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lin_jax.evaluation.targets import Batch, Sums, Targets, targets_ahead, token_sums, total
+from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, targets_ahead, token_sums, total
 from lin_jax.models import CausalModel
 
 # Numbers in the logits that are made at once: a gigabyte in float32.
@@ -43,13 +43,13 @@ class Perplexity:
 def next_token_sums(model: CausalModel, batch: Batch) -> Sums:
     """Sums `[1]` of the next-token cross entropy of a batch; targets never cross documents.
 
-    Without `documents` every row is one document from position 0. Where the logits would be more than LOGITS numbers,
-    they are made a part of the rows' tokens at a time, and again in the backward pass.
+    Where a device's logits would be more than LOGITS numbers, they are made for some of the rows' tokens at a time, and
+    again in the backward pass.
     """
-    documents = batch.get("documents")
-    hidden = model.hidden(batch["tokens"][:, :-1], None if documents is None else documents[:, :-1])
+    hidden = model.hidden(*inputs_of(batch))
     targets = targets_ahead(batch, 1)
-    count = -(-hidden.shape[0] * hidden.shape[1] * model.embed.num_embeddings // LOGITS)
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
+    count = -(-hidden.shape[0] * hidden.shape[1] * model.embed.num_embeddings // (LOGITS * devices))
     if count <= 1:
         return _sums(model, hidden, targets)
 
@@ -67,17 +67,20 @@ def _sums(model: CausalModel, hidden: Float[Array, "B T E"], targets: Targets) -
 
 
 def _parts(rows: Array, count: int) -> Array:
-    """Rows `[B, T, ...]` as `[count, B, T / count, ...]`; what is missing at the end is zero, which no target is in."""
+    """Rows `[B, T, ...]` as `[count, B, T / count, ...]`; what is missing at the end is zero, which no target is in.
+
+    A part takes tokens from all over a row, so that every device has some of those that lie along the mesh.
+    """
     length = -(-rows.shape[1] // count)
     padded = jnp.pad(rows, ((0, 0), (0, count * length - rows.shape[1]), *((0, 0),) * (rows.ndim - 2)))
-    return jnp.moveaxis(padded.reshape(rows.shape[0], count, length, *rows.shape[2:]), 1, 0)
+    return jnp.moveaxis(padded.reshape(rows.shape[0], length, count, *rows.shape[2:]), 2, 0)
 
 
 _next_token_sums = jax.jit(next_token_sums)
 
 
 def evaluate(model: CausalModel, batches: Iterable[Batch]) -> Perplexity:
-    """Perplexity of a model on batches of `tokens` and `documents`, `[B, T+1]`.
+    """Perplexity of a model on batches of `tokens` and perhaps `documents`, `[B, T+1]`.
 
     Every token weighs the same, whatever batch it is in.
     """

@@ -33,23 +33,32 @@ class Sums(NamedTuple):
     tokens: Any
 
 
+def inputs_of(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
+    """The T tokens of each row that a model reads, and the documents they belong to; None where a row is one text.
+
+    Args:
+        batch: `tokens` and perhaps `documents`, `[B, T+1]`.
+    """
+    documents = batch.get("documents")
+    return batch["tokens"][:, :-1], None if documents is None else documents[:, :-1]
+
+
 def targets_ahead(batch: Batch, ahead: int) -> Targets:
     """The tokens `ahead` (from 1 to T) positions after each of the T inputs, within the same document.
 
     Args:
-        batch: `tokens` and `documents`, `[B, T+1]`; document 0 is padding. Without documents every row is one.
+        batch: `tokens` and perhaps `documents`, `[B, T+1]`; document 0 is padding; without documents a row is one
+            text.
         ahead: how far ahead.
     """
 
     def shift(rows: Array) -> Array:
         return jnp.pad(rows[:, ahead:], ((0, 0), (0, ahead - 1)))
 
-    ids = shift(jnp.asarray(batch["tokens"]))
-    if batch.get("documents") is None:
-        return Targets(ids, jnp.broadcast_to(jnp.arange(ids.shape[1]) <= ids.shape[1] - ahead, ids.shape))
-    documents = jnp.asarray(batch["documents"])
+    tokens = jnp.asarray(batch["tokens"])
+    documents = jnp.asarray(batch.get("documents", jnp.ones_like(tokens)))
     here = documents[:, :-1]
-    return Targets(ids, (shift(documents) == here) & (here > 0))
+    return Targets(shift(tokens), (shift(documents) == here) & (here > 0))
 
 
 def stack_targets(targets: Iterable[Targets]) -> Targets:

@@ -138,6 +138,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective '{self.objective}' is unknown; choose one of {', '.join(sorted(OBJECTIVES))}")
+        self.data.rows_per_shard(self.training.batch_size)
         OBJECTIVES[self.objective].check(self)
 
     def save(self, path: Path) -> None:

@@ -11,11 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lin_jax.data import (
+    Corpus,
     Tokenizer,
     TrainingBatches,
-    open_documents,
     prepare_tokenizer,
-    split_documents,
     training_batches,
     validation_batches,
 )
@@ -156,12 +155,12 @@ def _with_vocabulary(model: Any) -> Any:
     return replace(model, vocab_size=model.vocab_size or 1)
 
 
-def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
+def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Corpus, Corpus]:
     """Tokenizer, training documents and held-out documents.
 
     The tokenizer is that of the run itself, or of the model it starts from, or a new one.
     """
-    train, held_out = split_documents(open_documents(config.data), config.data.validation_fraction)
+    train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
     if resume:
         tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
     elif base is not None:

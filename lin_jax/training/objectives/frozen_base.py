@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
 from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
-from lin_jax.evaluation.targets import Batch, Sums, path_ahead, taught_sums, token_sums
+from lin_jax.evaluation.targets import Batch, Sums, inputs_of, path_ahead, taught_sums, token_sums
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
 from lin_jax.training.objectives.objective import PartRate
 from lin_jax.training.parameters import Params, abstract_model, filled, params_of
@@ -80,7 +80,7 @@ class FrozenBase(Generic[Heads]):
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[K]` over the tokens of a batch."""
         base = filled(self._base, frozen)
-        hidden = jax.lax.stop_gradient(base.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1]))
+        hidden = jax.lax.stop_gradient(base.hidden(*inputs_of(batch)))
         path, targets = path_ahead(batch, self.depth)
         guesses = self.parts(params)[1].guess(hidden, path)
         if self._targets == "text":

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch, Sums, Targets, path_ahead, targets_ahead, token_sums
+from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, path_ahead, targets_ahead, token_sums
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads
 from lin_jax.training.objectives.frozen_base import accuracies, check_heads, report_heads
 from lin_jax.training.objectives.language_model import LanguageModel
@@ -99,7 +99,7 @@ class MedusaJoint:
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[1 + M]` over the tokens of a batch: of the model, and of each head."""
         model, heads = self.parts(params)
-        hidden = model.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+        hidden = model.hidden(*inputs_of(batch))
         following, ahead = self._targets(batch)
         own = token_sums(model.logits(hidden)[..., None, :], following)
         return Sums(*map(lambda *parts: jnp.concatenate(parts), own, token_sums(heads(hidden), ahead)))
