@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lin_jax.data import merged_positions
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch, total
+from lin_jax.evaluation.targets import total
 from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.clock import Clock
 from lin_jax.training.config import RunConfig
+from lin_jax.training.processes import everyones
 from lin_jax.training.progress import Progress
 from lin_jax.training.setup import Run, prepare
 from lin_jax.training.step import Figures
@@ -124,7 +126,7 @@ class Loop:
         return Outcome(self.step)
 
     def _train(self) -> None:
-        batch = self._placed(next(self.run.batches))
+        batch = self.run.placement.local_batch(next(self.run.batches), self.config.batch_size)
         if self._compiled is None:
             self._compiled = self.run.step.lower(self.state, self.run.frozen, batch).compile()
             self.clock.start()
@@ -145,10 +147,6 @@ class Loop:
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self._log(figures)
 
-    def _placed(self, batch: Batch) -> Batch:
-        """The rows of a batch that this process holds, on its devices."""
-        return self.run.placement.batch(batch)
-
     def _log(self, figures: Figures) -> None:
         per_step = self.config.batch_size * self.run.config.data.sequence_length
         speed = (self.step - self._logged) * per_step / max(self.clock.lap(), 1e-9)
@@ -168,7 +166,7 @@ class Loop:
     def _evaluate(self) -> None:
         self._settle()
         with self.clock.paused():
-            batches = map(self._placed, self.run.validation)
+            batches = map(self.run.placement.batch, self.run.validation)
             sums = total(lambda batch: self._sums(self.state.params, self.run.frozen, batch), batches)
         means = sums.loss / np.maximum(sums.tokens, 1)
         figures = {"loss": float(np.dot(self.run.objective.coefficients, means)), **self.run.objective.figures(sums)}
@@ -178,7 +176,8 @@ class Loop:
 
     def _save(self) -> None:
         self._settle()
-        self.checkpoints.save(self.step, self.state, self.run.batches.get_state(), self.run.about)
+        position = merged_positions(everyones(self.run.batches.get_state()))
+        self.checkpoints.save(self.step, self.state, position, self.run.about)
 
     def _report(self) -> None:
         text = self.run.objective.report(self.state.params, self.run.frozen, self.run.validation, self.run.folder)

@@ -32,6 +32,7 @@ from lin_jax.training.objectives import OBJECTIVES, Objective
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
 from lin_jax.training.placement import Placement
+from lin_jax.training.processes import is_first
 from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -115,7 +116,8 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
     tokenizer, train, held_out = _read_text(config, base, resume)
     config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
-    batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
+    rows, seed = placement.rows(training.batch_size), training.seed
+    batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=seed, rows=rows)
     validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
     objective: Objective = kind.of(config)
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
@@ -127,7 +129,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         parameters=shapes(state.params),
         base=base.reference(folder) if base is not None and not kind.has_model else None,
     )
-    if not resume:
+    if not resume and is_first():
         _write_folder(folder, config, tokenizer)
     return Run(
         config=config,
