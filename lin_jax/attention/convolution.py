@@ -56,7 +56,7 @@ class Convolution(nnx.Module):
             layout: positions; a token sees no further back than the start of its document.
             window: `[B, W-1, K, E]` the values before the row, newest last; None means zeros.
         """
-        values = self._readable(values, layout)
+        values = self.readable(values, layout)
         batch, length = values.shape[:2]
         chunk = max(self.width - 1, min(32, length), 1)
         count = -(-length // chunk)
@@ -103,7 +103,7 @@ class Convolution(nnx.Module):
 
     def bidirectional(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K R E"]:
         """Filters an encoder's rows; rows that hold several documents as one matrix of pairs."""
-        values = self._readable(values, layout)
+        values = self.readable(values, layout)
         batch, length, kv_heads, size = values.shape
         if not layout.aligned:
             lag = jnp.arange(length)[:, None] - jnp.arange(length)
@@ -122,7 +122,8 @@ class Convolution(nnx.Module):
         )
         return jnp.moveaxis(filtered.reshape(batch, size, length, kv_heads, -1), 1, 4)
 
-    def _readable(self, values: Array, layout: Layout) -> Array:
+    def readable(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K E"]:
+        """Values as they are filtered: zero where tokens are not present."""
         if layout.present is None or self.read_padding:
             return values
         return jnp.where(layout.present[:, :, None, None], values, 0)
