@@ -59,7 +59,7 @@ def free_axes() -> Mapping[str, int]:
 def axes_along(names: tuple[str, ...], count: int) -> tuple[str, ...]:
     """Those of the axes along which `count` rows or heads lie: all that are free, if they divide them; else none."""
     free = free_axes()
-    there = tuple(name for name in names if free.get(name, 1) > 1)
+    there = tuple(name for name in names if name in free)
     return there if count % math.prod(free[name] for name in there) == 0 else ()
 
 

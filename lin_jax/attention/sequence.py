@@ -21,7 +21,7 @@ from lin_jax.attention.layout import Layout
 from lin_jax.attention.memory import EXACT
 from lin_jax.attention.state import AugmentedState
 from lin_jax.errors import UserError
-from pallas_kernels.over_devices import AXES, axes_along, free_axes
+from pallas_kernels.over_devices import AXES, axes_along, free_axes, over_devices
 
 AXIS = "sequence"
 
@@ -94,7 +94,7 @@ def over_sequence(
         piece,
         in_specs=(nothing, nothing, rows, rows, rows, rows),
         out_specs=rows,
-        axis_names={AXIS, *along, *(name for name, size in free_axes().items() if size == 1)},
+        axis_names={AXIS, *along},
         check_vma=False,
     )
     return cut(parameters, bias, queries, keys, values, layout)
@@ -169,7 +169,9 @@ def _entering(mixer: Additive, keys: Array, values: Array, layout: Layout) -> Au
             joined = border.whole[:, None] & (distance <= begun[:, None])
             joined = joined & (border.position[:, None] - distance < finished)
             memory = memory + mixer.fold(*held, joined)
-        memory = _sum_before(memory, border.continues)
+        batch, kv_heads = memory.shape[:2]
+        exchanged = memory, border.continues
+        memory = over_devices(_sum_before, exchanged, ("bkde", "ijb"), "bkde", rows=batch, heads=kv_heads)
     if mixer.convolution is not None:
         window = _halo(mixer.convolution.readable(values, layout), mixer.convolution.width - 1)
     slots = [jnp.zeros((each.shape[0], size, *each.shape[2:]), each.dtype) for each in (keys, values)]
@@ -186,12 +188,13 @@ def _halo(rows: Float[Array, "B T K E"], count: int) -> Float[Array, "B count K 
     return jax.lax.ppermute(rows[:, rows.shape[1] - count :], AXIS, pairs)
 
 
-def _sum_before(own: Float[Array, "B K M E"], continues: Bool[Array, "n n B"]) -> Float[Array, "B K M E"]:
+def _sum_before(exchanged: tuple[Float[Array, "B K M E"], Bool[Array, "n n B"]]) -> Float[Array, "B K M E"]:
     """The sum of those memories of other devices that each device continues.
 
     Every device sums up one n-th of all memories for everybody: two memories are sent, however many devices there are.
     To gather all would send, and hold, n of them; to add up in steps that double would send log n, one after another.
     """
+    own, continues = exchanged
     count = continues.shape[0]
     batch, kv_heads, *sizes = own.shape
     numbers = own.reshape(batch, kv_heads, -1)
