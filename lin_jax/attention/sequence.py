@@ -1,7 +1,7 @@
 """Rows that lie along the axis `sequence` of a mesh: every device has a piece of each row, and they are one attention.
 
-The state that linear attention goes on from is small, and its memory is a sum over tokens. So every device folds its own
-piece, gets the sum of what the devices before it found in the document that its piece goes on with, fetches the
+The state that linear attention goes on from is small, and its memory is a sum over tokens. So every device folds its
+own piece, gets the sum of what the devices before it found in the document that its piece goes on with, fetches the
 unfinished group and the convolution's window from its left neighbour, and goes on from there as from any other state.
 What is sent does not grow with the text: for each row and layer about two memories `[K, M, E]`, G keys and values, and
 W-1 values; the gradient sends as much.
@@ -151,35 +151,53 @@ class _Border:
 
 def _entering(mixer: Additive, keys: Array, values: Array, layout: Layout) -> AugmentedState:
     """The state with which a piece begins; keys as they are scored."""
-    size = mixer.group_size
     border = _Border.of(layout)
-    begun = border.position % size
-    # Pieces of whole groups leave none unfinished.
-    held = None if layout.continued else (_halo(keys, size), _halo(values, size))
-    memory = window = None
-    if mixer.linear is not None:
-        finished = (border.tokens // size * size)[:, None]
-        included = layout.present
-        if held is not None:
-            included = (layout.documents == border.last[:, None]) & (layout.documents > 0)
-            included = included & (layout.positions < finished)
-        memory = mixer.fold(keys, values, included)
-        if held is not None:
-            distance = jnp.arange(size, 0, -1)
-            joined = border.whole[:, None] & (distance <= begun[:, None])
-            joined = joined & (border.position[:, None] - distance < finished)
-            memory = memory + mixer.fold(*held, joined)
-        batch, kv_heads = memory.shape[:2]
-        exchanged = memory, border.continues
-        memory = over_devices(_sum_before, exchanged, ("bkde", "ijb"), "bkde", rows=batch, heads=kv_heads)
+    window = None
     if mixer.convolution is not None:
         window = _halo(mixer.convolution.readable(values, layout), mixer.convolution.width - 1)
-    slots = [jnp.zeros((each.shape[0], size, *each.shape[2:]), each.dtype) for each in (keys, values)]
-    if held is not None:
-        slot = jnp.arange(size)
-        index = jnp.where(slot < begun[:, None], size - begun[:, None] + slot, slot)[:, :, None, None]
-        slots = [jnp.take_along_axis(each, index, axis=1) for each in held]
-    return AugmentedState(memory, *slots, window, border.position)
+    held = None
+    if layout.continued:  # No group is unfinished where a piece begins.
+        group = (jnp.zeros((each.shape[0], mixer.group_size, *each.shape[2:]), each.dtype) for each in (keys, values))
+    else:
+        held = _halo(keys, mixer.group_size), _halo(values, mixer.group_size)
+        group = (_by_slot(each, border.position % mixer.group_size) for each in held)
+    memory = None
+    if mixer.linear is not None:
+        memory = _added(mixer, keys, values, layout, border, held)
+        exchanged, (batch, heads) = (memory, border.continues), memory.shape[:2]
+        memory = over_devices(_sum_before, exchanged, ("bkde", "ijb"), "bkde", rows=batch, heads=heads)
+    held_keys, held_values = group
+    return AugmentedState(memory, held_keys, held_values, window, border.position)
+
+
+def _added(
+    mixer: Additive, keys: Array, values: Array, layout: Layout, border: _Border, held: tuple[Array, Array] | None
+) -> Float[Array, "B K M E"]:
+    """What a piece adds to the memory: the groups that end in it, of the document with which it ends itself.
+
+    Args:
+        mixer: whose memory.
+        keys: `[B, T, K, D]` as they are scored.
+        values: `[B, T, K, E]`.
+        layout: of the piece.
+        border: its ends.
+        held: the last G keys and values before it; None where it begins with a group and ends with one.
+    """
+    if held is None:
+        return mixer.fold(keys, values, layout.present)
+    size, position = mixer.group_size, border.position[:, None]
+    finished = (border.tokens // size * size)[:, None]
+    own = (layout.documents > 0) & (layout.documents == border.last[:, None]) & (layout.positions < finished)
+    distance = jnp.arange(size, 0, -1)
+    before = border.whole[:, None] & (distance <= position % size) & (position - distance < finished)
+    return mixer.fold(keys, values, own) + mixer.fold(*held, before)
+
+
+def _by_slot(held: Float[Array, "B G K E"], begun: Int[Array, " B"]) -> Float[Array, "B G K E"]:
+    """The last `begun` of G tokens in the first slots; others hold anything."""
+    size = held.shape[1]
+    index = (jnp.arange(size) - begun[:, None]) % size
+    return jnp.take_along_axis(held, index[:, :, None, None], axis=1)
 
 
 def _halo(rows: Float[Array, "B T K E"], count: int) -> Float[Array, "B count K E"]:

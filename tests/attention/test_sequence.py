@@ -40,9 +40,7 @@ def test_mixers_are_those_of_one_device_and_bytes_do_not_grow() -> None:
     ],
 )
 def test_rows_that_do_not_fit_are_refused(length: int, kernel_size: int, message: str) -> None:
-    mixer = build_mixer(
-        AttentionConfig("augmented", 8, kernel_size), heads=2, kv_heads=2, head_dim=4, rngs=nnx.Rngs(0)
-    )
+    mixer = build_mixer(AttentionConfig("augmented", 8, kernel_size), heads=2, kv_heads=2, head_dim=4, rngs=nnx.Rngs(0))
     rows = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
     with jax.sharding.use_abstract_mesh(AbstractMesh((4,), ("sequence",))), pytest.raises(UserError, match=message):
         jax.eval_shape(lambda *inputs: mixer.parallel(*inputs, whole_rows(1, length))[0], rows, rows, rows)
