@@ -8,43 +8,30 @@ chips (FSDP), rows lie along them too, activations of a block are recomputed in 
 """
 
 import argparse
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-COMPILER = Path(sys.prefix) / "libtpu"
-# A process without a TPU must not look for one; the compiler is found beside jax.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
-sys.path.append(str(COMPILER))
+from tpu_compiler import cut, mesh_of  # isort: skip
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
-from report import header, write  # noqa: E402
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from report import header, write
 
-from lin_jax.attention import AttentionConfig  # noqa: E402
-from lin_jax.errors import OptionParser, UserError, exit_cleanly  # noqa: E402
-from lin_jax.models import LlamaConfig  # noqa: E402
-from lin_jax.training.config import OptimizerConfig  # noqa: E402
-from lin_jax.training.objectives.language_model import LanguageModel  # noqa: E402
-from lin_jax.training.optimizer import build_optimizer  # noqa: E402
-from lin_jax.training.step import TrainState, make_step  # noqa: E402
-from pallas_kernels.implementations import compiling_for  # noqa: E402
+from lin_jax.attention import AttentionConfig
+from lin_jax.errors import OptionParser, exit_cleanly
+from lin_jax.models import LlamaConfig
+from lin_jax.training.config import OptimizerConfig
+from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.training.optimizer import build_optimizer
+from lin_jax.training.step import TrainState, make_step
+from pallas_kernels.implementations import compiling_for
 
 
 def main() -> int:
     """Compiles, prints, and writes JSON if asked to."""
     options = parse()
-    mesh = mesh_of(options.topology)
+    mesh = mesh_of(options.topology, "fsdp")
     chips = mesh.devices.size
     began = time.perf_counter()
     with compiling_for("tpu"), jax.set_mesh(mesh):
@@ -90,15 +77,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mesh_of(topology: str) -> Mesh:
-    """All chips of a topology, along one axis."""
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as problem:
-        raise UserError(f"no chips like '{topology}': {str(problem).splitlines()[0]}; is libtpu installed?") from None
-    return Mesh(np.array(devices), ("fsdp",))
-
-
 def lowered(options: argparse.Namespace, mesh: Mesh) -> Any:
     """The step of the package's own training loop, on arrays that are shapes only."""
     config = LlamaConfig(
@@ -119,16 +97,6 @@ def lowered(options: argparse.Namespace, mesh: Mesh) -> Any:
     part = jax.ShapeDtypeStruct((rows, options.length + 1), jnp.int32, sharding=along)
     batch = {"tokens": part, "documents": part}
     return make_step(objective, optimizer).lower(jax.tree.map(lambda leaf: cut(leaf, mesh), state), {}, batch)
-
-
-def cut(leaf: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """A shape, cut along the first dimension that the chips divide; layers stay together."""
-    count = mesh.devices.size
-    names: list[str | None] = [None] * len(leaf.shape)
-    along = next((index for index, size in enumerate(leaf.shape) if index and size % count == 0), None)
-    if along is not None:
-        names[along] = "fsdp"
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*names)))
 
 
 if __name__ == "__main__":

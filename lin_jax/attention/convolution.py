@@ -55,7 +55,7 @@ class Convolution(nnx.Module):
             layout: positions; a token sees no further back than the start of its document.
             window: `[B, W-1, K, E]` the values before the row, newest last; None means zeros.
         """
-        values = self._readable(values, layout)
+        values = self.readable(values, layout)
         bands = _Bands.of(values, self.width, window)
         band = self._taps_at(bands.lag, values.dtype)
         if layout.aligned:
@@ -87,7 +87,7 @@ class Convolution(nnx.Module):
 
     def bidirectional(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K R E"]:
         """Filters an encoder's rows; rows that hold several documents as one matrix of pairs."""
-        values = self._readable(values, layout)
+        values = self.readable(values, layout)
         if not layout.aligned:
             lag = jnp.arange(values.shape[1])[:, None] - jnp.arange(values.shape[1])
             same = layout.documents[:, :, None] == layout.documents[:, None, :]
@@ -98,7 +98,8 @@ class Convolution(nnx.Module):
         bands = _Bands.of(later, self.ahead + self.width, None)
         return bands.filtered(self._taps_at(bands.lag - self.ahead, values.dtype))[:, self.ahead :]
 
-    def _readable(self, values: Array, layout: Layout) -> Array:
+    def readable(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K E"]:
+        """Values as they are filtered: zero where tokens are not present."""
         if layout.present is None or self.read_padding:
             return values
         return jnp.where(layout.present[:, :, None, None], values, 0)
