@@ -70,7 +70,8 @@ def main() -> int:
     print(
         f"LLaMA {options.size}, {options.attention}, one row of {options.length:,} tokens on {options.topology} "
         f"({kind}): {options.length // mesh.devices.size:,} tokens a chip; compiled in "
-        f"{report['compile_seconds']:.0f} s with {report['kernels']} kernels\nper chip {held / 1e9:.2f} GB held and {between / 1e9:.2f} GB in between, "
+        f"{report['compile_seconds']:.0f} s with {report['kernels']} kernels\n"
+        f"per chip {held / 1e9:.2f} GB held and {between / 1e9:.2f} GB in between, "
         f"of {GIGABYTES.get(kind, '?')} GB"
     )
     if options.json is not None:

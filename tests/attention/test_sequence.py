@@ -13,7 +13,8 @@ from lin_jax.errors import UserError
 
 def test_mixers_are_those_of_one_device_and_bytes_do_not_grow() -> None:
     """Values and gradients over a mesh of eight devices, in a process of its own."""
-    lines = printed("attention/over_a_sequence.py", PYTHONPATH=str(ROOT), JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    lines = printed("attention/over_a_sequence.py", **flags, PYTHONPATH=str(ROOT))
     *cases, float32, sent = (line.split() for line in lines)
     assert len(cases) == 21
     assert {words[0]: float(words[-1]) for words in cases if not float(words[-1]) < 1e-9} == {}
