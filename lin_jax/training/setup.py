@@ -125,7 +125,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     return Run(
         config=config,
         objective=objective,
-        step=make_step(objective, optimizer, training.accumulation),
+        step=make_step(objective, optimizer, training.accumulation, training.watch),
         state=state,
         frozen=objective.frozen(None if base is None else base.model),
         batches=batches,
@@ -154,10 +154,11 @@ def _first_state(
 ) -> TrainState:
     """The state before the first step, or its shapes, to be filled from a checkpoint."""
     key, init_key = jax.random.split(jax.random.key(config.training.seed))
+    window = config.training.watch.window
 
     if resume:
-        return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
-    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key)
+        return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key, window), objective.shapes())
+    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key, window)
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
