@@ -155,7 +155,8 @@ class Loop:
                 self._settle()
 
     def _idle(self) -> bool:
-        return self._pending is None or self._pending.loss.is_ready()
+        newest: Any = self._pending
+        return newest is None or newest.loss.is_ready()
 
     def _settle(self) -> None:
         """Waits for the newest step, and looks at its figures."""

@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,7 @@ class Curves:
     def troubles(self) -> list[int]:
         """Steps at which an update turned out to be left out, or the run rolled back."""
         counted = [(line["step"], line["left_out"] + line["roll_backs"]) for line in self.lines if "left_out" in line]
-        pairs = zip(counted, counted[1:], strict=False)
-        return [step for (_, before), (step, after) in pairs if after > before]
+        return [step for (_, before), (step, after) in pairwise(counted) if after > before]
 
 
 def read_curves(runs: Sequence[Path]) -> list[Curves]:
@@ -156,10 +156,9 @@ def _fill(axes: "Axes", panel: Panel, curves: Sequence[Curves]) -> None:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """The mean of each value `[N]` and its neighbours, as far as a fiftieth of them to each side."""
-    reach = max(len(values) // 50, 2)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, index[::-1]), reach)
+    reach = np.minimum(np.minimum(index, index[::-1]), max(len(values) // 50, 2))
     return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
