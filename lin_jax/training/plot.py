@@ -140,26 +140,35 @@ def _fill(axes: "Axes", panel: Panel, curves: Sequence[Curves]) -> None:
         steps, values = each.points(panel.figure)
         positive &= bool(np.all(values > 0))
         marker = "o" if panel.figure.startswith("validation") or len(steps) == 1 else None
-        if panel.smooth and len(steps) > 8:
+        if panel.smooth and len(steps) >= 20:
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-            values = smoothed(values)
+            steps, values = smoothed(steps, values)
         axes.plot(steps, values, color=colour, linewidth=1.7, marker=marker, markersize=3.5)
         if panel.figure == "loss":
             for step in each.troubles:
                 axes.axvline(step, color=colour, linewidth=0.9, linestyle=(0, (2, 2)), alpha=0.8)
     if panel.logarithmic and positive:
-        axes.set_yscale("log")
+        _set_logarithmic(axes)
     troubled = panel.figure == "loss" and any(each.troubles for each in curves)
     axes.set_title(panel.title + ("; dashed: updates left out or undone" if troubled else ""), color=_MUTED)
     axes.set_xlabel("step")
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of each value `[N]` and its neighbours, as far as a fiftieth of them to each side."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    reach = np.minimum(np.minimum(index, index[::-1]), max(len(values) // 50, 2))
-    return (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+def _set_logarithmic(axes: "Axes") -> None:
+    """A logarithmic scale with numbers that people write."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Medians of neighbouring values `[N]`, which single outliers do not move, at the means of their steps `[N]`."""
+    count = min(len(values) // 4, 80)
+    middles = [np.median(part) for part in np.array_split(values, count)]
+    return np.array([np.mean(part) for part in np.array_split(steps, count)]), np.array(middles)
 
 
 def _colours(count: int) -> list[str]:
