@@ -20,7 +20,7 @@ from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from lin_jax.errors import UserError
-from lin_jax.training.parameters import Params, differences, listed, placed, shapes
+from lin_jax.training.parameters import Params, differences, listed, placed, put_like, shapes
 from lin_jax.training.step import TrainState
 from lin_jax.training.watch import Watch
 
@@ -210,7 +210,7 @@ def _read_json(folder: Path) -> Any:
 def _read_watch(folder: Path, like: Watch) -> Watch:
     """What is remembered of earlier steps; nothing, if the checkpoint is of a version that did not."""
     window = like.losses.shape[0]
-    return Watch.from_json(_read_json(folder), window) if folder.exists() else Watch.new(window)
+    return put_like(Watch.from_json(_read_json(folder), window) if folder.exists() else Watch.new(window), like)
 
 
 # Not Orbax's own form of a random key: it logs a false alarm ("Skipping merge") at every save.

@@ -112,8 +112,7 @@ class Loop:
         self.profiler = Profiler(self.config.profile, run.folder)
         self.clock = Clock(trackers.seconds)
         watch, data = self.config.watch, run.config.data
-        source = getattr(run.batches, "source_name", None) or ", ".join(data.sources)
-        self.batches = WatchedInput(run.batches, source, watch.stall_seconds, watchdog, progress.alarm)
+        self.batches = WatchedInput(run.batches, self._source, watch.stall_seconds, watchdog, progress.alarm)
         tokens = self.config.batch_size * data.sequence_length
         flops = matrix_flops(run.state.params, run.frozen, tokens)
         self.meter = Meter(self.clock, self.batches, done=step, steps=self.config.steps, tokens=tokens, flops=flops)
@@ -158,6 +157,9 @@ class Loop:
         newest: Any = self._pending
         return newest is None or newest.loss.is_ready()
 
+    def _source(self) -> str:
+        return getattr(self.run.batches, "source_name", None) or ", ".join(self.run.config.data.sources)
+
     def _settle(self) -> None:
         """Waits for the newest step, and looks at its figures."""
         if self._pending is None:
@@ -166,8 +168,9 @@ class Loop:
         trouble = self.troubles.look(self.step, figures)
         self.progress.advance()
         self.meter.advance()
-        if self.profiler.done(self.step):
-            self.progress.note(f"step {self.step}: traced; to look at it: tensorboard --logdir {self.profiler.folder}")
+        with self.clock.paused():
+            if self.profiler.done(self.step):
+                self.progress.note(f"step {self.step}: {self.profiler.how_to_look}")
         if self.step % self.config.log_every == 0 or self.step == self.config.steps:
             self._log(figures)
         if trouble is not None:
@@ -241,5 +244,5 @@ class Loop:
     def _hangs(self) -> None:
         limit = self.config.watch.hang_seconds
         self.progress.alarm(
-            f"step {self.step + 1} has not ended after {limit:g} s; the program is here:\n{main_stack()}"
+            f"nothing has happened for {limit:g} s near step {self.step}; the program is here:\n{main_stack()}"
         )

@@ -29,22 +29,23 @@ class Meter:
     def __init__(self, clock: Clock, batches: WatchedInput, *, done: int, steps: int, tokens: int, flops: float):
         self._clock = clock
         self._batches = batches
-        self._logged = self._first = done
+        self._logged = self._done = done
         self._steps = steps
         self._tokens = tokens
         self._flops = flops
-        self._began: float | None = None
+        self._began = time.monotonic()
+        self._first_ended: float | None = None
 
     def start(self) -> None:
         """The program is compiled, and its first step about to be taken."""
+        self._began = time.monotonic()
         self._clock.start()
         self._batches.start()
 
     def advance(self) -> None:
         """A step is done."""
-        if self._began is None:
-            # The first step is slow: much happens for the first time.
-            self._began, self._first = time.monotonic(), self._first + 1
+        if self._first_ended is None:
+            self._first_ended = time.monotonic()
 
     def lap(self, step: int) -> dict[str, Any]:
         """Figures of the steps since the last lap."""
@@ -62,5 +63,8 @@ class Meter:
         }
 
     def _left(self, step: int) -> float:
-        elapsed = 0.0 if self._began is None else time.monotonic() - self._began
-        return elapsed / max(step - self._first, 1) * (self._steps - step)
+        """From the steps so far, but for the first, if there are others: it is slow, as much happens for once."""
+        taken, now = step - self._done, time.monotonic()
+        if taken > 1 and self._first_ended is not None:
+            return (now - self._first_ended) / (taken - 1) * (self._steps - step)
+        return (now - self._began) * (self._steps - step)

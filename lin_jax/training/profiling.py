@@ -43,6 +43,11 @@ class Profiler:
         self._traced = range(config.start, config.start + config.steps)
         self._running = False
 
+    @property
+    def how_to_look(self) -> str:
+        """Where the trace is, and what shows it."""
+        return f"traced; to look at it: pip install xprof, then xprof --logdir {self.folder}"
+
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Marks a step (from 1) in the trace, if it is to be traced."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lin_jax.training.checkpoints import About, Checkpoints, saved_steps
+from lin_jax.training.parameters import put_like
 from lin_jax.training.step import TrainState
 from lin_jax.training.watch import Counts
 
@@ -41,17 +42,13 @@ def roll_back(checkpoints: Checkpoints, state: TrainState, step: int, margin: in
     for leaf in jax.tree.leaves(state):
         leaf.delete()
     restored = checkpoints.restore_before(older[-1] + 1 if older else step, like, about)
-    merged = _merged(counts, restored.state.watch.counts, step, restored.step)
-    watch = restored.state.watch._replace(counts=merged)
-    return RollBack(replace(restored.state, step=jnp.asarray(step, jnp.int32), watch=watch), restored.step)
+    then = jax.device_get(restored.state.watch.counts)
+    # Beside the updates that were left out before the checkpoint, all since are undone.
+    counts = counts._replace(left_out=step - restored.step + then.left_out, roll_backs=counts.roll_backs + 1)
+    counts = put_like(Counts(*map(np.int32, counts)), like.watch.counts)
+    watch = restored.state.watch._replace(counts=counts)
+    return RollBack(replace(restored.state, step=put_like(np.int32(step), like.step), watch=watch), restored.step)
 
 
 def _shapes(state: TrainState) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
-
-
-def _merged(now: Counts, then: Counts, step: int, to: int) -> Counts:
-    """Counts go on; beside the updates that were left out before the checkpoint, all since are undone."""
-    undone = step - to + int(then.left_out)
-    merged = now._replace(left_out=undone, roll_backs=now.roll_backs + 1)
-    return Counts(*(jnp.asarray(value, jnp.int32) for value in merged))

@@ -6,8 +6,9 @@ from typing import Any
 
 from lin_jax.training.watchdog import Watchdog
 
-# A share of the time beyond which the input, not the model, sets the pace.
+# A share of the time beyond which the input, not the model, sets the pace; and seconds that are too few to tell.
 _TOO_MUCH = 0.5
+_TOO_FEW = 1.0
 
 
 class WatchedInput:
@@ -15,7 +16,7 @@ class WatchedInput:
 
     Args:
         batches: where they come from.
-        source: what messages call it.
+        source: tells what messages call it; asked when there is something to say.
         stall_seconds: a single wait as long as this is said aloud, while it lasts.
         watchdog: notices it.
         alarm: says it.
@@ -24,7 +25,7 @@ class WatchedInput:
     def __init__(
         self,
         batches: Iterator[Any],
-        source: str,
+        source: Callable[[], str],
         stall_seconds: float,
         watchdog: Watchdog,
         alarm: Callable[[str], None],
@@ -36,6 +37,7 @@ class WatchedInput:
         self._alarm = alarm
         self._waited = 0.0
         self._starved = 0.0
+        self._passed = 0.0
         self._said = False
 
     def start(self) -> None:
@@ -59,18 +61,22 @@ class WatchedInput:
 
     def lap(self, seconds: float, steps: int) -> float:
         """Seconds waited a step since the last lap, which was so many seconds and steps ago."""
-        waited, starved, said = self._waited, self._starved, self._said
-        self._waited, self._starved, self._said = 0.0, 0.0, False
-        if starved > _TOO_MUCH * seconds and not said:
-            self._alarm(
-                f"{starved:.3g} of the last {seconds:.3g} s passed waiting for data from {self._source}; "
-                "the input is slower than the model: prepare the text beforehand, or give it more readers"
-            )
+        waited, self._waited = self._waited, 0.0
+        self._passed += seconds
+        if self._passed >= _TOO_FEW:
+            if self._starved > _TOO_MUCH * self._passed and not self._said:
+                self._alarm(
+                    f"{self._starved:.3g} of the last {self._passed:.3g} s passed waiting for data from "
+                    f"{self._source()}; the input is slower than the model: prepare the text beforehand, or give it "
+                    "more readers"
+                )
+            self._starved, self._passed = 0.0, 0.0
+        self._said = False
         return waited / max(steps, 1)
 
     def _stalled(self) -> None:
         self._said = True
         self._alarm(
-            f"waited {self._stall_seconds:g} s for data from {self._source}, and still waiting; "
+            f"waited {self._stall_seconds:g} s for data from {self._source()}, and still waiting; "
             "is its disk, network or tokenizer stuck?"
         )

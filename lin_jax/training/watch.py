@@ -121,13 +121,13 @@ class Watch(NamedTuple):
 
     @classmethod
     def from_json(cls, saved: dict[str, Any], window: int) -> "Watch":
-        """What `to_json` gave, perhaps of a run with another window."""
+        """What `to_json` gave, perhaps of a run with another window, on the host."""
 
-        def filled(values: list[float]) -> Array:
+        def filled(values: list[float]) -> Any:
             last = values[-window:]
-            return jnp.asarray([*[np.inf] * (window - len(last)), *last], jnp.float32)
+            return np.array([*[np.inf] * (window - len(last)), *last], np.float32)
 
-        counts = Counts(**{name: jnp.asarray(value, jnp.int32) for name, value in saved["counts"].items()})
+        counts = Counts(**{name: np.int32(value) for name, value in saved["counts"].items()})
         return cls(filled(saved["losses"]), filled(saved["norms"]), counts)
 
 

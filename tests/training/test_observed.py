@@ -14,17 +14,15 @@ import pytest
 from planted import planted
 
 from lin_jax.errors import UserError
-from lin_jax.training import efficiency, plot
+from lin_jax.training import ProfileConfig, WandbConfig, WatchConfig, efficiency, plot
 from lin_jax.training.loop import train
 from lin_jax.training.meter import MACHINE_FIGURES
-from lin_jax.training.profiling import ProfileConfig
 from lin_jax.training.progress import Progress
 from lin_jax.training.setup import prepare
 from lin_jax.training.tracker import JsonLines, read_metrics
+from lin_jax.training.trouble import Troubles
 from lin_jax.training.waiting import WatchedInput
-from lin_jax.training.watch import WatchConfig
 from lin_jax.training.watchdog import Watchdog, main_stack
-from lin_jax.training.weights_and_biases import WandbConfig
 
 
 class FakeWandb(types.ModuleType):
@@ -60,11 +58,17 @@ def observed(tmp_path_factory, tiny_run):
         plot=True,
         profile=ProfileConfig(start=3, steps=2),
         wandb=WandbConfig("linear", mode="offline"),
-        watch=WatchConfig(stall_seconds=0.7, hang_seconds=300.0),
+        watch=WatchConfig(stall_seconds=0.7, hang_seconds=0.8),
     )
-    said = []
+    said, look = [], Troubles.look
+
+    def look_long(self, step, figures):
+        time.sleep(1.6 if step == 5 else 0)
+        return look(self, step, figures)
+
     with pytest.MonkeyPatch.context() as patch, planted({}, slow):
         patch.setitem(sys.modules, "wandb", fake)
+        patch.setattr(Troubles, "look", look_long)
         patch.setattr(Progress, "_write", lambda self, text: said.append(text))
         train(replace(config, training=replace(config.training, steps=6)))
         train(config, resume=True)
@@ -116,7 +120,7 @@ def test_steps_are_traced_on_request(observed):
     traces = list((folder / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1
     assert b"train" in traces[0].read_bytes()
-    assert f"step 4: traced; to look at it: tensorboard --logdir {folder / 'profile'}" in said
+    assert f"step 4: traced; to look at it: pip install xprof, then xprof --logdir {folder / 'profile'}" in said
     with pytest.raises(UserError, match=r"training.profile.start is 0; give 1 or more"):
         ProfileConfig(start=0)
 
@@ -142,7 +146,7 @@ def test_a_stall_is_said_while_it_lasts_and_once_an_interval():
             yield 0
 
     with Watchdog(pause=0.01) as watchdog:
-        batches = WatchedInput(endless(), "somewhere", 0.05, watchdog, alarm)
+        batches = WatchedInput(endless(), lambda: "somewhere", 0.05, watchdog, alarm)
         for interval in (1, 2):
             cried.clear()
             batches.next(lambda: True)
@@ -151,20 +155,37 @@ def test_a_stall_is_said_while_it_lasts_and_once_an_interval():
             assert [text[:39] for text in said] == interval * ["waited 0.05 s for data from somewhere, "]
 
 
-def test_a_wait_that_keeps_nobody_waiting_is_not_a_fault():
+def test_waits_that_keep_the_model_waiting_are_said_once_they_add_up():
     said = []
+
+    def steady():
+        while True:
+            time.sleep(0.02)
+            yield 0
+
     with Watchdog() as watchdog:
-        batches = WatchedInput(iter(range(9)), "somewhere", 10.0, watchdog, said.append)
-        for _ in range(3):
-            batches.next(lambda: False)
-        assert batches.lap(1e-9, 3) > 0
-        assert not said
+        batches = WatchedInput(steady(), lambda: "somewhere", 10.0, watchdog, said.append)
         batches.next(lambda: True)
-        batches.lap(1e-9, 1)
-    assert "waiting for data from somewhere" in said[0]
+        assert batches.lap(0.03, 1) > 0.02
+        # Waits beside which the devices were busy, and waits of less than half of the time, are nobody's fault.
+        for idle in (False, True):
+            batches.next(lambda idle=idle: idle)
+            batches.lap(1.0, 1)
+        assert not said
+        for _ in range(30):
+            batches.next(lambda: True)
+        batches.lap(1.0, 30)
+    assert len(said) == 1
+    assert "s passed waiting for data from somewhere; the input is slower than the model" in said[0]
 
 
-def test_a_step_that_hangs_shows_where():
+def test_a_run_that_hangs_shows_where(observed):
+    _, said, _ = observed
+    cry = next(text for text in said if text.startswith("nothing has happened for 0.8 s near step 5; "))
+    assert "time.sleep(1.6" in cry
+
+
+def test_what_lasts_too_long_is_noticed_once():
     cries, called = [], threading.Event()
 
     def cry():
@@ -178,12 +199,12 @@ def test_a_step_that_hangs_shows_where():
             assert called.wait(20)
             time.sleep(0.1)
     assert len(cries) == 1
-    assert "test_a_step_that_hangs_shows_where" in cries[0]
+    assert "test_what_lasts_too_long_is_noticed_once" in cries[0]
     assert "called.wait(20)" in cries[0]
 
 
-def test_utilisation_counts_matrices_and_known_chips(base_run, tiny_run, monkeypatch):
-    run = prepare(tiny_run(base_run), resume=True)
+def test_utilisation_counts_matrices_and_known_chips(tiny_run, tmp_path, monkeypatch):
+    run = prepare(tiny_run(tmp_path / "run"), resume=False)
     size, inner, vocabulary = 16, 32, 280
     layer = 4 * size * size + 3 * size * inner
     extra = efficiency.matrix_flops(run.state.params, {}, 1) / 6 - 2 * layer - size * vocabulary
@@ -206,29 +227,33 @@ def test_json_has_no_word_for_nan(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "grad_norm": 2.0}
 
 
-def test_curves_are_drawn_at_the_end_and_side_by_side(observed, base_run, tmp_path, monkeypatch, capsys):
+def test_curves_are_drawn_at_the_end_and_side_by_side(observed, tmp_path, monkeypatch, capsys):
     folder, said, _ = observed
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert f"curves: {folder / 'curves.png'}" in said
+    (tmp_path / "run").mkdir()
+    shutil.copy(folder / "metrics.jsonl", tmp_path / "run")
     both = tmp_path / "both.svg"
-    monkeypatch.setattr(sys, "argv", ["plot", str(folder), str(base_run), "--output", str(both)])
+    monkeypatch.setattr(sys, "argv", ["plot", str(folder), str(tmp_path / "run"), "--output", str(both)])
     plot.main()
     assert capsys.readouterr().out.strip() == str(both)
     assert "<svg" in both.read_text()
-    (tmp_path / "base").mkdir()
-    shutil.copy(base_run / "metrics.jsonl", tmp_path / "base")
-    curves = plot.read_curves([folder, base_run])
-    assert [each.name for each in curves] == ["run", "base"]
-    curves = plot.read_curves([base_run, tmp_path / "base"])
-    assert [each.name for each in curves] == [f"{path.parent.name}/base" for path in (base_run, tmp_path / "base")]
+    curves = plot.read_curves([folder, tmp_path / "run"])
+    assert [each.name for each in curves] == [f"{path.parent.name}/run" for path in (folder, tmp_path / "run")]
+    assert [each.name for each in plot.read_curves([folder])] == ["run"]
     with pytest.raises(UserError, match=r"holds no metrics.jsonl; give the output folder"):
         plot.read_curves([tmp_path])
     with pytest.raises(UserError, match=r"cannot write .*curves.doc"):
         plot.draw(curves, tmp_path / "curves.doc")
 
 
-def test_without_matplotlib_a_line_says_how_to_get_it(base_run, monkeypatch):
+def test_curves_know_where_updates_were_left_out():
+    lines = [{"step": step, "left_out": left, "roll_backs": 0, "loss": 1.0} for step, left in enumerate([0, 1, 1, 3])]
+    assert plot.Curves("run", [{"step": 0, "validation_loss": None}, *lines]).troubles == [1, 3]
+
+
+def test_without_matplotlib_a_line_says_how_to_get_it(observed, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = []
-    plot.draw_at_end(base_run, said.append)
+    plot.draw_at_end(observed[0], said.append)
     assert said == ["no curves: curves are drawn by matplotlib; install it with 'pip install matplotlib'"]
