@@ -1,7 +1,8 @@
 """Checkpoints of a run: written by Orbax in the background, and read back exactly or not at all.
 
 A checkpoint holds, under `OUTPUT/checkpoints/STEP/`, the parameters that learn (`model`), the optimiser (`optimizer`),
-and as JSON the random key (`key`), the position in the data (`data`), and what it is a checkpoint of (`about`).
+and as JSON the random key (`key`), what is remembered of earlier steps (`watch`), the position in the data (`data`),
+and what it is a checkpoint of (`about`).
 """
 
 import logging
@@ -19,8 +20,9 @@ from jaxtyping import Array
 from orbax.checkpoint.checkpoint_managers import LatestN
 
 from lin_jax.errors import UserError
-from lin_jax.training.parameters import Params, differences, listed, placed, shapes
+from lin_jax.training.parameters import Params, differences, listed, placed, put_like, shapes
 from lin_jax.training.step import TrainState
+from lin_jax.training.watch import Watch
 
 CHECKPOINT_FOLDER = "checkpoints"
 UNREADABLE_FOLDER = "unreadable"
@@ -121,6 +123,7 @@ class Checkpoints:
             model=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
             key=ocp.args.JsonSave(_key_to_json(state.key)),
+            watch=ocp.args.JsonSave(state.watch.to_json()),
             data=ocp.args.JsonSave(data),
             about=ocp.args.JsonSave({**vars(about), "step": step}),
         )
@@ -160,12 +163,20 @@ class Checkpoints:
         run = self.folder.parent
         if not saved_steps(run):
             raise UserError(f"there is no checkpoint in {run} to resume from; leave --resume out to start the run")
+        return self._restore(None, like, about)
+
+    def restore_before(self, step: int, like: TrainState, about: About) -> Restored:
+        """The newest checkpoint of a step before the given one that can be read, as `restore_latest` does it."""
+        return self._restore(step, like, about)
+
+    def _restore(self, before: int | None, like: TrainState, about: About) -> Restored:
+        run = self.folder.parent
 
         def read(step: int) -> Restored:
             about.demand_equal(read_about(run, step), self.path(step))
             return _restore_state(self.path(step), step, like)
 
-        restored, broken = newest_readable(run, read)
+        restored, broken = newest_readable(run, read, before)
         for step in broken:
             (run / UNREADABLE_FOLDER).mkdir(exist_ok=True)
             os.replace(self.path(step), _free(run / UNREADABLE_FOLDER / str(step)))
@@ -181,6 +192,7 @@ def _restore_state(folder: Path, step: int, like: TrainState) -> Restored:
         optimizer=_read_arrays(folder / "optimizer", like.optimizer),
         step=jnp.asarray(step, jnp.int32),
         key=_key_from_json(_read_json(folder / "key")),
+        watch=_read_watch(folder / "watch", like.watch),
     )
     return Restored(state, _read_json(folder / "data"), step)
 
@@ -193,6 +205,12 @@ def _read_arrays(folder: Path, like: Any) -> Any:
 def _read_json(folder: Path) -> Any:
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
         return reader.restore(folder)
+
+
+def _read_watch(folder: Path, like: Watch) -> Watch:
+    """What is remembered of earlier steps; nothing, if the checkpoint is of a version that did not."""
+    window = like.losses.shape[0]
+    return put_like(Watch.from_json(_read_json(folder), window) if folder.exists() else Watch.new(window), like)
 
 
 # Not Orbax's own form of a random key: it logs a false alarm ("Skipping merge") at every save.
@@ -224,14 +242,14 @@ def saved_steps(run: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
 
 
-def newest_readable(run: Path, read: Callable[[int], Loaded]) -> tuple[Loaded, list[int]]:
-    """What `read(step)` returns for the newest step it works for, and the newer steps it does not.
+def newest_readable(run: Path, read: Callable[[int], Loaded], before: int | None = None) -> tuple[Loaded, list[int]]:
+    """What `read(step)` returns for the newest step (before one, if given) it works for, and the newer it does not.
 
     Raises:
         UserError: it works for none, or raises one itself.
     """
     broken: list[int] = []
-    for step in reversed(saved_steps(run)):
+    for step in reversed([each for each in saved_steps(run) if before is None or each < before]):
         try:
             return read(step), broken
         except UserError:

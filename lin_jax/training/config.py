@@ -16,6 +16,9 @@ from lin_jax.models import LlamaConfig
 from lin_jax.training.launch import Launch
 from lin_jax.training.mesh import MeshConfig
 from lin_jax.training.objectives import OBJECTIVES
+from lin_jax.training.profiling import ProfileConfig
+from lin_jax.training.watch import WatchConfig
+from lin_jax.training.weights_and_biases import WandbConfig
 
 CONFIG_FILE = "config.yaml"
 
@@ -68,6 +71,10 @@ class TrainingConfig:
         evaluate_every: steps between validations; there is always one before the first step and one after the last.
         checkpoint_every: steps between checkpoints; there is always one after the last step.
         keep_checkpoints: newest checkpoints that are kept.
+        plot: whether the run ends with its curves drawn, as `curves.png`.
+        watch: what happens when a step goes wrong, the input stalls or the program hangs.
+        profile: which steps are traced.
+        wandb: where Weights & Biases keeps the figures, beside the run's folder.
     """
 
     steps: int = 1000
@@ -78,9 +85,13 @@ class TrainingConfig:
     evaluate_every: int = 200
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    plot: bool = True
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for name in (each.name for each in fields(self) if each.name != "seed"):
+        for name in (each.name for each in fields(self) if each.type is int and each.name != "seed"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
         if self.batch_size % self.accumulation:

@@ -118,6 +118,11 @@ def placed(abstract: Any) -> Any:
     return jax.tree.map(place, abstract)
 
 
+def put_like(values: Any, like: Any) -> Any:
+    """Values, the same on every host, where other arrays (or shapes) lie."""
+    return jax.tree.map(lambda value, other: jax.device_put(value, getattr(other, "sharding", None)), values, like)
+
+
 def fingerprint(params: Params) -> str:
     """Stands for the values, types and names of parameters; the same on every machine."""
     checksums = {name: int(_checksum(value)) for name, value in flatten_dict(params, sep="/").items()}

@@ -134,7 +134,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     return Run(
         config=config,
         objective=objective,
-        step=make_step(objective, optimizer, training.accumulation, placement=placement, state=state),
+        step=make_step(objective, optimizer, training.accumulation, training.watch, placement=placement, state=state),
         state=state,
         frozen=placement.place(objective.frozen(None if base is None else base.model)),
         batches=batches,
@@ -182,9 +182,10 @@ def _first_state(
 ) -> TrainState:
     """The state before the first step, or its shapes, to be filled from a checkpoint; either says where it lies."""
     key, init_key = jax.random.split(jax.random.key(config.training.seed))
+    window = config.training.watch.window
 
     def new(params: Params) -> TrainState:
-        return TrainState.new(params, optimizer, key)
+        return TrainState.new(params, optimizer, key, window)
 
     like = jax.eval_shape(new, objective.shapes())
     where = placement.tree(like)

@@ -1,9 +1,15 @@
-"""Where figures go: a JSON line each, and TensorBoard, behind one small interface."""
+"""Where figures go: a JSON line each, TensorBoard, and what else is asked for, behind one small interface."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Protocol
+
+import jax
+
+from lin_jax.training.config import RunConfig, plain
+from lin_jax.training.weights_and_biases import WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -42,7 +48,9 @@ class JsonLines:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Appends a line."""
-        self._file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._file.write(
+            json.dumps({"step": step, **{name: _writable(value) for name, value in figures.items()}}) + "\n"
+        )
         self._file.flush()
 
     def close(self) -> None:
@@ -70,10 +78,15 @@ class TensorBoard:
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Several trackers as one.
 
-    def __init__(self, *trackers: Tracker) -> None:
+    Attributes:
+        seconds: training time of the run's earlier parts.
+    """
+
+    def __init__(self, *trackers: Tracker, seconds: float = 0.0) -> None:
         self._trackers = trackers
+        self.seconds = seconds
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Records figures everywhere."""
@@ -86,6 +99,23 @@ class Trackers:
             tracker.close()
 
 
+def open_trackers(folder: Path, config: RunConfig, resumed_at: int | None = None) -> Trackers:
+    """The trackers of a run; none in all but the first of several processes.
+
+    Args:
+        folder: the run's folder.
+        config: the run.
+        resumed_at: step of the restored checkpoint; None begins anew.
+    """
+    if jax.process_index() != 0:
+        return Trackers()
+    lines = JsonLines(folder / METRICS_FILE, resumed_at)
+    trackers: list[Tracker] = [lines, TensorBoard(folder / TENSORBOARD_FOLDER, resumed_at)]
+    if config.training.wandb.project is not None:
+        trackers.append(WeightsAndBiases(config.training.wandb, folder, plain(config)))
+    return Trackers(*trackers, seconds=lines.seconds)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; a torn last line, left by a killed run, is skipped."""
     lines = []
@@ -95,6 +125,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def _writable(value: float) -> float | None:
+    """JSON has no word for what is no number."""
+    return value if math.isfinite(value) else None
 
 
 def _known(line: dict[str, Any], step: int) -> bool:

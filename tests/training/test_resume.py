@@ -6,9 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.tracker import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +24,7 @@ def launch(output, corpus, *options):
         "data.sequence_length": 64,
         "model.hidden_size": 64,
         "training.steps": STEPS,
+        "training.plot": "false",
         "training.batch_size": 8,
         "training.log_every": 1,
         "training.checkpoint_every": 3,
@@ -75,25 +75,9 @@ def test_a_run_killed_and_stopped_continues_exactly(tmp_path, corpus):
     finish(uninterrupted)
     assert saved_steps(broken)[-1] == saved_steps(whole)[-1] == STEPS
 
-    timing = {"seconds", "tokens_per_second"}
     found, expected = (
-        [{name: line[name] for name in line.keys() - timing} for line in read_metrics(run / "metrics.jsonl")]
+        [{name: line[name] for name in line.keys() - MACHINE_FIGURES} for line in read_metrics(run / "metrics.jsonl")]
         for run in (broken, whole)
     )
     assert found == expected
     assert [line["step"] for line in found if "loss" in line] == list(range(1, STEPS + 1))
-
-
-def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
-    from lin_jax.training.stopping import StopRequest
-
-    # What Python does by itself, unless it was started in the background.
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, found)
