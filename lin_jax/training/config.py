@@ -1,5 +1,6 @@
 """A run, described: what to train, on what, how; read from YAML with any field overridden on the command line."""
 
+import argparse
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
-from lin_jax.models import LlamaConfig
+from lin_jax.models import LlamaConfig, ModelConfig
+from lin_jax.models.registry import model_class, model_family
 from lin_jax.training.objectives import OBJECTIVES
 
 CONFIG_FILE = "config.yaml"
@@ -108,7 +110,8 @@ class RunConfig:
         path_width: width of a path head's state, for path; at most the model's hidden size.
         path_depth: how many steps a path head is unrolled for, the first guessing the token after the next one.
         path_decay: step d (from 0) weighs `path_decay^d` in the loss.
-        model: the model; of no effect for medusa and path, which take that of `init_from`.
+        family: what kind of model it is: llama, gpt2, t5, bert or flash.
+        model: the model, as its family has it; of no effect for medusa and path, which take that of `init_from`.
         data: the text.
         optimizer: the optimiser.
         training: how long and how often.
@@ -126,15 +129,25 @@ class RunConfig:
     path_width: int = 192
     path_depth: int = 5
     path_decay: float = 0.8
-    model: LlamaConfig = field(default_factory=LlamaConfig)
+    family: str = "llama"
+    model: ModelConfig = field(default_factory=LlamaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        kind = model_family(self.family).config
+        if type(self.model) is not kind:
+            raise UserError(
+                f"family '{self.family}' needs a model of type {kind.__name__}, and this one is a "
+                f"{type(self.model).__name__}; give both alike"
+            )
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective '{self.objective}' is unknown; choose one of {', '.join(sorted(OBJECTIVES))}")
-        OBJECTIVES[self.objective].check(self)
+        objective = OBJECTIVES[self.objective]
+        if objective.has_model:
+            model_class(self.model, objective.purpose)
+        objective.check(self)
 
     def save(self, path: Path) -> None:
         """Writes the configuration as YAML that `load_run_config` reads."""
@@ -165,7 +178,7 @@ def parse_run_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    parser = _parser()
+    parser = _parser(_family(argv))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     return _parse(parser, argv)
 
@@ -181,10 +194,25 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
-    return _parse(_parser(), ["--config", str(path)])[0]
+    argv = ["--config", str(path)]
+    return _parse(_parser(_family(argv)), argv)[0]
 
 
-def _parser() -> ArgumentParser:
+def _family(argv: Sequence[str]) -> str:
+    """The family that a command line, or else its files, names: it decides which options there are."""
+    quick = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    quick.add_argument("--config", action="append", default=[])
+    quick.add_argument("--family")
+    try:
+        said, _ = quick.parse_known_args(list(argv))
+        contents = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in said.config]
+    except (ArgumentError, OSError, ValueError, yaml.YAMLError):
+        return RunConfig.family  # What is wrong is said by the parser itself.
+    named = [content["family"] for content in contents if isinstance(content, dict) and "family" in content]
+    return said.family or str((named or [RunConfig.family])[-1])
+
+
+def _parser(family: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py CONFIG.yaml [--resume] [--section.field VALUE ...]",
@@ -192,7 +220,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="the YAML file, when it is not the first argument")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, skip={"model"})
+    parser.add_class_arguments(model_family(family).config, "model")
     return parser
 
 

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from lin_jax.attention import AttentionConfig
 from lin_jax.data import (
     Tokenizer,
     TrainingBatches,
@@ -18,11 +19,13 @@ from lin_jax.data import (
     training_batches,
     validation_batches,
 )
+from lin_jax.data.config import HUB_PREFIX
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
-from lin_jax.hub.files import is_checkpoint_folder
-from lin_jax.hub.pretrained import Pretrained, from_pretrained
-from lin_jax.models import Llama
+from lin_jax.hub.description import family_of
+from lin_jax.hub.files import is_checkpoint_folder, read_config, resolve
+from lin_jax.hub.pretrained import Pretrained
+from lin_jax.models.registry import MODELS, ModelFamily, family_of_config
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.loading import load_model, read_base
@@ -79,7 +82,7 @@ class Base:
     folder: Path
     tokenizer: Path
     step: int
-    model: Llama
+    model: Any
 
     def reference(self, run: Path) -> dict[str, Any]:
         """What heads' checkpoints say of the model under them; the path is relative, so that runs move together."""
@@ -99,10 +102,11 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     _check_folder(folder, resume)
     config = _with_options_of_base(config)
     _check_precision(config)
+    _check_length(config)
     base = _load_base(config, resume)
     kind = OBJECTIVES[config.objective]
     if base is not None and not kind.has_model:
-        config = replace(config, model=base.model.config)
+        config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
     tokenizer, train, held_out = _read_text(config, base, resume)
@@ -193,19 +197,54 @@ def _check_precision(config: RunConfig) -> None:
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
 
 
+def _check_length(config: RunConfig) -> None:
+    positions = getattr(config.model, "max_positions", None)
+    if positions is not None and config.data.sequence_length > positions:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} is more than the {positions} of model.max_positions; "
+            "lower the one or raise the other"
+        )
+
+
 def _load_base(config: RunConfig, resume: bool) -> Base | None:
-    goes_on = OBJECTIVES[config.objective].has_model
-    if config.init_from is None or (resume and goes_on):
+    kind = OBJECTIVES[config.objective]
+    if config.init_from is None or (resume and kind.has_model):
         return None
-    folder = Path(config.init_from)
+    folder = _base_folder(config.init_from)
     if is_checkpoint_folder(folder):
-        # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-        types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
-        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
+        return Base(folder, folder, 0, _open(config, folder).load(seed=config.training.seed))
     # Heads go on with the very model that they began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume else None
     model, _, step = load_model(folder, step)
+    _check_base(config, family_of_config(model.config), folder)
     return Base(folder, folder / TOKENIZER_FOLDER, step, model)
+
+
+def _base_folder(place: str) -> Path:
+    return resolve(place) if place.startswith(HUB_PREFIX) else Path(place)
+
+
+def _open(config: RunConfig, folder: Path) -> Pretrained:
+    """What a run starts from in a Hugging Face folder, as a model that is for what the run is for."""
+    kind = OBJECTIVES[config.objective]
+    _check_base(config, MODELS[family_of(read_config(folder)).name], folder)
+    # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
+    types = {name: getattr(config.model, name) for name in _TYPES} if kind.has_model else {}
+    return Pretrained.open(folder, head=kind.purpose, **types)
+
+
+def _check_base(config: RunConfig, family: ModelFamily, folder: Path) -> None:
+    kind = OBJECTIVES[config.objective]
+    if kind.has_model and family.name != config.family:
+        raise UserError(
+            f"init_from {folder} holds a {family.name}, and the family of this run is {config.family}; "
+            f"give family {family.name}"
+        )
+    if kind.purpose not in family.models:
+        raise UserError(
+            f"init_from {folder} holds a {family.name}, which has no model for {kind.purpose}, as objective "
+            f"'{config.objective}' needs; give another folder"
+        )
 
 
 def _with_options_of_base(config: RunConfig) -> RunConfig:
@@ -213,17 +252,15 @@ def _with_options_of_base(config: RunConfig) -> RunConfig:
 
     Only how tokens are mixed and how the model is computed are the run's own to say.
     """
-    if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
+    kind = OBJECTIVES[config.objective]
+    if config.init_from is None or not is_checkpoint_folder(_base_folder(config.init_from)):
         return config
-    sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
-    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}
+    sizes = _open(config, _base_folder(config.init_from)).model.config
+    if not kind.has_model:
+        return replace(config, family=family_of_config(sizes).name, model=sizes)
+    mixers = [each.name for each in fields(sizes) if isinstance(getattr(sizes, each.name), AttentionConfig)]
+    own = {name: getattr(config.model, name) for name in (*_TYPES, *mixers, "remat", "unroll")}
     return replace(config, model=replace(sizes, **own))
-
-
-def _causal_llama(model: Any, folder: Path) -> Llama:
-    if not isinstance(model, Llama):
-        raise UserError(f"init_from {folder} holds a {type(model).__name__}; only LLaMA and its relatives are trained")
-    return model
 
 
 def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:
