@@ -26,7 +26,7 @@ Batch = dict[str, np.ndarray]
 # Neighbouring rows come from one long document; within so many rows they are dealt out in random order.
 _SHUFFLED_ROWS = 64
 # Text in memory needs no crowd of readers; one thread tokenises ahead while a step runs.
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
 
 
 class TrainingBatches:
@@ -168,7 +168,7 @@ def _in_memory(source: TokenizedDocuments, seed: int, index: int, count: int) ->
         )
     # Shuffled before it is dealt out, so that a process sees other documents in every epoch.
     dealt = grain.MapDataset.source(source).shuffle(seed)[index::count]
-    return dealt.repeat(None).to_iter_dataset(_READ_AHEAD)
+    return dealt.repeat(None).to_iter_dataset(READ_AHEAD)
 
 
 def _part_of_stream(stream: "IterableDataset", index: int, count: int) -> "IterableDataset":

@@ -1,6 +1,7 @@
 """Text to token ids and back: one thin class over a fast tokenizer, loaded from anywhere or trained here."""
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 # A vocabulary settles long before this much text; it bounds what is read ahead of a stream.
 _TRAINING_CHARACTERS = 32_000_000
+# Texts that are encoded together, on all processor cores.
+_TOGETHER = 4096
 # Looked for, in this order, in a bare tokenizer.json, which does not say what its special tokens are for.
 _USUAL = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
@@ -166,6 +169,12 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 `[N]`."""
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Yields the ids of texts, many at a time, which is faster than one by one."""
+        texts = iter(texts)
+        while part := list(itertools.islice(texts, _TOGETHER)):
+            yield from (each.ids for each in self.backend.encode_batch_fast(part, add_special_tokens=False))
 
     def encode_document(self, text: str) -> np.ndarray:
         """Returns the ids of a whole document, int32 `[N]`: first token, text, last token, as far as there are such.

@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models import LlamaConfig, ModelConfig
-from lin_jax.models.registry import model_class, model_family
+from lin_jax.models.registry import CLASSIFIER, model_class, model_family
 from lin_jax.training.objectives import OBJECTIVES
 
 CONFIG_FILE = "config.yaml"
@@ -61,6 +61,8 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps of the whole run.
+        epochs: how often to read the examples of a task, in place of `steps`; validations and checkpoints then come
+            once an epoch.
         batch_size: rows an optimiser step.
         accumulation: parts that a step's rows are taken in, one after another, to save memory; the result is the same.
         seed: of the initial weights and of the order of the data.
@@ -71,6 +73,7 @@ class TrainingConfig:
     """
 
     steps: int = 1000
+    epochs: float | None = None
     batch_size: int = 8
     accumulation: int = 1
     seed: int = 0
@@ -80,9 +83,11 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        for name in (each.name for each in fields(self) if each.name != "seed"):
+        for name in (each.name for each in fields(self) if each.name not in ("seed", "epochs")):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"training.epochs is {self.epochs}; give a positive number, or null to count steps")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.batch_size {self.batch_size} is not a multiple of training.accumulation {self.accumulation}"
@@ -96,7 +101,8 @@ class RunConfig:
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
         objective: what to learn: language_model (the next token), medusa (Medusa heads on a frozen model), path (a
-            path head on a frozen model) or medusa_joint (a model and its Medusa heads together).
+            path head on a frozen model), medusa_joint (a model and its Medusa heads together) or classification (a
+            task of GLUE, as `data` names it).
         init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
             their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
             remat, unroll.
@@ -147,6 +153,10 @@ class RunConfig:
         objective = OBJECTIVES[self.objective]
         if objective.has_model:
             model_class(self.model, objective.purpose)
+        if self.data.task is not None and objective.purpose != CLASSIFIER:
+            raise UserError(f"data.task is for objective classification, and this one is '{self.objective}'")
+        if self.data.task is None and self.training.epochs is not None:
+            raise UserError("training.epochs is for data.task; give training.steps for text")
         objective.check(self)
 
     def save(self, path: Path) -> None:

@@ -10,26 +10,21 @@ import jax
 import numpy as np
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.data import (
-    Tokenizer,
-    TrainingBatches,
-    open_documents,
-    prepare_tokenizer,
-    split_documents,
-    training_batches,
-    validation_batches,
-)
+from lin_jax.data import Tokenizer, TrainingBatches
 from lin_jax.data.config import HUB_PREFIX
+from lin_jax.data.glue import glue_task
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
 from lin_jax.hub.description import family_of
 from lin_jax.hub.files import is_checkpoint_folder, read_config, resolve
 from lin_jax.hub.pretrained import Pretrained
-from lin_jax.models.registry import MODELS, ModelFamily, family_of_config
+from lin_jax.models.registry import MODELS, ModelFamily, family_of_config, model_class
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
+from lin_jax.training.inputs import read_inputs
 from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.objectives import OBJECTIVES, Objective
+from lin_jax.training.objectives.classification import with_labels
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
 from lin_jax.training.step import TrainState, make_step
@@ -100,7 +95,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_options_of_base(config)
+    config = _with_labels(_with_options_of_base(config))
     _check_precision(config)
     _check_length(config)
     base = _load_base(config, resume)
@@ -109,11 +104,8 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
-    tokenizer, train, held_out = _read_text(config, base, resume)
-    config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
-    training = config.training
-    batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
-    validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
+    inputs = read_inputs(config, folder / TOKENIZER_FOLDER if resume else None if base is None else base.tokenizer)
+    config, tokenizer, training = inputs.config, inputs.tokenizer, inputs.config.training
     objective: Objective = kind.of(config)
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
     state = _first_state(config, objective, optimizer, base, resume)
@@ -132,25 +124,10 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         step=make_step(objective, optimizer, training.accumulation),
         state=state,
         frozen=objective.frozen(None if base is None else base.model),
-        batches=batches,
-        validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
+        batches=inputs.batches,
+        validation=[part for batch in inputs.validation for part in _parts(batch, training.accumulation)],
         about=about,
     )
-
-
-def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
-    """Tokenizer, training documents and held-out documents.
-
-    The tokenizer is that of the run itself, or of the model it starts from, or a new one.
-    """
-    train, held_out = split_documents(open_documents(config.data), config.data.validation_fraction)
-    if resume:
-        tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
-    elif base is not None:
-        tokenizer = Tokenizer.load(base.tokenizer)
-    else:
-        tokenizer = prepare_tokenizer(config.data, train)
-    return tokenizer, train, held_out
 
 
 def _first_state(
@@ -217,6 +194,8 @@ def _load_base(config: RunConfig, resume: bool) -> Base | None:
     step = read_base(config.output).step if resume else None
     model, _, step = load_model(folder, step)
     _check_base(config, family_of_config(model.config), folder)
+    if not kind.has_model and not isinstance(model, model_class(model.config, kind.purpose)):
+        raise UserError(f"init_from {folder} holds a {type(model).__name__}, which heads cannot stand on")
     return Base(folder, folder / TOKENIZER_FOLDER, step, model)
 
 
@@ -231,6 +210,13 @@ def _open(config: RunConfig, folder: Path) -> Pretrained:
     # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
     types = {name: getattr(config.model, name) for name in _TYPES} if kind.has_model else {}
     return Pretrained.open(folder, head=kind.purpose, **types)
+
+
+def _with_labels(config: RunConfig) -> RunConfig:
+    """The configuration with as many labels as its task has, if it has one."""
+    if config.data.task is None:
+        return config
+    return replace(config, model=with_labels(config.model, glue_task(config.data.task)))
 
 
 def _check_base(config: RunConfig, family: ModelFamily, folder: Path) -> None:
@@ -261,12 +247,3 @@ def _with_options_of_base(config: RunConfig) -> RunConfig:
     mixers = [each.name for each in fields(sizes) if isinstance(getattr(sizes, each.name), AttentionConfig)]
     own = {name: getattr(config.model, name) for name in (*_TYPES, *mixers, "remat", "unroll")}
     return replace(config, model=replace(sizes, **own))
-
-
-def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
-        )
-    return size or tokenizer.vocab_size

@@ -48,7 +48,7 @@ def test_special_tokens(shared_data: Path) -> None:
 def test_damaged_files(shared_data: Path, tmp_path: Path) -> None:
     model = tmp_path / "spiece.model"
     model.write_bytes((shared_data / "tokenizers" / "t5" / "spiece.model").read_bytes()[:1001])
-    with pytest.raises(UserError, match="it ends within a field"):
+    with pytest.raises(UserError, match="it ends within"):
         Tokenizer.load(tmp_path)
     model.write_bytes((shared_data / "tokenizers" / "llama2" / "tokenizer.model").read_bytes())
     with pytest.raises(UserError, match="does not hold T5's unigrams"):
