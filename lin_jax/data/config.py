@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from lin_jax.data.glue import glue_task
 from lin_jax.data.mixture import PART_FIELDS, MixturePart
 from lin_jax.errors import UserError
 
@@ -23,6 +24,8 @@ class DataConfig:
     Attributes:
         source: The text: "python-stdlib" (the sources of this Python's standard library), the path of a
             file or folder, "hub:OWNER/NAME" (a data set on the Hugging Face hub), or a list of paths.
+        task: A task of GLUE to read from the source in place of text: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or
+            wnli. The source is then a folder of GLUE's own files, or "hub:nyu-mll/glue".
         subset: Configuration name of a hub data set, such as "wikitext-2-raw-v1".
         split: Split of a hub data set.
         text_field: Column that holds the text, in tables and hub data sets.
@@ -31,7 +34,8 @@ class DataConfig:
         tokenizer: Folder or tokenizer.json file of a tokenizer, or "hub:OWNER/NAME"; by default a
             byte-level BPE is trained on the text.
         vocab_size: Vocabulary size of a trained tokenizer; at least 257.
-        sequence_length: Tokens that a model reads at once; rows hold one more, for the last target.
+        sequence_length: Tokens that a model reads at once; rows of text hold one more, for the last target, and rows of
+            a task no more than its longest example.
         validation_fraction: Share of the documents held out, above 0 and below 1.
         validation_batches: Batches of held-out text to validate on, at most.
         document_separator: Marker between documents inside a text file, such as "<|endoftext|>"; by
@@ -50,6 +54,7 @@ class DataConfig:
     """
 
     source: str | tuple[str, ...] = PYTHON_STDLIB
+    task: str | None = None
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
@@ -72,6 +77,8 @@ class DataConfig:
             self._check_mixture()
         else:
             self._check_source()
+        if self.task is not None:
+            glue_task(self.task)
         if self.vocab_size < SMALLEST_BPE:
             raise UserError(
                 f"vocab_size {self.vocab_size} is too small: a byte-level vocabulary needs {SMALLEST_BPE} or more"
@@ -95,6 +102,10 @@ class DataConfig:
         if not self.sources or any(source.strip() in ("", HUB_PREFIX) for source in self.sources):
             raise UserError(
                 f"data source {self.source!r} is empty: give '{PYTHON_STDLIB}', a path, or 'hub:OWNER/NAME'"
+            )
+        if self.task is not None and (self.source == PYTHON_STDLIB or len(self.sources) > 1):
+            raise UserError(
+                f"data.task {self.task!r} needs data.source: one folder with GLUE's files, or {HUB_PREFIX}nyu-mll/glue"
             )
         if len(self.sources) > 1 and any(each == PYTHON_STDLIB or _on_hub(each) for each in self.sources):
             raise UserError(f"data source {list(self.sources)} mixes kinds: a list may name files and folders only")

@@ -141,7 +141,7 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
     """Yields each text file, cut at the separator; names the others in `skipped`, or raises for a file named itself."""
     for path in paths:
         try:
-            text = _read_text(path)
+            text = read_text(path)
         except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
             if path == root:
                 raise UserError(
@@ -159,8 +159,8 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
             yield from _numbered(name, (piece.strip("\r\n") for piece in text.split(separator)))
 
 
-def _read_text(path: Path) -> str:
-    """Reads a file, unpacking .gz and .xz, without the byte-order mark.
+def read_text(path: Path) -> str:
+    """Reads a text file, unpacking .gz and .xz, without the byte-order mark.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8, or has a zero byte near its start, as only binary files do.

@@ -192,6 +192,7 @@ def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     from lin_jax.training.loading import load_model
 
     model, _, step = load_model(folder)
+    _check_causal(model, folder)
     tokenizer = Tokenizer.load(str(folder / "tokenizer"))
     if tokenizer.fingerprint != read_about(folder, step).tokenizer:
         raise UserError(
@@ -203,8 +204,7 @@ def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
 
 def _load_checkpoint(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     model = from_pretrained(folder)
-    if not isinstance(model, CausalModel):
-        raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
+    _check_causal(model, folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -212,6 +212,11 @@ def _load_checkpoint(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, .
             "put the model's own there"
         )
     return model, tokenizer, generation_ends(folder) or _ends(tokenizer)
+
+
+def _check_causal(model: Any, folder: Path) -> None:
+    if not isinstance(model, CausalModel):
+        raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
 
 
 def _load_heads(places: Sequence[str | Path], folder: Path, model: Any) -> list[MedusaHeads | PathHead]:

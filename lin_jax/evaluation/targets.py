@@ -4,7 +4,7 @@ Losses and accuracies are kept as sums and counts to the very end, so that a bat
 is cut into pieces.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,13 @@ class Sums(NamedTuple):
     loss: Any
     correct: Any
     tokens: Any
+
+    @classmethod
+    def joined(cls, each: Sequence["Sums"]) -> "Sums":
+        """The sums over several batches, in float64 and int64 on the host."""
+        wide = (np.float64, np.int64, np.int64)
+        parts = zip(zip(*each, strict=True), wide, strict=True)
+        return cls(*(np.sum(part, axis=0, dtype=dtype) for part, dtype in parts))
 
 
 def inputs_of(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
@@ -112,8 +119,7 @@ def taught_sums(
     )
 
 
-def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
-    """The sums over all (at least one) batches, in float64 and int64 on the host."""
+def total(sums: Callable[[Batch], Any], batches: Iterable[Batch]) -> Any:
+    """The sums over all (at least one) batches, joined on the host as their type has it."""
     each = [jax.device_get(sums(batch)) for batch in batches]
-    wide = (np.float64, np.int64, np.int64)
-    return Sums(*(np.sum(part, axis=0, dtype=dtype) for part, dtype in zip(zip(*each, strict=True), wide, strict=True)))
+    return type(each[0]).joined(each)

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer
+from lin_jax.data.llama2c_tokenizer import load_tokenizer
 from lin_jax.errors import UserError
 from lin_jax.hub.adapters import load_adapters
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.inspect import table
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
 from lin_jax.hub.medusa import has_heads, load_heads
 from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.hub.saving import TOKENIZER_FILES, check_place, save_pretrained

@@ -14,7 +14,8 @@ from lin_jax.models.logical_axes import EMBED, VOCABULARY
 class MedusaHeads(nnx.Module):
     """Head m (from 0) gives `W1 (h + silu(W0 h + b0))`, logits of the token `m + 2` after the position of h.
 
-    `W0` and `b0` start at zero and `W1` as the language-model head, so that every head starts as a copy of it.
+    `W0` and `b0` start at zero and `W1` as the language-model head, so that every head starts as a copy of it
+    (but for its bias, where it has one: FLASH).
 
     Attributes:
         weight: `[M, E, E]` of the residual blocks.

@@ -1,5 +1,6 @@
 """A run, described: what to train, on what, how; read from YAML with any field overridden on the command line."""
 
+import argparse
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
-from lin_jax.models import LlamaConfig
+from lin_jax.models import LlamaConfig, ModelConfig
+from lin_jax.models.registry import CLASSIFIER, model_class, model_family
 from lin_jax.training.launch import Launch
 from lin_jax.training.mesh import MeshConfig
 from lin_jax.training.objectives import OBJECTIVES
@@ -64,6 +66,8 @@ class TrainingConfig:
 
     Attributes:
         steps: optimiser steps of the whole run.
+        epochs: how often to read the examples of a task, in place of `steps`; validations and checkpoints then come
+            once an epoch.
         batch_size: rows an optimiser step.
         accumulation: parts that a step's rows are taken in, one after another, to save memory; the result is the same.
         seed: of the initial weights and of the order of the data.
@@ -78,6 +82,7 @@ class TrainingConfig:
     """
 
     steps: int = 1000
+    epochs: float | None = None
     batch_size: int = 8
     accumulation: int = 1
     seed: int = 0
@@ -94,6 +99,8 @@ class TrainingConfig:
         for name in (each.name for each in fields(self) if each.type is int and each.name != "seed"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"training.epochs is {self.epochs}; give a positive number, or null to count steps")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.batch_size {self.batch_size} is not a multiple of training.accumulation {self.accumulation}"
@@ -107,7 +114,8 @@ class RunConfig:
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
         objective: what to learn: language_model (the next token), medusa (Medusa heads on a frozen model), path (a
-            path head on a frozen model) or medusa_joint (a model and its Medusa heads together).
+            path head on a frozen model), medusa_joint (a model and its Medusa heads together) or classification (a
+            task of GLUE, as `data` names it).
         init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
             their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
             remat, unroll.
@@ -121,7 +129,8 @@ class RunConfig:
         path_width: width of a path head's state, for path; at most the model's hidden size.
         path_depth: how many steps a path head is unrolled for, the first guessing the token after the next one.
         path_decay: step d (from 0) weighs `path_decay^d` in the loss.
-        model: the model; of no effect for medusa and path, which take that of `init_from`.
+        family: what kind of model it is: llama, gpt2, t5, bert or flash.
+        model: the model, as its family has it; of no effect for medusa and path, which take that of `init_from`.
         data: the text.
         optimizer: the optimiser.
         training: how long and how often.
@@ -140,17 +149,31 @@ class RunConfig:
     path_width: int = 192
     path_depth: int = 5
     path_decay: float = 0.8
-    model: LlamaConfig = field(default_factory=LlamaConfig)
+    family: str = "llama"
+    model: ModelConfig = field(default_factory=LlamaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        kind = model_family(self.family).config
+        if type(self.model) is not kind:
+            raise UserError(
+                f"family '{self.family}' needs a model of type {kind.__name__}, and this one is a "
+                f"{type(self.model).__name__}; give both alike"
+            )
         if self.objective not in OBJECTIVES:
             raise UserError(f"objective '{self.objective}' is unknown; choose one of {', '.join(sorted(OBJECTIVES))}")
+        objective = OBJECTIVES[self.objective]
+        if objective.has_model:
+            model_class(self.model, objective.purpose)
+        if self.data.task is not None and objective.purpose != CLASSIFIER:
+            raise UserError(f"data.task is for objective classification, and this one is '{self.objective}'")
+        if self.data.task is None and self.training.epochs is not None:
+            raise UserError("training.epochs is for data.task; give training.steps for text")
         self.data.rows_per_shard(self.training.batch_size)
-        OBJECTIVES[self.objective].check(self)
+        objective.check(self)
 
     def save(self, path: Path) -> None:
         """Writes the configuration as YAML that `load_run_config` reads."""
@@ -189,7 +212,7 @@ def parse_run_config(argv: Sequence[str]) -> Command:
     argv = list(argv)
     if argv and not argv[0].startswith("-"):
         argv.insert(0, "--config")
-    parser = _parser()
+    parser = _parser(_family(argv))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     parser.add_class_arguments(Launch, "launch")
     return _parse(parser, argv)
@@ -206,10 +229,25 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
-    return _parse(_parser(), ["--config", str(path)]).config
+    argv = ["--config", str(path)]
+    return _parse(_parser(_family(argv)), argv).config
 
 
-def _parser() -> ArgumentParser:
+def _family(argv: Sequence[str]) -> str:
+    """The family that a command line, or else its files, names: it decides which options there are."""
+    quick = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    quick.add_argument("--config", action="append", default=[])
+    quick.add_argument("--family")
+    try:
+        said, _ = quick.parse_known_args(list(argv))
+        contents = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in said.config]
+    except (ArgumentError, OSError, ValueError, yaml.YAMLError):
+        return RunConfig.family  # What is wrong is said by the parser itself.
+    named = [content["family"] for content in contents if isinstance(content, dict) and "family" in content]
+    return said.family or str((named or [RunConfig.family])[-1])
+
+
+def _parser(family: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         usage="train.py CONFIG.yaml [--resume] [--section.field VALUE ...]",
@@ -217,7 +255,8 @@ def _parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="the YAML file, when it is not the first argument")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, skip={"model"})
+    parser.add_class_arguments(model_family(family).config, "model")
     return parser
 
 

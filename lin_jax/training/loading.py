@@ -3,16 +3,17 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, MedusaHeads, PathHead
+from lin_jax.models import CausalModel, MedusaHeads, PathHead
 from lin_jax.training.checkpoints import newest_readable, read_about, read_params, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
 from lin_jax.training.objectives import OBJECTIVES
 from lin_jax.training.parameters import Params, fingerprint, params_of
 
 
-def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, RunConfig, int]:
+def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Any, RunConfig, int]:
     """The model of a run, the run's configuration, and the step it is from.
 
     Args:
@@ -33,7 +34,7 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, 
 
 
 def load_heads(
-    run_folder: str | Path, step: int | None = None, *, model: Llama | None = None
+    run_folder: str | Path, step: int | None = None, *, model: CausalModel | None = None
 ) -> MedusaHeads | PathHead:
     """The draft heads of a run.
 
@@ -70,7 +71,7 @@ def holds_heads(folder: str | Path) -> bool:
     return kind.has_model and kind.heads_name is not None
 
 
-def _demand_same(model: Llama, expected: str, run: Path, owner: str) -> None:
+def _demand_same(model: CausalModel, expected: str, run: Path, owner: str) -> None:
     if fingerprint(params_of(model)) != expected:
         raise UserError(
             f"the heads in {run} belong to {owner}, and this is another model; "

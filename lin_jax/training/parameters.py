@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
+from lin_jax.models import MedusaHeads, ModelConfig, PathHead, model_class
+from lin_jax.models.registry import CAUSAL_LM
 
 Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -20,23 +21,30 @@ Module = TypeVar("Module", bound=nnx.Module)
 _NAMED = 6
 
 
-def abstract_model(config: LlamaConfig) -> Llama:
-    """A model of shapes, without memory or work behind it.
+def new_model(config: ModelConfig, key: Array, purpose: str = CAUSAL_LM) -> Any:
+    """A model that has not learnt anything; it is for `purpose`, as the registry of models has it."""
+    build = model_class(config, purpose)
+    return jax.jit(lambda key: build(config, rngs=nnx.Rngs(key)))(key)
+
+
+def abstract_model(config: ModelConfig, purpose: str = CAUSAL_LM) -> Any:
+    """A model of shapes, without memory or work behind it; it is for `purpose`, as the registry of models has it.
 
     Raises:
-        UserError: the configuration describes no model.
+        UserError: the configuration describes no model, or its family has none for the purpose.
     """
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    build = model_class(config, purpose)
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
-def abstract_heads(config: LlamaConfig, heads: int) -> MedusaHeads:
+def abstract_heads(config: ModelConfig, heads: int) -> MedusaHeads:
     """Medusa heads of shapes, for a model with the given configuration."""
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
     return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
 
 
-def abstract_path_head(config: LlamaConfig, width: int) -> PathHead:
+def abstract_path_head(config: ModelConfig, width: int) -> PathHead:
     """A path head of shapes, for a model with the given configuration.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +10,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lin_jax.data import (
-    Corpus,
-    Tokenizer,
-    TrainingBatches,
-    prepare_tokenizer,
-    training_batches,
-    validation_batches,
-)
+from lin_jax.attention import AttentionConfig
+from lin_jax.data import Tokenizer, TrainingBatches
+from lin_jax.data.config import HUB_PREFIX
+from lin_jax.data.glue import glue_task
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
-from lin_jax.hub.files import is_checkpoint_folder
-from lin_jax.hub.pretrained import Pretrained, from_pretrained
-from lin_jax.models import Llama
+from lin_jax.hub.description import family_of
+from lin_jax.hub.files import is_checkpoint_folder, read_config, resolve
+from lin_jax.hub.pretrained import Pretrained
 from lin_jax.models.logical_axes import axes_of
+from lin_jax.models.registry import MODELS, ModelFamily, family_of_config, model_class
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
+from lin_jax.training.inputs import read_inputs
 from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.mesh import make_mesh
 from lin_jax.training.objectives import OBJECTIVES, Objective
+from lin_jax.training.objectives.classification import with_labels
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
 from lin_jax.training.placement import Placement
@@ -37,6 +36,8 @@ from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
 _TYPES = ("dtype", "param_dtype")
+# How a model is computed, which is a run's own to say.
+_COMPUTED = ("remat", "remat_keeps", "unroll")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Base:
     folder: Path
     tokenizer: Path
     step: int
-    model: Llama
+    model: Any
 
     def reference(self, run: Path) -> dict[str, Any]:
         """What heads' checkpoints say of the model under them; the path is relative, so that runs move together."""
@@ -103,22 +104,21 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_options_of_base(config)
+    config = _with_labels(_with_options_of_base(config))
     _check_precision(config)
+    _check_length(config)
     mesh = make_mesh(config.mesh)
     base = _load_base(config, resume, mesh)
     kind = OBJECTIVES[config.objective]
     if base is not None and not kind.has_model:
-        config = replace(config, model=base.model.config)
+        config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     placement = _placement(config, mesh, kind.of(replace(config, model=_with_vocabulary(config.model))))
     training = config.training
     placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
-    tokenizer, train, held_out = _read_text(config, base, resume)
-    config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
-    rows, seed = placement.rows(training.batch_size), training.seed
-    batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=seed, rows=rows)
-    validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
+    known = folder / TOKENIZER_FOLDER if resume else None if base is None else base.tokenizer
+    inputs = read_inputs(config, known, placement.rows(training.batch_size))
+    config, tokenizer, training = inputs.config, inputs.tokenizer, inputs.config.training
     objective: Objective = kind.of(config)
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
     state = _first_state(config, objective, optimizer, base, placement, resume)
@@ -137,8 +137,8 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         step=make_step(objective, optimizer, training.accumulation, training.watch, placement=placement, state=state),
         state=state,
         frozen=placement.place(objective.frozen(None if base is None else base.model)),
-        batches=batches,
-        validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
+        batches=inputs.batches,
+        validation=[part for batch in inputs.validation for part in _parts(batch, training.accumulation)],
         about=about,
         placement=placement,
     )
@@ -146,7 +146,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
 
 def _placement(config: RunConfig, mesh: Mesh, objective: Objective | None = None) -> Placement:
     """Where the model lies, and the heads that an objective adds; any vocabulary will do."""
-    modules = [abstract_model(_with_vocabulary(config.model))]
+    modules = [abstract_model(_with_vocabulary(config.model), OBJECTIVES[config.objective].purpose)]
     if objective is not None:
         modules += [part for part in objective.parts(objective.shapes()) if part is not None]
     axes = {path: names for module in modules for path, names in axes_of(module).items()}
@@ -155,21 +155,6 @@ def _placement(config: RunConfig, mesh: Mesh, objective: Objective | None = None
 
 def _with_vocabulary(model: Any) -> Any:
     return replace(model, vocab_size=model.vocab_size or 1)
-
-
-def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Corpus, Corpus]:
-    """Tokenizer, training documents and held-out documents.
-
-    The tokenizer is that of the run itself, or of the model it starts from, or a new one.
-    """
-    train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
-    if resume:
-        tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
-    elif base is not None:
-        tokenizer = Tokenizer.load(base.tokenizer)
-    else:
-        tokenizer = prepare_tokenizer(config.data, train)
-    return tokenizer, train, held_out
 
 
 def _first_state(
@@ -230,20 +215,64 @@ def _check_precision(config: RunConfig) -> None:
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
 
 
+def _check_length(config: RunConfig) -> None:
+    positions = getattr(config.model, "max_positions", None)
+    if positions is not None and config.data.sequence_length > positions:
+        raise UserError(
+            f"data.sequence_length {config.data.sequence_length} is more than the {positions} of model.max_positions; "
+            "lower the one or raise the other"
+        )
+
+
 def _load_base(config: RunConfig, resume: bool, mesh: Mesh) -> Base | None:
-    goes_on = OBJECTIVES[config.objective].has_model
-    if config.init_from is None or (resume and goes_on):
+    kind = OBJECTIVES[config.objective]
+    if config.init_from is None or (resume and kind.has_model):
         return None
-    folder = Path(config.init_from)
+    folder = _base_folder(config.init_from)
     if is_checkpoint_folder(folder):
-        # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-        types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
         place = _placement(config, mesh).parameter
-        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, shardings=place, **types), folder))
+        return Base(folder, folder, 0, _open(config, folder).load(shardings=place, seed=config.training.seed))
     # Heads go on with the very model that they began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume else None
     model, _, step = load_model(folder, step)
+    _check_base(config, family_of_config(model.config), folder)
+    if not kind.has_model and not isinstance(model, model_class(model.config, kind.purpose)):
+        raise UserError(f"init_from {folder} holds a {type(model).__name__}, which heads cannot stand on")
     return Base(folder, folder / TOKENIZER_FOLDER, step, model)
+
+
+def _base_folder(place: str) -> Path:
+    return resolve(place) if place.startswith(HUB_PREFIX) else Path(place)
+
+
+def _open(config: RunConfig, folder: Path) -> Pretrained:
+    """What a run starts from in a Hugging Face folder, as a model that is for what the run is for."""
+    kind = OBJECTIVES[config.objective]
+    _check_base(config, MODELS[family_of(read_config(folder)).name], folder)
+    # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
+    types = {name: getattr(config.model, name) for name in _TYPES} if kind.has_model else {}
+    return Pretrained.open(folder, head=kind.purpose, **types)
+
+
+def _with_labels(config: RunConfig) -> RunConfig:
+    """The configuration with as many labels as its task has, if it has one."""
+    if config.data.task is None:
+        return config
+    return replace(config, model=with_labels(config.model, glue_task(config.data.task)))
+
+
+def _check_base(config: RunConfig, family: ModelFamily, folder: Path) -> None:
+    kind = OBJECTIVES[config.objective]
+    if kind.has_model and family.name != config.family:
+        raise UserError(
+            f"init_from {folder} holds a {family.name}, and the family of this run is {config.family}; "
+            f"give family {family.name}"
+        )
+    if kind.purpose not in family.models:
+        raise UserError(
+            f"init_from {folder} holds a {family.name}, which has no model for {kind.purpose}, as objective "
+            f"'{config.objective}' needs; give another folder"
+        )
 
 
 def _with_options_of_base(config: RunConfig) -> RunConfig:
@@ -251,23 +280,12 @@ def _with_options_of_base(config: RunConfig) -> RunConfig:
 
     Only how tokens are mixed and how the model is computed are the run's own to say.
     """
-    if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
+    kind = OBJECTIVES[config.objective]
+    if config.init_from is None or not is_checkpoint_folder(_base_folder(config.init_from)):
         return config
-    sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
-    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "remat_keeps", "unroll")}
+    sizes = _open(config, _base_folder(config.init_from)).model.config
+    if not kind.has_model:
+        return replace(config, family=family_of_config(sizes).name, model=sizes)
+    mixers = [each.name for each in fields(sizes) if isinstance(getattr(sizes, each.name), AttentionConfig)]
+    own = {name: getattr(config.model, name) for name in (*_TYPES, *mixers, *_COMPUTED) if hasattr(sizes, name)}
     return replace(config, model=replace(sizes, **own))
-
-
-def _causal_llama(model: Any, folder: Path) -> Llama:
-    if not isinstance(model, Llama):
-        raise UserError(f"init_from {folder} holds a {type(model).__name__}; only LLaMA and its relatives are trained")
-    return model
-
-
-def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
-        )
-    return size or tokenizer.vocab_size

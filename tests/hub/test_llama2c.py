@@ -14,12 +14,12 @@ import transformers
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig
+from lin_jax.data.llama2c_tokenizer import load_tokenizer
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.session import Session
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.hub.llama2c import Header
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
 from lin_jax.models import Llama
 
 HEADER = Header(16, 24, 2, 4, 2, 11, 32)

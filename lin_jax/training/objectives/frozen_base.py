@@ -12,7 +12,8 @@ from jaxtyping import Array, Int
 from lin_jax.errors import UserError
 from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
 from lin_jax.evaluation.targets import Batch, Sums, inputs_of, path_ahead, taught_sums, token_sums
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
+from lin_jax.models import CausalModel, MedusaHeads, ModelConfig, PathHead
+from lin_jax.models.registry import CAUSAL_LM
 from lin_jax.training.objectives.objective import PartRate
 from lin_jax.training.parameters import Params, abstract_model, filled, params_of
 
@@ -40,11 +41,12 @@ class FrozenBase(Generic[Heads]):
     """
 
     has_model: ClassVar[bool] = False
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None]
     depth_name: ClassVar[str]
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig, heads: Heads, depth: int, decay: float, targets: str) -> None:
+    def __init__(self, config: ModelConfig, heads: Heads, depth: int, decay: float, targets: str) -> None:
         self.depth = depth
         self._targets = targets
         self.coefficients = tuple(decay**each for each in range(depth))
@@ -52,19 +54,19 @@ class FrozenBase(Generic[Heads]):
         self._heads: Heads = heads
 
     @abstractmethod
-    def new_heads(self, key: Array, base: Llama) -> Heads:
+    def new_heads(self, key: Array, base: CausalModel) -> Heads:
         """Heads as they begin on a base model."""
 
     def shapes(self) -> Params:
         """The heads' parameters, without values."""
         return params_of(self._heads)
 
-    def start(self, key: Array, base: Llama | None) -> Params:
+    def start(self, key: Array, base: CausalModel | None) -> Params:
         """Heads that begin from the base model's own."""
         assert base is not None, "checked with the configuration"
         return params_of(self.new_heads(key, base))
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """The base model."""
         assert base is not None, "checked with the configuration"
         return params_of(base)
@@ -128,7 +130,7 @@ def accuracies(sums: Sums, name: str) -> dict[str, float]:
     }
 
 
-def report_heads(model: Llama, heads: DraftHeads, depth: int, batches: Sequence[Batch], folder: Path) -> str:
+def report_heads(model: CausalModel, heads: DraftHeads, depth: int, batches: Sequence[Batch], folder: Path) -> str:
     """Measures how often each guess of heads is right: written as `head_accuracy.json`, returned as a table."""
     accuracy = head_accuracy(model, heads, batches, depth=depth)
     path = folder / "head_accuracy.json"

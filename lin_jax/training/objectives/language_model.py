@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Int
 
 from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.evaluation.targets import Batch, Sums, targets_ahead
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import CausalModel, ModelConfig
+from lin_jax.models.registry import CAUSAL_LM
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, params_of
+from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_model, params_of
 
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
@@ -23,11 +22,12 @@ class LanguageModel:
     """Mean cross entropy of the next token, within a document."""
 
     has_model: ClassVar[bool] = True
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None] = None
     coefficients: tuple[float, ...] = (1.0,)
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._abstract = abstract_model(config)
 
@@ -44,16 +44,16 @@ class LanguageModel:
         """The model's parameters, without values."""
         return params_of(self._abstract)
 
-    def start(self, key: Array, base: Llama | None) -> Params:
+    def start(self, key: Array, base: CausalModel | None) -> Params:
         """Fresh parameters, or those of a base model."""
-        fresh = params_of(jax.jit(lambda key: Llama(self._config, rngs=nnx.Rngs(key)))(key))
+        fresh = params_of(new_model(self._config, key))
         return fresh if base is None else initial_params(fresh, params_of(base))
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """None: a base model's parameters go on learning."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Llama, None]:
+    def parts(self, params: Params) -> tuple[CausalModel, None]:
         """The model, and no heads."""
         return filled(self._abstract, params), None
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, path_ahead, targets_ahead, token_sums
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads
+from lin_jax.models import CausalModel, MedusaHeads, ModelConfig
+from lin_jax.models.registry import CAUSAL_LM
 from lin_jax.training.objectives.frozen_base import accuracies, check_heads, report_heads
 from lin_jax.training.objectives.language_model import LanguageModel
 from lin_jax.training.objectives.objective import PartRate
@@ -34,10 +35,11 @@ class MedusaJoint:
     """
 
     has_model: ClassVar[bool] = True
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None] = "Medusa heads"
 
     def __init__(
-        self, config: LlamaConfig, heads: int, decay: float, coefficient: float, head_factor: float, warmup_steps: int
+        self, config: ModelConfig, heads: int, decay: float, coefficient: float, head_factor: float, warmup_steps: int
     ) -> None:
         self.depth = heads
         self.coefficients = (1.0, *(coefficient * decay**head for head in range(heads)))
@@ -77,17 +79,17 @@ class MedusaJoint:
         """The parameters of both, without values."""
         return {"model": self._language_model.shapes(), "heads": params_of(self._heads)}
 
-    def start(self, key: Array, base: Llama | None) -> Params:
+    def start(self, key: Array, base: CausalModel | None) -> Params:
         """The base model's parameters, and heads that begin as copies of its own."""
         assert base is not None, "checked with the configuration"
         heads = params_of(MedusaHeads.on(base, self.depth))
         return {"model": self._language_model.start(key, base), "heads": heads}
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """None."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Llama, MedusaHeads]:
+    def parts(self, params: Params) -> tuple[CausalModel, MedusaHeads]:
         """The model and its heads."""
         return self._language_model.parts(params["model"])[0], filled(self._heads, params["heads"])
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lin_jax.data.llama2c_tokenizer import BYTES, SPECIAL, Piece, build_tokenizer, load_tokenizer
 from lin_jax.errors import UserError
-from lin_jax.hub.llama2c_tokenizer import BYTES, SPECIAL, Piece, build_tokenizer, load_tokenizer
 
 # Merges that chain, that overlap, that tie, and runs of spaces as Llama 2 has them.
 MERGED = ["he", " the", "t h", "aa", "aaa", "ab", "aba", "ba", "th", "hen", " t", "\u4e2d\u6587"]
