@@ -163,7 +163,7 @@ def test_a_killed_process_leaves_nothing_that_is_read_and_others_wait_for_one(tm
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot keep tokens in .*file.*data\.cache") as error:
+    with pytest.raises(UserError, match="cannot keep tokens in ") as error:
         cached_tokens(str(tmp_path / "file"), DOCUMENTS, TOKENIZER)
     assert "\n" not in str(error.value)
 
