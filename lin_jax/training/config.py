@@ -13,7 +13,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models import LlamaConfig
-from lin_jax.training.objectives import OBJECTIVES
+from lin_jax.training.adapters import AdapterConfig
+from lin_jax.training.objectives import DistillationConfig, TransferConfig, check_objective
 
 CONFIG_FILE = "config.yaml"
 
@@ -93,11 +94,18 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
-        objective: what to learn: language_model (the next token), medusa (Medusa heads on a frozen model), path (a
-            path head on a frozen model) or medusa_joint (a model and its Medusa heads together).
-        init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
-            their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
-            remat, unroll.
+        objective: what to learn: language_model (the next token), attention_transfer (what a teacher's attention
+            says, layer by layer), medusa (Medusa heads on a frozen model), path (a path head on a frozen model) or
+            medusa_joint (a model and its Medusa heads together).
+        init_from: run folder, Hugging Face folder or file of llama2.c whose model (and tokenizer) to start from; medusa
+            and path put their heads on that model. All but a run folder also say what the model is: all but attention,
+            types, remat, unroll. A file of llama2.c has its tokenizer in `data.tokenizer`.
+        adapters: learn low-rank adapters, and parts of the model, on the frozen model of `init_from`; null learns all.
+        teacher: run folder, Hugging Face folder or file of llama2.c with the teacher of attention_transfer and
+            distillation; null is what the model was before it got its present attention: the model of `init_from`, or
+            what that run began from, and so on.
+        transfer: what learns in attention_transfer, and where.
+        distillation: a teacher beside the text, for language_model.
         head_targets: what heads of medusa and path learn to guess: text (its tokens: for text of the model's own) or
             model (what the model would say after each piece of it: for any text).
         medusa_heads: how many Medusa heads, for medusa and medusa_joint.
@@ -117,6 +125,10 @@ class RunConfig:
     output: str
     objective: str = "language_model"
     init_from: str | None = None
+    adapters: AdapterConfig | None = None
+    teacher: str | None = None
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     head_targets: str = "text"
     medusa_heads: int = 4
     medusa_decay: float = 0.8
@@ -132,9 +144,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"objective '{self.objective}' is unknown; choose one of {', '.join(sorted(OBJECTIVES))}")
-        OBJECTIVES[self.objective].check(self)
+        check_objective(self)
 
     def save(self, path: Path) -> None:
         """Writes the configuration as YAML that `load_run_config` reads."""

@@ -132,3 +132,8 @@ def _checksum(values: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
     weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
     return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+
+def widened(tree: Any) -> Any:
+    """A tree in float32 or better: gradients add up, and moments live, in no less."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)

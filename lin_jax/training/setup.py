@@ -20,18 +20,17 @@ from lin_jax.data import (
 )
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
-from lin_jax.hub.files import is_checkpoint_folder
-from lin_jax.hub.pretrained import Pretrained, from_pretrained
+from lin_jax.hub.pretrained import Pretrained
 from lin_jax.models import Llama
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
-from lin_jax.training.loading import load_model, read_base
-from lin_jax.training.objectives import OBJECTIVES, Objective
+from lin_jax.training.loading import base_types, is_pretrained, load_any, read_base
+from lin_jax.training.objectives import OBJECTIVES, Objective, has_teacher, initial_key, keeps_base, objective_of
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
+from lin_jax.training.parameters import Params, fingerprint, shapes
 from lin_jax.training.step import TrainState, make_step
+from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher, load_tokenizer_of
 
-TOKENIZER_FOLDER = "tokenizer"
 _TYPES = ("dtype", "param_dtype")
 
 
@@ -70,21 +69,21 @@ class Base:
     """A trained model to start from.
 
     Attributes:
-        folder: its run folder, or Hugging Face folder.
-        tokenizer: folder of its tokenizer.
-        step: of its checkpoint; 0 in a Hugging Face folder.
+        folder: its run folder or Hugging Face folder, or file of llama2.c.
+        tokenizer: its tokenizer.
+        step: of its checkpoint; 0 if it is not of a run.
         model: the model.
     """
 
     folder: Path
-    tokenizer: Path
+    tokenizer: Tokenizer
     step: int
     model: Llama
 
-    def reference(self, run: Path) -> dict[str, Any]:
-        """What heads' checkpoints say of the model under them; the path is relative, so that runs move together."""
+    def reference(self, run: Path, frozen: Params) -> dict[str, Any]:
+        """What checkpoints say of the model under what learns; the path is relative, so that runs move together."""
         path = os.path.relpath(self.folder.absolute(), run.absolute())
-        return {"run": path, "step": self.step, "fingerprint": fingerprint(params_of(self.model))}
+        return {"run": path, "step": self.step, "fingerprint": fingerprint(frozen)}
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Run:
@@ -97,20 +96,21 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_options_of_base(config)
+    config = with_options_of_base(config)
     _check_precision(config)
     base = _load_base(config, resume)
     kind = OBJECTIVES[config.objective]
     if base is not None and not kind.has_model:
         config = replace(config, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
-    kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
+    objective_of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
     tokenizer, train, held_out = _read_text(config, base, resume)
     config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
     training = config.training
     batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
     validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
-    objective: Objective = kind.of(config)
+    objective = objective_of(config)
+    frozen = objective.frozen(None if base is None else base.model)
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
     state = _first_state(config, objective, optimizer, base, resume)
     about = About(
@@ -118,8 +118,10 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         model=plain(config.model),
         tokenizer=tokenizer.fingerprint,
         parameters=shapes(state.params),
-        base=base.reference(folder) if base is not None and not kind.has_model else None,
+        base=base.reference(folder, frozen) if base is not None and keeps_base(config) else None,
     )
+    if has_teacher(config):
+        frozen = {**frozen, "teacher": load_teacher(config, tokenizer, None if base is None else base.model)}
     if not resume:
         _write_folder(folder, config, tokenizer)
     return Run(
@@ -127,7 +129,7 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         objective=objective,
         step=make_step(objective, optimizer, training.accumulation),
         state=state,
-        frozen=objective.frozen(None if base is None else base.model),
+        frozen=frozen,
         batches=batches,
         validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
         about=about,
@@ -143,7 +145,7 @@ def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Toke
     if resume:
         tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
     elif base is not None:
-        tokenizer = Tokenizer.load(base.tokenizer)
+        tokenizer = base.tokenizer
     else:
         tokenizer = prepare_tokenizer(config.data, train)
     return tokenizer, train, held_out
@@ -153,11 +155,10 @@ def _first_state(
     config: RunConfig, objective: Objective, optimizer: Optimizer, base: Base | None, resume: bool
 ) -> TrainState:
     """The state before the first step, or its shapes, to be filled from a checkpoint."""
-    key, init_key = jax.random.split(jax.random.key(config.training.seed))
-
+    key, _ = jax.random.split(jax.random.key(config.training.seed))
     if resume:
         return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
-    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key)
+    return TrainState.new(objective.start(initial_key(config.training.seed), None if base is None else base.model), optimizer, key)
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -194,26 +195,22 @@ def _check_precision(config: RunConfig) -> None:
 
 
 def _load_base(config: RunConfig, resume: bool) -> Base | None:
-    goes_on = OBJECTIVES[config.objective].has_model
-    if config.init_from is None or (resume and goes_on):
+    if config.init_from is None or (resume and not keeps_base(config)):
         return None
     folder = Path(config.init_from)
-    if is_checkpoint_folder(folder):
-        # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-        types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
-        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
-    # Heads go on with the very model that they began with, even if its own run has gone on since.
-    step = read_base(config.output).step if resume else None
-    model, _, step = load_model(folder, step)
-    return Base(folder, folder / TOKENIZER_FOLDER, step, model)
+    # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
+    types = base_types(config) if OBJECTIVES[config.objective].has_model else {}
+    # What stands on a frozen model goes on with the very one that it began with, even if its own run has gone on since.
+    model, step = load_any(folder, read_base(config.output).step if resume else None, **types)
+    return Base(folder, load_tokenizer_of(folder, config.data.tokenizer), step, _causal_llama(model, folder))
 
 
-def _with_options_of_base(config: RunConfig) -> RunConfig:
-    """The configuration with the sizes of the Hugging Face folder that it starts from, if it does.
+def with_options_of_base(config: RunConfig) -> RunConfig:
+    """The configuration with the sizes of the checkpoint that it starts from, if that is not a run's.
 
     Only how tokens are mixed and how the model is computed are the run's own to say.
     """
-    if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
+    if config.init_from is None or not is_pretrained(config.init_from):
         return config
     sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
     own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}

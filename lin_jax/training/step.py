@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from lin_jax.evaluation.targets import Batch, Sums
 from lin_jax.training.objectives import Objective
-from lin_jax.training.optimizer import Optimizer, widened
-from lin_jax.training.parameters import Params
+from lin_jax.training.optimizer import Optimizer
+from lin_jax.training.parameters import Params, widened
 
 
 @jax.tree_util.register_dataclass

@@ -69,7 +69,7 @@ class FrozenBase(Generic[Heads]):
         assert base is not None, "checked with the configuration"
         return params_of(base)
 
-    def parts(self, params: Params) -> tuple[None, Heads]:
+    def parts(self, params: Params, frozen: Params) -> tuple[None, Heads]:
         """No model, and the heads."""
         return None, filled(self._heads, params)
 
@@ -82,7 +82,7 @@ class FrozenBase(Generic[Heads]):
         base = filled(self._base, frozen)
         hidden = jax.lax.stop_gradient(base.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1]))
         path, targets = path_ahead(batch, self.depth)
-        guesses = self.parts(params)[1].guess(hidden, path)
+        guesses = self.parts(params, frozen)[1].guess(hidden, path)
         if self._targets == "text":
             return token_sums(guesses, targets)
         return taught_sums(guesses, jax.lax.stop_gradient(base.logits(hidden)), targets.included)
@@ -93,7 +93,7 @@ class FrozenBase(Generic[Heads]):
 
     def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
         """How often each guess is right at each depth, as `head_accuracy.json` and as a table."""
-        return report_heads(filled(self._base, frozen), self.parts(params)[1], self.depth, batches, folder)
+        return report_heads(filled(self._base, frozen), self.parts(params, frozen)[1], self.depth, batches, folder)
 
 
 def check_heads(config: "RunConfig", option: str) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.evaluation.targets import Batch, Sums, targets_ahead
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.training.adapters import AdapterConfig, adapted, with_adapters
 from lin_jax.training.objectives.objective import PartRate
 from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, params_of
 
@@ -27,9 +28,9 @@ class LanguageModel:
     coefficients: tuple[float, ...] = (1.0,)
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, adapters: AdapterConfig | None = None) -> None:
         self._config = config
-        self._abstract = abstract_model(config)
+        self._abstract = adapted(abstract_model(config), adapters)
 
     @classmethod
     def check(cls, config: "RunConfig") -> None:
@@ -38,22 +39,22 @@ class LanguageModel:
     @classmethod
     def of(cls, config: "RunConfig") -> "LanguageModel":
         """The objective of a run."""
-        return cls(config.model)
+        return cls(config.model, config.adapters)
 
     def shapes(self) -> Params:
         """The model's parameters, without values."""
         return params_of(self._abstract)
 
     def start(self, key: Array, base: Llama | None) -> Params:
-        """Fresh parameters, or those of a base model."""
+        """Fresh parameters, or those of a base model, and adapters that do nothing yet."""
         fresh = params_of(jax.jit(lambda key: Llama(self._config, rngs=nnx.Rngs(key)))(key))
-        return fresh if base is None else initial_params(fresh, params_of(base))
+        return with_adapters(fresh if base is None else initial_params(fresh, params_of(base)), self._abstract, key)
 
     def frozen(self, base: Llama | None) -> Params:
         """None: a base model's parameters go on learning."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Llama, None]:
+    def parts(self, params: Params, frozen: Params) -> tuple[Llama, None]:
         """The model, and no heads."""
         return filled(self._abstract, params), None
 
@@ -63,7 +64,7 @@ class LanguageModel:
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[1]` over the tokens of a batch."""
-        return next_token_sums(self.parts(params)[0], batch)
+        return next_token_sums(self.parts(params, frozen)[0], batch)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """The perplexity."""

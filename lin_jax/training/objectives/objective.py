@@ -68,8 +68,8 @@ class Objective(Protocol):
     def frozen(self, base: Llama | None) -> Params:
         """The parameters that do not learn."""
 
-    def parts(self, params: Params) -> tuple[Llama | None, MedusaHeads | PathHead | None]:
-        """The model and the heads that learn, each None if it does not."""
+    def parts(self, params: Params, frozen: Params) -> tuple[Llama | None, MedusaHeads | PathHead | None]:
+        """The model and the heads that learn, each None if it does not, made of what learns and what does not."""
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """How many targets a batch has, for each predictor."""
