@@ -85,7 +85,7 @@ class Learning:
             return True
         if self.inside is not None and self.inside not in path:
             return False
-        return is_adapter(path) or ("base" not in path[-2:-1] or "mixer" in path) and self._named(path)
+        return is_adapter(path) or (("base" not in path[-2:-1] or "mixer" in path) and self._named(path))
 
     def _named(self, path: Path) -> bool:
         return any(PARTS[part](path) for part in self.parts)

@@ -1,6 +1,7 @@
 """Trained models and heads from their run folders: for decoding, evaluation, export, and runs that build on them."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lin_jax.hub.pretrained import from_pretrained
 from lin_jax.models import Llama, MedusaHeads, PathHead
 from lin_jax.training.checkpoints import newest_readable, read_about, read_params, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
-from lin_jax.training.objectives import OBJECTIVES, Objective, keeps_base, objective_of
+from lin_jax.training.objectives import OBJECTIVES, Objective, Partly, keeps_base, objective_of
 from lin_jax.training.parameters import Params, fingerprint, params_of
 
 
@@ -80,7 +81,7 @@ def _demand_same(model: Llama, expected: str, run: Path, owner: str) -> None:
 
 @dataclass(frozen=True)
 class BaseRun:
-    """The frozen model that a run stands on: where it is, the step of its checkpoint, and what stands for its values."""
+    """The frozen model that a run stands on: where it is, the step of its checkpoint, its values' fingerprint."""
 
     folder: Path
     step: int
@@ -101,7 +102,23 @@ def read_base(run_folder: str | Path, step: int | None = None) -> BaseRun:
     return BaseRun(Path(os.path.normpath(run / base["run"])), base["step"], base["fingerprint"])
 
 
-def load_any(place: str | Path, step: int | None = None, **types: str) -> tuple[Any, int]:
+def load_adapters(run_folder: str | Path, step: int | None = None) -> tuple[Any, Path]:
+    """The model of a run with its adapters on it, not merged, and where the model is that they stand on.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or it holds no adapters.
+    """
+    run = Path(run_folder)
+    config = load_run_config(run)
+    if config.adapters is None:
+        raise UserError(f"{run} holds no adapters; leave --adapters out, or train some with 'adapters'")
+    objective = objective_of(config)
+    params, found = _read(run, step, objective.shapes())
+    assert isinstance(objective, Partly), "as a run with adapters has"
+    return objective.unmerged(params, _read_frozen(run, config, objective, found))[0], read_base(run, found).folder
+
+
+def load_any(place: str | Path, step: int | None = None, *, types: Mapping[str, Any] | None = None) -> tuple[Any, int]:
     """The model of a run folder, a Hugging Face folder or a file of llama2.c, and the step it is from (0 if none).
 
     Args:
@@ -115,7 +132,7 @@ def load_any(place: str | Path, step: int | None = None, **types: str) -> tuple[
     if not is_pretrained(place):
         model, _, step = load_model(place, step)
         return model, step
-    return from_pretrained(place, **types), 0
+    return from_pretrained(place, **(types or {})), 0
 
 
 def is_pretrained(place: str | Path) -> bool:
@@ -135,7 +152,7 @@ def _read_parts(run: Path, config: RunConfig, step: int | None) -> tuple[Any, An
 
 def _read_frozen(run: Path, config: RunConfig, objective: Objective, step: int) -> Params:
     base = read_base(run, step)
-    model, _ = load_any(base.folder, base.step, **base_types(config))
+    model, _ = load_any(base.folder, base.step, types=base_types(config))
     frozen = objective.frozen(model)
     if fingerprint(frozen) != base.fingerprint:
         raise UserError(

@@ -31,7 +31,8 @@ from lin_jax.training.parameters import Params, fingerprint, shapes
 from lin_jax.training.step import TrainState, make_step
 from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher, load_tokenizer_of
 
-_TYPES = ("dtype", "param_dtype")
+# What a run says of its model itself, even where a checkpoint says the rest.
+OWN_OPTIONS = ("dtype", "param_dtype", "attention", "remat", "unroll")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,12 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     )
 
 
+def held_out_batches(config: RunConfig) -> list[Batch]:
+    """The held-out text of a run that has begun, in batches of its size."""
+    tokenizer, _, held_out = _read_text(config, None, resume=True)
+    return list(validation_batches(held_out, tokenizer, config.data, batch_size=config.training.batch_size))
+
+
 def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
     """Tokenizer, training documents and held-out documents.
 
@@ -158,7 +165,9 @@ def _first_state(
     key, _ = jax.random.split(jax.random.key(config.training.seed))
     if resume:
         return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
-    return TrainState.new(objective.start(initial_key(config.training.seed), None if base is None else base.model), optimizer, key)
+    return TrainState.new(
+        objective.start(initial_key(config.training.seed), None if base is None else base.model), optimizer, key
+    )
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -201,7 +210,7 @@ def _load_base(config: RunConfig, resume: bool) -> Base | None:
     # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
     types = base_types(config) if OBJECTIVES[config.objective].has_model else {}
     # What stands on a frozen model goes on with the very one that it began with, even if its own run has gone on since.
-    model, step = load_any(folder, read_base(config.output).step if resume else None, **types)
+    model, step = load_any(folder, read_base(config.output).step if resume else None, types=types)
     return Base(folder, load_tokenizer_of(folder, config.data.tokenizer), step, _causal_llama(model, folder))
 
 
@@ -213,7 +222,7 @@ def with_options_of_base(config: RunConfig) -> RunConfig:
     if config.init_from is None or not is_pretrained(config.init_from):
         return config
     sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
-    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}
+    own = {name: getattr(config.model, name) for name in OWN_OPTIONS}
     return replace(config, model=replace(sizes, **own))
 
 

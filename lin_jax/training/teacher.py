@@ -29,7 +29,7 @@ def load_teacher(config: RunConfig, tokenizer: Tokenizer, base: Any) -> Any:
     if base is not None and place == Path(config.init_from or ""):
         teacher = base
     else:
-        teacher, _ = load_any(place, **base_types(config))
+        teacher, _ = load_any(place, types=base_types(config))
     if teacher.config.vocab_size != config.model.vocab_size:
         raise UserError(
             f"the teacher {place} has a vocabulary of {teacher.config.vocab_size}, the model of "

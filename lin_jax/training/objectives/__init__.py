@@ -1,4 +1,4 @@
-"""What can be learnt, by name: a model, a model's attention, draft heads on a frozen model, or a model with its heads."""
+"""What can be learnt, by name: a model, its attention, draft heads on a frozen model, or a model with its heads."""
 
 from lin_jax.training.objectives.attention_transfer import AttentionTransfer as AttentionTransfer
 from lin_jax.training.objectives.attention_transfer import TransferConfig as TransferConfig

@@ -84,7 +84,7 @@ class AttentionTransfer(LanguageModel):
         progressive: bool = False,
     ) -> None:
         super().__init__(config, adapters)
-        self._first, self._end = layers or (0, config.num_layers)
+        self._first, self._end = (0, int(config.num_layers)) if layers is None else layers
         self._progressive = progressive
         count = self._end - self._first
         self.coefficients = (1.0,) * count + (0.0,) * count
@@ -140,7 +140,7 @@ class AttentionTransfer(LanguageModel):
         return {"missed": sum(missed) / count, **layers}
 
     def _entering(self, student: Any, teacher: Any, batch: Batch, layout: Layout) -> tuple[Array, tuple[Any, Any]]:
-        """What enters the first layer that learns, and what the student's and the teacher's layers know of positions."""
+        """What enters the first layer that learns, and what student's and teacher's layers know of positions."""
         tokens = jnp.asarray(batch["tokens"])[:, :-1]
         own, own_context = student.begin(tokens, layout.positions)
         theirs, their_context = teacher.begin(tokens, layout.positions)

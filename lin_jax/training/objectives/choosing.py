@@ -57,9 +57,10 @@ def objective_of(config: "RunConfig") -> Objective:
         UserError: there can be no such one.
     """
     kind = Distilled if config.distillation.weight else OBJECTIVES[config.objective]
-    objective = kind.of(config)
-    learning = learning_of(config)
-    return objective if learning is None else Partly(objective, learning, config.training.seed)
+    objective: Any = kind.of(config)
+    if (learning := learning_of(config)) is not None:
+        objective = Partly(objective, learning, config.training.seed)
+    return objective
 
 
 def learning_of(config: "RunConfig") -> Learning | None:

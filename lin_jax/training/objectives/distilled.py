@@ -80,7 +80,7 @@ class Distilled(LanguageModel):
             taught = divergence_sums(logits, teacher.logits(theirs), included, self._temperature)
             return Sums(*(jnp.concatenate(pair) for pair in zip(said, taught, strict=True)))
 
-        pieces = _pieces((hidden, targets), _LOGITS // self._config.vocab_size)
+        pieces = _pieces((hidden, targets), _LOGITS // student.embed.num_embeddings)
         return jax.tree.map(lambda part: jnp.sum(part, axis=0), jax.lax.map(some, pieces))
 
     def figures(self, sums: Sums) -> dict[str, float]:

@@ -67,11 +67,15 @@ class Partly:
         return unflatten_dict(every)
 
     def parts(self, params: Params, frozen: Params) -> tuple[Any, Any]:
-        """The model, adapters merged, in the type of the frozen parameters, and the heads beside it if there are any."""
-        model, heads = self._whole.parts(self.joined(params, frozen), frozen)
+        """The model, adapters merged, in the type of the frozen parameters, and the heads beside it, if any."""
+        model, heads = self.unmerged(params, frozen)
         merge_lora(model)
         dtype = jnp.dtype(model.config.param_dtype)
         return filled(model, jax.tree.map(lambda value: value.astype(dtype), params_of(model))), heads
+
+    def unmerged(self, params: Params, frozen: Params) -> tuple[Any, Any]:
+        """The model with its adapters on it, and the heads beside it, if any."""
+        return self._whole.parts(self.joined(params, frozen), frozen)
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """Those of the whole objective."""
