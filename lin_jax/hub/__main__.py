@@ -37,6 +37,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     exporting = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
     exporting.add_argument("source", metavar="RUN", help="run folder of a model or of heads, or a Hugging Face folder")
     exporting.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    exporting.add_argument(
+        "--adapters", action="store_true", help="write the run's LoRA adapters alone, as a PEFT folder"
+    )
     for each in (importing, exporting):
         each.add_argument("out", metavar="OUT", help="folder to write")
         each.add_argument("--dtype", choices=DTYPES, help="type of the parameters (default: as they are)")

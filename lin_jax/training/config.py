@@ -14,10 +14,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from lin_jax.data.config import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models import LlamaConfig, ModelConfig
-from lin_jax.models.registry import CLASSIFIER, model_class, model_family
+from lin_jax.models.registry import model_family
+from lin_jax.training.adapters import AdapterConfig
 from lin_jax.training.launch import Launch
 from lin_jax.training.mesh import MeshConfig
-from lin_jax.training.objectives import OBJECTIVES
+from lin_jax.training.objectives import DistillationConfig, TransferConfig, check_objective
 from lin_jax.training.profiling import ProfileConfig
 from lin_jax.training.watch import WatchConfig
 from lin_jax.training.weights_and_biases import WandbConfig
@@ -113,12 +114,18 @@ class RunConfig:
 
     Attributes:
         output: folder of the run: its configuration, tokenizer, checkpoints and metrics.
-        objective: what to learn: language_model (the next token), medusa (Medusa heads on a frozen model), path (a
-            path head on a frozen model), medusa_joint (a model and its Medusa heads together) or classification (a
-            task of GLUE, as `data` names it).
-        init_from: run folder or Hugging Face folder whose model (and tokenizer) to start from; medusa and path put
-            their heads on that model. A Hugging Face folder also says what the model is: all but attention, types,
-            remat, unroll.
+        objective: what to learn: language_model (the next token), attention_transfer (what a teacher's attention
+            says, layer by layer), medusa (Medusa heads on a frozen model), path (a path head on a frozen model),
+            medusa_joint (a model and its Medusa heads together) or classification (a task of GLUE, as `data` names it).
+        init_from: run folder, Hugging Face folder or file of llama2.c whose model (and tokenizer) to start from; medusa
+            and path put their heads on that model. All but a run folder also say what the model is: all but attention,
+            types, remat, unroll. A file of llama2.c has its tokenizer in `data.tokenizer`.
+        adapters: learn low-rank adapters, and parts of the model, on the frozen model of `init_from`; null learns all.
+        teacher: run folder, Hugging Face folder or file of llama2.c with the teacher of attention_transfer and
+            distillation; null is what the model was before it got its present attention: the model of `init_from`, or
+            what that run began from, and so on.
+        transfer: what learns in attention_transfer, and where.
+        distillation: a teacher beside the text, for language_model.
         head_targets: what heads of medusa and path learn to guess: text (its tokens: for text of the model's own) or
             model (what the model would say after each piece of it: for any text).
         medusa_heads: how many Medusa heads, for medusa and medusa_joint.
@@ -140,6 +147,10 @@ class RunConfig:
     output: str
     objective: str = "language_model"
     init_from: str | None = None
+    adapters: AdapterConfig | None = None
+    teacher: str | None = None
+    transfer: TransferConfig = field(default_factory=TransferConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     head_targets: str = "text"
     medusa_heads: int = 4
     medusa_decay: float = 0.8
@@ -163,17 +174,8 @@ class RunConfig:
                 f"family '{self.family}' needs a model of type {kind.__name__}, and this one is a "
                 f"{type(self.model).__name__}; give both alike"
             )
-        if self.objective not in OBJECTIVES:
-            raise UserError(f"objective '{self.objective}' is unknown; choose one of {', '.join(sorted(OBJECTIVES))}")
-        objective = OBJECTIVES[self.objective]
-        if objective.has_model:
-            model_class(self.model, objective.purpose)
-        if self.data.task is not None and objective.purpose != CLASSIFIER:
-            raise UserError(f"data.task is for objective classification, and this one is '{self.objective}'")
-        if self.data.task is None and self.training.epochs is not None:
-            raise UserError("training.epochs is for data.task; give training.steps for text")
         self.data.rows_per_shard(self.training.batch_size)
-        objective.check(self)
+        check_objective(self)
 
     def save(self, path: Path) -> None:
         """Writes the configuration as YAML that `load_run_config` reads."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from lin_jax.data import (
     Corpus,
@@ -40,13 +39,13 @@ class Inputs:
     validation: Sequence[Batch]
 
 
-def read_inputs(config: RunConfig, tokenizer: Path | None, rows: tuple[int, int]) -> Inputs:
+def read_inputs(config: RunConfig, tokenizer: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
     """Opens what a configuration describes.
 
     Args:
         config: the run.
-        tokenizer: where its tokenizer is, if it has one before it begins: its own, resumed, or that of the model it
-            starts from.
+        tokenizer: its tokenizer, if it has one before it begins: its own, resumed, or that of the model it starts
+            from.
         rows: which rows of every training batch this process is to have: from, and to before.
 
     Raises:
@@ -57,9 +56,15 @@ def read_inputs(config: RunConfig, tokenizer: Path | None, rows: tuple[int, int]
     return _read_task(config, glue_task(config.data.task), tokenizer, rows)
 
 
-def _read_text(config: RunConfig, place: Path | None, rows: tuple[int, int]) -> Inputs:
+def held_out_batches(config: RunConfig, tokenizer: Tokenizer) -> list[Batch]:
+    """The held-out text of a run in batches of its size."""
+    _, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
+    return list(validation_batches(held_out, tokenizer, config.data, batch_size=config.training.batch_size))
+
+
+def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
     train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
-    tokenizer = prepare_tokenizer(config.data, train) if place is None else Tokenizer.load(place)
+    tokenizer = known or prepare_tokenizer(config.data, train)
     config = _with_vocabulary(config, tokenizer)
     data, training = config.data, config.training
     sizes = {"batch_size": training.batch_size, "seed": training.seed}
@@ -68,10 +73,10 @@ def _read_text(config: RunConfig, place: Path | None, rows: tuple[int, int]) -> 
     return Inputs(config, tokenizer, batches, validation)
 
 
-def _read_task(config: RunConfig, task: Task, place: Path | None, wanted: tuple[int, int]) -> Inputs:
+def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: tuple[int, int]) -> Inputs:
     (source,) = config.data.sources
     train, *held_out = (read_examples(source, task, part) for part in (TRAIN, *task.held_out))
-    tokenizer = _task_tokenizer(config, train) if place is None else Tokenizer.load(place)
+    tokenizer = known or _task_tokenizer(config, train)
     config = _with_vocabulary(config, tokenizer)
     reader = _reader(config, task, tokenizer)
     segments = [reader.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -21,10 +22,23 @@ Module = TypeVar("Module", bound=nnx.Module)
 _NAMED = 6
 
 
-def new_model(config: ModelConfig, key: Array, purpose: str = CAUSAL_LM) -> Any:
-    """A model that has not learnt anything; it is for `purpose`, as the registry of models has it."""
-    build = model_class(config, purpose)
-    return jax.jit(lambda key: build(config, rngs=nnx.Rngs(key)))(key)
+def new_params(config: ModelConfig, key: Array, wanted: set[Any] | None = None, purpose: str = CAUSAL_LM) -> Params:
+    """Parameters of a model that has not learnt anything; it is for `purpose`, as the registry of models has it.
+
+    Args:
+        config: the model's.
+        key: a random key.
+        wanted: paths; what is not wanted is not computed either. None wants all.
+        purpose: what the model is for.
+    """
+
+    def draw(key: Array) -> Params:
+        params = params_of(model_class(config, purpose)(config, rngs=nnx.Rngs(key)))
+        if wanted is None:
+            return params
+        return unflatten_dict({path: value for path, value in flatten_dict(params).items() if path in wanted})
+
+    return jax.jit(draw)(key)
 
 
 def abstract_model(config: ModelConfig, purpose: str = CAUSAL_LM) -> Any:
@@ -94,11 +108,16 @@ def listed(phrases: list[str]) -> str:
     return "; ".join(phrases[:_NAMED]) + more
 
 
-def initial_params(fresh: Params, base: Params) -> Params:
+def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Params] | None = None) -> Params:
     """A base model's parameters for a model that may mix tokens in another way.
 
     Token mixers may differ: what the base lacks of them stays fresh, what only the base has is left out. That is how a
     softmax Transformer becomes a linearized one.
+
+    Args:
+        fresh: parameters that have not learnt anything, or their shapes.
+        base: the base model's.
+        draw: with shapes, draws what stays fresh, given its paths.
 
     Raises:
         UserError: anything else differs; the message lists what.
@@ -108,12 +127,9 @@ def initial_params(fresh: Params, base: Params) -> Params:
     there = {name: kind for name, kind in shapes(base).items() if "/mixer/" not in name}
     if phrases := differences(there, here):
         raise UserError(f"init_from holds another model: {listed(phrases)}; make the model options equal to its own")
-    return unflatten_dict(
-        {
-            path: given[path] if path in given and given[path].shape == value.shape else value
-            for path, value in own.items()
-        }
-    )
+    missing = {path for path, value in own.items() if path not in given or given[path].shape != value.shape}
+    new = own if draw is None else flatten_dict(draw(missing)) if missing else {}
+    return unflatten_dict({path: (new if path in missing else given)[path] for path in own})
 
 
 def placed(abstract: Any) -> Any:
@@ -145,3 +161,8 @@ def _checksum(values: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
     weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
     return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+
+def widened(tree: Any) -> Any:
+    """A tree in float32 or better: gradients add up, and moments live, in no less."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)

@@ -1,8 +1,7 @@
 """A run made ready: tokenizer, text, objective and starting point, from a configuration."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,34 +9,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer, TrainingBatches
-from lin_jax.data.config import HUB_PREFIX
 from lin_jax.data.glue import glue_task
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
-from lin_jax.hub.description import family_of
-from lin_jax.hub.files import is_checkpoint_folder, read_config, resolve
-from lin_jax.hub.pretrained import Pretrained
 from lin_jax.models.logical_axes import axes_of
-from lin_jax.models.registry import MODELS, ModelFamily, family_of_config, model_class
+from lin_jax.models.registry import family_of_config
+from lin_jax.training.base import Base, load_base, with_options_of_base
 from lin_jax.training.checkpoints import About, saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.inputs import read_inputs
-from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.mesh import make_mesh
-from lin_jax.training.objectives import OBJECTIVES, Objective
+from lin_jax.training.objectives import OBJECTIVES, Objective, has_teacher, initial_key, keeps_base, objective_of
 from lin_jax.training.objectives.classification import with_labels
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, abstract_model, fingerprint, params_of, shapes
+from lin_jax.training.parameters import Params, abstract_model, shapes
 from lin_jax.training.placement import Placement
 from lin_jax.training.processes import is_first
 from lin_jax.training.step import TrainState, make_step
-
-TOKENIZER_FOLDER = "tokenizer"
-_TYPES = ("dtype", "param_dtype")
-# How a model is computed, which is a run's own to say.
-_COMPUTED = ("remat", "remat_keeps", "unroll")
+from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher
 
 
 @dataclass(frozen=True)
@@ -72,28 +62,6 @@ class Run:
         return Path(self.config.output)
 
 
-@dataclass(frozen=True)
-class Base:
-    """A trained model to start from.
-
-    Attributes:
-        folder: its run folder, or Hugging Face folder.
-        tokenizer: folder of its tokenizer.
-        step: of its checkpoint; 0 in a Hugging Face folder.
-        model: the model.
-    """
-
-    folder: Path
-    tokenizer: Path
-    step: int
-    model: Any
-
-    def reference(self, run: Path) -> dict[str, Any]:
-        """What heads' checkpoints say of the model under them; the path is relative, so that runs move together."""
-        path = os.path.relpath(self.folder.absolute(), run.absolute())
-        return {"run": path, "step": self.step, "fingerprint": fingerprint(params_of(self.model))}
-
-
 def prepare(config: RunConfig, *, resume: bool) -> Run:
     """Makes a run ready, and writes its configuration and tokenizer to its folder.
 
@@ -104,22 +72,34 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_labels(_with_options_of_base(config))
+    config = _with_labels(with_options_of_base(config))
     _check_precision(config)
     _check_length(config)
     mesh = make_mesh(config.mesh)
-    base = _load_base(config, resume, mesh)
-    kind = OBJECTIVES[config.objective]
-    if base is not None and not kind.has_model:
+    base = load_base(config, resume, _model_placement(config, mesh).parameter)
+    if base is not None and not OBJECTIVES[config.objective].has_model:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
-    placement = _placement(config, mesh, kind.of(replace(config, model=_with_vocabulary(config.model))))
+    placement = placement_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)
     training = config.training
     placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
-    known = folder / TOKENIZER_FOLDER if resume else None if base is None else base.tokenizer
+    known = Tokenizer.load(folder / TOKENIZER_FOLDER) if resume else None if base is None else base.tokenizer
     inputs = read_inputs(config, known, placement.rows(training.batch_size))
-    config, tokenizer, training = inputs.config, inputs.tokenizer, inputs.config.training
-    objective: Objective = kind.of(config)
+    return _ready(inputs.config, inputs.tokenizer, inputs.batches, inputs.validation, base, placement, resume)
+
+
+def _ready(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    batches: TrainingBatches,
+    validation: Sequence[Batch],
+    base: Base | None,
+    placement: Placement,
+    resume: bool,
+) -> Run:
+    folder, training, model = Path(config.output), config.training, None if base is None else base.model
+    objective = objective_of(config)
+    frozen = placement.place(objective.frozen(model))
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
     state = _first_state(config, objective, optimizer, base, placement, resume)
     about = About(
@@ -127,8 +107,10 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         model=plain(config.model),
         tokenizer=tokenizer.fingerprint,
         parameters=shapes(state.params),
-        base=base.reference(folder) if base is not None and not kind.has_model else None,
+        base=base.reference(folder, frozen) if base is not None and keeps_base(config) else None,
     )
+    if has_teacher(config):
+        frozen = {**frozen, "teacher": placement.place(load_teacher(config, tokenizer, model))}
     if not resume and is_first():
         _write_folder(folder, config, tokenizer)
     return Run(
@@ -136,21 +118,23 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
         objective=objective,
         step=make_step(objective, optimizer, training.accumulation, training.watch, placement=placement, state=state),
         state=state,
-        frozen=placement.place(objective.frozen(None if base is None else base.model)),
-        batches=inputs.batches,
-        validation=[part for batch in inputs.validation for part in _parts(batch, training.accumulation)],
+        frozen=frozen,
+        batches=batches,
+        validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
         about=about,
         placement=placement,
     )
 
 
-def _placement(config: RunConfig, mesh: Mesh, objective: Objective | None = None) -> Placement:
-    """Where the model lies, and the heads that an objective adds; any vocabulary will do."""
-    modules = [abstract_model(_with_vocabulary(config.model), OBJECTIVES[config.objective].purpose)]
-    if objective is not None:
-        modules += [part for part in objective.parts(objective.shapes()) if part is not None]
-    axes = {path: names for module in modules for path, names in axes_of(module).items()}
+def placement_of(config: RunConfig, objective: Objective, mesh: Mesh) -> Placement:
+    """Where all parameters of a run lie, those that learn and those that do not; any vocabulary will do."""
+    axes = {path: names for module in objective.modules() for path, names in axes_of(module).items()}
     return Placement.of(mesh, axes, config.model)
+
+
+def _model_placement(config: RunConfig, mesh: Mesh) -> Placement:
+    model = abstract_model(_with_vocabulary(config.model), OBJECTIVES[config.objective].purpose)
+    return Placement.of(mesh, axes_of(model), config.model)
 
 
 def _with_vocabulary(model: Any) -> Any:
@@ -166,7 +150,7 @@ def _first_state(
     resume: bool,
 ) -> TrainState:
     """The state before the first step, or its shapes, to be filled from a checkpoint; either says where it lies."""
-    key, init_key = jax.random.split(jax.random.key(config.training.seed))
+    key, _ = jax.random.split(jax.random.key(config.training.seed))
     window = config.training.watch.window
 
     def new(params: Params) -> TrainState:
@@ -176,10 +160,11 @@ def _first_state(
     where = placement.tree(like)
     if resume:
         return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, where)
+    begin = initial_key(config.training.seed)
     if base is None:
         # Born where they lie: no device ever holds more than its part.
-        return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(init_key)
-    return jax.jit(new, out_shardings=where)(placement.place(objective.start(init_key, base.model)))
+        return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(begin)
+    return jax.jit(new, out_shardings=where)(placement.place(objective.start(begin, base.model)))
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -224,68 +209,8 @@ def _check_length(config: RunConfig) -> None:
         )
 
 
-def _load_base(config: RunConfig, resume: bool, mesh: Mesh) -> Base | None:
-    kind = OBJECTIVES[config.objective]
-    if config.init_from is None or (resume and kind.has_model):
-        return None
-    folder = _base_folder(config.init_from)
-    if is_checkpoint_folder(folder):
-        place = _placement(config, mesh).parameter
-        return Base(folder, folder, 0, _open(config, folder).load(shardings=place, seed=config.training.seed))
-    # Heads go on with the very model that they began with, even if its own run has gone on since.
-    step = read_base(config.output).step if resume else None
-    model, _, step = load_model(folder, step)
-    _check_base(config, family_of_config(model.config), folder)
-    if not kind.has_model and not isinstance(model, model_class(model.config, kind.purpose)):
-        raise UserError(f"init_from {folder} holds a {type(model).__name__}, which heads cannot stand on")
-    return Base(folder, folder / TOKENIZER_FOLDER, step, model)
-
-
-def _base_folder(place: str) -> Path:
-    return resolve(place) if place.startswith(HUB_PREFIX) else Path(place)
-
-
-def _open(config: RunConfig, folder: Path) -> Pretrained:
-    """What a run starts from in a Hugging Face folder, as a model that is for what the run is for."""
-    kind = OBJECTIVES[config.objective]
-    _check_base(config, MODELS[family_of(read_config(folder)).name], folder)
-    # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-    types = {name: getattr(config.model, name) for name in _TYPES} if kind.has_model else {}
-    return Pretrained.open(folder, head=kind.purpose, **types)
-
-
 def _with_labels(config: RunConfig) -> RunConfig:
     """The configuration with as many labels as its task has, if it has one."""
     if config.data.task is None:
         return config
     return replace(config, model=with_labels(config.model, glue_task(config.data.task)))
-
-
-def _check_base(config: RunConfig, family: ModelFamily, folder: Path) -> None:
-    kind = OBJECTIVES[config.objective]
-    if kind.has_model and family.name != config.family:
-        raise UserError(
-            f"init_from {folder} holds a {family.name}, and the family of this run is {config.family}; "
-            f"give family {family.name}"
-        )
-    if kind.purpose not in family.models:
-        raise UserError(
-            f"init_from {folder} holds a {family.name}, which has no model for {kind.purpose}, as objective "
-            f"'{config.objective}' needs; give another folder"
-        )
-
-
-def _with_options_of_base(config: RunConfig) -> RunConfig:
-    """The configuration with the sizes of the Hugging Face folder that it starts from, if it does.
-
-    Only how tokens are mixed and how the model is computed are the run's own to say.
-    """
-    kind = OBJECTIVES[config.objective]
-    if config.init_from is None or not is_checkpoint_folder(_base_folder(config.init_from)):
-        return config
-    sizes = _open(config, _base_folder(config.init_from)).model.config
-    if not kind.has_model:
-        return replace(config, family=family_of_config(sizes).name, model=sizes)
-    mixers = [each.name for each in fields(sizes) if isinstance(getattr(sizes, each.name), AttentionConfig)]
-    own = {name: getattr(config.model, name) for name in (*_TYPES, *mixers, *_COMPUTED) if hasattr(sizes, name)}
-    return replace(config, model=replace(sizes, **own))

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from lin_jax.evaluation.targets import Batch, Sums
 from lin_jax.training.objectives import Objective
-from lin_jax.training.optimizer import Optimizer, widened
-from lin_jax.training.parameters import Params
+from lin_jax.training.optimizer import Optimizer
+from lin_jax.training.parameters import Params, widened
 from lin_jax.training.placement import Placement
 from lin_jax.training.watch import DEFAULT_WATCH, Verdict, Watch, WatchConfig, judge
 

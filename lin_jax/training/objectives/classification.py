@@ -19,7 +19,7 @@ from lin_jax.evaluation.targets import Batch, Sums, total
 from lin_jax.models import CausalModel, ModelConfig
 from lin_jax.models.registry import CLASSIFIER
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_model, params_of
+from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_params, params_of
 
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
@@ -71,7 +71,7 @@ class Classification:
 
         That is a classifier, whose head is left behind where it has another number of labels, or a language model.
         """
-        fresh = params_of(new_model(self._config, key, CLASSIFIER))
+        fresh = new_params(self._config, key, purpose=CLASSIFIER)
         if base is None:
             return fresh
         given = params_of(base)
@@ -88,7 +88,11 @@ class Classification:
         """None: a base model's parameters go on learning."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Any, None]:
+    def modules(self) -> Sequence[Any]:
+        """The model."""
+        return [self._abstract]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[Any, None]:
         """The model, and no heads."""
         return filled(self._abstract, params), None
 
@@ -98,7 +102,7 @@ class Classification:
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums | Answers:
         """Sums `[1]` over the texts of a batch; of a batch to validate on, what was said of each, too."""
-        model, _ = self.parts(params)
+        model, _ = self.parts(params, frozen)
         scores = model(*(batch[name] for name in _INPUTS if name in batch))
         labels, included = jnp.asarray(batch["labels"]), _included(batch)
         if self.task.is_regression:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,11 @@ class FrozenBase(Generic[Heads]):
         assert base is not None, "checked with the configuration"
         return params_of(base)
 
-    def parts(self, params: Params) -> tuple[None, Heads]:
+    def modules(self) -> Sequence[Any]:
+        """The base model, and the heads."""
+        return [self._base, self._heads]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[None, Heads]:
         """No model, and the heads."""
         return None, filled(self._heads, params)
 
@@ -84,7 +88,7 @@ class FrozenBase(Generic[Heads]):
         base = filled(self._base, frozen)
         hidden = jax.lax.stop_gradient(base.hidden(*inputs_of(batch)))
         path, targets = path_ahead(batch, self.depth)
-        guesses = self.parts(params)[1].guess(hidden, path)
+        guesses = self.parts(params, frozen)[1].guess(hidden, path)
         if self._targets == "text":
             return token_sums(guesses, targets)
         return taught_sums(guesses, jax.lax.stop_gradient(base.logits(hidden)), targets.included)
@@ -95,7 +99,7 @@ class FrozenBase(Generic[Heads]):
 
     def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
         """How often each guess is right at each depth, as `head_accuracy.json` and as a table."""
-        return report_heads(filled(self._base, frozen), self.parts(params)[1], self.depth, batches, folder)
+        return report_heads(filled(self._base, frozen), self.parts(params, frozen)[1], self.depth, batches, folder)
 
 
 def check_heads(config: "RunConfig", option: str) -> None:

@@ -1,8 +1,9 @@
 """The next token."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -11,8 +12,9 @@ from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.evaluation.targets import Batch, Sums, targets_ahead
 from lin_jax.models import CausalModel, ModelConfig
 from lin_jax.models.registry import CAUSAL_LM
+from lin_jax.training.adapters import AdapterConfig, adapted, with_adapters
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_model, params_of
+from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_params, params_of
 
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
@@ -27,9 +29,10 @@ class LanguageModel:
     coefficients: tuple[float, ...] = (1.0,)
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, adapters: AdapterConfig | None = None) -> None:
         self._config = config
-        self._abstract = abstract_model(config)
+        self._plain = params_of(abstract_model(config))
+        self._abstract = adapted(abstract_model(config), adapters)
 
     @classmethod
     def check(cls, config: "RunConfig") -> None:
@@ -38,22 +41,27 @@ class LanguageModel:
     @classmethod
     def of(cls, config: "RunConfig") -> "LanguageModel":
         """The objective of a run."""
-        return cls(config.model)
+        return cls(config.model, config.adapters)
 
     def shapes(self) -> Params:
         """The model's parameters, without values."""
         return params_of(self._abstract)
 
     def start(self, key: Array, base: CausalModel | None) -> Params:
-        """Fresh parameters, or those of a base model."""
-        fresh = params_of(new_model(self._config, key))
-        return fresh if base is None else initial_params(fresh, params_of(base))
+        """Fresh parameters, or those of a base model, and adapters that do nothing yet."""
+        draw = partial(new_params, self._config, key)
+        own = draw() if base is None else initial_params(self._plain, params_of(base), draw)
+        return with_adapters(own, self._abstract, key)
 
     def frozen(self, base: CausalModel | None) -> Params:
         """None: a base model's parameters go on learning."""
         return {}
 
-    def parts(self, params: Params) -> tuple[CausalModel, None]:
+    def modules(self) -> Sequence[Any]:
+        """The model, with adapters and without any."""
+        return [abstract_model(self._config), self._abstract]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[CausalModel, None]:
         """The model, and no heads."""
         return filled(self._abstract, params), None
 
@@ -63,7 +71,7 @@ class LanguageModel:
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[1]` over the tokens of a batch."""
-        return next_token_sums(self.parts(params)[0], batch)
+        return next_token_sums(self.parts(params, frozen)[0], batch)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """The perplexity."""

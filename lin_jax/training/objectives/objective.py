@@ -70,8 +70,11 @@ class Objective(Protocol):
     def frozen(self, base: Any) -> Params:
         """The parameters that do not learn."""
 
-    def parts(self, params: Params) -> tuple[Any, MedusaHeads | PathHead | None]:
-        """The model and the heads that learn, each None if it does not."""
+    def modules(self) -> Sequence[Any]:
+        """Modules of shapes that all parameters belong to, learnt or not, by the ends of their paths."""
+
+    def parts(self, params: Params, frozen: Params) -> tuple[Any, MedusaHeads | PathHead | None]:
+        """The model and the heads that learn, each None if it does not, made of what learns and what does not."""
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """How many targets a batch has, for each predictor."""
