@@ -188,7 +188,7 @@ class Session:
 
 
 def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
-    from lin_jax.training.checkpoints import read_about
+    from lin_jax.training.checkpoint_files import read_about
     from lin_jax.training.loading import load_model
 
     model, _, step = load_model(folder)

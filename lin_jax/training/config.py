@@ -66,6 +66,8 @@ class TrainingConfig:
         evaluate_every: steps between validations; there is always one before the first step and one after the last.
         checkpoint_every: steps between checkpoints; there is always one after the last step.
         keep_checkpoints: newest checkpoints that are kept.
+        keep_best: checkpoints that are kept besides: those with the lowest validation losses. Only those have one that
+            are due together with a validation.
     """
 
     steps: int = 1000
@@ -76,11 +78,14 @@ class TrainingConfig:
     evaluate_every: int = 200
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    keep_best: int = 1
 
     def __post_init__(self) -> None:
-        for name in (each.name for each in fields(self) if each.name != "seed"):
+        for name in (each.name for each in fields(self) if each.name not in ("seed", "keep_best")):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
+        if self.keep_best < 0:
+            raise UserError(f"training.keep_best is {self.keep_best}; give 0 or more")
         if self.batch_size % self.accumulation:
             raise UserError(
                 f"training.batch_size {self.batch_size} is not a multiple of training.accumulation {self.accumulation}"

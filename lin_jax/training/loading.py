@@ -3,21 +3,36 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, MedusaHeads, PathHead
-from lin_jax.training.checkpoints import newest_readable, read_about, read_params, saved_steps
+from lin_jax.training.checkpoint_files import (
+    ABOUT_PART,
+    MODEL_PARTS,
+    best_first,
+    checkpoint_folder,
+    first_readable,
+    newest_readable,
+    problem,
+    read_about,
+    read_params,
+    saved_steps,
+)
 from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
 from lin_jax.training.objectives import OBJECTIVES
 from lin_jax.training.parameters import Params, fingerprint, params_of
+from lin_jax.training.processes import agreed
+
+Step = int | Literal["best"] | None
 
 
-def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, RunConfig, int]:
+def load_model(run_folder: str | Path, step: Step = None) -> tuple[Llama, RunConfig, int]:
     """The model of a run, the run's configuration, and the step it is from.
 
     Args:
         run_folder: output of a train.py run.
-        step: which checkpoint; None takes the newest that can be read.
+        step: which checkpoint; None takes the newest that is whole, "best" the one with the lowest validation loss.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, or the run holds heads, not a model.
@@ -32,14 +47,12 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Llama, 
     return objective.parts(params)[0], config, found
 
 
-def load_heads(
-    run_folder: str | Path, step: int | None = None, *, model: Llama | None = None
-) -> MedusaHeads | PathHead:
+def load_heads(run_folder: str | Path, step: Step = None, *, model: Llama | None = None) -> MedusaHeads | PathHead:
     """The draft heads of a run.
 
     Args:
         run_folder: output of a train.py run with the objective medusa, medusa_joint or path.
-        step: which checkpoint; None takes the newest that can be read.
+        step: which checkpoint; None takes the newest that is whole, "best" the one with the lowest validation loss.
         model: what the heads are to be used with, to make sure that they were trained on it.
 
     Raises:
@@ -94,18 +107,36 @@ def read_base(run_folder: str | Path) -> BaseRun:
         UserError: the run has no checkpoint, or holds no heads on a frozen model.
     """
     run = Path(run_folder)
-    base = newest_readable(run, lambda step: read_about(run, step))[0].base
+    base = newest_readable(run, lambda step: read_about(run, step), ABOUT_PART)[0].base
     if base is None:
         raise UserError(f"{run} holds no heads on a frozen model, and so stands on no other run")
     return BaseRun(Path(os.path.normpath(run / base["run"])), base["step"], base["fingerprint"])
 
 
-def _read(run: Path, step: int | None, like: Params) -> tuple[Params, int]:
-    steps = saved_steps(run)
+def parse_step(text: str) -> Step:
+    """The step that a command line names: a number, or "best".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    return "best" if text == "best" else int(text)
+
+
+def _read(run: Path, step: Step, like: Params) -> tuple[Params, int]:
+    steps = agreed(lambda: saved_steps(run))
     if not steps:
         raise UserError(f"there is no checkpoint in {run}; train with train.py first")
+
+    def read(each: int) -> tuple[Params, int]:
+        return read_params(run, each, like), each
+
     if step is None:
-        return newest_readable(run, lambda each: (read_params(run, each, like), each))[0]
+        return newest_readable(run, read, MODEL_PARTS)[0]
+    if step == "best":
+        return first_readable(run, agreed(lambda: best_first(run)), read, MODEL_PARTS, "the next best")[0]
     if step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return read_params(run, step, like), step
+    folder = checkpoint_folder(run) / str(step)
+    if reason := agreed(lambda: problem(folder, MODEL_PARTS)):
+        raise UserError(f"{folder} is damaged: {reason}; {run} has steps {', '.join(map(str, steps))}")
+    return read(step)

@@ -49,7 +49,10 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
     """
     run = prepare(config, resume=resume)
     training = run.config.training
-    with Checkpoints(run.folder, training.keep_checkpoints) as checkpoints:
+    with (
+        Checkpoints(run.folder, training.keep_checkpoints, training.keep_best) as checkpoints,
+        checkpoints.full_disk_told(),
+    ):
         state, start = run.state, None
         if resume:
             restored = checkpoints.restore_latest(run.state, run.about)
@@ -102,6 +105,7 @@ class Loop:
         self._compiled: Any = None
         self._sums = jax.jit(run.objective.sums)
         self._pending: Figures | None = None
+        self._validation: tuple[int, float] | None = None
 
     def run_to_end(self, stop: StopRequest) -> Outcome:
         """Trains until the last step or a signal, and saves."""
@@ -110,11 +114,15 @@ class Loop:
                 self._evaluate()
             self._train()
             if self.step % self.config.checkpoint_every == 0:
+                # A checkpoint knows its validation loss if it has one, unless it is urgent.
+                if self.step % self.config.evaluate_every == 0 and stop.signal is None:
+                    self._evaluate()
                 self._save()
-        self._save()
         if stop.signal is not None and self.step < self.config.steps:
+            self._save()
             return self._stopped(stop.signal)
         self._evaluate()
+        self._save()
         self._report()
         return Outcome(self.step)
 
@@ -157,18 +165,23 @@ class Loop:
         self.progress.show(self.step, logged["loss"], speed)
 
     def _evaluate(self) -> None:
+        """Validates, if that has not been done at this step."""
+        if self._validation is not None and self._validation[0] == self.step:
+            return
         self._settle()
         with self.clock.paused():
             sums = total(lambda batch: self._sums(self.state.params, self.run.frozen, batch), self.run.validation)
         means = sums.loss / np.maximum(sums.tokens, 1)
         figures = {"loss": float(np.dot(self.run.objective.coefficients, means)), **self.run.objective.figures(sums)}
+        self._validation = (self.step, figures["loss"])
         self.trackers.log(self.step, {f"validation_{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.progress.note(f"step {self.step}: validation: {shown}")
 
     def _save(self) -> None:
         self._settle()
-        self.checkpoints.save(self.step, self.state, self.run.batches.get_state(), self.run.about)
+        loss = self._validation[1] if self._validation is not None and self._validation[0] == self.step else None
+        self.checkpoints.save(self.step, self.state, self.run.batches.get_state(), self.run.about, loss)
 
     def _report(self) -> None:
         text = self.run.objective.report(self.state.params, self.run.frozen, self.run.validation, self.run.folder)

@@ -23,12 +23,14 @@ from lin_jax.evaluation.targets import Batch
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.models import Llama
-from lin_jax.training.checkpoints import About, saved_steps
+from lin_jax.training.about import About
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.loading import load_model, read_base
 from lin_jax.training.objectives import OBJECTIVES, Objective
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
+from lin_jax.training.processes import agreed
 from lin_jax.training.step import TrainState, make_step
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -176,7 +178,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    steps = saved_steps(folder)
+    steps = agreed(lambda: saved_steps(folder))
     if resume and not steps:
         raise UserError(f"there is no checkpoint in {folder} to resume from; leave --resume out to start the run")
     if steps and not resume:

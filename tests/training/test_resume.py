@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.tracker import read_metrics
 
 ROOT = Path(__file__).parents[2]

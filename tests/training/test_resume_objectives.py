@@ -11,7 +11,7 @@ import pytest
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
 from lin_jax.training import load_heads, load_model, read_base
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.parameters import params_of
 from lin_jax.training.setup import prepare
