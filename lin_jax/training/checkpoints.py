@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from lin_jax.training.checkpoint_files import (
     saved_steps,
     validation_losses,
 )
+from lin_jax.training.echoes import without_echoes
 from lin_jax.training.manifest import seal
 from lin_jax.training.processes import agreed, is_first
 from lin_jax.training.retention import newest_and_best
@@ -59,19 +60,25 @@ class Checkpoints:
         self.folder = checkpoint_folder(folder)
         self._losses = dict(agreed(lambda: list(validation_losses(folder).items())))
         self._saving: int | None = None
+        self._echoes = ExitStack()
+        self._policy = newest_and_best(keep, keep_best, self._losses)
+        self._manager = self._open()
+        self.latest: int | None = self._manager.latest_step()
+
+    def _open(self) -> Any:
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=newest_and_best(keep, keep_best, self._losses),
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
             # Reads no metadata: they are in no manifest, and a damaged one must not keep a run from its sound ones.
             lightweight_initialize=True,
             async_options=AsyncOptions(post_finalization_callback=self._seal),
         )
         with self._storage_errors():
-            self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self.latest: int | None = self._manager.latest_step()
+            agreed(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            return ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
-        logging.getLogger("absl").addFilter(_is_news)
+        self._echoes.enter_context(without_echoes())
         return self
 
     def __exit__(
@@ -85,7 +92,7 @@ class Checkpoints:
                 raise
             log.warning("%s", failure)
         finally:
-            logging.getLogger("absl").removeFilter(_is_news)
+            self._echoes.close()
 
     def save(
         self,
@@ -186,9 +193,11 @@ class Checkpoints:
         later = [step for step in steps if step > restored.step]
         agreed(lambda: self._move(set(later) & set(broken), self.run / UNREADABLE_FOLDER))
         agreed(lambda: self._move(set(later) - set(broken), self.run / ROLLED_BACK_FOLDER))
-        self._manager.reload()
         for step in later:
             self._losses.pop(step, None)
+        if later:
+            self._manager.close()
+            self._manager = self._open()
         self.latest = restored.step
         return restored
 
@@ -237,14 +246,6 @@ class Checkpoints:
         if is_first():
             for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message is not of Orbax about an exception, with a traceback for every thread that it passes.
-
-    All of them are raised by `wait` or the next `save`.
-    """
-    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _free(path: Path) -> Path:

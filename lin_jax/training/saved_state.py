@@ -1,5 +1,6 @@
 """A training state as the parts of a checkpoint, and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,17 @@ def read_state(folder: Path, step: int, like: TrainState) -> Restored:
     state = TrainState(
         params=read_arrays(folder / "model", like.params),
         optimizer=read_arrays(folder / "optimizer", like.optimizer),
-        step=_placed_as(like.step, jnp.asarray(step, jnp.int32)),
-        key=_placed_as(like.key, _key_from_json(key)),
+        step=_placed_as(like.step, lambda: jnp.asarray(step, jnp.int32)),
+        key=_placed_as(like.key, lambda: _key_from_json(key)),
     )
     return Restored(state, data, step)
 
 
-def _placed_as(like: Any, value: Array) -> Array:
-    """A value that every process has, in the place of another one, if that has a place."""
+def _placed_as(like: Any, make: Callable[[], Array]) -> Array:
+    """A value that every process can make, in the place of another one, if that has a place."""
     sharding = getattr(like, "sharding", None)
-    return value if sharding is None else jax.device_put(value, sharding)
+    # Compiled, because a random key cannot be put onto the devices of another process.
+    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
 
 
 # Not Orbax's own form of a random key: it logs a false alarm ("Skipping merge") at every save.
