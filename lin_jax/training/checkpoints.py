@@ -10,9 +10,8 @@ With several processes every one calls the same methods; the first decides what 
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,9 +28,9 @@ from lin_jax.training.checkpoint_files import (
     saved_steps,
     validation_losses,
 )
-from lin_jax.training.echoes import without_echoes
+from lin_jax.training.failed_saves import end_writing, remove_unfinished, without_echoes
 from lin_jax.training.manifest import seal
-from lin_jax.training.processes import agreed, is_first
+from lin_jax.training.processes import agreed
 from lin_jax.training.retention import newest_and_best
 from lin_jax.training.saved_state import Restored, parts_of, read_state
 from lin_jax.training.step import TrainState
@@ -39,6 +38,8 @@ from lin_jax.training.storage import no_room, storage_failure
 
 UNREADABLE_FOLDER = "unreadable"
 ROLLED_BACK_FOLDER = "rolled_back"
+
+_NONE = "none"
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class Checkpoints:
         self._losses = dict(agreed(lambda: list(validation_losses(folder).items())))
         self._saving: int | None = None
         self._echoes = ExitStack()
+        self._failed = False
         self._policy = newest_and_best(keep, keep_best, self._losses)
+        self._manager: Any = None
         self._manager = self._open()
         self.latest: int | None = self._manager.latest_step()
 
@@ -71,7 +74,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             # Reads no metadata: they are in no manifest, and a damaged one must not keep a run from its sound ones.
             lightweight_initialize=True,
-            async_options=AsyncOptions(post_finalization_callback=self._seal),
+            # Folders are made at once: where a disk has no room for one, threads would wait for it for minutes.
+            async_options=AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False),
         )
         with self._storage_errors():
             agreed(lambda: self.folder.mkdir(parents=True, exist_ok=True))
@@ -85,14 +89,20 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with self._storage_errors():
-                self._manager.close()
+            self._close()
         except UserError as failure:
             if error is None:
                 raise
             log.warning("%s", failure)
         finally:
             self._echoes.close()
+
+    def _close(self) -> None:
+        if self._failed:
+            remove_unfinished(self.folder)
+            return
+        with self._storage_errors():
+            self._manager.close()
 
     def save(
         self,
@@ -141,7 +151,7 @@ class Checkpoints:
     def last_good(self) -> str:
         """Names the newest complete checkpoint, or says that there is none."""
         steps = saved_steps(self.run)
-        return str(self.path(steps[-1])) if steps else "none"
+        return str(self.path(steps[-1])) if steps else _NONE
 
     def restore_latest(self, like: TrainState, about: About) -> Restored:
         """The newest checkpoint that is whole.
@@ -231,21 +241,17 @@ class Checkpoints:
             failure = storage_failure(error)
             if failure is None or not meant(failure):
                 raise
-            self._discard_unfinished()
+            self._failed = True
+            if self._manager is not None:
+                end_writing(self._manager)
+            remove_unfinished(self.folder)
+            good = self.last_good()
             remedy = "make room" if no_room(failure) else "mend that"
+            then = "start again" if good == _NONE else "go on from it with --resume"
             raise UserError(
-                f"cannot write to {self.run}: {os.strerror(failure)}; the last good checkpoint is {self.last_good()}; "
-                f"{remedy} and go on from it with --resume"
+                f"cannot write to {self.run}: {os.strerror(failure)}; the last good checkpoint is {good}; "
+                f"{remedy} and {then}"
             ) from error
-
-    def _discard_unfinished(self) -> None:
-        """Removes what an interrupted save has left."""
-        if hasattr(self, "_manager"):
-            with suppress(Exception):
-                self._manager.wait_until_finished()
-        if is_first():
-            for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _free(path: Path) -> Path:

@@ -3,7 +3,6 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, MedusaHeads, PathHead
@@ -23,8 +22,7 @@ from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
 from lin_jax.training.objectives import OBJECTIVES
 from lin_jax.training.parameters import Params, fingerprint, params_of
 from lin_jax.training.processes import agreed
-
-Step = int | Literal["best"] | None
+from lin_jax.which_step import Step
 
 
 def load_model(run_folder: str | Path, step: Step = None) -> tuple[Llama, RunConfig, int]:
@@ -111,15 +109,6 @@ def read_base(run_folder: str | Path) -> BaseRun:
     if base is None:
         raise UserError(f"{run} holds no heads on a frozen model, and so stands on no other run")
     return BaseRun(Path(os.path.normpath(run / base["run"])), base["step"], base["fingerprint"])
-
-
-def parse_step(text: str) -> Step:
-    """The step that a command line names: a number, or "best".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    return "best" if text == "best" else int(text)
 
 
 def _read(run: Path, step: Step, like: Params) -> tuple[Params, int]:

@@ -102,7 +102,10 @@ def test_an_unfinished_save_is_told_even_at_the_end(tmp_path):
         with Checkpoints(tmp_path) as checkpoints:
             checkpoints.save(1, large_state(1), {}, ABOUT)
 
-    with small_files(2**20), pytest.raises(UserError, match="the last good checkpoint is none; make room"):
+    with (
+        small_files(2**20),
+        pytest.raises(UserError, match="the last good checkpoint is none; make room and start again"),
+    ):
         run()
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -120,7 +123,9 @@ def test_it_does_not_hide_what_stopped_the_run(tmp_path, caplog):
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(UserError, match=r"cannot write to .*; mend that and go on from it with --resume"):
+    with pytest.raises(
+        UserError, match=r"cannot write to .*; the last good checkpoint is none; mend that and start again"
+    ):
         Checkpoints(tmp_path)
 
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from shared_state import ABOUT, state_of, whole
 
+from lin_jax.decoding.session import Session
 from lin_jax.errors import UserError
+from lin_jax.hub import from_pretrained
+from lin_jax.hub.__main__ import main as hub
 from lin_jax.training import TrainingConfig, load_model
 from lin_jax.training.checkpoint_files import saved_steps, validation_losses
 from lin_jax.training.checkpoints import Checkpoints
@@ -97,8 +100,12 @@ def test_the_best_model_is_loaded_by_name(base_run, tmp_path, caplog):
     label = run / "checkpoints" / "8" / "about" / "metadata"
     label.write_text(json.dumps(json.loads(label.read_text()) | {"validation_loss": 0.1}))
     seal(run / "checkpoints" / "8")
-    assert load_model(run, "best")[2] == 8
+    older, _, step = load_model(run, "best")
+    assert step == 8
     assert load_model(run)[2] == 12
+    assert hub(["export", str(run), str(tmp_path / "out"), "--step", "best"]) == 0
+    for model in (Session.load(run, step="best").model, from_pretrained(tmp_path / "out")):
+        np.testing.assert_array_equal(model.norm.scale[...], older.norm.scale[...])
     shutil.rmtree(run / "checkpoints" / "8" / "model" / "d")
     assert load_model(run, "best")[2] == 12
     assert "8 cannot be read, trying the next best: model/d/" in caplog.text
