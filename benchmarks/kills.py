@@ -4,10 +4,10 @@
 
 A small run is started, killed with SIGKILL and resumed, until it was killed as often as asked; then it runs to its end.
 Of three kills one comes at a random moment (start included), one as soon as a checkpoint is being written, and one a
-random moment after that. Before some of the resumptions a file of the newest checkpoint is cut short or has a bit
-flipped. A checkpoint that was damaged must be named on stderr and never be resumed from; what is resumed from must be
-the newest of the others. In the end every line of metrics but for the times, and every weight, must equal those of a
-run that was left alone. Exit status 1 if anything is otherwise.
+random moment after that. Before every other resumption a file of the newest checkpoint is cut short or has a bit
+flipped, if there is one before it. A checkpoint that was damaged must be named on stderr and never be resumed from;
+what is resumed from must be the newest of the others. In the end every line of metrics but for the times, and every
+weight, must equal those of a run that was left alone. Exit status 1 if anything is otherwise.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from lin_jax.training.tracker import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).parents[1]
 EVERY = 6
-# Steps that a kill may come after, so that the run lasts for all of them.
-STRIDE = 30
+# Steps that a kill may come after: enough for two checkpoints, and few enough for the run to last for all kills.
+STRIDES = (2 * EVERY + 1, 30)
 MOMENTS = ("at a random moment", "as a write begins", "during a write")
 TIMES = {"seconds", "tokens_per_second"}
 SETTINGS = {
@@ -148,7 +148,7 @@ class Victim:
 
     def _wait_for(self, process: subprocess.Popen[bytes], moment: str, begin: int) -> None:
         """Returns when it is time to kill, or the process has ended."""
-        target = min(begin + self.chance.randint(1, STRIDE), self.steps - 1)
+        target = min(begin + self.chance.randint(*STRIDES), self.steps - 1)
         writes = checkpoint_folder(self.folder)
         # Now and then anywhere in the start.
         early = moment == MOMENTS[0] and self.chance.random() < 0.3
@@ -158,7 +158,7 @@ class Victim:
             if moment == MOMENTS[0] and step >= target:
                 time.sleep(self.chance.uniform(0, 0.05))
                 return
-            if moment != MOMENTS[0] and step >= target - EVERY and any(writes.glob("*tmp*")):
+            if moment != MOMENTS[0] and step >= target and any(writes.glob("*tmp*")):
                 time.sleep(self.chance.uniform(0, 0.08) if moment == MOMENTS[2] else 0)
                 return
             time.sleep(0.001)
@@ -210,13 +210,13 @@ def differences(one: Path, other: Path) -> list[str]:
 def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """Does it all, and reports."""
     chance, began = random.Random(seed), time.monotonic()
-    steps = EVERY * 4 + STRIDE * kills
+    steps = 8 * EVERY + STRIDES[1] * kills
     cache, quiet = folder / "compiled", folder / "quiet"
     alone = launch(quiet, steps, cache, quiet.with_suffix(".stderr"))
     victim = Victim(folder / "killed", steps, cache, chance)
     for index in range(kills):
         victim.kill(MOMENTS[index % len(MOMENTS)])
-        if chance.random() < 0.5:
+        if index % 2 == 0:
             victim.damage()
         print(f"kill {index + 1} of {kills}: at step {victim.step()} of {steps}", file=sys.stderr)
     victim.finish()
