@@ -15,6 +15,7 @@ from lin_jax.decoding.plan import Plan, save_plans
 from lin_jax.decoding.session import PLAN_FILE
 from lin_jax.training import load_run_config
 from lin_jax.training.loop import train
+from lin_jax.training.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -155,3 +156,19 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     assert report["results"][1]["mean_accepted_tokens"] > 1
     assert report["results"][1]["boundaries_crossed"] > 0
     assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12
+
+
+def test_kills(tmp_path: Path) -> None:
+    """A run that is killed at random, as a write begins and during one goes on as if it had been left alone."""
+    file = tmp_path / "kills.json"
+    done = run_benchmark("kills", "--kills", "3", "--folder", str(tmp_path), "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(file.read_text())
+    assert report["wrong"] == []
+    assert report["losses_equal"] is True
+    assert set(report["kills_by_moment"].values()) == {1}
+    assert report["kills_during_a_write"] >= 1
+    assert report["damage_found"] == sum(report["damaged"].values()) >= 1
+    assert report["most_steps_repeated"] <= 2 * report["checkpoint_every"]
+    lines = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, report["steps"] + 1))

@@ -25,6 +25,7 @@ from lin_jax.hub.saving import TOKENIZER_FILES, check_place, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.models.lora import merge_lora
+from lin_jax.which_step import Step
 
 
 def import_checkpoint(
@@ -67,7 +68,7 @@ def export_run(
     source: str,
     out: str,
     *,
-    step: int | None = None,
+    step: Step = None,
     dtype: str | None = None,
     figures: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -101,7 +102,7 @@ def export_run(
     return None
 
 
-def _export_adapters(run: Path, out: str, step: int | None, overwrite: bool) -> None:
+def _export_adapters(run: Path, out: str, step: Step, overwrite: bool) -> None:
     from lin_jax.training.config import load_run_config
     from lin_jax.training.loading import load_adapters as load_run_adapters
 
@@ -120,7 +121,7 @@ def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None)
     return 1 if opened.problems() else 0
 
 
-def _load_run(folder: Path, step: int | None) -> tuple[Any, Tokenizer, MedusaHeads | None]:
+def _load_run(folder: Path, step: Step) -> tuple[Any, Tokenizer, MedusaHeads | None]:
     # Imported only now: checkpoints of runs need Orbax, Hugging Face folders do not.
     from lin_jax.training.config import load_run_config
     from lin_jax.training.loading import load_heads as load_run_heads

@@ -80,6 +80,8 @@ class TrainingConfig:
         watch: what happens when a step goes wrong, the input stalls or the program hangs.
         profile: which steps are traced.
         wandb: where Weights & Biases keeps the figures, beside the run's folder.
+        keep_best: checkpoints that are kept besides: those with the lowest validation losses. Only those have one that
+            are due together with a validation.
     """
 
     steps: int = 1000
@@ -91,15 +93,18 @@ class TrainingConfig:
     evaluate_every: int = 200
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    keep_best: int = 1
     plot: bool = True
     watch: WatchConfig = field(default_factory=WatchConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        for name in (each.name for each in fields(self) if each.type is int and each.name != "seed"):
+        for name in (each.name for each in fields(self) if each.type is int and each.name not in ("seed", "keep_best")):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
+        if self.keep_best < 0:
+            raise UserError(f"training.keep_best is {self.keep_best}; give 0 or more")
         if self.epochs is not None and not self.epochs > 0:
             raise UserError(f"training.epochs is {self.epochs}; give a positive number, or null to count steps")
         if self.batch_size % self.accumulation:

@@ -10,18 +10,31 @@ from lin_jax.errors import UserError
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.pretrained import from_pretrained
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
-from lin_jax.training.checkpoints import newest_readable, read_about, read_params, saved_steps
+from lin_jax.training.checkpoint_files import (
+    ABOUT_PART,
+    MODEL_PARTS,
+    best_first,
+    checkpoint_folder,
+    first_readable,
+    newest_readable,
+    problem,
+    read_about,
+    read_params,
+    saved_steps,
+)
 from lin_jax.training.config import CONFIG_FILE, RunConfig, load_run_config
 from lin_jax.training.objectives import OBJECTIVES, Objective, Partly, keeps_base, objective_of
 from lin_jax.training.parameters import Params, fingerprint, params_of
+from lin_jax.training.processes import agreed
+from lin_jax.which_step import Step
 
 
-def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Any, RunConfig, int]:
+def load_model(run_folder: str | Path, step: Step = None) -> tuple[Any, RunConfig, int]:
     """The model of a run, the run's configuration, and the step it is from.
 
     Args:
         run_folder: output of a train.py run.
-        step: which checkpoint; None takes the newest that can be read.
+        step: which checkpoint; None takes the newest that is whole, "best" the one with the lowest validation loss.
 
     Raises:
         UserError: there is no such run or checkpoint, it is damaged, or the run holds heads, not a model.
@@ -36,13 +49,13 @@ def load_model(run_folder: str | Path, step: int | None = None) -> tuple[Any, Ru
 
 
 def load_heads(
-    run_folder: str | Path, step: int | None = None, *, model: CausalModel | None = None
+    run_folder: str | Path, step: Step = None, *, model: CausalModel | None = None
 ) -> MedusaHeads | PathHead:
     """The draft heads of a run.
 
     Args:
         run_folder: output of a train.py run with the objective medusa, medusa_joint or path.
-        step: which checkpoint; None takes the newest that can be read.
+        step: which checkpoint; None takes the newest that is whole, "best" the one with the lowest validation loss.
         model: what the heads are to be used with, to make sure that they were trained on it.
 
     Raises:
@@ -95,14 +108,18 @@ def read_base(run_folder: str | Path, step: int | None = None) -> BaseRun:
         UserError: the run has no checkpoint, or nothing in it stands on a frozen model.
     """
     run = Path(run_folder)
-    about = newest_readable(run, lambda each: read_about(run, each))[0] if step is None else read_about(run, step)
+    about = (
+        newest_readable(run, lambda each: read_about(run, each), ABOUT_PART)[0]
+        if step is None
+        else read_about(run, step)
+    )
     base = about.base
     if base is None:
         raise UserError(f"{run} holds nothing that stands on a frozen model, and so stands on no other run")
     return BaseRun(Path(os.path.normpath(run / base["run"])), base["step"], base["fingerprint"])
 
 
-def load_adapters(run_folder: str | Path, step: int | None = None) -> tuple[Any, Path]:
+def load_adapters(run_folder: str | Path, step: Step = None) -> tuple[Any, Path]:
     """The model of a run with its adapters on it, not merged, and where the model is that they stand on.
 
     Raises:
@@ -149,7 +166,7 @@ def is_pretrained(place: str | Path) -> bool:
     return Path(place).is_file() or is_checkpoint_folder(Path(place))
 
 
-def _read_parts(run: Path, config: RunConfig, step: int | None) -> tuple[Any, Any, int]:
+def _read_parts(run: Path, config: RunConfig, step: Step) -> tuple[Any, Any, int]:
     """The model and the heads of a run, each None if it has none that learns, and the step they are from."""
     objective = objective_of(config)
     params, found = _read(run, step, objective.shapes())
@@ -176,12 +193,21 @@ def base_types(config: RunConfig) -> dict[str, str]:
     return {name: getattr(config.model, name) for name in ("dtype", "param_dtype")}
 
 
-def _read(run: Path, step: int | None, like: Params) -> tuple[Params, int]:
-    steps = saved_steps(run)
+def _read(run: Path, step: Step, like: Params) -> tuple[Params, int]:
+    steps = agreed(lambda: saved_steps(run))
     if not steps:
         raise UserError(f"there is no checkpoint in {run}; train with train.py first")
+
+    def read(each: int) -> tuple[Params, int]:
+        return read_params(run, each, like), each
+
     if step is None:
-        return newest_readable(run, lambda each: (read_params(run, each, like), each))[0]
+        return newest_readable(run, read, MODEL_PARTS)[0]
+    if step == "best":
+        return first_readable(run, agreed(lambda: best_first(run)), read, MODEL_PARTS, "the next best")[0]
     if step not in steps:
         raise UserError(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return read_params(run, step, like), step
+    folder = checkpoint_folder(run) / str(step)
+    if reason := agreed(lambda: problem(folder, MODEL_PARTS)):
+        raise UserError(f"{folder} is damaged: {reason}; {run} has steps {', '.join(map(str, steps))}")
+    return read(step)

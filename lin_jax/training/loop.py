@@ -68,7 +68,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
 def _train(run: Run, resume: bool) -> Outcome:
     training = run.config.training
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(run.folder, training.keep_checkpoints))
+        checkpoints = stack.enter_context(Checkpoints(run.folder, training.keep_checkpoints, training.keep_best))
+        stack.enter_context(checkpoints.full_disk_told())
         state, start = run.state, None
         if resume:
             restored = checkpoints.restore_latest(run.state, run.about)
@@ -127,6 +128,7 @@ class Loop:
         self._compiled: Any = None
         self._sums = jax.jit(run.objective.sums, out_shardings=run.placement.whole)
         self._pending: Figures | None = None
+        self._validation: tuple[int, float] | None = None
 
     def run_to_end(self, stop: StopRequest) -> Outcome:
         """Trains until the last step or a signal, and saves."""
@@ -136,11 +138,15 @@ class Loop:
                 self._evaluate()
             self._train()
             if self.step % self.config.checkpoint_every == 0:
+                # A checkpoint knows its validation loss if it has one, unless it is urgent.
+                if self.step % self.config.evaluate_every == 0 and stop.signal is None:
+                    self._evaluate()
                 self._save()
-        self._save()
         if stopped_by is not None:
+            self._save()
             return self._stopped(stopped_by)
         self._evaluate()
+        self._save()
         self._report()
         return Outcome(self.step)
 
@@ -215,12 +221,16 @@ class Loop:
         )
 
     def _evaluate(self) -> None:
+        """Validates, if that has not been done at this step."""
+        if self._validation is not None and self._validation[0] == self.step:
+            return
         self._settle()
         with self.clock.paused():
             batches = map(self.run.placement.batch, self.run.validation)
             sums = total(lambda batch: self._sums(self.state.params, self.run.frozen, batch), batches)
         means = sums.loss / np.maximum(sums.tokens, 1)
         figures = {"loss": float(np.dot(self.run.objective.coefficients, means)), **self.run.objective.figures(sums)}
+        self._validation = (self.step, figures["loss"])
         self.trackers.log(self.step, {f"validation_{name}": value for name, value in figures.items()})
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.progress.note(f"step {self.step}: validation: {shown}")
@@ -228,7 +238,8 @@ class Loop:
     def _save(self) -> None:
         self._settle()
         position = merged_positions(everyones(self.run.batches.get_state()))
-        self.checkpoints.save(self.step, self.state, position, self.run.about)
+        loss = self._validation[1] if self._validation is not None and self._validation[0] == self.step else None
+        self.checkpoints.save(self.step, self.state, position, self.run.about, loss)
 
     def _report(self) -> None:
         text = self.run.objective.report(self.state.params, self.run.frozen, self.run.validation, self.run.folder)

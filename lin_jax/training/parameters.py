@@ -133,8 +133,8 @@ def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Param
 
 
 def placed(abstract: Any) -> Any:
-    """Shapes with a place for each array: its own sharding, or the default device."""
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes with a place for each array: its own sharding, or the default device of this process."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lin_jax.training.checkpoints import About, Checkpoints, saved_steps
+from lin_jax.training.about import About
+from lin_jax.training.checkpoint_files import saved_steps
+from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.parameters import put_like
+from lin_jax.training.processes import agreed
 from lin_jax.training.step import TrainState
 from lin_jax.training.watch import Counts
 
@@ -33,7 +36,7 @@ def roll_back(checkpoints: Checkpoints, state: TrainState, step: int, margin: in
         UserError: no checkpoint can be read.
     """
     checkpoints.wait()
-    steps = [each for each in saved_steps(checkpoints.folder.parent) if each < step]
+    steps = [each for each in agreed(lambda: saved_steps(checkpoints.run)) if each < step]
     if not steps:
         return None
     # Weights may have gone wrong a little before the loss shows it.

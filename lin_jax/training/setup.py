@@ -15,8 +15,9 @@ from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
 from lin_jax.models.logical_axes import axes_of
 from lin_jax.models.registry import family_of_config
+from lin_jax.training.about import About
 from lin_jax.training.base import Base, load_base, with_options_of_base
-from lin_jax.training.checkpoints import About, saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.inputs import read_inputs
 from lin_jax.training.mesh import make_mesh
@@ -25,7 +26,7 @@ from lin_jax.training.objectives.classification import with_labels
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.parameters import Params, abstract_model, shapes
 from lin_jax.training.placement import Placement
-from lin_jax.training.processes import is_first
+from lin_jax.training.processes import agreed, is_first
 from lin_jax.training.step import TrainState, make_step
 from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher
 
@@ -183,7 +184,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    steps = saved_steps(folder)
+    steps = agreed(lambda: saved_steps(folder))
     if resume and not steps:
         raise UserError(f"there is no checkpoint in {folder} to resume from; leave --resume out to start the run")
     if steps and not resume:

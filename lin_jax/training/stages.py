@@ -8,7 +8,7 @@ from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.errors import UserError
 from lin_jax.evaluation.perplexity import evaluate
 from lin_jax.evaluation.targets import Batch
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.config import RunConfig
 from lin_jax.training.inputs import held_out_batches
 from lin_jax.training.loading import base_types, load_any, load_model

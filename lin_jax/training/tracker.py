@@ -3,12 +3,17 @@
 import json
 import math
 import os
+import socket
+import struct
+import time
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
 from lin_jax.training.config import RunConfig, plain
+from lin_jax.training.storage import write_durably
 from lin_jax.training.weights_and_biases import WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,17 +46,17 @@ class JsonLines:
         kept = [] if resumed_at is None else [line for line in read_metrics(path) if _known(line, resumed_at)]
         for line in kept:
             self.seconds = line.get("seconds", self.seconds)
-        replacement = path.with_suffix(".new")
-        replacement.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(replacement, path)
-        self._file = path.open("a")
+        write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("ab", buffering=0)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Appends a line."""
-        self._file.write(
-            json.dumps({"step": step, **{name: _writable(value) for name, value in figures.items()}}) + "\n"
-        )
-        self._file.flush()
+        """Appends a line.
+
+        Raises:
+            OSError: the disk has not taken it.
+        """
+        line = {"step": step, **{name: _writable(value) for name, value in figures.items()}}
+        _write(self._file, json.dumps(line).encode() + b"\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -59,22 +64,37 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files that TensorBoard reads; it hides what an interrupted run wrote after its checkpoint."""
+    """Event files that TensorBoard reads; it hides what an interrupted run wrote after its checkpoint.
+
+    Written here and now: the library's own writer does it in a thread, which a full disk ends without a word, and then
+    waits for it forever.
+    """
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         # Imported here: it takes its time, and reading configurations does not need it.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        self._writer = SummaryWriter(str(folder), purge_step=0 if resumed_at is None else resumed_at + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("ab", buffering=0)
+        begin = 0 if resumed_at is None else resumed_at + 1
+        started = SessionLog(status=SessionLog.START)
+        _write(self._file, _event(begin, file_version="brain.Event:2") + _event(begin, session_log=started))
 
     def log(self, step: int, figures: dict[str, float]) -> None:
-        """Adds a point to the curve of each figure."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        """Adds a point to the curve of each figure.
+
+        Raises:
+            OSError: the disk has not taken it.
+        """
+        from tensorboardX.summary import scalar
+
+        events = (_event(step, summary=scalar(name, value)) for name, value in figures.items())
+        _write(self._file, b"".join(events))
 
     def close(self) -> None:
-        """Writes the event file out."""
-        self._writer.close()
+        """Closes the file."""
+        self._file.close()
 
 
 class Trackers:
@@ -134,3 +154,20 @@ def _writable(value: float) -> float | None:
 
 def _known(line: dict[str, Any], step: int) -> bool:
     return line["step"] < step or (line["step"] == step and "validation_loss" not in line)
+
+
+def _write(file: FileIO, content: bytes) -> None:
+    """Writes all of it to a file without a buffer: what a full disk does not take is not tried again later."""
+    while content:
+        content = content[file.write(content) :]
+
+
+def _event(step: int, **what: Any) -> bytes:
+    """An event as a record of an event file: its length, itself, and a checksum of each."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    content = Event(step=step, wall_time=time.time(), **what).SerializeToString()
+    length = struct.pack("<Q", len(content))
+    checksums = [struct.pack("<I", masked_crc32c(part)) for part in (length, content)]
+    return length + checksums[0] + content + checksums[1]

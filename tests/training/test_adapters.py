@@ -17,7 +17,7 @@ from lin_jax.hub.adapters import load_adapters
 from lin_jax.models.lora import merge_lora
 from lin_jax.training import RunConfig, load_model, read_base
 from lin_jax.training.adapters import AdapterConfig
-from lin_jax.training.checkpoints import read_params, saved_steps
+from lin_jax.training.checkpoint_files import read_params, saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.objectives import objective_of
 from lin_jax.training.parameters import fingerprint, params_of

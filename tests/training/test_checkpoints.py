@@ -11,7 +11,8 @@ import pytest
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.training import OptimizerConfig, load_heads, load_model, load_run_config, read_base
-from lin_jax.training.checkpoints import Checkpoints, read_about, saved_steps
+from lin_jax.training.checkpoint_files import read_about, saved_steps
+from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.loop import train
 from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.parameters import params_of

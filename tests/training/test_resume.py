@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.tracker import read_metrics
 
@@ -54,17 +54,14 @@ def finish(process):
     return said
 
 
-def test_a_run_killed_and_stopped_continues_exactly(tmp_path, corpus):
+def test_a_stopped_run_continues_exactly(tmp_path, corpus):
+    """One that is killed does so too: see benchmarks/kills.py and its test."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    kill_at, stop_at = random.randint(4, 9), random.randint(14, 19)
-    print(f"killed after step {kill_at}, stopped after step {stop_at}")
+    stop_at = random.randint(8, 19)
+    print(f"stopped after step {stop_at}")
     uninterrupted = launch(whole, corpus)
 
-    status, _ = interrupt(launch(broken, corpus), broken, kill_at, signal.SIGKILL)
-    assert status == -signal.SIGKILL
-    assert saved_steps(broken)[-1] < STEPS
-
-    status, said = interrupt(launch(broken, corpus, "--resume"), broken, stop_at, signal.SIGTERM)
+    status, said = interrupt(launch(broken, corpus), broken, stop_at, signal.SIGTERM)
     assert status == 143
     last = saved_steps(broken)[-1]
     assert f"stopped by SIGTERM; saved {broken / 'checkpoints'}/{last}; add --resume to go on" in said

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from lin_jax.data import Corpus, DataConfig, MixturePart, Tokenizer, merged_positions, training_batches
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.setup import prepare
 from lin_jax.training.tracker import read_metrics

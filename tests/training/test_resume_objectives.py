@@ -11,7 +11,7 @@ import pytest
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
 from lin_jax.training import load_heads, load_model, read_base
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.parameters import params_of
@@ -24,8 +24,8 @@ from lin_jax.training.tracker import read_metrics
 def stopping_after(steps, monkeypatch):
     """Runs get a SIGTERM while they take the given step."""
 
-    def make(*arguments):
-        step = make_step(*arguments)
+    def make(*arguments, **options):
+        step = make_step(*arguments, **options)
 
         class Counted:
             def lower(self, *given):

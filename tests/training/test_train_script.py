@@ -7,7 +7,7 @@ import pytest
 
 from lin_jax.errors import UserError
 from lin_jax.training import OptimizerConfig, load_run_config, parse_run_config
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from planted import Killed, killed_at, lines_of, planted
 
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.training import load_model
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.parameters import params_of
 from lin_jax.training.tracker import read_metrics
