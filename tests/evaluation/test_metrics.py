@@ -71,12 +71,11 @@ def test_batches_join_exactly(size: int) -> None:
 
     def answers(start: int) -> Answers:
         fill = size - len(labels[start : start + size])
-        rows = [
-            np.pad(each[start : start + size], [(0, fill)] + [(0, 0)] * (each.ndim - 1)) for each in (scores, labels)
-        ]
+        said = np.pad(scores[start : start + size], [(0, fill), (0, 0)])
+        known = np.pad(labels[start : start + size], (0, fill))
         real = len(part[start : start + size])
         sums = np.array([float(real)]), np.array([1]), np.array([real])
-        return Answers(*sums, *rows, np.pad(part[start : start + size], (0, fill), constant_values=-1))
+        return Answers(*sums, said, known, np.pad(part[start : start + size], (0, fill), constant_values=-1))
 
     joined = total(answers, range(0, 10, size))
     assert joined.tokens.tolist() == [10]
