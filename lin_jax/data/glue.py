@@ -6,18 +6,23 @@ from lin_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A set to validate on.
+class Part:
+    """A set of examples.
 
     Attributes:
         file: of the task's folder, without compression's ending.
         split: on the hub.
-        name: tells it from another one; empty if it is the only one, or the main one.
+        name: tells it from another one of its kind; empty if it is the only one, or the main one.
+        labelled: whether it says what is right.
     """
 
-    file: str = "dev.tsv"
-    split: str = "validation"
+    file: str
+    split: str
     name: str = ""
+    labelled: bool = True
+
+
+TRAIN = Part("train.tsv", "train")
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,21 @@ class Task:
     label: Column
     labels: tuple[str, ...] = ("0", "1")
     metrics: tuple[str, ...] = ("accuracy",)
-    held_out: tuple[HeldOut, ...] = (HeldOut(),)
+    held_out: tuple[Part, ...] = (Part("dev.tsv", "validation"),)
     header: bool = True
 
     @property
     def is_regression(self) -> bool:
         """Whether labels are numbers to predict, not classes."""
         return not self.labels
+
+    @property
+    def tests(self) -> tuple[Part, ...]:
+        """The sets whose labels GLUE keeps to itself, one beside each held-out one."""
+        return tuple(
+            Part(each.file.replace("dev", "test"), each.split.replace("validation", "test"), each.name, labelled=False)
+            for each in self.held_out
+        )
 
     @property
     def outputs(self) -> int:
@@ -124,8 +137,8 @@ TASKS = {
             label=Column("gold_label", -1, "label"),
             labels=("entailment", "neutral", "contradiction"),
             held_out=(
-                HeldOut("dev_matched.tsv", "validation_matched"),
-                HeldOut("dev_mismatched.tsv", "validation_mismatched", "mismatched"),
+                Part("dev_matched.tsv", "validation_matched"),
+                Part("dev_mismatched.tsv", "validation_mismatched", "mismatched"),
             ),
         ),
         Task(

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lin_jax.data.config import HUB_PREFIX
-from lin_jax.data.glue import HeldOut, Task
+from lin_jax.data.glue import Part, Task
 from lin_jax.data.sources import read_text
 from lin_jax.data.tables import readable
 from lin_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TRAIN = HeldOut("train.tsv", "train")
 _ENDINGS = ("", ".xz", ".gz")
 
 
@@ -33,25 +32,25 @@ class Example(NamedTuple):
     label: float
 
 
-def read_examples(source: str, task: Task, part: HeldOut) -> list[Example]:
+def read_examples(source: str, task: Task, part: Part) -> list[Example]:
     """The examples of one set of a task.
 
     Args:
         source: a folder that holds the task's folder, or that folder itself, or `hub:OWNER/NAME`.
         task: the task.
-        part: which set: `TRAIN`, or one of `task.held_out`.
+        part: which set: `TRAIN`, or one of `task.held_out` or `task.tests`; labels of the last are zeros.
 
     Raises:
         UserError: the set is not there, cannot be read, has no examples, lacks a column, or has a label that is none.
     """
     on_hub = source.startswith(HUB_PREFIX)
-    examples = list(_from_hub(source, task, part) if on_hub else _from_file(_find(source, task, part), task))
+    examples = list(_from_hub(source, task, part) if on_hub else _from_file(_find(source, task, part), task, part))
     if not examples:
         raise UserError(f"{source} holds no examples of {task.name} in {part.split if on_hub else part.file}")
     return examples
 
 
-def _find(source: str, task: Task, part: HeldOut) -> Path:
+def _find(source: str, task: Task, part: Part) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.source {source!r} is no folder; give one with GLUE's files, or hub:nyu-mll/glue")
@@ -65,33 +64,35 @@ def _find(source: str, task: Task, part: HeldOut) -> Path:
     )
 
 
-def _from_file(path: Path, task: Task) -> Iterator[Example]:
+def _from_file(path: Path, task: Task, part: Part) -> Iterator[Example]:
     try:
         text = read_text(path)
     except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise UserError(f"{path} is not readable as UTF-8 text: {error}; get the file anew") from error
     # Not splitlines(): sentences hold characters that it takes for the end of a line.
     rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
-    places, first = _places(path, task, rows[0] if rows else [])
+    places, first = _places(path, task, part, rows[0] if rows else [])
     short = 0
     for number, row in enumerate(rows[first:], first + 1):
         if len(row) <= max(places):
             short += 1
             continue
-        *sentences, label = (row[place] for place in places)
-        yield Example(tuple(sentences), _label(label, task, f"{path}, line {number}"))
+        sentences = tuple(row[place] for place in places[: len(task.sentences)])
+        where = f"{path}, line {number}"
+        yield Example(sentences, _label(row[places[-1]], task, where) if part.labelled else 0)
     if short:
         log.warning("%s: left out %d lines with too few columns", path, short)
 
 
-def _places(path: Path, task: Task, first: list[str]) -> tuple[list[int], int]:
+def _places(path: Path, task: Task, part: Part, first: list[str]) -> tuple[list[int], int]:
     """Numbers of the columns of sentences and label, and the number of the first line that is an example."""
-    columns = [*task.sentences, task.label]
+    columns = [*task.sentences, task.label] if part.labelled else [*task.sentences]
     if all(column.header in first for column in columns):
         return [first.index(column.header) for column in columns], 1
     # A first line that is an example already has a label where labels stand.
     places = [column.place if column.place >= 0 else len(first) - 1 for column in columns]
-    if first and max(places) < len(first) and (not task.header or _is_label(first[places[-1]], task)):
+    fits = part.labelled and max(places) < len(first)
+    if fits and (not task.header or _is_label(first[places[-1]], task)):
         return places, 0
     missing = next(column.header for column in columns if column.header not in first)
     raise UserError(f"{path} has no column {missing!r} in its first line, as {task.folder} has; get the file anew")
@@ -116,20 +117,20 @@ def _label(text: str, task: Task, where: str) -> float:
     return float(text) if task.is_regression else task.labels.index(text)
 
 
-def _from_hub(source: str, task: Task, part: HeldOut) -> Iterator[Example]:
+def _from_hub(source: str, task: Task, part: Part) -> Iterator[Example]:
     from datasets import load_dataset
 
     with readable(f"{source}, configuration {task.name}"):
         rows = load_dataset(source.removeprefix(HUB_PREFIX), task.name, split=part.split)
     for number, row in enumerate(rows):
-        yield _from_row(row, task, f"{source}, row {number} of {part.split}")
+        yield _from_row(row, task, part, f"{source}, row {number} of {part.split}")
 
 
-def _from_row(row: Mapping[str, Any], task: Task, where: str) -> Example:
+def _from_row(row: Mapping[str, Any], task: Task, part: Part, where: str) -> Example:
     for column in (*task.sentences, task.label):
         if column.hub not in row:
             raise UserError(f"{where}, has no column {column.hub!r}; its columns are {', '.join(sorted(row))}")
-    label = float(row[task.label.hub])
+    label = float(row[task.label.hub]) if part.labelled else 0.0
     if not task.is_regression and label not in range(len(task.labels)):
         raise UserError(f"label {label:g} in {where} is none of {task.name}; give a split with labels")
     return Example(tuple(row[column.hub] for column in task.sentences), label)

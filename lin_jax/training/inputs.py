@@ -13,8 +13,8 @@ from lin_jax.data import (
     training_batches,
     validation_batches,
 )
-from lin_jax.data.glue import Task, glue_task
-from lin_jax.data.glue_files import TRAIN, Example, read_examples
+from lin_jax.data.glue import TRAIN, Task, glue_task
+from lin_jax.data.glue_files import Example, read_examples
 from lin_jax.data.task_batches import Reader, Rows, row_length, task_training_batches, task_validation_batches
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
@@ -78,7 +78,7 @@ def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: t
     train, *held_out = (read_examples(source, task, part) for part in (TRAIN, *task.held_out))
     tokenizer = known or _task_tokenizer(config, train)
     config = _with_vocabulary(config, tokenizer)
-    reader = _reader(config, task, tokenizer)
+    reader = task_reader(config, task, tokenizer)
     segments = [reader.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]
     length = row_length(segments, config.data.sequence_length)
     rows, *held_out_rows = (
@@ -97,7 +97,7 @@ def _task_tokenizer(config: RunConfig, examples: Sequence[Example]) -> Tokenizer
     return prepare_tokenizer(config.data, [Document(str(number), text) for number, text in enumerate(texts)])
 
 
-def _reader(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Reader:
+def task_reader(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Reader:
     """How the run's model reads the examples.
 
     Raises:
