@@ -97,13 +97,14 @@ def _draw(rows: list[Row], path: Path) -> None:
     except ImportError:
         return
     measured = [row for row in rows if row.perplexity is not None]
-    names, values = [row.name for row in measured], [row.perplexity for row in measured]
+    names, values = [row.name for row in measured], [float(row.perplexity or 0) for row in measured]
     figure = Figure(figsize=(7, 0.5 + 0.5 * max(len(measured), 1)), layout="constrained")
     axes = figure.subplots()
     bars = axes.barh(names, values, color=["#888888" if row.steps == 0 else "#2a6f97" for row in measured])
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(left=1)
     axes.margins(x=0.15)
     axes.set_xlabel("perplexity of held-out text")
     figure.savefig(path, dpi=150)
