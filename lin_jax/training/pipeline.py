@@ -179,10 +179,11 @@ def _complete(run: RunConfig, before: RunConfig | None) -> RunConfig:
 
 def _blocks(run: RunConfig) -> Iterator[RunConfig]:
     """The runs of a stage: itself, or one for each block of layers whose attention is transferred in turn."""
-    count, layers, steps = run.transfer.blocks, run.model.num_layers, run.training.steps
+    count = run.transfer.blocks
     if run.objective != "attention_transfer" or count == 1:
         yield run
         return
+    layers, steps = run.model.num_layers, run.training.steps
     if count > min(layers, steps):
         raise UserError(
             f"transfer.blocks is {count}, and the model has {layers} layers to be learnt in {steps} steps; give fewer"
