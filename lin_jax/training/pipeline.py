@@ -65,7 +65,7 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig | Pipeline, bool, Laun
         argv: `CONFIG.yaml [--resume] [--launch.option VALUE ...] [--section.field VALUE ...]`.
 
     Raises:
-        UserError: the file is missing, an option is unknown, a value is wrong, or no run could be made of a stage.
+        UserError: the file is missing, an option is unknown, or a value is wrong.
         SystemExit: help was asked for.
     """
     content = _read(argv)
@@ -81,14 +81,30 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig | Pipeline, bool, Laun
         extra = [*own[stage["name"]], "--output", str(Path(common.output) / stage["name"])]
         if runs and "init_from" not in fields and "--init_from" not in extra:
             extra += ["--init_from", runs[-1].output]
-        run = _parse(content, fields, [*options, *extra], f"stage '{stage['name']}'").config
-        runs.append(_complete(run, runs[-1] if runs else None, stage["name"]))
+        runs.append(_parse(content, fields, [*options, *extra], f"stage '{stage['name']}'").config)
     read = common if held_out is None else _parse(content, {"data": held_out}, options, "held_out").config
-    found = tuple(Stage(stage["name"], tuple(_blocks(run))) for stage, run in zip(stages, runs, strict=True))
-    for number, stage in enumerate(found[1:]):
-        if stage.runs[0].init_from == runs[number].output:
-            _check_goes_on(runs[number], stage.name)
+    found = tuple(Stage(stage["name"], (run,)) for stage, run in zip(stages, runs, strict=True))
     return Pipeline(Path(common.output), found, read.data), resume, launch
+
+
+def completed(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with the size of every model, and a run for each block whose attention is transferred on its own.
+
+    Raises:
+        UserError: there is nothing to begin from, or no run can be made of a stage.
+    """
+    runs: list[RunConfig] = []
+    stages = []
+    for stage in pipeline.stages:
+        try:
+            runs.append(_complete(stage.last, runs[-1] if runs else None))
+            stages.append(Stage(stage.name, tuple(_blocks(runs[-1]))))
+            if OBJECTIVES[stage.last.objective].has_model:
+                for run in stages[-1].runs:
+                    objective_of(replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or 1)))
+        except UserError as error:
+            raise UserError(f"stage '{stage.name}': {error}") from None
+    return replace(pipeline, stages=tuple(stages))
 
 
 def _read(argv: Sequence[str]) -> dict[str, Any]:
@@ -148,35 +164,24 @@ def _parse(content: dict[str, Any], fields: dict[str, Any], options: Sequence[st
             raise UserError(f"{what}: {error}") from None
 
 
-def _complete(run: RunConfig, before: RunConfig | None, name: str) -> RunConfig:
-    """A stage's run with the sizes of the model that it begins from; whatever is wrong with it is said now."""
-    try:
-        if before is not None and run.init_from == before.output:
-            run = replace(run, model=replace(before.model, **own_options(run.model)))
-        elif run.init_from is not None and not Path(run.init_from).exists():
-            raise UserError(f"init_from {run.init_from} does not exist")
-        run = with_options_of_base(run)
-        for block in _blocks(run):
-            if OBJECTIVES[run.objective].has_model:
-                objective_of(replace(block, model=replace(block.model, vocab_size=block.model.vocab_size or 1)))
-    except UserError as error:
-        raise UserError(f"stage '{name}': {error}") from None
-    return run
-
-
-def _check_goes_on(before: RunConfig, name: str) -> None:
-    if not OBJECTIVES[before.objective].has_model:
-        raise UserError(
-            f"stage '{name}' begins from {before.output}, which will hold draft heads and no model; say init_from"
-        )
+def _complete(run: RunConfig, before: RunConfig | None) -> RunConfig:
+    """A stage's run with the sizes of the model that it begins from."""
+    if before is not None and run.init_from == before.output:
+        if not OBJECTIVES[before.objective].has_model:
+            raise UserError(f"it begins from {before.output}, which will hold heads and no model; give it an init_from")
+        return replace(run, model=replace(before.model, **own_options(run.model)))
+    if run.init_from is not None and not Path(run.init_from).exists():
+        raise UserError(f"init_from {run.init_from} does not exist; give a run folder, a checkpoint's folder or a file")
+    return with_options_of_base(run)
 
 
 def _blocks(run: RunConfig) -> Iterator[RunConfig]:
     """The runs of a stage: itself, or one for each block of layers whose attention is transferred in turn."""
-    count, layers, steps = run.transfer.blocks, run.model.num_layers, run.training.steps
+    count = run.transfer.blocks
     if run.objective != "attention_transfer" or count == 1:
         yield run
         return
+    layers, steps = run.model.num_layers, run.training.steps
     if count > min(layers, steps):
         raise UserError(
             f"transfer.blocks is {count}, and the model has {layers} layers to be learnt in {steps} steps; give fewer"

@@ -104,6 +104,7 @@ def _draw(rows: list[Row], path: Path) -> None:
     axes.bar_label(bars, fmt="%.2f", padding=3)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.set_xlim(left=1)
     axes.margins(x=0.15)
     axes.set_xlabel("perplexity of held-out text")
     figure.savefig(path, dpi=150)

@@ -14,7 +14,7 @@ from lin_jax.training.inputs import held_out_batches
 from lin_jax.training.loading import base_types, load_any, load_model
 from lin_jax.training.loop import train
 from lin_jax.training.objectives import OBJECTIVES, LanguageModel, initial_key
-from lin_jax.training.pipeline import Pipeline, Stage
+from lin_jax.training.pipeline import Pipeline, Stage, completed
 from lin_jax.training.stage_report import REPORT_FILE, Row, StageReport
 from lin_jax.training.teacher import TOKENIZER_FOLDER
 from lin_jax.training.tracker import METRICS_FILE, read_metrics
@@ -31,8 +31,9 @@ def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
         Exit status of a script.
 
     Raises:
-        UserError: a stage cannot be run, or there is something in its place.
+        UserError: a stage cannot be run, which is found out before the first begins, or something is in its place.
     """
+    pipeline = completed(pipeline)
     report = StageReport.open(pipeline.output / REPORT_FILE)
     _check_places(pipeline, report, resume)
     for number, stage in enumerate(pipeline.stages):

@@ -15,7 +15,7 @@ from lin_jax.hub import from_pretrained
 from lin_jax.hub.__main__ import main
 from lin_jax.hub.adapters import load_adapters
 from lin_jax.models.lora import merge_lora
-from lin_jax.training import RunConfig, load_model, read_base
+from lin_jax.training import load_model, read_base
 from lin_jax.training.adapters import AdapterConfig
 from lin_jax.training.checkpoint_files import read_params, saved_steps
 from lin_jax.training.loop import train
@@ -31,7 +31,7 @@ def adapted_run(tiny_run, base_run):
     """Makes the configuration of a run with adapters on the base run."""
 
     def make(output, adapters=ADAPTERS, **options):
-        return replace(tiny_run(output, init_from=str(base_run), steps=9, **options), adapters=adapters)
+        return replace(tiny_run(output, init_from=str(base_run), steps=7, **options), adapters=adapters)
 
     return make
 
@@ -75,13 +75,13 @@ def test_what_is_frozen_stays_and_is_not_saved(finished, base_run, adapted_run):
     assert read_base(finished).fingerprint == fingerprint(run.frozen)
 
 
-@pytest.mark.parametrize("objective", ["language_model", "medusa_joint"])
-def test_a_stopped_run_continues_exactly(objective, adapted_run, tmp_path, monkeypatch):
-    whole, broken = (adapted_run(tmp_path / name, objective=objective) for name in ("whole", "broken"))
+def test_a_stopped_run_continues_exactly(adapted_run, tmp_path, monkeypatch):
+    """Of a model with draft heads, which learn in full beside its adapters."""
+    whole, broken = (adapted_run(tmp_path / name, objective="medusa_joint") for name in ("whole", "broken"))
     assert train(whole).status == 0
-    with stopping_after(5, monkeypatch):
+    with stopping_after(3, monkeypatch):
         assert train(broken).status == 143
-    assert saved_steps(tmp_path / "broken")[-1] == 5
+    assert saved_steps(tmp_path / "broken")[-1] == 3
     assert train(broken, resume=True).status == 0
     assert lines_of(tmp_path / "broken") == lines_of(tmp_path / "whole")
     ours, theirs = (params_of(load_model(tmp_path / name)[0]) for name in ("broken", "whole"))
@@ -157,7 +157,6 @@ def test_a_frozen_model_may_be_narrower_than_what_learns(adapted_run, tmp_path, 
     prepared = prepare(run, resume=False)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared.state.params)} == {"float32"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared.frozen)} == {"bfloat16"}
-    assert train(replace(run, output=str(tmp_path / "whole"))).status == 0
-    model, config, _ = load_model(tmp_path / "whole")
-    assert isinstance(config, RunConfig)
+    objective = prepared.objective
+    model, _ = objective.parts(prepared.state.params, prepared.frozen)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(params_of(model))} == {"bfloat16"}

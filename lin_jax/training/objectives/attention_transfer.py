@@ -86,6 +86,10 @@ class AttentionTransfer(LanguageModel):
         progressive: bool = False,
     ) -> None:
         super().__init__(config, adapters)
+        stack = getattr(self._abstract, "layers", None)
+        if not (isinstance(stack, LayerStack) and isinstance(stack.layers, PreNormBlock)):
+            kind = type(self._abstract).__name__
+            raise UserError(f"objective 'attention_transfer' is for LLaMA and GPT-2, and the model is a {kind}")
         self._first, self._end = (0, int(config.num_layers)) if layers is None else layers
         self._progressive = progressive
         count = self._end - self._first
