@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from test_llama2c_tokenizer import write_vocab
+from vocabularies import write_vocab
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import DataConfig
