@@ -13,7 +13,7 @@ from lin_jax.evaluation.targets import total
 from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.clock import Clock
 from lin_jax.training.config import RunConfig
-from lin_jax.training.efficiency import matrix_flops
+from lin_jax.training.efficiency import matrix_flops, mixing_flops
 from lin_jax.training.meter import Meter
 from lin_jax.training.plot import draw_at_end
 from lin_jax.training.processes import everyones
@@ -123,6 +123,7 @@ class Loop:
         self.batches = WatchedInput(run.batches, self._source, watch.stall_seconds, watchdog, progress.alarm)
         tokens = self.config.batch_size * data.sequence_length
         flops = matrix_flops(run.state.params, run.frozen, tokens)
+        flops += mixing_flops(run.config.model, self.config.batch_size, data.sequence_length)
         self.meter = Meter(self.clock, self.batches, done=step, steps=self.config.steps, tokens=tokens, flops=flops)
         self.troubles = Troubles(watch, progress.note, self._last_good)
         self._compiled: Any = None

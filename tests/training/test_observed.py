@@ -211,10 +211,9 @@ def test_utilisation_counts_matrices_and_known_chips(tiny_run, tmp_path, monkeyp
     # Stacked scales and taps are no matrices of their own, and small.
     assert 0 <= extra < 0.1 * layer
     assert efficiency.matrix_flops({}, {"head": run.state.params["head"]}, 10) == 2 * 10 * size * vocabulary
-    for kind, peak in [("TPU v5 lite", 197e12), ("TPU v5p slice", 459e12), ("NVIDIA H100 80GB HBM3", 989e12)]:
-        assert efficiency.peak_flops(SimpleNamespace(device_kind=kind)) == peak
+    assert 0 < efficiency.mixing_flops(run.config.model, 1, 24) == efficiency.mixing_flops(run.config.model, 2, 24) / 2
     assert efficiency.utilisation(1e12, 1.0) is None
-    chip = SimpleNamespace(device_kind="TPU v4")
+    chip = SimpleNamespace(device_kind="TPU v4 slice")
     monkeypatch.setattr(jax, "devices", lambda: [chip])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert efficiency.utilisation(4 * 275e12, 2.0) == 0.5
