@@ -134,7 +134,7 @@ class Loop:
     def run_to_end(self, stop: StopRequest) -> Outcome:
         """Trains until the last step or a signal, and saves."""
         stopped_by = None
-        while self.step < self.config.steps and (stopped_by := stop.agreed()) is None:
+        while self.step < self.config.steps and (stopped_by := stop.agreed(self.state)) is None:
             if self.step % self.config.evaluate_every == 0:
                 self._evaluate()
             self._train()

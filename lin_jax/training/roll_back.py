@@ -2,6 +2,9 @@
 
 The step goes on counting batches, so that step n is still batch n, checkpoints and metrics only ever go forward, and
 a roll-back is on disk, as the next checkpoint, before anything else happens: what is undone are updates, not steps.
+
+A run that is killed and resumed rolls back as one that never was. A run that was told to stop has the checkpoint that
+it stopped with besides, and may go back to that one instead of an older one.
 """
 
 from dataclasses import dataclass, replace

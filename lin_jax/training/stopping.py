@@ -37,11 +37,15 @@ class StopRequest:
     ) -> None:
         self._restore()
 
-    def agreed(self) -> signal.Signals | None:
-        """What the run is to stop for, or None; to be asked once before each step, and all processes hear the same."""
+    def agreed(self, newest: Any) -> signal.Signals | None:
+        """What the run is to stop for, or None; to be asked once before each step, and all processes hear the same.
+
+        Args:
+            newest: arrays that the devices are still at work on, if they are at any.
+        """
         if self._ballot is None:
             return self.signal
-        heard = self._ballot.cast(0 if self.signal is None else int(self.signal))
+        heard = self._ballot.cast(0 if self.signal is None else int(self.signal), newest)
         return signal.Signals(heard) if heard else None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -64,13 +68,21 @@ class Ballot:
     def __init__(self) -> None:
         first = {device.process_index: device for device in reversed(jax.devices())}
         self._count = len(first)
-        mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
-        self._one_each = NamedSharding(mesh, PartitionSpec("process"))
-        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+        self._one_each = NamedSharding(self._mesh, PartitionSpec("process"))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
         self._last: jax.Array | None = None
 
-    def cast(self, number: int) -> int:
+    def cast(self, number: int, newest: Any) -> int:
         """Gives this process's number, and returns the largest of the round before; 0 in the first."""
+        # CPUs, unlike other devices, run what they are given at once, and would mix up what the processes send.
+        in_turn = jax.default_backend() == "cpu"
+        if in_turn:
+            jax.block_until_ready(newest)
         own = jax.make_array_from_process_local_data(self._one_each, np.array([number], np.int32), (self._count,))
-        last, self._last = self._last, self._largest(own)
+        # Whatever mesh the run is on, this needs one device of each process.
+        with jax.set_mesh(self._mesh):
+            last, self._last = self._last, self._largest(own)
+        if in_turn:
+            self._last.block_until_ready()
         return 0 if last is None else int(last.addressable_data(0))

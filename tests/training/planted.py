@@ -3,7 +3,6 @@
 from contextlib import contextmanager
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,15 +31,16 @@ class Planted:
         self.number += 1
         self.before(self.number)
         batch = next(self.batches)
-        factor = np.float32(self.plan.get(self.number, 1.0))
-        return {**batch, "factor": jnp.full(len(batch["tokens"]), factor)}
+        factor = self.plan.get(self.number, 1.0)
+        return {**batch, "factor": np.full(len(batch["tokens"]), factor, np.float32)}
 
     def get_state(self):
-        return {"number": self.number, "batches": self.batches.get_state()}
+        state = self.batches.get_state()
+        return {**state, "identity": {**state["identity"], "number": self.number}}
 
     def set_state(self, state):
-        self.number = state["number"]
-        self.batches.set_state(state["batches"])
+        self.number = state["identity"]["number"]
+        self.batches.set_state(state)
 
 
 @contextmanager

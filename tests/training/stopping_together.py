@@ -5,6 +5,8 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lin_jax.training.stopping import StopRequest
 
@@ -13,16 +15,20 @@ STEPS, SENT_AT = 40, 7
 
 def main(port: int, process: int) -> None:
     """Prints the step before which this process stopped, and what for."""
+    jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
-    with StopRequest() as stop:
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "fsdp"))
+    with jax.set_mesh(mesh), StopRequest() as stop:
+        work = jax.jit(lambda x: jnp.sum(x @ x), out_shardings=NamedSharding(mesh, PartitionSpec()))
+        along = NamedSharding(mesh, PartitionSpec("data", "fsdp"))
+        newest = weights = jax.device_put(np.ones((300, 300), np.float32), along)
         for step in range(STEPS):
-            if (heard := stop.agreed()) is not None:
+            if (heard := stop.agreed(newest)) is not None:
                 print(step, heard.name)
                 return
             if process == 1 and step == SENT_AT:
                 signal.raise_signal(signal.SIGTERM)
-            # The first process is ahead of its work, as a host is of its devices.
-            jnp.sum(jnp.ones((300, 300)) @ jnp.ones((300, 300)))
+            newest = work(weights)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
     found = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
-        assert stop.agreed() is None
+        assert stop.agreed(None) is None
         signal.raise_signal(signal.SIGINT)
-        assert stop.agreed() == signal.SIGINT
+        assert stop.agreed(None) == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
