@@ -113,17 +113,18 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-def test_pod_step(tmp_path: Path) -> None:
+def test_pod_plan(tmp_path: Path) -> None:
     """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
-    file = tmp_path / "step.json"
+    file = tmp_path / "plan.json"
     done = run_benchmark(
-        *("pod_step", "--topology", "v5e:2x2", "--layers", "1", "--length", "128", "--json", str(file)),
+        *("pod_plan", "--plans", "llama2-7b-lora", "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),
         without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(file.read_text())
-    assert (report["chips"], report["kernels"]) == (4, 3)
-    assert 0 < report["bytes_held_per_chip"] + report["bytes_in_between_per_chip"] < 16 * 2**30
+    (plan,) = json.loads(file.read_text())["plans"]
+    assert (plan["chips"], plan["kernels"], plan["mesh"]) == (4, 3, {"fsdp": 4})
+    assert 0 < plan["gib_held"] + plan["gib_in_between"] < plan["gib_of_a_chip"]
+    assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
 
 def test_support_matrix(tmp_path: Path) -> None:
