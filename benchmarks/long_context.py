@@ -12,20 +12,15 @@ import re
 import time
 from typing import Any
 
-from tpu_compiler import cut, mesh_of  # isort: skip
+from tpu_compiler import bytes_per_chip, lowered_step, mesh_of  # isort: skip
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from report import header, write
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.models import LlamaConfig
-from lin_jax.training.config import OptimizerConfig
-from lin_jax.training.objectives.language_model import LanguageModel
-from lin_jax.training.optimizer import build_optimizer
-from lin_jax.training.step import TrainState, make_step
 from pallas_kernels.implementations import compiling_for
 
 # Of a chip, as sold: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
@@ -49,9 +44,7 @@ def main() -> int:
         except jax.errors.JaxRuntimeError as problem:
             print(f"{options.topology} ({kind}) cannot hold it: {short(str(problem))}")
             return 1
-    memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    between = memory.temp_size_in_bytes
+    held, between = bytes_per_chip(compiled)
     report: dict[str, Any] = {
         **header("long context"),
         "topology": options.topology,
@@ -101,13 +94,7 @@ def lowered(options: argparse.Namespace, mesh: Mesh) -> Any:
     sizes = SIZES[options.size] | ({} if options.layers is None else {"num_layers": options.layers})
     attention = AttentionConfig(options.attention, 64, 63, implementation=options.implementation)
     config = LlamaConfig(vocab_size=options.vocabulary, **sizes, attention=attention, dtype="bfloat16", remat=True)
-    objective = LanguageModel(config)
-    optimizer = build_optimizer(OptimizerConfig(), 1000)
-    state = jax.eval_shape(lambda params: TrainState.new(params, optimizer, jax.random.key(0)), objective.shapes())
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    part = jax.ShapeDtypeStruct((1, options.length + 1), jnp.int32, sharding=everywhere)
-    batch = {"tokens": part, "documents": part}
-    return make_step(objective, optimizer).lower(jax.tree.map(lambda leaf: cut(leaf, mesh), state), {}, batch)
+    return lowered_step(config, mesh, 1, options.length)
 
 
 def short(problem: str) -> str:

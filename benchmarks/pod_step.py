@@ -11,20 +11,15 @@ import argparse
 import time
 from typing import Any
 
-from tpu_compiler import cut, mesh_of  # isort: skip
+from tpu_compiler import bytes_per_chip, lowered_step, mesh_of  # isort: skip
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from report import header, write
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, exit_cleanly
 from lin_jax.models import LlamaConfig
-from lin_jax.training.config import OptimizerConfig
-from lin_jax.training.objectives.language_model import LanguageModel
-from lin_jax.training.optimizer import build_optimizer
-from lin_jax.training.step import TrainState, make_step
 from pallas_kernels.implementations import compiling_for
 
 
@@ -36,8 +31,7 @@ def main() -> int:
     began = time.perf_counter()
     with compiling_for("tpu"), jax.set_mesh(mesh):
         compiled = lowered(options, mesh).compile()
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    (held, between), cost = bytes_per_chip(compiled), compiled.cost_analysis()
     report: dict[str, Any] = {
         **header("pod step"),
         "topology": options.topology,
@@ -49,14 +43,14 @@ def main() -> int:
         "compile_seconds": time.perf_counter() - began,
         "kernels": compiled.as_text().count('custom_call_target="tpu_custom_call"'),
         "bytes_held_per_chip": held,
-        "bytes_in_between_per_chip": memory.temp_size_in_bytes,
+        "bytes_in_between_per_chip": between,
         "operations_per_chip": cost.get("flops"),
         "bytes_accessed_per_chip": cost.get("bytes accessed"),
     }
     print(
         f"{options.topology} ({report['chip']}), {report['batch']} rows of {options.length:,} tokens, attention by "
         f"{options.implementation}: compiled in {report['compile_seconds']:.0f} s with {report['kernels']} kernels\n"
-        f"per chip {held / 2**30:.2f} GiB held and {memory.temp_size_in_bytes / 2**30:.2f} GiB in between; "
+        f"per chip {held / 2**30:.2f} GiB held and {between / 2**30:.2f} GiB in between; "
         f"{cost.get('flops', 0) / 1e12:,.1f} TFLOP and {cost.get('bytes accessed', 0) / 1e9:,.1f} GB accessed a step, "
         "kernels not counted"
     )
@@ -89,14 +83,7 @@ def lowered(options: argparse.Namespace, mesh: Mesh) -> Any:
         dtype="bfloat16",
         remat=True,
     )
-    objective = LanguageModel(config)
-    optimizer = build_optimizer(OptimizerConfig(), 1000)
-    state = jax.eval_shape(lambda params: TrainState.new(params, optimizer, jax.random.key(0)), objective.shapes())
-    rows = mesh.devices.size * options.rows
-    along = NamedSharding(mesh, PartitionSpec("fsdp"))
-    part = jax.ShapeDtypeStruct((rows, options.length + 1), jnp.int32, sharding=along)
-    batch = {"tokens": part, "documents": part}
-    return make_step(objective, optimizer).lower(jax.tree.map(lambda leaf: cut(leaf, mesh), state), {}, batch)
+    return lowered_step(config, mesh, mesh.devices.size * options.rows, options.length)
 
 
 if __name__ == "__main__":
