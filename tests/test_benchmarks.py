@@ -127,20 +127,6 @@ def test_pod_plan(tmp_path: Path) -> None:
     assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
 
-@pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-def test_long_context(tmp_path: Path) -> None:
-    """One layer, a row along four chips: kernels take the heads and rows that they find there."""
-    file = tmp_path / "long.json"
-    sizes = ("--topology", "v5e:2x2", "--size", "1b", "--layers", "1", "--length", "512", "--vocabulary", "512")
-    done = run_benchmark(
-        "long_context", *sizes, "--json", str(file), without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(file.read_text())
-    assert (report["chips"], report["kernels"]) == (4, 3)
-    assert 0 < report["bytes_held_per_chip"] + report["bytes_in_between_per_chip"] < 2**30
-
-
 def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"

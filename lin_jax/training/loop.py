@@ -139,8 +139,8 @@ class Loop:
                 self._evaluate()
             self._train()
             if self.step % self.config.checkpoint_every == 0:
-                # A checkpoint knows its validation loss if it has one, unless it is urgent.
-                if self.step % self.config.evaluate_every == 0 and stop.signal is None:
+                # Validated first where both are due, so that the checkpoint knows its loss; unless it is urgent.
+                if self._validation_due() and stop.signal is None:
                     self._evaluate()
                 self._save()
         if stopped_by is not None:
@@ -220,6 +220,9 @@ class Loop:
             f"step {self.step}: {trouble}; rolled back to {self.checkpoints.path(found.to)}: the updates of batches "
             f"{undone} are undone, and training goes on with the data after them{strike}"
         )
+
+    def _validation_due(self) -> bool:
+        return self.step % self.config.evaluate_every == 0 or self.step == self.config.steps
 
     def _evaluate(self) -> None:
         """Validates, if that has not been done at this step."""

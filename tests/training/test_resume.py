@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from lin_jax.training.checkpoint_files import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps, validation_losses
 from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.tracker import read_metrics
 
@@ -28,7 +28,7 @@ def launch(output, corpus, *options):
         "training.batch_size": 8,
         "training.log_every": 1,
         "training.checkpoint_every": 3,
-        "training.evaluate_every": 10,
+        "training.evaluate_every": 7,
     }
     named = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, ROOT / "train.py", ROOT / "configs" / "tiny.yaml", *named, *options]
@@ -78,3 +78,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, corpus):
     )
     assert found == expected
     assert [line["step"] for line in found if "loss" in line] == list(range(1, STEPS + 1))
+    # The last step has a validation, whatever else is due, and its checkpoint knows that.
+    losses = validation_losses(broken)
+    assert losses == validation_losses(whole)
+    assert losses[STEPS] == found[-1]["validation_loss"]
