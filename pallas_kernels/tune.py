@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -107,7 +108,7 @@ def main() -> int:
                 found.setdefault(kernel, {})[row_of(shape)] = entry
             # Whatever has been found is kept if the rest is interrupted.
             written = options.table.with_suffix(".part")
-            written.write_text(json.dumps(table, indent=1) + "\n")
+            written.write_text(table_text(table))
             written.replace(options.table)
     print(f"{options.table} has {sum(map(len, found.values()))} rows for {device}")
     return 0
@@ -168,6 +169,12 @@ def tuned(operation: str, shape: Shape, table: Table, device: str, options: argp
 
         keep_fastest(best, block, timed(ways, whole, options), options)
     return best
+
+
+def table_text(table: Table) -> str:
+    """JSON with a line for each row."""
+    whole = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), json.dumps(table, indent=2))
+    return re.sub(r"\{ (.*?) \}", r"{\1}", whole) + "\n"
 
 
 def row_of(shape: Shape) -> str:
@@ -235,11 +242,12 @@ def candidates(kernel: str, shipped: Entry, shape: Shape) -> list[Entry]:
         ways = [(rows, part, 32, warps, 2) for rows in (16, 32) for part in (shape.size, half) for warps in (4, 8)]
     elif kernel.endswith(".memories"):
         ways = [(64, shape.size, 16, warps, stages) for warps in (8, 4) for stages in (2, 3, 4)]
-        ways += [*((64, half, 16, 4, stages) for stages in (2, 3, 4)), (32, shape.size, 16, 4, 3)]
+        ways += [(64, half, 16, 4, 3), (32, shape.size, 16, 4, 3)]
     else:
         # Tiles of 64 rows are the least that a group of four warps multiplies as one.
-        ways = [(64, shape.size, piece, warps, stages) for piece in (32, 64) for warps in (8, 4) for stages in (2, 3)]
-        ways += [*((64, half, 32, warps, 2) for warps in (4, 8)), (64, half, 64, 4, 3), (64, shape.size, 32, 8, 1)]
+        shapes = [(shape.size, 32, 8), (shape.size, 32, 4), (half, 32, 4)]
+        ways = [(64, *each, stages) for each in shapes for stages in (2, 3)]
+        ways += [(64, shape.size, 64, 8, 2), (64, shape.size, 64, 4, 2), (64, shape.size, 32, 8, 1)]
     others = [dict(zip(("rows", "part", "piece", "warps", "stages"), way, strict=True)) for way in ways]
     return [shipped, *(each for each in others if each != shipped)]
 
