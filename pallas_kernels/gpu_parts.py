@@ -244,37 +244,3 @@ def block_sums_kernel(
     if SUMMED:
         if part == 0:
             tl.store(left_sums + index * D + inner, total, mask=inner < D)
-
-
-@triton.jit
-def running_sums_kernel(
-    sums,
-    keep,
-    initial,
-    blocks,
-    after,
-    SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    AGED: tl.constexpr,
-    REVERSE: tl.constexpr,
-):
-    """Replaces what every block adds, `[B, n, K, SIZE]`, by what there is before it; and `[B, K, SIZE]` after the last.
-
-    `keep [B, n]` (AGED: `[B, K, n]`) is what a block leaves of what was before it. REVERSE: from the last to the first.
-    """
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    kv_heads = tl.num_programs(1)
-    lane = batch * kv_heads + head if AGED else batch
-    columns = part * CHUNK + tl.arange(0, CHUNK)
-    inside = columns < SIZE
-    total = tl.load(initial + (batch * kv_heads + head) * SIZE + columns, mask=inside, other=0.0)
-    for step in range(0, blocks):
-        block = blocks - 1 - step if REVERSE else step
-        place = ((batch * blocks + block) * kv_heads + head).to(tl.int64) * SIZE + columns
-        added = tl.load(sums + place, mask=inside, other=0.0)
-        tl.store(sums + place, total, mask=inside)
-        if WEIGHTS:
-            total *= tl.load(keep + lane * blocks + block)
-        total += added
-    tl.store(after + (batch * kv_heads + head) * SIZE + columns, total, mask=inside)
