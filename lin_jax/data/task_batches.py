@@ -48,7 +48,8 @@ class Reader:
             UserError: the tokenizer lacks a special token, or the length has no room for a text.
         """
         layout = pair_layout(self.family, self.tokenizer, self.task)
-        ids = iter(self.tokenizer.encode_all(text for example in examples for text in example.sentences))
+        texts = (text for example in examples for text in example.sentences)
+        ids = (np.asarray(each, np.int32) for each in self.tokenizer.encode_all(texts))
         return [fitted(layout([next(ids) for _ in example.sentences]), length) for example in examples]
 
     def row(self, segments: Sequence[Segment], label: float, length: int) -> Row:

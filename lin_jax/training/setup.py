@@ -97,11 +97,11 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     _check_folder(folder, resume)
     config = _with_labels(_with_options_of_base(config))
     _check_precision(config)
-    _check_length(config)
     base = _load_base(config, resume)
     kind = OBJECTIVES[config.objective]
     if base is not None and not kind.has_model:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
+    _check_length(config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
     inputs = read_inputs(config, folder / TOKENIZER_FOLDER if resume else None if base is None else base.tokenizer)
