@@ -14,6 +14,7 @@ from lin_jax.data.tokenizer import Tokenizer
 from lin_jax.errors import UserError
 
 Row = dict[str, np.ndarray]
+Ids = Sequence[int] | np.ndarray
 
 
 class Segment(NamedTuple):
@@ -25,19 +26,19 @@ class Segment(NamedTuple):
         cut: whether it may be shortened from its end.
     """
 
-    ids: Sequence[int]
+    ids: Ids
     kind: int = 0
     cut: bool = False
 
 
-Layout = Callable[[Sequence[Sequence[int]]], list[Segment]]
+Layout = Callable[[Sequence[Ids]], list[Segment]]
 
 
 def _bert(tokenizer: Tokenizer, task: Task) -> Layout:
     """`[CLS] a [SEP]`, `[CLS] a [SEP] b [SEP]` (Devlin et al. 2019)."""
     cls, sep = (_special(tokenizer, name, "BERT") for name in ("cls_token", "sep_token"))
 
-    def layout(texts: Sequence[Sequence[int]]) -> list[Segment]:
+    def layout(texts: Sequence[Ids]) -> list[Segment]:
         segments = [Segment([cls])]
         for kind, ids in enumerate(texts):
             segments += [Segment(ids, kind, cut=True), Segment([sep], kind)]
@@ -50,7 +51,7 @@ def _gpt2(tokenizer: Tokenizer, task: Task) -> Layout:
     """`a END`, `a END b END`: the model says its class at the last one."""
     end = _special(tokenizer, "eos_token", "GPT-2")
 
-    def layout(texts: Sequence[Sequence[int]]) -> list[Segment]:
+    def layout(texts: Sequence[Ids]) -> list[Segment]:
         return [segment for ids in texts for segment in (Segment(ids, cut=True), Segment([end]))]
 
     return layout
@@ -63,7 +64,7 @@ def _t5(tokenizer: Tokenizer, task: Task) -> Layout:
     marks = [tokenizer.encode(f"{task.sentences[number].hub}:").tolist() for number in order]
     begin = tokenizer.encode(task.name).tolist()
 
-    def layout(texts: Sequence[Sequence[int]]) -> list[Segment]:
+    def layout(texts: Sequence[Ids]) -> list[Segment]:
         segments = [Segment(begin)]
         for mark, number in zip(marks, order, strict=True):
             segments += [Segment(mark), Segment(texts[number], cut=True)]

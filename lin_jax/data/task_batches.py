@@ -52,7 +52,7 @@ class Reader:
         """
         layout = pair_layout(self.family, self.tokenizer, self.task)
         texts = [text for example in examples for text in example.sentences]
-        ids = (each.tolist() for each in self.tokenizer.encode_batch(texts))
+        ids = iter(self.tokenizer.encode_batch(texts))
         return [fitted(layout([next(ids) for _ in example.sentences]), length) for example in examples]
 
     def row(self, segments: Sequence[Segment], label: float, length: int) -> Row:

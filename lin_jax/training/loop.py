@@ -214,6 +214,7 @@ class Loop:
             self.progress.note(f"step {self.step}: {trouble}; no checkpoint yet: its update is left out{strike}")
             return
         self.state, undone = found.state, f"{found.to + 1} to {self.step}"
+        self._validation = None
         self.trackers.log(self.step, {"rolled_back_to": found.to, "undone_from": found.to + 1, "undone_to": self.step})
         self._save()
         self.progress.note(

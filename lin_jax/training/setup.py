@@ -75,11 +75,11 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     _check_folder(folder, resume)
     config = _with_labels(with_options_of_base(config))
     _check_precision(config)
-    _check_length(config)
     mesh = make_mesh(config.mesh)
     base = load_base(config, resume, _model_placement(config, mesh).parameter)
     if base is not None and not OBJECTIVES[config.objective].has_model:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
+    _check_length(config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     placement = placement_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)
     training = config.training
