@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lin_jax.training.about import About
 from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.step import TrainState
+from lin_jax.training.watch import Watch
 
 ABOUT = About(objective="language_model", model={"width": 8}, tokenizer="t", parameters={"w": "float32[8,4]"})
 
@@ -36,6 +37,7 @@ def state_of(step, rows=8):
         optimizer={"m": put(matrix / 8, split), "count": put(np.asarray(step, np.int32), everywhere)},
         step=put(np.asarray(step, np.int32), everywhere),
         key=jax.jit(lambda: jax.random.fold_in(jax.random.key(7), step), out_shardings=everywhere)(),
+        watch=jax.tree.map(lambda leaf: put(np.asarray(leaf), everywhere), Watch.new(4)),
     )
 
 
