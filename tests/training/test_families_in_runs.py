@@ -80,7 +80,7 @@ def test_it_decodes_and_exports(run, tmp_path, capsys):
     # The exported folder is what another run begins with.
     model = load_model(run.output)[0]
     begun = prepare(replace(run, output=str(tmp_path / "on"), init_from=str(tmp_path / "out")), resume=False)
-    begun_with = begun.objective.parts(begun.state.params)[0]
+    begun_with = begun.objective.parts(begun.state.params, {})[0]
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(each))) for each in (begun_with, model))
     assert ours.keys() == theirs.keys()
     for path, value in ours.items():
@@ -133,7 +133,7 @@ def test_options_are_those_of_the_family(tmp_path):
     assert parse_run_config([*flash, "--model.query_key_size=64"])[0].model == FlashConfig(query_key_size=64)
     file = tmp_path / "gpt2.yaml"
     file.write_text("output: x\nfamily: gpt2\nmodel:\n  max_positions: 99\n")
-    config, _ = parse_run_config([str(file), "--model.num_layers", "3"])
+    config, *_ = parse_run_config([str(file), "--model.num_layers", "3"])
     assert config.model == Gpt2Config(max_positions=99, num_layers=3)
     # The command line has the last word, and then the file's options are not the family's.
     with pytest.raises(UserError, match="max_positions"):

@@ -228,7 +228,7 @@ def test_accumulated_parts_are_the_whole(make, glue, tmp_path):
     assert int(objective.counts(marked)[0]) == int(filled.tokens[0]) == int(plain.tokens[0]) == 3
     np.testing.assert_allclose(filled.loss, plain.loss, rtol=1e-6)
     assert int(filled.correct[0]) == int(plain.correct[0])
-    assert params_of(objective.parts(params)[0]).keys() == params.keys()
+    assert params_of(objective.parts(params, {})[0]).keys() == params.keys()
 
 
 @pytest.mark.parametrize(
