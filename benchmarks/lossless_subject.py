@@ -16,6 +16,7 @@ from prompts import Prompt, read_prompts
 from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
+from lin_jax.data.llama2c_tokenizer import load_tokenizer
 from lin_jax.data.token_bytes import token_bytes
 from lin_jax.decoding import DraftTree, Generator, Sampling, chain
 from lin_jax.decoding.costs import SilentDrafter
@@ -27,7 +28,6 @@ from lin_jax.decoding.session import Session
 from lin_jax.decoding.stops import stop_automaton
 from lin_jax.decoding.tree import MC_SIM_7B_63
 from lin_jax.hub import from_pretrained
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
 from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
 
 SEED = 11

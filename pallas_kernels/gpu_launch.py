@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import ModuleType
@@ -70,7 +71,7 @@ def launch(
     """Runs a kernel over arrays and numbers.
 
     Args:
-        kernel: a function that `triton.jit` made: arguments, then outputs, then constants.
+        kernel: a function that `triton.jit` made: arguments, then outputs (those without an alias), then constants.
         arguments: arrays and numbers, in the kernel's order.
         outputs: shapes and types of what it writes.
         grid: how many programs there are.
@@ -82,23 +83,32 @@ def launch(
     """
     aliases = dict(aliases or {})
     if not interpret:
-        import jax_triton
-
-        found = jax_triton.triton_call(
-            *arguments,
-            kernel=kernel,
-            out_shape=list(outputs),
-            grid=grid,
-            num_warps=warps,
-            num_stages=stages,
-            input_output_aliases=aliases,
-            **constants,
-        )
+        with warnings.catch_warnings():
+            # JAX's references would do instead of aliases, but for the effects that they leave in a program.
+            warnings.filterwarnings("ignore", "input_output_aliases", DeprecationWarning)
+            found = _jax_triton().triton_call(
+                *arguments,
+                kernel=kernel,
+                out_type=list(outputs),
+                grid=grid,
+                num_warps=warps,
+                num_stages=stages,
+                input_output_aliases=aliases,
+                **constants,
+            )
         return list(found)
     arrays = [each for each in arguments if not isinstance(each, int)]
     numbers = {index: each for index, each in enumerate(arguments) if isinstance(each, int)}
     run = partial(_interpreted, kernel, numbers, tuple(outputs), grid, dict(constants), aliases)
     return list(jax.pure_callback(run, list(outputs), *arrays, vmap_method="sequential"))
+
+
+def _jax_triton() -> ModuleType:
+    """jax-triton, which knows the NVIDIA compiler only if Triton has a name that 3.6 lacks; our kernels need it not."""
+    driver = importlib.import_module("triton.backends.nvidia.driver")
+    if not hasattr(driver, "TMA_TF32"):
+        driver.TMA_TF32 = 11  # type: ignore[attr-defined] # CU_TENSOR_MAP_DATA_TYPE_TFLOAT32
+    return importlib.import_module("jax_triton")
 
 
 def _interpreted(
@@ -114,14 +124,15 @@ def _interpreted(
     arguments: list[Any] = [_tensor(np.array(each)) for each in arrays]
     for index, number in sorted(numbers.items()):
         arguments.insert(index, number)
+    changed = {other: arguments[one] for one, other in aliases.items()}
     written = []
     for index, output in enumerate(outputs):
-        source = next((arguments[one] for one, other in aliases.items() if other == index), None)
         empty = np.full(output.shape, np.nan if jnp.issubdtype(output.dtype, jnp.floating) else -1, output.dtype)
-        written.append(_tensor(empty) if source is None else source)
+        written.append(changed[index] if index in changed else _tensor(empty))
     # Bad shifts of masked rows are the kernels' own business.
     with np.errstate(all="ignore"), _settled(True):
-        kernel[grid](*arguments, *written, **constants)
+        own = (each for index, each in enumerate(written) if index not in changed)
+        kernel[grid](*arguments, *own, **constants)
     return [_array(each, output.dtype) for each, output in zip(written, outputs, strict=True)]
 
 

@@ -1,6 +1,10 @@
-"""Memories before blocks of rows on GPU, in order or in reverse: what both linear attentions go through first."""
+"""Memories before blocks of rows on GPU, in order or in reverse: what both linear attentions go through first.
+
+What each block adds is summed up for all blocks at once; only the sums themselves are gone through in order.
+"""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,6 +29,7 @@ class Rows(NamedTuple):
         weights: `[B, P + T]` or `[B, K, P + T]` float32, of the rows.
         keep: `[B, n]` or `[B, K, n]` float32, what each block leaves of the memory.
         extras: `[B, T, H]` float32, further weights of the sum of `left`.
+        scales: `[B, H, T]` float32, what rows of `left` are multiplied by before all else; None for nothing.
     """
 
     left: Float[Array, "B T H D"]
@@ -35,6 +40,7 @@ class Rows(NamedTuple):
     weights: Array
     keep: Array
     extras: Array | None = None
+    scales: Array | None = None
 
 
 class Memories(NamedTuple):
@@ -78,22 +84,23 @@ def scan_memories(
         initial: what there is before.
         scan: how the rows are gone through.
         tiles: how the work is cut.
-        interpret: run the kernel in Triton's interpreter.
-        constants: the kernel's, by name; those that are not named are off.
+        interpret: run the kernels in Triton's interpreter.
+        constants: the kernels', by name; those that are not named are off.
     """
-    shape = batch, kv_heads, key_size, value_size = initial.values.shape
+    batch, kv_heads, key_size, value_size = initial.values.shape
     heads, summed = rows.left.shape[2], constants.get("SUMMED", False)
-    sizes = (batch, scan.blocks, kv_heads, key_size), (batch, kv_heads, key_size)
-    outputs = [(batch, scan.blocks, *shape[1:]), shape, *(sizes if summed else ((1,), (1,)))]
+    shapes = (batch, scan.blocks, *initial.values.shape[1:]), (batch, scan.blocks, kv_heads, key_size)
+    outputs = shapes if summed else (shapes[0], (1,))
     off = dict.fromkeys(("UNIT", "FACTORS", "WEIGHTS", "AGED", "SUMMED", "ADDED", "EXTRAS", "STARTED"), False)
-    extras = jnp.zeros((1,)) if rows.extras is None else rows.extras
-    before, after, before_sum, after_sum = launch(
-        kernels_of(KERNELS, interpret).memories_kernel,
-        (*rows[:7], initial.values, extras, initial.keys, scan.length, scan.blocks),
+    flags = off | constants
+    nothing = jnp.zeros((1,))
+    extras, scales = (nothing if each is None else each for each in (rows.extras, rows.scales))
+    sums, left_sums = launch(
+        kernels_of(KERNELS, interpret).block_sums_kernel,
+        (*rows[:6], scales, extras, scan.length, scan.blocks),
         [jax.ShapeDtypeStruct(each, jnp.float32) for each in outputs],
-        grid=(-(-value_size // tiles.part), kv_heads, batch),
-        constants=off
-        | {
+        grid=(scan.blocks * -(-value_size // tiles.part), kv_heads, batch),
+        constants={
             "HEADS": heads,
             "SHARE": heads // kv_heads,
             "D": key_size,
@@ -103,11 +110,34 @@ def scan_memories(
             "BLOCK": scan.block,
             "BEFORE": scan.shift,
             "TILE": tiles.rows,
-            "REVERSE": scan.reverse,
         }
-        | constants,
+        | flags,
         warps=tiles.warps,
         stages=tiles.stages,
         interpret=interpret,
     )
+    run = partial(_running, keep=rows.keep, scan=scan, flags=flags)
+    before, after = run(sums, initial.values)
+    before_sum, after_sum = run(left_sums, initial.keys) if summed else (nothing, nothing)
     return Memories(before, before_sum), Memories(after, after_sum)
+
+
+def _running(sums: Array, initial: Array, *, keep: Array, scan: Scan, flags: dict[str, bool]) -> tuple[Array, Array]:
+    """What there is before every block and after the last, from what each adds.
+
+    By XLA: a kernel that replaced the sums where they lie lost what it wrote for the first block, on an H200 with
+    jax-triton 0.4.1 and Triton 3.6, whatever its stages.
+    """
+    lasting = jnp.ones((scan.blocks,))
+    if flags["WEIGHTS"]:
+        # What a block leaves, of a row or of a row and head.
+        lasting = jnp.moveaxis(keep, -1, 0)
+    lasting = lasting.reshape(*lasting.shape, *(1,) * (sums.ndim - lasting.ndim))
+
+    def step(total: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
+        more, lasts = block
+        return total * lasts + more, total
+
+    added = jnp.moveaxis(sums, 1, 0)
+    after, before = jax.lax.scan(step, initial, (added, lasting), reverse=scan.reverse)
+    return jnp.moveaxis(before, 0, 1), after

@@ -21,12 +21,22 @@ def narrowed(wide, dtype: tl.constexpr):
 
 
 @triton.jit
+def row_mask(columns, there, SIZE: tl.constexpr):
+    """`[n, columns]` what is there; columns of which there are as many as a power of two are all there."""
+    if (SIZE & (SIZE - 1)) == 0 and columns.shape[0] <= SIZE:
+        mask = there[:, None]
+    else:
+        mask = there[:, None] & (columns < SIZE)[None, :]
+    return mask
+
+
+@triton.jit
 def load_rows(pointer, batch, begin, columns, there, length, head, HEADS: tl.constexpr, SIZE: tl.constexpr):
     """`[n, columns]` of a head's n rows from a first one on, zero where they or a column are not there."""
     # One wide number for a tile, narrow ones within it: registers are few.
     base = pointer + ((batch * length + begin).to(tl.int64) * HEADS + head) * SIZE
     offset = tl.arange(0, there.shape[0])[:, None] * (HEADS * SIZE) + columns[None, :]
-    return tl.load(base + offset, mask=there[:, None] & (columns < SIZE)[None, :], other=0.0)
+    return tl.load(base + offset, mask=row_mask(columns, there, SIZE), other=0.0)
 
 
 @triton.jit
@@ -34,8 +44,17 @@ def store_rows(pointer, found, batch, begin, columns, there, length, head, HEADS
     """Writes what `load_rows` reads."""
     base = pointer + ((batch * length + begin).to(tl.int64) * HEADS + head) * SIZE
     offset = tl.arange(0, there.shape[0])[:, None] * (HEADS * SIZE) + columns[None, :]
-    mask = there[:, None] & (columns < SIZE)[None, :]
-    tl.store(base + offset, narrowed(found, pointer.dtype.element_ty), mask=mask)
+    tl.store(base + offset, narrowed(found, pointer.dtype.element_ty), mask=row_mask(columns, there, SIZE))
+
+
+@triton.jit
+def load_scales(scales, batch, rows, length, head, HEADS: tl.constexpr, UNIT: tl.constexpr):
+    """`[n]` what rows are multiplied by, from `[B, H, T]`; one for those before the row, and without UNIT."""
+    scale = tl.full([rows.shape[0]], 1.0, tl.float32)
+    if UNIT:
+        inside = (rows >= 0) & (rows < length)
+        scale = tl.load(scales + (batch * HEADS + head) * length + rows, mask=inside, other=1.0)
+    return scale
 
 
 @triton.jit
@@ -142,23 +161,19 @@ def store_memory(pointer, found, index, rows, columns, D: tl.constexpr, E: tl.co
 
 
 @triton.jit
-def memories_kernel(
+def block_sums_kernel(
     left,
     right,
     first_left,
     first_right,
     factors,
     weights,
-    keep,
-    initial,
+    scales,
     extras,
-    initial_sum,
     length,
     blocks,
-    before,
-    after,
-    before_sum,
-    after_sum,
+    sums,
+    left_sums,
     HEADS: tl.constexpr,
     SHARE: tl.constexpr,
     D: tl.constexpr,
@@ -176,39 +191,30 @@ def memories_kernel(
     ADDED: tl.constexpr,
     EXTRAS: tl.constexpr,
     STARTED: tl.constexpr,
-    REVERSE: tl.constexpr,
 ):
-    """Memories `sum weight left right^T` before every block of rows, and after the last; or in reverse order.
+    """What every block adds to a memory, `sum weight left right^T`, as float32 `sums [B, n, K, D, E]`.
 
-    `before [B, n, K, D, E]` and `after [B, K, D, E]` are float32, as is `initial`. The rows of a block are shifted by
-    BEFORE, and the last block's go on to the end. `weights [B, BEFORE + T]` (AGED: `[B, K, BEFORE + T]`) are of the
-    rows, `keep [B, n]` (AGED: `[B, K, n]`) of the memory, `factors [H]` of the query heads that share a memory.
-    SUMMED: likewise a sum from `initial_sum` on, `before_sum [B, n, K, D]` and `after_sum [B, K, D]`, to which ADDED
-    adds `sum weight extras left`, with `extras [B, T, H]` or ones.
+    The rows of a block are shifted by BEFORE, and the last block's go on to the end. `weights [B, BEFORE + T]` (AGED:
+    `[B, K, BEFORE + T]`) and `scales [B, H, T]` (UNIT) are of the rows of `left`, `factors [H]` of the query heads that
+    share a memory. SUMMED: likewise `left_sums [B, n, K, D]`, zero or, ADDED, `sum weight extras left`, with
+    `extras [B, T, H]` or ones.
     """
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, batch = tl.program_id(1), tl.program_id(2)
     kv_heads = HEADS // SHARE
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
-    memory = load_memory(initial, batch * kv_heads + head, inner, columns, D, E)
+    memory = tl.zeros([WIDE_D, PART_E], tl.float32)
     lane = batch * kv_heads + head if AGED else batch
     total = tl.zeros([WIDE_D], tl.float32)
-    if SUMMED:
-        total = tl.load(initial_sum + (batch * kv_heads + head) * D + inner, mask=inner < D, other=0.0)
-    for step in range(0, blocks):
-        block = blocks - 1 - step if REVERSE else step
-        index = (batch * blocks + block) * kv_heads + head
-        store_memory(before, memory, index, inner, columns, D, E)
-        if SUMMED:
-            if part == 0:
-                tl.store(before_sum + index * D + inner, total, mask=inner < D)
-        if WEIGHTS:
-            kept = tl.load(keep + lane * blocks + block)
-            memory *= kept
-            total *= kept
-        begin = block * BLOCK - BEFORE
-        end = begin + BLOCK
-        if block == blocks - 1:
-            end += BEFORE
+    begin = block * BLOCK - BEFORE
+    end = tl.minimum(begin + BLOCK, length)
+    if block == blocks - 1:
+        end = length
+    if not STARTED:
+        begin = tl.maximum(begin, 0)
+    for share in range(0, SHARE):
+        own = head * SHARE + share
+        found = tl.zeros([WIDE_D, PART_E], tl.float32)
         for tile in range(begin, end, TILE):
             rows = tile + tl.arange(0, TILE)
             there = (rows < length) & (rows >= -BEFORE)
@@ -216,32 +222,25 @@ def memories_kernel(
             if WEIGHTS:
                 weight = tl.load(weights + lane * (length + BEFORE) + rows + BEFORE, mask=there, other=0.0)
                 there = there & (weight != 0)
-            for share in tl.static_range(SHARE):
-                own = head * SHARE + share
-                # Rows of `first_left` have been scaled before.
-                one = load_rows(left, batch, tile, inner, there & (rows >= 0), length, own, HEADS, D)
-                one = scaled(one, unit_scale(one, UNIT), UNIT)
-                if STARTED:
-                    early = there & (rows < 0)
-                    one += load_rows(first_left, batch, tile + BEFORE, inner, early, BEFORE, own, HEADS, D)
-                other = load_joined(
-                    right, first_right, batch, tile, columns, there, length, own, HEADS, E, BEFORE, STARTED
-                )
-                if AGED:
-                    added = split_product(tl.trans(one.to(tl.float32) * weight[:, None]), other)
-                else:
-                    added = product(tl.trans(one), other)
-                if FACTORS:
-                    added *= tl.load(factors + own)
-                memory += added
-                if ADDED:
-                    extra = weight
-                    if EXTRAS:
-                        place = (batch * length + rows) * HEADS + own
-                        extra *= tl.load(extras + place, mask=there & (rows >= 0), other=0.0)
-                    total += tl.sum(one.to(tl.float32) * extra[:, None], axis=0)
-    index = batch * kv_heads + head
-    store_memory(after, memory, index, inner, columns, D, E)
+            one = load_joined(left, first_left, batch, tile, inner, there, length, own, HEADS, D, BEFORE, STARTED)
+            other = load_joined(right, first_right, batch, tile, columns, there, length, own, HEADS, E, BEFORE, STARTED)
+            if UNIT:
+                one = scaled(one, load_scales(scales, batch, rows, length, own, HEADS, UNIT), UNIT)
+            if AGED:
+                found += split_product(tl.trans(one.to(tl.float32) * weight[:, None]), other)
+            else:
+                found += product(tl.trans(one), other)
+            if ADDED:
+                extra = weight
+                if EXTRAS:
+                    place = (batch * length + rows) * HEADS + own
+                    extra *= tl.load(extras + place, mask=there & (rows >= 0), other=0.0)
+                total += tl.sum(one.to(tl.float32) * extra[:, None], axis=0)
+        if FACTORS:
+            found *= tl.load(factors + own)
+        memory += found
+    index = (batch * blocks + block) * kv_heads + head
+    store_memory(sums, memory, index, inner, columns, D, E)
     if SUMMED:
         if part == 0:
-            tl.store(after_sum + index * D + inner, total, mask=inner < D)
+            tl.store(left_sums + index * D + inner, total, mask=inner < D)

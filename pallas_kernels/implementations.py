@@ -58,7 +58,11 @@ def target_platform() -> str:
 
 
 def choose(
-    operation: str, asked: str | Sequence[str] | None, obstacles: Mapping[str, str | None], platform: str | None = None
+    operation: str,
+    asked: str | Sequence[str] | None,
+    obstacles: Mapping[str, str | None],
+    platform: str | None = None,
+    default: Sequence[str] | None = None,
 ) -> str:
     """The name of the implementation to run.
 
@@ -67,13 +71,14 @@ def choose(
         asked: an implementation, several in order of preference, or None for what suits the platform.
         obstacles: for every implementation why it cannot take these inputs, None where it can.
         platform: None for that of `compiling_for`, or of this process.
+        default: what suits the platform best, where that is not what PREFERRED has.
 
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
     platform = platform or target_platform()
     if asked is None:
-        asked = _wanted.get() or PREFERRED.get(platform, ("xla",))
+        asked = _wanted.get() or default or PREFERRED.get(platform, ("xla",))
     names = (asked,) if isinstance(asked, str) else tuple(asked)
     reasons = {}
     for name in names:

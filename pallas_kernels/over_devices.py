@@ -1,9 +1,11 @@
 """Operations on a mesh of devices: each computes the rows and heads that it has, for which it needs nobody.
 
 The compiler cannot cut a kernel up by itself. Inside `jax.set_mesh(mesh)` rows lie along the mesh's axes `data` and
-`fsdp`, and heads along `tensor`, as far as there are such axes and they divide what lies along them.
+`fsdp`, and heads along `tensor`, as far as there are such axes and they divide what lies along them. Inside a
+`jax.shard_map`, what it has cut already is left as it is.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,30 +30,37 @@ def over_devices(
         rows: how many there are.
         heads: how many key/value heads there are.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    count = {"b": rows, "h": heads, "k": heads}
-    along: dict[str, tuple[str, ...]] = {}
-    for letter, names in AXES.items():
-        there = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
-        size = 1
-        for name in there:
-            size *= mesh.shape[name]
-        if there and count[letter] % size == 0:
-            along[letter] = there
-    if not along:
+    free = free_axes()
+    if not free:
         return run(arguments)
+    count = {"b": rows, "h": heads, "k": heads}
+    along = {letter: axes_along(names, count[letter]) for letter, names in AXES.items()}
 
     def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(along.get(letter) for letter in letters))
+        return PartitionSpec(*(along.get(letter) or None for letter in letters))
 
     present, tree = jax.tree.flatten(arguments)
     cut = jax.shard_map(
         lambda *leaves: run(jax.tree.unflatten(tree, leaves)),
         in_specs=tuple(map(spec, _of_present(arguments, dimensions))),
         out_specs=jax.tree.map(spec, results),
+        axis_names=set(free),
         check_vma=False,
     )
     return cut(*present)
+
+
+def free_axes() -> Mapping[str, int]:
+    """Sizes of the axes of the mesh that no enclosing `jax.shard_map` has taken; none without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
+
+
+def axes_along(names: tuple[str, ...], count: int) -> tuple[str, ...]:
+    """Those of the axes along which `count` rows or heads lie: all that are free, if they divide them; else none."""
+    free = free_axes()
+    there = tuple(name for name in names if name in free)
+    return there if count % math.prod(free[name] for name in there) == 0 else ()
 
 
 def _of_present(arguments: Any, dimensions: Any) -> list[str]:

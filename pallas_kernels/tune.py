@@ -2,8 +2,8 @@
 
     python -m pallas_kernels.tune [--sizes 64 128] [--dtypes bfloat16] [--operations augmented_attention ...]
 
-Kernel after kernel, every way to cut is timed inside its operation, forward and backward, with all others as the table
-has them; the fastest is kept. What cannot be compiled for the device is passed over.
+Kernel after kernel, a few ways to cut are compiled at once and timed one after another, each kernel alone; the fastest
+is kept. Blocks are chosen last, by the whole operation. What cannot be compiled for the device is passed over.
 """
 
 import argparse
@@ -11,19 +11,29 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
+import re
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from pallas_kernels import tiles
-from pallas_kernels.augmented_attention import augmented_attention
+import pallas_kernels.augmented_attention.gpu
+import pallas_kernels.linear_attention.gpu
+import pallas_kernels.path_commit.gpu
+import pallas_kernels.tree_verify.gpu
+from pallas_kernels import gpu_memories, tiles
+from pallas_kernels.augmented_attention import Placement, augmented_attention
+from pallas_kernels.gpu_launch import launch
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tiles import COMMON, SIZES, TABLE, bucket
@@ -31,7 +41,25 @@ from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 OPERATIONS = ("augmented_attention", "linear_attention", "tree_verify", "path_commit")
 PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
-BLOCKS = (128, 256, 512, 1024)
+BLOCKS = (128, 256, 512)
+# Kernels that are called otherwise than what is tuned.
+NAMES = {
+    "augmented_attention.memories": "block_sums_kernel",
+    "linear_attention.memories": "block_sums_kernel",
+    "tree_verify": "verify_kernel",
+    "path_commit": "fold_kernel",
+}
+# Where kernels are launched from.
+LAUNCHERS = (
+    gpu_memories,
+    pallas_kernels.augmented_attention.gpu,
+    pallas_kernels.linear_attention.gpu,
+    pallas_kernels.path_commit.gpu,
+    pallas_kernels.tree_verify.gpu,
+)
+MOST_CALLS = 100
+# Modules are patched while something is traced.
+TRACING = threading.Lock()
 GROUP, TAPS, NODES = 64, 32, 26
 Program = Callable[[], Any]
 # A row of the table, and the table: device, kernel, bucket, row.
@@ -48,6 +76,15 @@ class Shape:
     heads: int
     size: int
     dtype: str
+    placed: bool = False
+
+
+class Timing(NamedTuple):
+    """Seconds that one way to cut takes, and whether it is the shipped one."""
+
+    seconds: float
+    entry: Entry
+    shipped: bool
 
 
 def main() -> int:
@@ -59,16 +96,19 @@ def main() -> int:
         return 2
     table = json.loads(options.table.read_text())
     found = table.setdefault(device, {})
-    jobs = list(itertools.product(options.sizes, options.dtypes, options.operations))
+    jobs = list(itertools.product((False, True), options.dtypes, options.operations, options.sizes))
+    jobs = [job for job in jobs if not job[0] or job[2] == "augmented_attention"]
     with tqdm(jobs, unit="row", disable=None) as bar:
-        for size, dtype, operation in bar:
-            shape = Shape(options.batch, options.tokens, options.heads, size, dtype)
+        for placed, dtype, operation, size in bar:
+            shape = Shape(options.batch, options.tokens, options.heads, size, dtype, placed)
             bar.set_postfix_str(f"{operation}, heads of {size}, {dtype}")
+            if options.verbose:
+                print(f"{row_of(shape)}, {options.deadline - time.monotonic():.0f} s left", flush=True)
             for kernel, entry in tuned(operation, shape, table, device, options).items():
-                found.setdefault(kernel, {})[bucket(size, size, dtype)] = entry
+                found.setdefault(kernel, {})[row_of(shape)] = entry
             # Whatever has been found is kept if the rest is interrupted.
             written = options.table.with_suffix(".part")
-            written.write_text(json.dumps(table, indent=1) + "\n")
+            written.write_text(table_text(table))
             written.replace(options.table)
     print(f"{options.table} has {sum(map(len, found.values()))} rows for {device}")
     return 0
@@ -84,10 +124,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=4096, metavar="T", help="of a row")
     parser.add_argument("--heads", type=int, default=16, metavar="H")
     parser.add_argument("--seconds", type=float, default=0.1, help="length of one timing")
+    parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="begin nothing after them")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), metavar="N", help="that compile")
+    parser.add_argument("--verbose", action="store_true", help="print the times of every kernel")
     parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help="what is read and written")
     parser.add_argument("--implementation", default=jax.default_backend(), help=argparse.SUPPRESS)
     parser.add_argument("--candidates", type=int, metavar="N", help="try the first N ways to cut only")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.deadline = time.monotonic() + options.limit
+    return options
 
 
 def kernels_of(operation: str, implementation: str) -> list[str]:
@@ -100,36 +145,110 @@ def kernels_of(operation: str, implementation: str) -> list[str]:
 def tuned(operation: str, shape: Shape, table: Table, device: str, options: argparse.Namespace) -> dict[str, Entry]:
     """The fastest way to cut the work of each of an operation's kernels."""
     best: dict[str, Entry] = {}
-    row = bucket(shape.size, shape.size, shape.dtype)
-    for kernel in kernels_of(operation, options.implementation):
-        shipped = table.get(device, {}).get(kernel, {}).get(row) or table[COMMON][kernel].get(row)
-        if shipped is None:
+    row = row_of(shape)
+    kernels = kernels_of(operation, options.implementation)
+    for kernel in (each for each in kernels if not each.endswith(".block")):
+        shipped = shipped_row(table, device, kernel, shape)
+        if shipped is None or time.monotonic() > options.deadline:
             continue
-        timed: list[tuple[float, Entry]] = []
-        for entry in candidates(shipped)[: options.candidates]:
-            try:
-                with replaced(table, device, row, best | {kernel: entry}):
-                    spent = seconds(program(operation, shape, options.implementation), options.seconds)
-            except Exception:
-                # Too much shared memory, for instance; but what is shipped must run.
-                if entry == shipped:
-                    raise
-            else:
-                timed.append((spent, entry))
-        best[kernel] = min(timed, key=lambda each: each[0])[1]
+        ways = candidates(kernel, shipped, shape)[: options.candidates]
+
+        def prepared(entry: Entry, kernel: str = kernel) -> list[Program]:
+            with replaced(table, device, row, {kernel: entry}):
+                return kernel_programs(operation, kernel, shape, options.implementation)
+
+        keep_fastest(best, kernel, timed(ways, prepared, options), options)
+    block = f"{operation}.block"
+    shipped = shipped_row(table, device, block, shape) if block in kernels and not shape.placed else None
+    if shipped is not None and time.monotonic() < options.deadline:
+        ways = candidates(block, shipped, shape)[: options.candidates]
+
+        def whole(entry: Entry) -> list[Program]:
+            with replaced(table, device, row, best | {block: entry}):
+                return [compiled(*call(operation, shape, options.implementation))]
+
+        keep_fastest(best, block, timed(ways, whole, options), options)
     return best
 
 
-def candidates(shipped: Entry) -> list[Entry]:
-    """Ways to cut a kernel's work, the shipped one first."""
+def table_text(table: Table) -> str:
+    """JSON with a line for each row."""
+    whole = re.sub(r"\{[^{}]*\}", lambda found: " ".join(found[0].split()), json.dumps(table, indent=2))
+    return re.sub(r"\{ (.*?) \}", r"{\1}", whole) + "\n"
+
+
+def row_of(shape: Shape) -> str:
+    """The name of its row of the table."""
+    return bucket(shape.size, shape.size, shape.dtype) + (" placed" if shape.placed else "")
+
+
+def shipped_row(table: Table, device: str, kernel: str, shape: Shape) -> Entry | None:
+    """The row that the table has for a kernel, the device's own one first."""
+    rows = [table.get(each, {}).get(kernel, {}) for each in (device, COMMON)]
+    names = (row_of(shape), bucket(shape.size, shape.size, shape.dtype))
+    return next((each[name] for each in rows for name in names if name in each), None)
+
+
+def keep_fastest(best: dict[str, Entry], kernel: str, found: list[Timing], options: argparse.Namespace) -> None:
+    """Puts the fastest way among the best, and prints it beside the shipped one, which is the first."""
+    if not found:
+        return
+    fastest = min(found, key=lambda each: each.seconds)
+    best[kernel] = fastest.entry
+    if options.verbose:
+        shipped = f"{found[0].seconds * 1e6:.0f}" if found[0].shipped else "-"
+        print(f"{kernel}: {fastest.seconds * 1e6:.0f} us (as it was: {shipped}) {fastest.entry}", flush=True)
+        for each in sorted(found, key=lambda each: each.seconds)[1:4]:
+            print(f"    {each.seconds * 1e6:.0f} us {tuple(each.entry.values())}", flush=True)
+
+
+def timed(ways: list[Entry], prepare: Callable[[Entry], list[Program]], options: argparse.Namespace) -> list[Timing]:
+    """Times of the ways that can be compiled, all of them at once, and run, one after another."""
+
+    def attempt(entry: Entry) -> list[Program] | None:
+        try:
+            return prepare(entry)
+        except Exception as error:
+            # Too much shared memory, for instance.
+            failed(entry, error, options)
+            return None
+
+    found = []
+    with ThreadPoolExecutor(options.threads) as pool:
+        for index, (entry, programs) in enumerate(zip(ways, pool.map(attempt, ways), strict=True)):
+            if programs is None:
+                continue
+            try:
+                spent = sum(seconds(each, options.seconds) for each in programs)
+            except Exception as error:
+                failed(entry, error, options)
+            else:
+                found.append(Timing(spent, entry, index == 0))
+    return found
+
+
+def failed(entry: Entry, error: Exception, options: argparse.Namespace) -> None:
+    """Says what did not work, in one line."""
+    if options.verbose:
+        print(f"    {tuple(entry.values())}: {' '.join(str(error).split())[:120]}", flush=True)
+
+
+def candidates(kernel: str, shipped: Entry, shape: Shape) -> list[Entry]:
+    """Ways to cut a kernel's work, the shipped one first: few, of which experience says that one will do."""
     if "part" not in shipped:
-        others = [{"rows": rows} for rows in BLOCKS]
+        return [shipped, *({"rows": rows} for rows in BLOCKS if rows != shipped["rows"])]
+    half = max(shape.size // 2, 16)
+    if shape.dtype == "float32":
+        ways = [(rows, part, 32, warps, 2) for rows in (16, 32) for part in (shape.size, half) for warps in (4, 8)]
+    elif kernel.endswith(".memories"):
+        ways = [(64, shape.size, 16, warps, stages) for warps in (8, 4) for stages in (2, 3, 4)]
+        ways += [(64, half, 16, 4, 3), (32, shape.size, 16, 4, 3)]
     else:
-        ways = itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))
-        others = [
-            shipped | {"rows": rows, "part": part, "warps": warps, "stages": stages}
-            for rows, part, warps, stages in ways
-        ]
+        # Tiles of 64 rows are the least that a group of four warps multiplies as one.
+        shapes = [(shape.size, 32, 8), (shape.size, 32, 4), (half, 32, 4)]
+        ways = [(64, *each, stages) for each in shapes for stages in (2, 3)]
+        ways += [(64, shape.size, 64, 8, 2), (64, shape.size, 64, 4, 2), (64, shape.size, 32, 8, 1)]
+    others = [dict(zip(("rows", "part", "piece", "warps", "stages"), way, strict=True)) for way in ways]
     return [shipped, *(each for each in others if each != shipped)]
 
 
@@ -144,18 +263,63 @@ def replaced(table: Table, device: str, row: str, entries: dict[str, Entry]) -> 
 
 
 def seconds(run: Program, least: float) -> float:
-    """Seconds of one call."""
+    """Seconds of one call, of several in flight together, so that the host's work hides behind the device's."""
     jax.block_until_ready(run())
-    calls, spent, began = 0, 0.0, time.perf_counter()
-    while spent < least:
-        jax.block_until_ready(run())
-        calls += 1
-        spent = time.perf_counter() - began
-    return spent / calls
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    calls = min(1 + int(least / (time.perf_counter() - began)), MOST_CALLS)
+    began = time.perf_counter()
+    for _ in range(calls):
+        last = run()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - began) / calls
 
 
-def program(operation: str, shape: Shape, implementation: str) -> Program:
-    """A compiled call of an operation, forward and backward where there is one."""
+def compiled(function: Callable[..., Any], arrays: Sequence[Any]) -> Program:
+    """A call of a compiled function."""
+    ready = jax.jit(function).lower(*arrays).compile()
+    return lambda: ready(*arrays)
+
+
+def kernel_programs(operation: str, kernel: str, shape: Shape, implementation: str) -> list[Program]:
+    """Every launch of one kernel within an operation, alone, on numbers at random."""
+    seen: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(function: Any, arguments: Any, outputs: Any, **options: Any) -> list[jax.Array]:
+        shapes = [each if isinstance(each, int) else jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arguments]
+        seen.append((function, tuple(shapes), options | {"outputs": outputs}))
+        return [jnp.zeros(each.shape, each.dtype) for each in outputs]
+
+    with TRACING, contextlib.ExitStack() as stack:
+        for module in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, "launch", note))
+        # A function of its own: JAX keeps what it has traced.
+        function, arrays = call(operation, shape, implementation)
+        jax.eval_shape(lambda *arrays: function(*arrays), *arrays)
+    name = NAMES.get(kernel, f"{kernel.partition('.')[2]}_kernel")
+    return [alone(*each) for each in seen if each[0].__name__ == name]
+
+
+def alone(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Program:
+    """One launch as a program."""
+    key = jax.random.key(0)
+
+    def drawn(like: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(like.dtype, jnp.floating):
+            return jax.random.normal(key, like.shape, like.dtype)
+        return jnp.ones(like.shape, like.dtype)
+
+    arrays = [drawn(each) for each in arguments if not isinstance(each, int)]
+
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        rest = iter(arrays)
+        return launch(kernel, [each if isinstance(each, int) else next(rest) for each in arguments], **options)
+
+    return compiled(run, arrays)
+
+
+def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..., Any], list[Any]]:
+    """A function, forward and backward where there is one, and what it is called with."""
     keys = jax.random.split(jax.random.key(0), 4)
 
     def rows(tokens: int) -> list[jax.Array]:
@@ -168,25 +332,30 @@ def program(operation: str, shape: Shape, implementation: str) -> Program:
     if operation == "tree_verify":
         tree = Tree(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
         verify = partial(verify_tree, tree=tree, held=held, alpha=alpha, taps=taps, implementation=implementation)
-        compiled, nodes = jax.jit(verify), rows(NODES)
-        return lambda: compiled(*nodes)
+        return verify, rows(NODES)
     if operation == "path_commit":
         path_keys, path_values, _ = rows(4)
         length = jnp.full((shape.batch,), 4)
-        commit = jax.jit(partial(commit_path, implementation=implementation))
-        return lambda: commit(held, path_keys, path_values, length)
+        return partial(commit_path, implementation=implementation), [held, path_keys, path_values, length]
+    placement = whole_document(shape) if shape.placed else None
 
     def total(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         if operation == "linear_attention":
             outputs = linear_attention(queries, keys, values, implementation=implementation)[0]
         else:
-            outputs = augmented_attention(
-                queries, keys, values, group_size=GROUP, alpha=alpha, taps=taps, implementation=implementation
-            )[0]
+            augmented = partial(augmented_attention, group_size=GROUP, alpha=alpha, taps=taps, placement=placement)
+            outputs = augmented(queries, keys, values, implementation=implementation)[0]
         return jnp.sum(jnp.square(outputs.astype(jnp.float32)))
 
-    both, arrays = jax.jit(jax.grad(total, range(3))), rows(shape.tokens)
-    return lambda: both(*arrays)
+    return jax.grad(total, range(3)), rows(shape.tokens)
+
+
+def whole_document(shape: Shape) -> Placement:
+    """Rows of one document, for kernels that do not know it."""
+    tokens = jnp.full((shape.batch,), shape.tokens)
+    one = jnp.ones((shape.batch,), jnp.int32)
+    place = jnp.broadcast_to(jnp.arange(shape.tokens), (shape.batch, shape.tokens))
+    return Placement(jnp.ones_like(place), place, one, one, tokens)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from lin_jax.decoding.plan import Plan, save_plans
 from lin_jax.decoding.session import PLAN_FILE
 from lin_jax.training import load_run_config
 from lin_jax.training.loop import train
+from lin_jax.training.tracker import read_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,17 +113,18 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-def test_pod_step(tmp_path: Path) -> None:
+def test_pod_plan(tmp_path: Path) -> None:
     """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
-    file = tmp_path / "step.json"
+    file = tmp_path / "plan.json"
     done = run_benchmark(
-        *("pod_step", "--topology", "v5e:2x2", "--layers", "1", "--length", "128", "--json", str(file)),
+        *("pod_plan", "--plans", "llama2-7b-lora", "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),
         without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
     )
     assert done.returncode == 0, done.stderr
-    report = json.loads(file.read_text())
-    assert (report["chips"], report["kernels"]) == (4, 3)
-    assert 0 < report["bytes_held_per_chip"] + report["bytes_in_between_per_chip"] < 16 * 2**30
+    (plan,) = json.loads(file.read_text())["plans"]
+    assert (plan["chips"], plan["kernels"], plan["mesh"]) == (4, 3, {"fsdp": 4})
+    assert 0 < plan["gib_held"] + plan["gib_in_between"] < plan["gib_of_a_chip"]
+    assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
 
 def test_support_matrix(tmp_path: Path) -> None:
@@ -155,3 +157,19 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     assert report["results"][1]["mean_accepted_tokens"] > 1
     assert report["results"][1]["boundaries_crossed"] > 0
     assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12
+
+
+def test_kills(tmp_path: Path) -> None:
+    """A run that is killed at random, as a write begins and during one goes on as if it had been left alone."""
+    file = tmp_path / "kills.json"
+    done = run_benchmark("kills", "--kills", "3", "--folder", str(tmp_path), "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(file.read_text())
+    assert report["wrong"] == []
+    assert report["losses_equal"] is True
+    assert set(report["kills_by_moment"].values()) == {1}
+    assert report["kills_during_a_write"] >= 1
+    assert report["damage_found"] == sum(report["damaged"].values()) >= 1
+    assert report["most_steps_repeated"] <= 2 * report["checkpoint_every"]
+    lines = read_metrics(tmp_path / "killed" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, report["steps"] + 1))

@@ -64,17 +64,20 @@ class Branches(nnx.Module):
         self.angular, self.merged_norm, self.mean = angular, merged_norm, mean
         self.implementation = implementation
 
+    def scored(self, vectors: Array) -> Array:
+        """Queries or keys `[..., D]` as they are scored; a state keeps such keys."""
+        return unit(vectors) if self.unit_inputs else vectors
+
+    def fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
+        """What tokens `[B, ..., S]` add to the memory `[B, ..., K, M, E]`, by their keys as they are scored."""
+        assert self.linear is not None, "there is a linear branch"
+        return self.linear.fold(keys, self._values(values), included)
+
     def _inputs(self, queries: Array, keys: Array) -> tuple[Array, Array]:
-        if self.unit_inputs:
-            queries, keys = unit(queries), unit(keys)
-        return split_heads(queries, self.kv_heads), keys
+        return split_heads(self.scored(queries), self.kv_heads), self.scored(keys)
 
     def _values(self, values: Array) -> Array:
         return unit(values) if self.unit_values else values
-
-    def _fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
-        assert self.linear is not None
-        return self.linear.fold(keys, self._values(values), included)
 
     def _pairs(
         self,

@@ -49,8 +49,13 @@ class Chunks:
         state: AugmentedState | None,
         size: int,
     ) -> "Chunks":
-        """Cuts rows up, with the state's unfinished group (or emptiness) as the chunk before them."""
+        """Cuts rows up, with the state's unfinished group (or emptiness) as the chunk before them.
+
+        Rows that are continued from the end of a group need none.
+        """
         length = keys.shape[1]
+        if layout.continued:
+            state = None
         aligned = layout.aligned and state is None
         first = first_document(layout.documents)
         documents, positions = layout.documents, layout.positions

@@ -26,6 +26,7 @@ from lin_jax.attention.pairs import (
     merge_heads,
     per_head,
 )
+from lin_jax.attention.sequence import lies_cut, over_sequence
 from lin_jax.attention.state import AugmentedState, TreePairs, advance, commit_path
 from lin_jax.attention.tree import TreeArrays
 
@@ -78,14 +79,17 @@ class ComposedAttention(Branches):
     ) -> tuple[Float[Array, "B T H E"], AugmentedState | None]:
         """Outputs for whole rows, a group-sized chunk at a time, and the state after them if one was given.
 
-        The first document of a row continues the state; the state returned is that of the row's last document.
+        The first document of a row continues the state; the state returned is that of the row's last document. On a
+        mesh with an axis `sequence`, rows without a state lie along it.
         """
+        if state is None and lies_cut(layout, self.group_size):
+            return over_sequence(self, queries, keys, values, layout, bias), None
         if layout.present is None and is_fused(self, bias):
             outputs, memory = fused(self, queries, keys, values, layout, state)
-            if state is None:
+            if state is None or layout.continued:
                 return outputs, None
             # What the state keeps are keys as they are scored.
-            keys = self._inputs(queries, keys)[1]
+            keys = self.scored(keys)
             return outputs, advance(state, keys, values, layout, None if self.linear is None else memory)
         queries, keys = self._inputs(queries, keys)
         rows = Chunks.of(queries, keys, values, layout, state, self.group_size)
@@ -96,14 +100,15 @@ class ComposedAttention(Branches):
         if self.linear is not None:
             initial = self._empty_memory(keys.shape[0], keys.dtype) if state is None else state.memory
             assert initial is not None, "there is a linear branch"
-            before, after = rows.memories(initial, self._fold, whole=state is not None)
+            whole = state is not None and not layout.continued
+            before, after = rows.memories(initial, self.fold, whole=whole)
             read = self.linear.recall(rows.queries, before)
             sums = plus(sums, jnp.where(rows.reads_memory[..., None, None, None], read, 0))
         outputs = rows.flatten(self._outputs(direct, sums))
         outputs = self._combined(outputs, values)
         if self.convolution is not None:
             outputs = outputs + self.convolution.parallel(values, layout, None if state is None else state.window)
-        new_state = None if state is None else advance(state, keys, values, layout, after)
+        new_state = None if state is None or layout.continued else advance(state, keys, values, layout, after)
         return merge_heads(outputs).astype(values.dtype), new_state
 
     def verify(
@@ -122,7 +127,7 @@ class ComposedAttention(Branches):
         """
         if is_fused(self, bias):
             # What the state keeps are keys as they are scored.
-            nodes = Nodes(self._inputs(queries, keys)[1], values)
+            nodes = Nodes(self.scored(keys), values)
             return fused_verify(self, queries, keys, values, tree, state), nodes
         queries, keys = self._inputs(queries, keys)
         nodes = Nodes(keys, values)
@@ -140,7 +145,7 @@ class ComposedAttention(Branches):
         """The state after the first `length` (at most G) nodes of the path, row by row."""
         if state.memory is not None and is_fused(self, None):
             return fused_commit(self, state, path, length)
-        return commit_path(state, path, length, self._fold)
+        return commit_path(state, path, length, self.fold)
 
     def bidirectional(
         self,
@@ -175,7 +180,7 @@ class ComposedAttention(Branches):
 
     def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceMemory:
         """Sums an encoder's output up; a local branch keeps all of it, and its state grows with the source."""
-        keys = self._inputs(keys, keys)[1]
+        keys = self.scored(keys)
         memory = None if self.linear is None else self._source(keys, values, layout)
         return SourceMemory(memory, None if self.local is None else Nodes(keys, values), layout.valid)
 
@@ -223,7 +228,7 @@ class ComposedAttention(Branches):
     def _source(self, keys: Array, values: Array, layout: Layout) -> Array:
         """The memory of whole rows."""
         # Without the barrier, XLA on CPU merges this product with the reading of it into one that it lacks in bfloat16.
-        return jax.lax.optimization_barrier(self._fold(keys, values, layout.valid))
+        return jax.lax.optimization_barrier(self.fold(keys, values, layout.valid))
 
     def _reach(self, masks: PairMasks) -> tuple[Array, Array | None]:
         """The pairs of the local branch, and those of the linear one."""

@@ -1,14 +1,13 @@
 """The depthwise convolution: one filter per head, over time, on the values."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.pairs import accumulation_dtype, weighted_values
+from lin_jax.attention.pairs import weighted_values
 
 
 class Convolution(nnx.Module):
@@ -56,28 +55,13 @@ class Convolution(nnx.Module):
             layout: positions; a token sees no further back than the start of its document.
             window: `[B, W-1, K, E]` the values before the row, newest last; None means zeros.
         """
-        values = self._readable(values, layout)
-        batch, length = values.shape[:2]
-        chunk = max(self.width - 1, min(32, length), 1)
-        count = -(-length // chunk)
-        before = jnp.zeros((batch, chunk, *values.shape[2:]), values.dtype)
-        if window is not None and self.width > 1:
-            before = before.at[:, chunk - self.width + 1 :].set(window.astype(values.dtype))
-        padding = ((0, 0), (0, count * chunk - length), (0, 0), (0, 0))
-        chunks = jnp.concatenate([before, jnp.pad(values, padding)], axis=1)
-        chunks = chunks.reshape(batch, count + 1, chunk, *values.shape[2:])
-        windows = jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=2)
-
-        lag = jnp.arange(chunk)[:, None] + chunk - jnp.arange(2 * chunk)
-        band = self._taps_at(lag, values.dtype)
-        if not layout.aligned:
-            positions = jnp.pad(layout.positions, padding[:2]).reshape(batch, count, chunk)
-            reach = lag <= positions[..., None]
-            band = jnp.where(reach[:, :, None, None], band, 0)
-        else:
-            band = jnp.broadcast_to(band, (batch, count, *band.shape))
-        outputs = weighted_values(band, windows)
-        return outputs.reshape(batch, count * chunk, *outputs.shape[3:])[:, :length]
+        values = self.readable(values, layout)
+        bands = _Bands.of(values, self.width, window)
+        band = self._taps_at(bands.lag, values.dtype)
+        if layout.aligned:
+            return bands.filtered(band)
+        reach = bands.lag <= bands.cut(layout.positions)[..., None]
+        return bands.filtered(jnp.where(reach[:, :, None, None], band, 0))
 
     def verify(
         self,
@@ -103,26 +87,19 @@ class Convolution(nnx.Module):
 
     def bidirectional(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K R E"]:
         """Filters an encoder's rows; rows that hold several documents as one matrix of pairs."""
-        values = self._readable(values, layout)
-        batch, length, kv_heads, size = values.shape
+        values = self.readable(values, layout)
         if not layout.aligned:
-            lag = jnp.arange(length)[:, None] - jnp.arange(length)
+            lag = jnp.arange(values.shape[1])[:, None] - jnp.arange(values.shape[1])
             same = layout.documents[:, :, None] == layout.documents[:, None, :]
             band = jnp.where(same[:, None, None], self._taps_at(lag, values.dtype), 0)
             return weighted_values(band, values)
-        kernel = jnp.flip(self.taps[...], axis=1).astype(values.dtype)[:, None, :]
-        filtered = jax.lax.conv_general_dilated(
-            jnp.moveaxis(values, 3, 1).reshape(batch * size, length, kv_heads),
-            kernel,
-            window_strides=(1,),
-            padding=[(self.width - 1, self.ahead)],
-            dimension_numbers=("NWC", "OIW", "NWC"),
-            feature_group_count=kv_heads,
-            preferred_element_type=accumulation_dtype(values.dtype),
-        )
-        return jnp.moveaxis(filtered.reshape(batch, size, length, kv_heads, -1), 1, 4)
+        # Seen from `ahead` tokens later, the whole filter looks back.
+        later = jnp.pad(values, ((0, 0), (0, self.ahead), (0, 0), (0, 0)))
+        bands = _Bands.of(later, self.ahead + self.width, None)
+        return bands.filtered(self._taps_at(bands.lag - self.ahead, values.dtype))[:, self.ahead :]
 
-    def _readable(self, values: Array, layout: Layout) -> Array:
+    def readable(self, values: Float[Array, "B T K E"], layout: Layout) -> Float[Array, "B T K E"]:
+        """Values as they are filtered: zero where tokens are not present."""
         if layout.present is None or self.read_padding:
             return values
         return jnp.where(layout.present[:, :, None, None], values, 0)
@@ -135,3 +112,41 @@ class Convolution(nnx.Module):
         inside = (index >= 0) & (index < taps.shape[2])
         found = jnp.moveaxis(taps[:, :, jnp.clip(index, 0, taps.shape[2] - 1)], (0, 1), (-4, -3))
         return jnp.where(inside[..., None, None, :, :], found, 0)
+
+
+class _Bands(NamedTuple):
+    """Rows cut into `n` chunks of C tokens, each beside the chunk before it, that a filter reaches no further than.
+
+    Attributes:
+        windows: `[B, n, 2C, K, E]`.
+        lag: `[C, 2C]` how far back each token of a window lies from each of its chunk's.
+        length: tokens of a row.
+    """
+
+    windows: Float[Array, "B n C2 K E"]
+    lag: Int[Array, "C C2"]
+    length: int
+
+    @classmethod
+    def of(cls, values: Float[Array, "B T K E"], width: int, before: Float[Array, "B W_1 K E"] | None) -> "_Bands":
+        """The windows of rows, for a filter of `width` taps; `before` the row are zeros, or the given values."""
+        length = values.shape[1]
+        chunk = max(width - 1, min(32, length), 1)
+        first = jnp.zeros((values.shape[0], chunk, *values.shape[2:]), values.dtype)
+        if before is not None and width > 1:
+            first = first.at[:, chunk - width + 1 :].set(before.astype(values.dtype))
+        chunks = jnp.concatenate([first, jnp.pad(values, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))], axis=1)
+        chunks = chunks.reshape(values.shape[0], -1, chunk, *values.shape[2:])
+        lag = jnp.arange(chunk)[:, None] + chunk - jnp.arange(2 * chunk)
+        return cls(jnp.concatenate([chunks[:, :-1], chunks[:, 1:]], axis=2), lag, length)
+
+    def cut(self, rows: Int[Array, "B T"]) -> Int[Array, "B n C"]:
+        """Numbers of tokens, by chunks."""
+        padded = jnp.pad(rows, ((0, 0), (0, -self.length % self.lag.shape[0])))
+        return padded.reshape(rows.shape[0], -1, self.lag.shape[0])
+
+    def filtered(self, band: Float[Array, "*#Bn K R C C2"]) -> Float[Array, "B T K R E"]:
+        """Rows filtered by the taps between each token and its window's."""
+        band = jnp.broadcast_to(band, (*self.windows.shape[:2], *band.shape[-4:]))
+        outputs = weighted_values(band, self.windows)
+        return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, : self.length]

@@ -19,6 +19,7 @@ from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
 from lin_jax.attention.mixer import Conventions, Nodes
 from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.softmax import causal_softmax, masked_softmax
 from lin_jax.attention.tree import TreeArrays
 from lin_jax.errors import UserError
 
@@ -58,6 +59,7 @@ class FullAttention(nnx.Module):
         value_dim: size E of values.
         weights: how scores become weights.
         conventions: scale and length.
+        implementation: what computes the softmax of whole rows, as `causal_softmax` has it.
     """
 
     def __init__(
@@ -68,10 +70,12 @@ class FullAttention(nnx.Module):
         *,
         weights: Literal["softmax", "square"],
         conventions: Conventions,
+        implementation: str | None = None,
     ) -> None:
         self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
         self.weights = weights
         self.conventions = conventions
+        self.implementation = implementation
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> CacheState:
         """An empty cache for `capacity` tokens per sequence."""
@@ -95,8 +99,11 @@ class FullAttention(nnx.Module):
         """Outputs for whole rows. From a state, rows are one document each, padded on the right."""
         if state is not None:
             return self._from_cache(queries, keys, values, layout, state, bias)
+        whole = layout.aligned and layout.present is None
+        if whole and bias is None and self.weights == "softmax" and self.conventions.softmax_scale != "length":
+            return causal_softmax(queries, keys, values, self._scale, self.implementation), None
         mask = jnp.tri(keys.shape[1], dtype=bool)[None]
-        if not layout.aligned or layout.present is not None:
+        if not whole:
             mask = mask & layout.pairs
         lengths = self._lengths(keys.shape[1], layout.positions + 1)
         added = None if bias is None else bias.between(layout.positions, layout.positions)
@@ -177,6 +184,11 @@ class FullAttention(nnx.Module):
         cached = (state.keys.astype(keys.dtype), state.values.astype(values.dtype))
         return self._attend(queries, *cached, mask, added, layout.positions + 1), state
 
+    @property
+    def _scale(self) -> float:
+        """What softmax scores are multiplied with, but for the length."""
+        return self.head_dim**-0.5 if self.conventions.softmax_scale == "root" else 1.0
+
     def _lengths(self, row: int, seen: Int[Array, "#B T"]) -> Int[Array, "#B T"]:
         """What each query's scores may be divided by."""
         return jnp.full_like(seen, row) if self.conventions.length == "row" else jnp.maximum(seen, 1)
@@ -193,10 +205,9 @@ class FullAttention(nnx.Module):
         """Outputs over the pairs that the mask allows."""
         divisors = lengths[:, :, None, None].astype(queries.dtype)
         if self.weights == "softmax":
-            scale = queries.shape[-1] ** -0.5 if self.conventions.softmax_scale == "root" else 1.0
             if self.conventions.softmax_scale == "length":
                 queries = queries / divisors
-            return _softmax_attention(queries, keys, values, mask, bias, scale)
+            return masked_softmax(queries, keys, values, mask, bias, self._scale)
         if self.conventions.unit:
             return _squared(unit(queries), unit(keys), values, mask, bias) / divisors
         inner = None if bias is None else bias / lengths[:, None, :, None].astype(bias.dtype)
@@ -222,21 +233,3 @@ def _squared(
         scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
     weights = jnp.where(mask[:, None, None], relu_squared(scores), 0)
     return merge_heads(weighted_values(weights, values)).astype(values.dtype)
-
-
-def _softmax_attention(
-    queries: Float[Array, "B T H D"],
-    keys: Float[Array, "B S K D"],
-    values: Float[Array, "B S K E"],
-    mask: Bool[Array, "#B T S"],
-    bias: Float[Array, "#B H T S"] | None,
-    scale: float,
-) -> Float[Array, "B T H E"]:
-    if queries.dtype != jnp.float64 and values.shape[-1] == keys.shape[-1]:
-        return jax.nn.dot_product_attention(queries, keys, values, bias, mask[:, None], scale=scale)
-    # JAX's own function takes the softmax in float32 whatever it is given, and has one size for keys and values.
-    scores = pair_scores(split_heads(queries, keys.shape[2]), keys) * scale
-    if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    return merge_heads(weighted_values(jax.nn.softmax(scores), values)).astype(values.dtype)

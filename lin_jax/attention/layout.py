@@ -19,12 +19,15 @@ class Layout:
         aligned: whether every row is one document that begins at position 0, so that groups are slices of the row.
         present: `[B, T]` which tokens may be attended to; None means all that belong to a document. Tokens that are not
             present still have positions and outputs, which nothing else depends on.
+        continued: whether aligned rows are pieces of longer ones, from the end of a group on: what came before them is
+            in a state, positions count it, and groups are slices of the row nevertheless. No state comes after them.
     """
 
     positions: Int[Array, "B T"]
     documents: Int[Array, "B T"]
     aligned: bool = field(default=False, metadata={"static": True})
     present: Bool[Array, "B T"] | None = None
+    continued: bool = field(default=False, metadata={"static": True})
 
     @property
     def valid(self) -> Bool[Array, "B T"]:

@@ -143,7 +143,8 @@ class AttentionConfig:
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
         implementation: what computes the local and grouped branches and the convolution together: xla, tpu, gpu, or the
-            last two interpreted; None takes what suits the platform.
+            last two interpreted; None takes what suits the platform. Softmax over whole rows goes through cuDNN on a
+            GPU unless this is xla.
     """
 
     name: str = "augmented"

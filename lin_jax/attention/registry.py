@@ -219,7 +219,12 @@ def _wrapped(build_base: Callable[[AttentionConfig, Sizes], Any]) -> Builder:
 
 def _full(config: AttentionConfig, sizes: Sizes, weights: Any) -> FullAttention:
     return FullAttention(
-        sizes.kv_heads, sizes.head_dim, sizes.value_dim, weights=weights, conventions=sizes.conventions
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.value_dim,
+        weights=weights,
+        conventions=sizes.conventions,
+        implementation=config.implementation,
     )
 
 

@@ -1,204 +1,144 @@
-"""Documents to packed batches: shuffled, endless and resumable for training; few and fixed for validation.
+"""Documents to packed batches for training: shuffled, endless, resumable, and the same on any number of processes.
 
 A batch is `{"tokens": int32 [B, T+1], "documents": int32 [B, T+1]}`. Documents are put end to end and
 cut into rows of T+1 tokens, inputs and targets overlapping by T. `documents` numbers the documents of a
-row from 1, so that attention and state stop at their borders; 0 marks padding.
+row from 1, so that attention and state stop at their borders; 0 marks padding. Where rows are to be one
+text each it is left out.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
-import numpy as np
 
 from lin_jax.data.config import DataConfig
+from lin_jax.data.corpus import Corpus, Part
+from lin_jax.data.dealing import DealtDocuments, Deck
+from lin_jax.data.mixing import Ingredient, MixedRows, Row, SourceClock
+from lin_jax.data.shards import ShardedRows, shards_of
 from lin_jax.data.sources import Document
-from lin_jax.data.splitting import digest
-from lin_jax.data.token_sources import TokenizedDocuments, TokenizedStream
+from lin_jax.data.token_sources import TokenizedStream, tokenized
 from lin_jax.data.tokenizer import Tokenizer
+from lin_jax.data.training_batches import TrainingBatches
+from lin_jax.data.windows import ShuffledWindows
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-Batch = dict[str, np.ndarray]
-
 # Neighbouring rows come from one long document; within so many rows they are dealt out in random order.
 _SHUFFLED_ROWS = 64
-# Text in memory needs no crowd of readers; one thread tokenises ahead while a step runs.
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+# Batches made ahead of the training loop, at least.
+_READ_AHEAD = 4
 
 
-class TrainingBatches:
-    """An endless iterator over batches whose position is plain JSON.
+class _Source(NamedTuple):
+    """One part of a corpus: what stands for its text, if it is known whole, and its tokens for each shard."""
 
-    Args:
-        batches: The grain iterator.
-        identity: What the position is only valid for, by name.
-    """
-
-    def __init__(self, batches: grain.DatasetIterator, identity: dict[str, Any]):
-        self._batches = batches
-        self._identity = identity
-
-    def __iter__(self) -> "TrainingBatches":
-        return self
-
-    def __next__(self) -> Batch:
-        """Returns the next batch.
-
-        Raises:
-            UserError: a stream is empty or damaged.
-        """
-        return next(self._batches)
-
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position after the batches seen so far, fit for `json.dumps`."""
-        return {"identity": dict(self._identity), "position": self._batches.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a saved position, exactly, also after a round trip through JSON.
-
-        Raises:
-            UserError: the position was saved with another seed, corpus, tokenizer, sequence length or shard.
-        """
-        saved = state["identity"]
-        for name, value in self._identity.items():
-            if name not in saved or saved[name] != value:
-                raise UserError(
-                    f"the saved data position is for {name} {saved.get(name)} and this run has {value}: "
-                    f"use the same {name}, or start a new run"
-                )
-        self._batches.set_state(_with_tuples(state["position"]))
+    name: str
+    share: float
+    fingerprint: str | None
+    tokens: Callable[[int], grain.IterDataset]
 
 
 def training_batches(
-    documents: "Sequence[Document] | IterableDataset",
+    documents: "Corpus | Sequence[Document] | IterableDataset",
     tokenizer: Tokenizer,
     config: DataConfig,
     *,
     batch_size: int,
     seed: int,
-    shard: tuple[int, int] = (0, 1),
+    rows: tuple[int, int] | None = None,
 ) -> TrainingBatches:
     """Returns endless batches of packed rows; every epoch over documents in memory has a new order.
 
     A stream keeps its order, except that neighbouring rows are shuffled. The same arguments give the
-    same batches.
+    same batches, and processes that ask for different rows get rows of the same batches. Documents are
+    dealt to `config.shards` shards, each of which gives `batch_size / shards` rows of every batch, side
+    by side. A process opens only the shards that its rows come from. With one shard every process reads
+    everything and keeps its own rows, which is right, but no faster than a single process.
 
     Args:
-        documents: Documents in memory, or a stream of rows `{"text": str}`.
+        documents: A corpus, or documents in memory, or a stream of rows `{"text": str}`.
         tokenizer: Turns each document into ids, with its last token.
-        config: Gives the sequence length T.
-        batch_size: Rows a batch, B, of this process alone.
+        config: Gives the sequence length T, the shards, and the folder that keeps tokens.
+        batch_size: Rows of the batch of all processes, B.
         seed: Order of documents and rows, from 0 to 2^31 - 1.
-        shard: Which part of the documents this process reads, and of how many: `(index, count)`.
+        rows: The rows of every batch to return: from, and to before; by default all.
 
     Raises:
         UserError: a number is out of range, or there are fewer documents than shards.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} must be 1 or more")
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed {seed} must lie between 0 and {2**31 - 1}")
-    index, count = shard
-    if not 0 <= index < count:
-        raise UserError(f"shard {index} of {count} does not exist: give an index from 0 to {count - 1}")
+    rows = (0, batch_size) if rows is None else rows
+    _check(batch_size, seed, rows)
+    rows_per_shard = config.rows_per_shard(batch_size)
+    sources = [_source(part, tokenizer, config, seed) for part in Corpus.of(documents).parts]
+    clock = SourceClock(sources[0].name)
+    shards = {number: iter(_shard(sources, config, seed, number, clock)) for number in shards_of(rows, rows_per_shard)}
     identity = {
         "seed": seed,
         "sequence_length": config.sequence_length,
         "tokenizer": tokenizer.fingerprint,
-        "shard": f"{index} of {count}",
+        "shards": config.shards,
+        "mixture": [source.share for source in sources],
+        "corpus": [source.fingerprint for source in sources],
     }
-    if isinstance(documents, Sequence):
-        source = TokenizedDocuments(documents, tokenizer)
-        identity["corpus"] = source.fingerprint()
-        tokens = _in_memory(source, seed, index, count)
-    else:
-        tokens = TokenizedStream(_part_of_stream(documents, index, count), tokenizer)
-    rows = _pack(tokens, config.sequence_length + 1)
-    rows = grain.experimental.WindowShuffleIterDataset(rows, window_size=_SHUFFLED_ROWS, seed=seed)
-    return TrainingBatches(iter(rows.batch(batch_size, drop_remainder=True)), identity)
+    # Rows are read a window at a time: what was made ahead must last until the next one is there.
+    depth = max(_READ_AHEAD, -(-_SHUFFLED_ROWS // rows_per_shard))
+    return TrainingBatches(ShardedRows(shards, rows_per_shard, rows), identity, clock, depth)
 
 
-def validation_batches(
-    documents: "Sequence[Document] | IterableDataset",
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    *,
-    batch_size: int,
-) -> list[Batch]:
-    """Returns at most `config.validation_batches` fixed batches of held-out text, all of full size.
+def _check(batch_size: int, seed: int, rows: tuple[int, int]) -> None:
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size} must be 1 or more")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed {seed} must lie between 0 and {2**31 - 1}")
+    if not 0 <= rows[0] < rows[1] <= batch_size:
+        raise UserError(f"rows {rows[0]} to {rows[1]} are not rows of a batch of {batch_size}: give 0 <= from < to")
 
-    Documents in memory are taken in an order that mixes names; a stream is taken from its start. The
-    last row, and rows missing from the last batch, are filled with tokens 0 and documents 0.
 
-    Raises:
-        UserError: there is no held-out text.
-    """
-    length = config.sequence_length + 1
-    wanted = config.validation_batches * batch_size * length
-    pieces, total = [], 0
-    for text in _held_out_texts(documents):
-        pieces.append(tokenizer.encode_document(text)[: wanted - total])
-        total += len(pieces[-1])
-        if total == wanted:
-            break
-    if total == 0:
+def _source(part: Part, tokenizer: Tokenizer, config: DataConfig, seed: int) -> _Source:
+    if not isinstance(part.documents, Sequence):
+        return _Source(part.name, part.share, None, partial(_streamed, part, tokenizer, config.shards))
+    found = tokenized(part.documents, tokenizer, config.cache)
+    if len(found) < config.shards:
         raise UserError(
-            f"no text is held out: raise validation_fraction {config.validation_fraction}, or give more documents"
+            f"{len(found)} training documents of {part.name} cannot be dealt to {config.shards} shards: set "
+            "document_separator, give more documents, or use fewer shards"
         )
-    count = -(-total // (batch_size * length))
-    padding = np.zeros(count * batch_size * length - total, np.int32)
-    tokens = np.concatenate([*pieces, padding]).reshape(-1, length)
-    owned = np.repeat(np.arange(1, len(pieces) + 1), [len(piece) for piece in pieces])
-    owners = np.concatenate([owned, padding]).reshape(-1, length)
-    numbers = np.where(owners > 0, owners - owners[:, :1] + 1, 0).astype(np.int32)
-    return [
-        {"tokens": tokens[start : start + batch_size], "documents": numbers[start : start + batch_size]}
-        for start in range(0, len(tokens), batch_size)
-    ]
+    tokens = partial(DealtDocuments, Deck(found, seed, config.shards))
+    return _Source(part.name, part.share, found.fingerprint, tokens)
 
 
-def _in_memory(source: TokenizedDocuments, seed: int, index: int, count: int) -> grain.IterDataset:
-    if len(source) < count:
-        raise UserError(
-            f"{len(source)} training documents cannot be dealt to {count} processes: set document_separator, "
-            "give more documents, or use fewer processes"
-        )
-    # Shuffled before it is dealt out, so that a process sees other documents in every epoch.
-    dealt = grain.MapDataset.source(source).shuffle(seed)[index::count]
-    return dealt.repeat(None).to_iter_dataset(_READ_AHEAD)
-
-
-def _part_of_stream(stream: "IterableDataset", index: int, count: int) -> "IterableDataset":
-    if count == 1:
-        return stream
+def _streamed(part: Part, tokenizer: Tokenizer, count: int, number: int) -> grain.IterDataset:
     from datasets.distributed import split_dataset_by_node
 
-    return split_dataset_by_node(stream, rank=index, world_size=count)
+    if count == 1:
+        return TokenizedStream(part.documents, tokenizer, part.name)
+    stream = split_dataset_by_node(part.documents, rank=number, world_size=count)
+    return TokenizedStream(stream, tokenizer, f"shard {number} of {count} of {part.name}")
 
 
-def _pack(tokens: grain.IterDataset, length: int) -> grain.IterDataset:
-    """Cuts `{"tokens": [N]}` put end to end into rows of `length`, and numbers the documents of each row."""
-    packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct={"tokens": length})
-    return packed.map(lambda row: {"tokens": row["tokens"], "documents": row["tokens_segment_ids"]})
+def _shard(
+    sources: Sequence[_Source], config: DataConfig, seed: int, number: int, clock: SourceClock
+) -> grain.IterDataset:
+    """The endless rows of one shard."""
+    ingredients = [Ingredient(source.name, source.share, _pack(source.tokens(number), config)) for source in sources]
+    # Shards mix alike: without an order of its own for each, a batch would have all its rows from one source.
+    return ShuffledWindows(MixedRows(ingredients, clock), _SHUFFLED_ROWS, seed=(seed, number))
 
 
-def _held_out_texts(documents: "Sequence[Document] | IterableDataset") -> Iterator[str]:
-    if isinstance(documents, Sequence):
-        return iter(sorted((document.text for document in documents), key=digest))
-    return (row["text"] for row in documents)
+def _pack(tokens: grain.IterDataset, config: DataConfig) -> grain.IterDataset:
+    """Cuts `{"tokens": [N]}` put end to end into rows of T+1, and numbers the documents of each row if it is to."""
+    length = {"tokens": config.sequence_length + 1}
+    packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct=length)
+    return packed.map(_numbered if config.separate_documents else _plain)
 
 
-def _with_tuples(state: Any) -> Any:
-    """Undoes what JSON does to grain's packing state: read as a list, an empty slice passes for a remainder.
+def _numbered(row: dict[str, Any]) -> Row:
+    return {"tokens": row["tokens"], "documents": row["tokens_segment_ids"]}
 
-    Without this a position saved where a row ends with its document would lose the next document.
-    """
-    if not isinstance(state, dict):
-        return state
-    return {
-        name: {key: tuple(part) for key, part in value.items()} if name == "remainder_slices" else _with_tuples(value)
-        for name, value in state.items()
-    }
+
+def _plain(row: dict[str, Any]) -> Row:
+    return {"tokens": row["tokens"]}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from lin_jax.data.config import PYTHON_STDLIB, DataConfig
-from lin_jax.data.tables import is_table, open_hub, open_tables, read_rows
+from lin_jax.data.tables import concatenated, is_table, open_hub, open_tables, read_rows
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Document:
 
 
 def open_documents(config: DataConfig) -> "Sequence[Document] | IterableDataset":
-    """Opens the source in the form that `config.streaming` asks for; errors as in the two functions below."""
+    """Opens a source in the form that `config.streaming` asks for; errors as in the two functions below."""
     return stream_documents(config) if config.streaming else read_documents(config)
 
 
@@ -47,11 +47,13 @@ def read_documents(config: DataConfig) -> tuple[Document, ...]:
     """Reads all documents of a source into memory, in an order that depends on names alone.
 
     Files that are not UTF-8 text are left out, with one logged warning that counts them. Hidden files
-    are not looked at.
+    are not looked at. The parts of a mixture come one after another.
 
     Raises:
         UserError: the source is missing, empty, unreadable, of an unsupported kind, or lacks the column.
     """
+    if config.mixture:
+        return tuple(document for part in config.parts for document in read_documents(part))
     skipped: list[str] = []
     documents = tuple(_capped(_each_document(config, skipped), config.max_bytes))
     if skipped:
@@ -64,9 +66,13 @@ def read_documents(config: DataConfig) -> tuple[Document, ...]:
 def stream_documents(config: DataConfig) -> "IterableDataset":
     """Opens tables or a hub data set as a stream of rows `{"text": str}`, read as they are asked for.
 
+    The parts of a mixture come one after another.
+
     Raises:
         UserError: the source is missing, not made of tables, unreadable, or lacks the column.
     """
+    if config.mixture:
+        return concatenated([stream_documents(part) for part in config.parts])
     if config.is_hub:
         return open_hub(config)
     roots = [_existing(source) for source in config.sources]
@@ -135,7 +141,7 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
     """Yields each text file, cut at the separator; names the others in `skipped`, or raises for a file named itself."""
     for path in paths:
         try:
-            text = _read_text(path)
+            text = read_text(path)
         except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
             if path == root:
                 raise UserError(
@@ -153,8 +159,8 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
             yield from _numbered(name, (piece.strip("\r\n") for piece in text.split(separator)))
 
 
-def _read_text(path: Path) -> str:
-    """Reads a file, unpacking .gz and .xz, without the byte-order mark.
+def read_text(path: Path) -> str:
+    """Reads a text file, unpacking .gz and .xz, without the byte-order mark.
 
     Raises:
         UnicodeDecodeError: it is not UTF-8, or has a zero byte near its start, as only binary files do.

@@ -31,13 +31,18 @@ def open_tables(paths: Sequence[Path], column: str) -> "IterableDataset":
     Raises:
         UserError: a file cannot be read, is empty, or lacks the column.
     """
-    from datasets import concatenate_datasets
-
     streams = []
     for path in paths:
         with readable(str(path)):
             streams.append(_text_rows(_open_table(path), column, str(path)))
-    return streams[0] if len(streams) == 1 else concatenate_datasets(streams)
+    return concatenated(streams)
+
+
+def concatenated(streams: Sequence["IterableDataset"]) -> "IterableDataset":
+    """Puts one or more streams end to end."""
+    from datasets import concatenate_datasets
+
+    return streams[0] if len(streams) == 1 else concatenate_datasets(list(streams))
 
 
 def open_hub(config: DataConfig) -> "IterableDataset":

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lin_jax.data.config import HUB_PREFIX, SMALLEST_BPE, DataConfig
+from lin_jax.data.corpus import Corpus, Part
 from lin_jax.data.sources import Document
 from lin_jax.errors import UserError
 
@@ -24,9 +25,16 @@ END_OF_TEXT = "<|endoftext|>"
 
 # A vocabulary settles long before this much text; it bounds what is read ahead of a stream.
 _TRAINING_CHARACTERS = 32_000_000
+# Texts that are encoded together, on all processor cores.
+_TOGETHER = 4096
 # Looked for, in this order, in a bare tokenizer.json, which does not say what its special tokens are for.
-_USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>")
-_USUAL_EOS = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>")
+_USUAL = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "pad_token": ("[PAD]", "<pad>"),
+}
 
 
 class Tokenizer:
@@ -39,23 +47,26 @@ class Tokenizer:
         backend: The `tokenizers.Tokenizer` that does the work.
         bos_id: Id of the token that begins a document, or None.
         eos_id: Id of the token that ends a document and a generated text, or None.
+
+    Args:
+        backend: As above.
+        pretrained: The transformers object that the backend came with, if there was one.
+        special_tokens: Texts of special tokens by transformers' names: bos_token, eos_token, cls_token, sep_token, ...
     """
 
     def __init__(
         self,
         backend: tokenizers.Tokenizer,
         *,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
         pretrained: Any = None,
+        **special_tokens: str | None,
     ):
         # Truncation and padding are settings of the file that the tokenizer came from; here texts stay whole.
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
-        self.bos_id: int | None = None if bos_token is None else backend.token_to_id(bos_token)
-        self.eos_id: int | None = None if eos_token is None else backend.token_to_id(eos_token)
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._tokens = {name: token for name, token in special_tokens.items() if token is not None}
+        self.bos_id, self.eos_id = self.special_id("bos_token"), self.special_id("eos_token")
         # The transformers object, where there was one: it saves more (chat template, other special tokens).
         self._pretrained = pretrained
 
@@ -71,7 +82,14 @@ class Tokenizer:
         if not name.startswith(HUB_PREFIX) and not path.exists():
             raise UserError(f"tokenizer {name!r} does not exist: give a folder, a tokenizer.json, or 'hub:OWNER/NAME'")
         try:
-            return cls._from_file(path) if path.is_file() else cls._from_transformers(name)
+            if path.is_file():
+                return cls._from_file(path)
+            from lin_jax.data.original_tokenizers import original_reader
+
+            read = original_reader(path)
+            return cls._from_transformers(name) if read is None else read(path)
+        except UserError:
+            raise
         except Exception as error:  # each kind of file fails in a way of its own, mostly with plain Exception
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise UserError(
@@ -81,11 +99,11 @@ class Tokenizer:
     @classmethod
     def _from_file(cls, path: Path) -> "Tokenizer":
         backend = tokenizers.Tokenizer.from_file(str(path))
-        bos, eos = (
-            next((token for token in usual if backend.token_to_id(token) is not None), None)
-            for usual in (_USUAL_BOS, _USUAL_EOS)
-        )
-        return cls(backend, bos_token=bos, eos_token=eos)
+        found = {
+            name: next((token for token in usual if backend.token_to_id(token) is not None), None)
+            for name, usual in _USUAL.items()
+        }
+        return cls(backend, **found)
 
     @classmethod
     def _from_transformers(cls, name: str) -> "Tokenizer":
@@ -101,7 +119,9 @@ class Tokenizer:
         backend = getattr(pretrained, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"{type(pretrained).__name__} is not a fast tokenizer")
-        return cls(backend, bos_token=pretrained.bos_token, eos_token=pretrained.eos_token, pretrained=pretrained)
+        named = pretrained.special_tokens_map.items()
+        texts = {name: str(token) for name, token in named if not isinstance(token, list)}
+        return cls(backend, pretrained=pretrained, **texts)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -128,6 +148,11 @@ class Tokenizer:
             log.info("the text yields %d vocabulary entries of %d", backend.get_vocab_size(), vocab_size)
         return cls(backend, eos_token=END_OF_TEXT)
 
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token of a name that transformers has for it, such as `sep_token`; None without one."""
+        token = self._tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
     @property
     def vocab_size(self) -> int:
         """The number of ids, holes included: one more than the largest id."""
@@ -141,18 +166,35 @@ class Tokenizer:
         content = json.dumps([model["type"], vocabulary, model.get("merges")])
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
+    @property
+    def encoding_fingerprint(self) -> str:
+        """Stands for all that decides which ids a document gets: normalisation and cutting into words, too."""
+        content = json.loads(self.backend.to_str())
+        parts = [content.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
+        whole = json.dumps([parts, self.bos_id, self.eos_id], sort_keys=True)
+        return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
+
     def encode(self, text: str) -> np.ndarray:
         """Returns the ids of a text, int32 `[N]`."""
         return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text, int32 `[N]`, on all processor cores."""
+        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
 
     def encode_document(self, text: str) -> np.ndarray:
         """Returns the ids of a whole document, int32 `[N]`: first token, text, last token, as far as there are such.
 
         Where one token serves as both (GPT-2), it comes last only, so that one stands between documents.
         """
-        bos = [] if self.bos_id is None or self.bos_id == self.eos_id else [self.bos_id]
-        eos = [] if self.eos_id is None else [self.eos_id]
-        return np.concatenate([bos, self.encode(text), eos]).astype(np.int32)
+        return self.marked(self.encode(text))
+
+    def marked(self, ids: np.ndarray, *, begins: bool = True, ends: bool = True) -> np.ndarray:
+        """Returns ids of a part of a document, `[N]`, with the first and last token where it begins and ends it."""
+        bos = [self.bos_id] if begins and self.bos_id is not None and self.bos_id != self.eos_id else []
+        eos = [self.eos_id] if ends and self.eos_id is not None else []
+        return np.concatenate([bos, ids, eos]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids `[N]`; bytes that are not UTF-8 become U+FFFD."""
@@ -182,21 +224,24 @@ def _neutral_config(path: Path) -> dict[str, Any]:
     return {"config": PretrainedConfig()}
 
 
-def prepare_tokenizer(config: DataConfig, documents: "Sequence[Document] | IterableDataset") -> Tokenizer:
+def prepare_tokenizer(config: DataConfig, documents: "Corpus | Sequence[Document] | IterableDataset") -> Tokenizer:
     """Loads the tokenizer that the configuration names, or trains one on (the beginning of) the documents.
+
+    A tokenizer learns from every part of a mixture, by its weight.
 
     Raises:
         UserError: the named tokenizer cannot be read.
     """
     if config.tokenizer is not None:
         return Tokenizer.load(config.tokenizer)
-    return Tokenizer.train(_beginning(documents), config.vocab_size)
+    parts = Corpus.of(documents).parts
+    texts = (text for part in parts for text in _beginning(part, round(_TRAINING_CHARACTERS * part.share)))
+    return Tokenizer.train(texts, config.vocab_size)
 
 
-def _beginning(documents: "Sequence[Document] | IterableDataset") -> Iterator[str]:
-    left = _TRAINING_CHARACTERS
-    for document in documents:
-        text = document.text if isinstance(document, Document) else document["text"]
+def _beginning(part: Part, characters: int) -> Iterator[str]:
+    left = characters
+    for text in part.texts():
         yield text[:left]
         left -= len(text)
         if left <= 0:

@@ -27,7 +27,7 @@ def held_out_prompts(config: DataConfig, tokenizer: Tokenizer, least: int) -> li
     pieces = [text[begin : begin + PROMPT_TOKENS] for begin in places for text in texts]
     pieces = [piece for piece in pieces if len(piece) == PROMPT_TOKENS]
     if len(pieces) < least:
-        raise UserError(f"the held-out text of {config.source} is too short for {least} prompts; give more text")
+        raise UserError(f"the held-out text of {config.name} is too short for {least} prompts; give more text")
     return pieces
 
 

@@ -32,7 +32,11 @@ def decode(options: argparse.Namespace) -> int:
     if options.batch is not None and options.batch < 1:
         raise UserError(f"--batch is {options.batch}; give at least 1")
     session = Session.load(
-        options.model, options.heads, draft_model=options.draft_model, draft_layers=options.draft_layers
+        options.model,
+        options.heads,
+        draft_model=options.draft_model,
+        draft_layers=options.draft_layers,
+        step=options.step,
     )
     prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
     # Whatever can be wrong is found out before anything is measured for the plan.

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from lin_jax.errors import OptionParser
+from lin_jax.which_step import parse_step
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -20,6 +21,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         epilog="Ctrl-C ends a text early and shows what there is.",
     )
     parser.add_argument("model", metavar="MODEL", help="run folder that train.py wrote, or Hugging Face folder")
+    parser.add_argument(
+        "--step",
+        type=parse_step,
+        metavar="N|best",
+        help="checkpoint of the run: its step, or that of the lowest validation loss (default: the newest)",
+    )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to go on from")
     text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")

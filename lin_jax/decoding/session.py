@@ -24,6 +24,7 @@ from lin_jax.hub.medusa import has_heads
 from lin_jax.hub.medusa import load_heads as load_published_heads
 from lin_jax.hub.pretrained import from_pretrained
 from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
+from lin_jax.which_step import Step
 
 PLAN_FILE = "speculation.json"
 # Folders inside a run's where heads for its model are looked for.
@@ -59,6 +60,7 @@ class Session:
         *,
         draft_model: str | Path | None = None,
         draft_layers: Sequence[int] | None = None,
+        step: Step = None,
     ) -> "Session":
         """Opens a run folder or a Hugging Face folder, with heads from elsewhere or from inside the folder.
 
@@ -67,6 +69,8 @@ class Session:
             heads: run folders of heads, or a folder with heads in the published layout.
             draft_model: a small model with the same tokenizer; a folder like `place`.
             draft_layers: numbers of the model's layers that draft for it.
+            step: which checkpoint of a run: None takes the newest, "best" the one with the lowest validation loss;
+                heads elsewhere are the newest.
 
         Raises:
             UserError: there is no such folder, or its parts do not belong together.
@@ -74,8 +78,13 @@ class Session:
         folder = resolve(place) if str(place).startswith(HUB_PREFIX) else Path(place)
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}; give the output of a train.py run, or a Hugging Face folder")
-        model, tokenizer, ends = _load_checkpoint(folder) if is_checkpoint_folder(folder) else _load_run(folder)
-        found = _load_heads([heads] if isinstance(heads, str | Path) else heads, folder, model)
+        if is_checkpoint_folder(folder):
+            if step is not None:
+                raise UserError(f"{place} is a Hugging Face folder, which has no steps; leave --step out")
+            model, tokenizer, ends = _load_checkpoint(folder)
+        else:
+            model, tokenizer, ends = _load_run(folder, step)
+        found = _load_heads([heads] if isinstance(heads, str | Path) else heads, folder, model, step)
         if isinstance(model.layers, LayerStack):
             model.layers = SeparateLayers.of(model.layers)
         small = None
@@ -187,13 +196,14 @@ class Session:
         return [kept[kind, slots] if kind != "none" else Plan(kind, slots, "none") for kind in kinds]
 
 
-def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
-    from lin_jax.training.checkpoints import read_about
+def _load_run(folder: Path, step: Step) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
+    from lin_jax.training.checkpoint_files import read_about
     from lin_jax.training.loading import load_model
 
-    model, _, step = load_model(folder)
+    model, _, found = load_model(folder, step)
+    _check_causal(model, folder)
     tokenizer = Tokenizer.load(str(folder / "tokenizer"))
-    if tokenizer.fingerprint != read_about(folder, step).tokenizer:
+    if tokenizer.fingerprint != read_about(folder, found).tokenizer:
         raise UserError(
             f"the tokenizer in {folder / 'tokenizer'} is not the one that the model was trained with; "
             "put that one there"
@@ -203,8 +213,7 @@ def _load_run(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
 
 def _load_checkpoint(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, ...]]:
     model = from_pretrained(folder)
-    if not isinstance(model, CausalModel):
-        raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
+    _check_causal(model, folder)
     tokenizer = Tokenizer.load(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -214,7 +223,12 @@ def _load_checkpoint(folder: Path) -> tuple[CausalModel, Tokenizer, tuple[int, .
     return model, tokenizer, generation_ends(folder) or _ends(tokenizer)
 
 
-def _load_heads(places: Sequence[str | Path], folder: Path, model: Any) -> list[MedusaHeads | PathHead]:
+def _check_causal(model: Any, folder: Path) -> None:
+    if not isinstance(model, CausalModel):
+        raise UserError(f"{folder} holds a {type(model).__name__}, which does not write texts; give a causal model")
+
+
+def _load_heads(places: Sequence[str | Path], folder: Path, model: Any, step: Step) -> list[MedusaHeads | PathHead]:
     """Heads from the given places first, then those that lie in the model's own folder."""
     from lin_jax.training.loading import holds_heads, load_heads
 
@@ -223,7 +237,10 @@ def _load_heads(places: Sequence[str | Path], folder: Path, model: Any) -> list[
     if has_heads(folder) or holds_heads(folder):
         inside.insert(0, folder)
     for place in [*map(Path, places), *inside]:
-        found.append(load_published_heads(place, model) if has_heads(place) else load_heads(place, model=model))
+        if has_heads(place):
+            found.append(load_published_heads(place, model))
+        else:
+            found.append(load_heads(place, step if place == folder else None, model=model))
     return found
 
 

@@ -18,7 +18,7 @@ from lin_jax.demo.report import write_report
 from lin_jax.errors import OptionParser, exit_cleanly
 from lin_jax.evaluation.head_accuracy import HeadAccuracy
 from lin_jax.training import RunConfig, load_run_config
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 from lin_jax.training.tracker import read_metrics
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lin_jax.evaluation.targets import Batch, path_ahead
+from lin_jax.evaluation.targets import Batch, inputs_of, path_ahead
 from lin_jax.models import CausalModel
 
 RANKS = 10
@@ -65,8 +65,9 @@ def head_accuracy(
     Args:
         model: the base model.
         heads: its heads.
-        batches: `tokens` and `documents`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`, tokens to follow and
-            to compare the guesses with in place of the text itself (such as what the base model would have said).
+        batches: `tokens` and perhaps `documents`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`,
+            tokens to follow and to compare the guesses with in place of the text itself (such as what the base model
+            would have said).
         depth: how many depths K to look at; Medusa's heads have one each.
         ranks: how many guesses R at a depth to look at.
     """
@@ -81,9 +82,8 @@ def head_accuracy(
 def _hits(
     model: CausalModel, heads: DraftHeads, batch: dict[str, Array], *, depth: int, ranks: int
 ) -> tuple[Int[Array, "K R"], Int[Array, " K"]]:
-    hidden = model.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
-    truth = {"tokens": batch.get("truth", batch["tokens"]), "documents": batch["documents"]}
-    path, (ids, included) = path_ahead(truth, depth)
+    hidden = model.hidden(*inputs_of(batch))
+    path, (ids, included) = path_ahead(batch | {"tokens": batch.get("truth", batch["tokens"])}, depth)
     rank = _rank(heads.guess(hidden, path), ids)
     hits = (rank[..., None] == jnp.arange(ranks)) & included[..., None]
     return jnp.sum(hits, axis=(0, 1)), jnp.sum(included, axis=(0, 1))

@@ -4,7 +4,7 @@ Losses and accuracies are kept as sums and counts to the very end, so that a bat
 is cut into pieces.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,21 +32,40 @@ class Sums(NamedTuple):
     correct: Any
     tokens: Any
 
+    @classmethod
+    def joined(cls, each: Sequence["Sums"]) -> "Sums":
+        """The sums over several batches, in float64 and int64 on the host."""
+        wide = (np.float64, np.int64, np.int64)
+        parts = zip(zip(*each, strict=True), wide, strict=True)
+        return cls(*(np.sum(part, axis=0, dtype=dtype) for part, dtype in parts))
+
+
+def inputs_of(batch: Batch) -> tuple[Int[Array, "B T"], Int[Array, "B T"] | None]:
+    """The T tokens of each row that a model reads, and the documents they belong to; None where a row is one text.
+
+    Args:
+        batch: `tokens` and perhaps `documents`, `[B, T+1]`.
+    """
+    documents = batch.get("documents")
+    return batch["tokens"][:, :-1], None if documents is None else documents[:, :-1]
+
 
 def targets_ahead(batch: Batch, ahead: int) -> Targets:
     """The tokens `ahead` (from 1 to T) positions after each of the T inputs, within the same document.
 
     Args:
-        batch: `tokens` and `documents`, `[B, T+1]`; document 0 is padding.
+        batch: `tokens` and perhaps `documents`, `[B, T+1]`; document 0 is padding; without documents a row is one
+            text.
         ahead: how far ahead.
     """
 
     def shift(rows: Array) -> Array:
         return jnp.pad(rows[:, ahead:], ((0, 0), (0, ahead - 1)))
 
-    documents = jnp.asarray(batch["documents"])
+    tokens = jnp.asarray(batch["tokens"])
+    documents = jnp.asarray(batch.get("documents", jnp.ones_like(tokens)))
     here = documents[:, :-1]
-    return Targets(shift(jnp.asarray(batch["tokens"])), (shift(documents) == here) & (here > 0))
+    return Targets(shift(tokens), (shift(documents) == here) & (here > 0))
 
 
 def stack_targets(targets: Iterable[Targets]) -> Targets:
@@ -100,8 +119,7 @@ def taught_sums(
     )
 
 
-def total(sums: Callable[[Batch], Sums], batches: Iterable[Batch]) -> Sums:
-    """The sums over all (at least one) batches, in float64 and int64 on the host."""
+def total(sums: Callable[[Batch], Any], batches: Iterable[Batch]) -> Any:
+    """The sums over all (at least one) batches, joined on the host as their type has it."""
     each = [jax.device_get(sums(batch)) for batch in batches]
-    wide = (np.float64, np.int64, np.int64)
-    return Sums(*(np.sum(part, axis=0, dtype=dtype) for part, dtype in zip(zip(*each, strict=True), wide, strict=True)))
+    return type(each[0]).joined(each)

@@ -10,6 +10,7 @@ from typing import Any
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.models.parts import DTYPES
+from lin_jax.which_step import parse_step
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -36,7 +37,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     about = "Makes a folder of what train.py wrote: the model, its tokenizer, and its Medusa heads if there are any."
     exporting = commands.add_parser("export", help=about, description=about, allow_abbrev=False)
     exporting.add_argument("source", metavar="RUN", help="run folder of a model or of heads, or a Hugging Face folder")
-    exporting.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+    exporting.add_argument(
+        "--step", type=parse_step, metavar="N|best", help="checkpoint: its step, or best (default: the newest)"
+    )
+    exporting.add_argument(
+        "--adapters", action="store_true", help="write the run's LoRA adapters alone, as a PEFT folder"
+    )
     for each in (importing, exporting):
         each.add_argument("out", metavar="OUT", help="folder to write")
         each.add_argument("--dtype", choices=DTYPES, help="type of the parameters (default: as they are)")

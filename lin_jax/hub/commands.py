@@ -14,17 +14,18 @@ from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer
+from lin_jax.data.llama2c_tokenizer import load_tokenizer
 from lin_jax.errors import UserError
-from lin_jax.hub.adapters import load_adapters
+from lin_jax.hub.adapters import load_adapters, save_adapters
 from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.inspect import table
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
 from lin_jax.hub.medusa import has_heads, load_heads
 from lin_jax.hub.pretrained import Pretrained, from_pretrained
 from lin_jax.hub.saving import TOKENIZER_FILES, check_place, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.models.lora import merge_lora
+from lin_jax.which_step import Step
 
 
 def import_checkpoint(
@@ -67,19 +68,24 @@ def export_run(
     source: str,
     out: str,
     *,
-    step: int | None = None,
+    step: Step = None,
     dtype: str | None = None,
     figures: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    adapters: bool = False,
 ) -> None:
     """Writes a folder from a run folder: its model and tokenizer, with the heads that stand on it or lie in it.
+
+    A run's LoRA adapters are merged into the model, or written alone, as a PEFT folder.
 
     Raises:
         UserError: there is no such run, or the folder cannot be written.
     """
     check_place(Path(out), overwrite=overwrite)
     folder = Path(source)
+    if adapters:
+        return _export_adapters(folder, out, step, overwrite)
     if is_checkpoint_folder(folder):
         if step is not None:
             raise UserError(f"{source} is a Hugging Face folder, which has no steps; leave --step out")
@@ -96,6 +102,18 @@ def export_run(
     return None
 
 
+def _export_adapters(run: Path, out: str, step: Step, overwrite: bool) -> None:
+    from lin_jax.training.config import load_run_config
+    from lin_jax.training.loading import load_adapters as load_run_adapters
+
+    model, base = load_run_adapters(run, step)
+    save_adapters(model, out, base=str(base), overwrite=overwrite)
+    print(f"{out} holds the adapters of {run}, for {base}")
+    config = load_run_config(run).adapters
+    if config is not None and config.also:
+        print(f"{', '.join(sorted(config.also))} learnt in full, and are only in what is exported without --adapters")
+
+
 def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None) -> int:
     """Prints what a checkpoint is; 1 if some of its tensors do not fit, else 0."""
     opened = Pretrained.open(source, attention=attention)
@@ -103,7 +121,7 @@ def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None)
     return 1 if opened.problems() else 0
 
 
-def _load_run(folder: Path, step: int | None) -> tuple[Any, Tokenizer, MedusaHeads | None]:
+def _load_run(folder: Path, step: Step) -> tuple[Any, Tokenizer, MedusaHeads | None]:
     # Imported only now: checkpoints of runs need Orbax, Hugging Face folders do not.
     from lin_jax.training.config import load_run_config
     from lin_jax.training.loading import load_heads as load_run_heads

@@ -9,18 +9,7 @@ from flax import nnx
 from lin_jax.errors import UserError
 from lin_jax.hub import bert, flash, gpt2, llama, t5
 from lin_jax.hub.tensors import Entries
-from lin_jax.models import (
-    T5,
-    Bert,
-    BertClassifier,
-    BertMaskedLM,
-    Flash,
-    FlashEncoder,
-    Gpt2,
-    Gpt2Classifier,
-    Llama,
-    T5Classifier,
-)
+from lin_jax.models import MODELS
 
 PREFIX = "lin_jax_"
 
@@ -91,13 +80,18 @@ class Family:
         return next(head for head in self.heads.values() if type(model) is head.model)
 
 
+def _heads(family: str, **architectures: tuple[str, ...]) -> dict[str, Head]:
+    """The models of a family that have a published form."""
+    return {name: Head(MODELS[family].models[name], known) for name, known in architectures.items()}
+
+
 FAMILIES = {
     family.name: family
     for family in (
         Family(
             name="llama",
             model_types=llama.MODEL_TYPES,
-            heads={"causal_lm": Head(Llama, ("LlamaForCausalLM", "MistralForCausalLM"))},
+            heads=_heads("llama", causal_lm=("LlamaForCausalLM", "MistralForCausalLM")),
             config_from_huggingface=llama.config_from_huggingface,
             config_to_huggingface=lambda config, _: llama.config_to_huggingface(config),
             entries=llama.entries,
@@ -108,10 +102,7 @@ FAMILIES = {
         Family(
             name="gpt2",
             model_types=("gpt2",),
-            heads={
-                "causal_lm": Head(Gpt2, ("GPT2LMHeadModel",)),
-                "classifier": Head(Gpt2Classifier, ("GPT2ForSequenceClassification",)),
-            },
+            heads=_heads("gpt2", causal_lm=("GPT2LMHeadModel",), classifier=("GPT2ForSequenceClassification",)),
             config_from_huggingface=gpt2.config_from_huggingface,
             config_to_huggingface=gpt2.config_to_huggingface,
             entries=gpt2.entries,
@@ -121,10 +112,7 @@ FAMILIES = {
         Family(
             name="t5",
             model_types=("t5",),
-            heads={
-                "seq2seq": Head(T5, ("T5ForConditionalGeneration",)),
-                "classifier": Head(T5Classifier, ("T5ForSequenceClassification",)),
-            },
+            heads=_heads("t5", seq2seq=("T5ForConditionalGeneration",), classifier=("T5ForSequenceClassification",)),
             config_from_huggingface=t5.config_from_huggingface,
             config_to_huggingface=t5.config_to_huggingface,
             entries=t5.entries,
@@ -133,11 +121,12 @@ FAMILIES = {
         Family(
             name="bert",
             model_types=("bert",),
-            heads={
-                "masked_lm": Head(BertMaskedLM, ("BertForMaskedLM", "BertForPreTraining")),
-                "encoder": Head(Bert, ("BertModel",)),
-                "classifier": Head(BertClassifier, ("BertForSequenceClassification",)),
-            },
+            heads=_heads(
+                "bert",
+                masked_lm=("BertForMaskedLM", "BertForPreTraining"),
+                encoder=("BertModel",),
+                classifier=("BertForSequenceClassification",),
+            ),
             config_from_huggingface=bert.config_from_huggingface,
             config_to_huggingface=bert.config_to_huggingface,
             entries=bert.entries,
@@ -146,10 +135,7 @@ FAMILIES = {
         Family(
             name="flash",
             model_types=(flash.MODEL_TYPE,),
-            heads={
-                "causal_lm": Head(Flash, ("FlashForCausalLM",)),
-                "encoder": Head(FlashEncoder, ("FlashEncoder",)),
-            },
+            heads=_heads("flash", causal_lm=("FlashForCausalLM",), encoder=("FlashEncoder",)),
             config_from_huggingface=flash.config_from_huggingface,
             config_to_huggingface=flash.config_to_huggingface,
             entries=flash.entries,

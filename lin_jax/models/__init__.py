@@ -15,6 +15,9 @@ from lin_jax.models.llama import Llama as Llama
 from lin_jax.models.llama import LlamaConfig as LlamaConfig
 from lin_jax.models.medusa import MedusaHeads as MedusaHeads
 from lin_jax.models.path_head import PathHead as PathHead
+from lin_jax.models.registry import MODELS as MODELS
+from lin_jax.models.registry import ModelConfig as ModelConfig
+from lin_jax.models.registry import model_class as model_class
 from lin_jax.models.rotary import RotaryConfig as RotaryConfig
 from lin_jax.models.separate_layers import SeparateLayers as SeparateLayers
 from lin_jax.models.separate_layers import as_trained as as_trained

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import AttentionConfig, Layout, build_mixer, single_rows
 from lin_jax.errors import UserError
+from lin_jax.models.logical_axes import EMBED, HEADS, MLP, Axes
 from lin_jax.models.parts import LayerNorm, check_types, embedding, linear, wide
 from lin_jax.models.stack import LayerStack
 
@@ -66,8 +67,8 @@ class BertConfig:
         return self.hidden_size // self.num_heads
 
 
-def _linear(config: BertConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return linear(config, size_in, size_out, config.initializer_range, rngs)
+def _linear(config: BertConfig, size_in: int, size_out: int, axes: Axes, rngs: nnx.Rngs) -> nnx.Linear:
+    return linear(config, size_in, size_out, config.initializer_range, rngs, axes=axes)
 
 
 def _norm(config: BertConfig) -> LayerNorm:
@@ -106,7 +107,8 @@ class Attention(nnx.Module):
     def __init__(self, config: BertConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         size = config.hidden_size
         self.head_dim = config.head_size
-        self.query, self.key, self.value, self.out = (_linear(config, size, size, rngs) for _ in range(4))
+        self.query, self.key, self.value = (_linear(config, size, size, (EMBED, HEADS), rngs) for _ in range(3))
+        self.out = _linear(config, size, size, (HEADS, EMBED), rngs)
         self.mixer = build_mixer(
             config.attention,
             form="bidirectional",
@@ -130,8 +132,8 @@ class Block(nnx.Module):
     def __init__(self, config: BertConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         self.attention = Attention(config, layer, rngs=rngs)
         self.attention_norm = _norm(config)
-        self.up = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+        self.up = _linear(config, config.hidden_size, config.intermediate_size, (EMBED, MLP), rngs)
+        self.down = _linear(config, config.intermediate_size, config.hidden_size, (MLP, EMBED), rngs)
         self.feed_forward_norm = _norm(config)
 
     def __call__(self, x: Float[Array, "B T E"], layout: Layout) -> Float[Array, "B T E"]:
@@ -153,7 +155,7 @@ class Bert(nnx.Module):
             unroll=config.unroll,
             rngs=rngs,
         )
-        self.pooler = _linear(config, config.hidden_size, config.hidden_size, rngs) if pooler else None
+        self.pooler = _linear(config, config.hidden_size, config.hidden_size, (EMBED, None), rngs) if pooler else None
 
     def hidden(
         self,
@@ -196,7 +198,7 @@ class BertMaskedLM(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.bert = Bert(config, pooler=False, rngs=rngs)
-        self.transform = _linear(config, config.hidden_size, config.hidden_size, rngs)
+        self.transform = _linear(config, config.hidden_size, config.hidden_size, (EMBED, None), rngs)
         self.norm = _norm(config)
         self.bias = nnx.Param(jnp.zeros((self.bert.embed.word.num_embeddings,), jnp.dtype(config.param_dtype)))
 
@@ -217,7 +219,7 @@ class BertClassifier(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.bert = Bert(config, rngs=rngs)
-        self.head = _linear(config, config.hidden_size, config.num_labels, rngs)
+        self.head = _linear(config, config.hidden_size, config.num_labels, (EMBED, None), rngs)
 
     def __call__(
         self,

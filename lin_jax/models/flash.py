@@ -10,6 +10,7 @@ from lin_jax.attention import packed_rows, single_rows
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.flash_config import FlashConfig
 from lin_jax.models.gated_attention import GatedAttentionUnit, flash_linear
+from lin_jax.models.logical_axes import EMBED, VOCABULARY
 from lin_jax.models.parts import LayerNorm, embedding, wide
 from lin_jax.models.rotary import RotaryConfig, rotary_table
 from lin_jax.models.stack import LayerStack
@@ -31,7 +32,7 @@ class _FlashBody(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, param_dtype)
-        self.head = flash_linear(config, config.hidden_size, self.embed.num_embeddings, rngs)
+        self.head = flash_linear(config, config.hidden_size, self.embed.num_embeddings, (EMBED, VOCABULARY), rngs)
 
     def begin(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]

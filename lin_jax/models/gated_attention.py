@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, RelativeBias, TreeArrays, build_mixer
 from lin_jax.models.flash_config import FlashConfig
+from lin_jax.models.logical_axes import EMBED, Axes
 from lin_jax.models.parts import LayerNorm, linear, wide
 from lin_jax.models.token_shift import after_path, after_rows, shift_nodes, shift_rows
 
@@ -67,9 +68,9 @@ def rotate_neighbours(
     return jnp.concatenate([rotated, vectors[..., size:]], axis=-1)
 
 
-def flash_linear(config: FlashConfig, size_in: int, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+def flash_linear(config: FlashConfig, size_in: int, size_out: int, axes: Axes, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer with a bias."""
-    return linear(config, size_in, size_out, config.initializer_range, rngs)
+    return linear(config, size_in, size_out, config.initializer_range, rngs, axes=axes)
 
 
 class GatedAttentionUnit(nnx.Module):
@@ -95,8 +96,9 @@ class GatedAttentionUnit(nnx.Module):
             if config.norm == "scale"
             else LayerNorm(size, config.norm_eps, param_dtype)
         )
-        self.values_and_gate = flash_linear(config, size, 2 * inner, rngs)
-        self.shared = flash_linear(config, size, head, rngs)
+        # The one head is never cut up, and so nothing of a unit lies along heads.
+        self.values_and_gate = flash_linear(config, size, 2 * inner, (EMBED, None), rngs)
+        self.shared = flash_linear(config, size, head, (EMBED, None), rngs)
         normal = nnx.initializers.normal
         self.gamma = nnx.Param(normal(0.02)(rngs.params(), (2 * branches, head), param_dtype))
         self.beta = nnx.Param(jnp.zeros((2 * branches, head), param_dtype))
@@ -115,7 +117,7 @@ class GatedAttentionUnit(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.out = flash_linear(config, inner, size, rngs)
+        self.out = flash_linear(config, inner, size, (None, EMBED), rngs)
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> UnitState:
         """The state before the first token."""

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention import AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.logical_axes import EMBED, HEADS, MLP, VOCABULARY, Axes
 from lin_jax.models.parts import LayerNorm, check_types, embedding, linear
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.stack import LayerStack
@@ -74,8 +75,10 @@ class Gpt2Config:
         return self.hidden_size // self.num_heads
 
 
-def _linear(config: Gpt2Config, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = True) -> nnx.Linear:
-    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias)
+def _linear(
+    config: Gpt2Config, size_in: int, size_out: int, axes: Axes, rngs: nnx.Rngs, *, bias: bool = True
+) -> nnx.Linear:
+    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias, axes=axes)
 
 
 class Attention(nnx.Module):
@@ -83,8 +86,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
         self.heads = config.num_heads
-        self.qkv = _linear(config, config.hidden_size, 3 * config.hidden_size, rngs)
-        self.out = _linear(config, config.hidden_size, config.hidden_size, rngs)
+        # Queries, keys and values in one matrix: a cut through all of its columns would not cut between heads.
+        self.qkv = _linear(config, config.hidden_size, 3 * config.hidden_size, (EMBED, None), rngs)
+        self.out = _linear(config, config.hidden_size, config.hidden_size, (HEADS, EMBED), rngs)
         self.mixer = build_mixer(
             config.attention,
             heads=config.num_heads,
@@ -109,8 +113,8 @@ class FeedForward(nnx.Module):
     """`down(gelu(up(x)))`, with the tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
-        self.up = _linear(config, config.hidden_size, config.inner_size, rngs)
-        self.down = _linear(config, config.inner_size, config.hidden_size, rngs)
+        self.up = _linear(config, config.hidden_size, config.inner_size, (EMBED, MLP), rngs)
+        self.down = _linear(config, config.inner_size, config.hidden_size, (MLP, EMBED), rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Applies the layer to every token."""
@@ -145,7 +149,8 @@ class Gpt2(CausalModel):
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
         size, vocabulary = config.hidden_size, self.embed.num_embeddings
-        self.head = None if config.tie_embeddings else _linear(config, size, vocabulary, rngs, bias=False)
+        axes = (EMBED, VOCABULARY)
+        self.head = None if config.tie_embeddings else _linear(config, size, vocabulary, axes, rngs, bias=False)
 
     def hidden(
         self,
@@ -181,7 +186,7 @@ class Gpt2Classifier(nnx.Module):
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.model = Gpt2(replace(config, tie_embeddings=True), rngs=rngs)  # Its head is not used.
-        self.score = _linear(config, config.hidden_size, config.num_labels, rngs, bias=False)
+        self.score = _linear(config, config.hidden_size, config.num_labels, (EMBED, None), rngs, bias=False)
 
     def __call__(self, tokens: Int[Array, "B T"], mask: Int[Array, "B T"] | None = None) -> Float[Array, "B C"]:
         """Logits of the classes, in float32 or better.

@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention import AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
-from lin_jax.models.parts import RMSNorm, check_types, embedding, linear
+from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
+from lin_jax.models.parts import RMSNorm, check_types, choose, embedding, linear
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
-from lin_jax.models.stack import LayerStack
+from lin_jax.models.stack import KEPT, LayerStack
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class LlamaConfig:
         dtype: type of activations: float32, bfloat16 or float64.
         param_dtype: type of parameters.
         remat: recompute each block's activations in the backward pass instead of keeping them.
+        remat_keeps: what remat keeps all the same: nothing, or products (with weights, and attention by kernels), so
+            that only cheap work is done twice.
         unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 
@@ -63,10 +66,12 @@ class LlamaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: bool = False
+    remat_keeps: str = "nothing"
     unroll: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
+        choose(self, "remat_keeps", tuple(KEPT))
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -88,8 +93,10 @@ class LlamaConfig:
         return self.head_dim or self.hidden_size // self.num_heads
 
 
-def _linear(config: LlamaConfig, size_in: int, size_out: int, rngs: nnx.Rngs, *, bias: bool = False) -> nnx.Linear:
-    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias)
+def _linear(
+    config: LlamaConfig, size_in: int, size_out: int, axes: Axes, rngs: nnx.Rngs, *, bias: bool = False
+) -> nnx.Linear:
+    return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias, axes=axes)
 
 
 class Attention(nnx.Module):
@@ -98,10 +105,12 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         self.head_dim = config.head_size
         inner, inner_kv = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.query = _linear(config, config.hidden_size, inner, rngs, bias=config.attention_bias)
-        self.key = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
-        self.value = _linear(config, config.hidden_size, inner_kv, rngs, bias=config.attention_bias)
-        self.out = _linear(config, inner, config.hidden_size, rngs, bias=config.output_bias)
+        self.query = _linear(config, config.hidden_size, inner, (EMBED, HEADS), rngs, bias=config.attention_bias)
+        self.key, self.value = (
+            _linear(config, config.hidden_size, inner_kv, (EMBED, KV_HEADS), rngs, bias=config.attention_bias)
+            for _ in range(2)
+        )
+        self.out = _linear(config, inner, config.hidden_size, (HEADS, EMBED), rngs, bias=config.output_bias)
         self.query_norm, self.key_norm = (
             RMSNorm(self.head_dim, config.norm_eps, jnp.dtype(config.param_dtype)) if config.query_key_norm else None
             for _ in range(2)
@@ -134,9 +143,9 @@ class FeedForward(nnx.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.up = _linear(config, config.hidden_size, config.intermediate_size, rngs)
-        self.down = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate, self.up = (_linear(config, size, inner, (EMBED, MLP), rngs) for _ in range(2))
+        self.down = _linear(config, inner, size, (MLP, EMBED), rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Applies the layer to every token."""
@@ -161,12 +170,13 @@ class Llama(CausalModel):
             lambda rngs, layer: Block(config, layer, rngs=rngs),
             config.num_layers,
             remat=config.remat,
+            keep=config.remat_keeps,
             unroll=config.unroll,
             rngs=rngs,
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
-        vocabulary = self.embed.num_embeddings
-        self.head = None if config.tie_embeddings else _linear(config, config.hidden_size, vocabulary, rngs)
+        size, vocabulary = config.hidden_size, self.embed.num_embeddings
+        self.head = None if config.tie_embeddings else _linear(config, size, vocabulary, (EMBED, VOCABULARY), rngs)
 
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
         """Embeddings, and the rotary table of the positions."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -31,17 +32,25 @@ class LowRankLinear(nnx.Module):
             return nnx.LoRA(size_in, rank, size_out, dtype=base.dtype, param_dtype=base.param_dtype, rngs=rngs)
 
         self.update = nnx.vmap(update)(rngs.split(stack[0])) if stack else update(rngs)
+        reads, writes = base.kernel.get_metadata().get("axes", (None, None))
+        self.update.lora_a.set_metadata("axes", (reads, None))
+        self.update.lora_b.set_metadata("axes", (None, writes))
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         """Applies the layer with its update."""
         return self.base(x) + self.scale * self.update(x)
 
     def merged(self) -> nnx.Linear:
-        """The base layer with the update added to its kernel, in float32 or better."""
-        wide = jnp.promote_types(self.base.kernel.dtype, jnp.float32)
-        product = self.update.lora_a[...].astype(wide) @ self.update.lora_b[...].astype(wide)
-        kernel = self.base.kernel[...].astype(wide) + self.scale * product
-        self.base.kernel[...] = kernel.astype(self.base.kernel.dtype)
+        """The base layer with the update added to its kernel, in float64 on the host.
+
+        Rank after rank and number by number: a matrix product adds up in another order on every device, and merging
+        must give the same numbers on all of them, for draft heads know the model that they were trained on by these.
+        """
+        kernel = np.array(self.base.kernel[...], np.float64)
+        first, second = (np.asarray(part[...], np.float64) for part in (self.update.lora_a, self.update.lora_b))
+        for rank in range(first.shape[-1]):
+            kernel += self.scale * first[..., :, rank, None] * second[..., rank, None, :]
+        self.base.kernel[...] = jnp.asarray(kernel.astype(self.base.kernel.dtype))
         return self.base
 
 

@@ -8,12 +8,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.logical_axes import EMBED, VOCABULARY
 
 
 class MedusaHeads(nnx.Module):
     """Head m (from 0) gives `W1 (h + silu(W0 h + b0))`, logits of the token `m + 2` after the position of h.
 
-    `W0` and `b0` start at zero and `W1` as the language-model head, so that every head starts as a copy of it.
+    `W0` and `b0` start at zero and `W1` as the language-model head, so that every head starts as a copy of it
+    (but for its bias, where it has one: FLASH).
 
     Attributes:
         weight: `[M, E, E]` of the residual blocks.
@@ -22,9 +24,9 @@ class MedusaHeads(nnx.Module):
     """
 
     def __init__(self, heads: int, hidden_size: int, vocab_size: int, *, dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.zeros((heads, hidden_size, hidden_size), dtype))
+        self.weight = nnx.Param(jnp.zeros((heads, hidden_size, hidden_size), dtype), axes=(None, EMBED, None))
         self.bias = nnx.Param(jnp.zeros((heads, hidden_size), dtype))
-        self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype))
+        self.output = nnx.Param(jnp.zeros((heads, hidden_size, vocab_size), dtype), axes=(None, EMBED, VOCABULARY))
 
     @classmethod
     def on(cls, model: CausalModel, heads: int) -> "MedusaHeads":

@@ -5,9 +5,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
+from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes, read_whole
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -45,10 +46,27 @@ def check_types(config: Typed) -> None:
 
 
 def linear(
-    config: Typed, size_in: int, size_out: int, deviation: float, rngs: nnx.Rngs, *, bias: bool = True
+    config: Typed,
+    size_in: int,
+    size_out: int,
+    deviation: float,
+    rngs: nnx.Rngs,
+    *,
+    bias: bool = True,
+    axes: Axes = (None, None),
 ) -> nnx.Linear:
-    """A linear layer whose weights begin with the given standard deviation."""
-    return nnx.Linear(
+    """A linear layer whose weights begin with the given standard deviation.
+
+    Args:
+        config: types of numbers.
+        size_in: features that it reads.
+        size_out: features that it writes.
+        deviation: standard deviation of the first weights.
+        rngs: random keys.
+        bias: whether it has one.
+        axes: what both dimensions of the weights mean, as in `logical_axes`.
+    """
+    layer = nnx.Linear(
         size_in,
         size_out,
         use_bias=bias,
@@ -57,6 +75,20 @@ def linear(
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
     )
+    layer.kernel.set_metadata("axes", axes)
+    if layer.bias is not None:
+        # The residual stream is whole on every device, and so is what is added to it.
+        layer.bias.set_metadata("axes", (None if axes[1] == EMBED else axes[1],))
+    return layer
+
+
+class Embedding(nnx.Embed):
+    """A table of vectors; on a mesh it is gathered, not what is read from it."""
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+        """The vectors of tokens."""
+        table = read_whole(self.embedding[...])
+        return jnp.take(table.astype(self.dtype or table.dtype), inputs, axis=0)
 
 
 def embedding(config: Typed, count: int | None, size: int, deviation: float, rngs: nnx.Rngs) -> nnx.Embed:
@@ -67,7 +99,7 @@ def embedding(config: Typed, count: int | None, size: int, deviation: float, rng
     """
     if count is None:
         raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
-    return nnx.Embed(
+    table = Embedding(
         count,
         size,
         embedding_init=nnx.initializers.normal(deviation),
@@ -75,6 +107,8 @@ def embedding(config: Typed, count: int | None, size: int, deviation: float, rng
         param_dtype=jnp.dtype(config.param_dtype),
         rngs=rngs,
     )
+    table.embedding.set_metadata("axes", (VOCABULARY, EMBED))
+    return table
 
 
 def wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:

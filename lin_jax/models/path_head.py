@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.logical_axes import EMBED, VOCABULARY
 from lin_jax.models.parts import RMSNorm, wide
 
 # Width of the cell's inner layer, as a multiple of D.
@@ -59,14 +60,14 @@ class PathHead(nnx.Module):
         if not 1 <= width <= hidden_size:
             raise UserError(f"path_width {width} does not fit a model of width {hidden_size}; give 1 to {hidden_size}")
         rows_in, rows_out = 2 * width, INNER * width
-        self.projection = nnx.Param(jnp.zeros((hidden_size, width), dtype))
-        self.embedding = nnx.Param(jnp.zeros((vocab_size, width), dtype))
+        self.projection = nnx.Param(jnp.zeros((hidden_size, width), dtype), axes=(EMBED, None))
+        self.embedding = nnx.Param(jnp.zeros((vocab_size, width), dtype), axes=(VOCABULARY, None))
         self.norm = RMSNorm(width, 1e-5, dtype)
         self.inner = nnx.Param(nnx.initializers.normal(rows_in**-0.5)(rngs.params(), (rows_in, rows_out), dtype))
         self.bias = nnx.Param(jnp.zeros((rows_out,), dtype))
         small = nnx.initializers.normal(FIRST_UPDATE * rows_out**-0.5)
         self.outer = nnx.Param(small(rngs.params(), (rows_out, width), dtype))
-        self.output = nnx.Param(jnp.zeros((width, vocab_size), dtype))
+        self.output = nnx.Param(jnp.zeros((width, vocab_size), dtype), axes=(None, VOCABULARY))
 
     @classmethod
     def on(cls, model: CausalModel, width: int, rngs: nnx.Rngs) -> "PathHead":

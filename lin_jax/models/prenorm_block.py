@@ -27,20 +27,26 @@ class PreNormBlock(nnx.Module):
 
     def parallel(self, x: Array, context: Any, layout: Layout, state: Any) -> tuple[Array, Any]:
         """Whole rows `[B, T, E]`; the new state is None if `state` is."""
+        attended, state = self.attend(x, context, layout, state)
+        return self.finish(x, attended), state
+
+    def attend(self, x: Array, context: Any, layout: Layout, state: Any = None) -> tuple[Array, Any]:
+        """What attention adds to whole rows `[B, T, E]`, and the new state."""
         projected = self.attention.project(self.attention_norm(x), context)
         mixed, state = self.attention.mixer.parallel(*projected, layout, state)
-        return self._finish(x, mixed), state
+        return self.attention.merge(mixed), state
 
     def verify(self, x: Array, context: Any, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
         """Tree nodes `[B, N, E]` on top of a state."""
         projected = self.attention.project(self.attention_norm(x), context)
         mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
-        return self._finish(x, mixed), nodes
+        return self.finish(x, self.attention.merge(mixed)), nodes
 
     def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
         """The state after the first `length` nodes of a path, row by row."""
         return self.attention.mixer.commit(state, path, length)
 
-    def _finish(self, x: Array, mixed: Array) -> Array:
-        x = x + self.attention.merge(mixed)
+    def finish(self, x: Array, attended: Array) -> Array:
+        """What leaves the layer `[B, T, E]`, from what entered it and what attention adds to that."""
+        x = x + attended
         return x + self.feed_forward(self.feed_forward_norm(x))

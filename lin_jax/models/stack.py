@@ -8,6 +8,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from lin_jax.models.logical_axes import along_mesh
+
+# Programs outside XLA: attention by kernels, by what JAX calls them.
+KERNELS = frozenset({"dot_product_attention_fwd_wrapper", "pallas_call", "triton_kernel_call"})
+
+
+def products(primitive: Any, *arguments: Any, **options: Any) -> Any:
+    """Keeps products with weights, and kernels' outputs, so that only cheap work is done again."""
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **options)
+    return kept or primitive.name in KERNELS
+
+
+# What is kept of a layer that is recomputed in the backward pass.
+KEPT: dict[str, Callable[..., Any] | None] = {"nothing": None, "products": products}
+
 
 class LayerStack(nnx.Module):
     """`count` layers built alike; every parameter has a leading layer axis.
@@ -16,6 +31,7 @@ class LayerStack(nnx.Module):
         build: makes one layer from random keys and its number.
         count: number of layers.
         remat: recompute each layer's activations in the backward pass.
+        keep: which of them are kept all the same, one of KEPT.
         unroll: layers per step of the loop.
         rngs: random keys.
     """
@@ -26,11 +42,12 @@ class LayerStack(nnx.Module):
         count: int,
         *,
         remat: bool = False,
+        keep: str = "nothing",
         unroll: int = 1,
         rngs: nnx.Rngs,
     ) -> None:
         self.count = count
-        self.remat = remat
+        self.remat, self.keep = remat, keep
         self.unroll = unroll
         self.layers = nnx.vmap(build)(rngs.split(count), jnp.arange(count))
 
@@ -45,11 +62,12 @@ class LayerStack(nnx.Module):
         graph, parameters = nnx.split(self.layers)
 
         def step(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
-            return apply(nnx.merge(graph, layer[0]), carry, layer[1])
+            carry, output = apply(nnx.merge(graph, layer[0]), carry, layer[1])
+            return along_mesh(carry), output
 
         if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, carry, (parameters, inputs), length=self.count, unroll=self.unroll)
+            step = jax.checkpoint(step, prevent_cse=False, policy=KEPT[self.keep])
+        return jax.lax.scan(step, along_mesh(carry), (parameters, inputs), length=self.count, unroll=self.unroll)
 
     def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
         """What `apply(layer, state, input)` makes of every layer's state, as the function of this name says."""

@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import single_rows
+from lin_jax.models.logical_axes import EMBED, VOCABULARY
 from lin_jax.models.parts import embedding, linear
 from lin_jax.models.t5_config import T5Config
 from lin_jax.models.t5_decoder import ConditionalDecoder, Decoder
@@ -46,8 +47,8 @@ class T5(T5Trunk):
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, rngs=rngs)
-        tied = config.tie_embeddings
-        self.head = None if tied else projection(config, config.hidden_size, self.embed.num_embeddings, 1.0, rngs)
+        size, vocabulary, axes = config.hidden_size, self.embed.num_embeddings, (EMBED, VOCABULARY)
+        self.head = None if config.tie_embeddings else projection(config, size, vocabulary, 1.0, axes, rngs)
 
     def condition(self, tokens: Int[Array, "B S"], mask: Int[Array, "B S"] | None = None) -> ConditionalDecoder:
         """The causal language model of what follows these rows, row by row; arguments as in `encode`.
@@ -90,4 +91,4 @@ class T5Classifier(T5Trunk):
 
 def _dense(config: T5Config, size_out: int, rngs: nnx.Rngs) -> nnx.Linear:
     size = config.hidden_size
-    return linear(config, size, size_out, config.initializer_factor * size**-0.5, rngs)
+    return linear(config, size, size_out, config.initializer_factor * size**-0.5, rngs, axes=(EMBED, None))

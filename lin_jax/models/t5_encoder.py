@@ -7,14 +7,17 @@ from jaxtyping import Array, Float
 
 from lin_jax.attention import AttentionConfig, Layout, RelativeBias, build_mixer
 from lin_jax.attention.mixer import Form
+from lin_jax.models.logical_axes import EMBED, HEADS, MLP, Axes
 from lin_jax.models.parts import RMSNorm, linear
 from lin_jax.models.stack import LayerStack
 from lin_jax.models.t5_config import CONVENTIONS, T5Config
 
 
-def projection(config: T5Config, size_in: int, size_out: int, deviation: float, rngs: nnx.Rngs) -> nnx.Linear:
+def projection(
+    config: T5Config, size_in: int, size_out: int, deviation: float, axes: Axes, rngs: nnx.Rngs
+) -> nnx.Linear:
     """A linear layer without bias, with initial weights of the given standard deviation times the model's factor."""
-    return linear(config, size_in, size_out, config.initializer_factor * deviation, rngs, bias=False)
+    return linear(config, size_in, size_out, config.initializer_factor * deviation, rngs, bias=False, axes=axes)
 
 
 def norm(config: T5Config) -> RMSNorm:
@@ -31,10 +34,10 @@ class Attention(nnx.Module):
         size, inner = config.hidden_size, config.inner_size
         self.head_dim = config.head_dim
         # Queries begin small instead of being divided by the root of the head's size.
-        self.query = projection(config, size, inner, (size * config.head_dim) ** -0.5, rngs)
-        self.key = projection(config, size, inner, size**-0.5, rngs)
-        self.value = projection(config, size, inner, size**-0.5, rngs)
-        self.out = projection(config, inner, size, inner**-0.5, rngs)
+        self.query = projection(config, size, inner, (size * config.head_dim) ** -0.5, (EMBED, HEADS), rngs)
+        self.key = projection(config, size, inner, size**-0.5, (EMBED, HEADS), rngs)
+        self.value = projection(config, size, inner, size**-0.5, (EMBED, HEADS), rngs)
+        self.out = projection(config, inner, size, inner**-0.5, (HEADS, EMBED), rngs)
         self.mixer = build_mixer(
             attention,
             form=form,
@@ -69,9 +72,9 @@ class FeedForward(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs) -> None:
         size, inner = config.hidden_size, config.intermediate_size
         gated = config.feed_forward == "gated-gelu"
-        self.gate = projection(config, size, inner, size**-0.5, rngs) if gated else None
-        self.up = projection(config, size, inner, size**-0.5, rngs)
-        self.down = projection(config, inner, size, inner**-0.5, rngs)
+        self.gate = projection(config, size, inner, size**-0.5, (EMBED, MLP), rngs) if gated else None
+        self.up = projection(config, size, inner, size**-0.5, (EMBED, MLP), rngs)
+        self.down = projection(config, inner, size, inner**-0.5, (MLP, EMBED), rngs)
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Applies the layer to every token."""

@@ -1,90 +1,48 @@
 """Checkpoints of a run: written by Orbax in the background, and read back exactly or not at all.
 
 A checkpoint holds, under `OUTPUT/checkpoints/STEP/`, the parameters that learn (`model`), the optimiser (`optimizer`),
-and as JSON the random key (`key`), the position in the data (`data`), and what it is a checkpoint of (`about`).
+and as JSON the random key (`key`), what is remembered of earlier steps (`watch`), the position in the data (`data`),
+and what it is a checkpoint of (`about`). It is written under another name and gets its own when everything is there,
+the manifest of checksums included.
+
+With several processes every one calls the same methods; the first decides what is on the disk they share.
 """
 
 import logging
+import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import Array
-from orbax.checkpoint.checkpoint_managers import LatestN
+from orbax.checkpoint.options import AsyncOptions
 
 from lin_jax.errors import UserError
-from lin_jax.training.parameters import Params, differences, listed, placed, shapes
+from lin_jax.training.about import About
+from lin_jax.training.checkpoint_files import (
+    checkpoint_folder,
+    first_readable,
+    read_about,
+    saved_steps,
+    validation_losses,
+)
+from lin_jax.training.failed_saves import end_writing, remove_unfinished, without_echoes
+from lin_jax.training.manifest import seal
+from lin_jax.training.processes import agreed
+from lin_jax.training.retention import newest_and_best
+from lin_jax.training.saved_state import Restored, parts_of, read_state
 from lin_jax.training.step import TrainState
+from lin_jax.training.storage import no_room, storage_failure
 
-CHECKPOINT_FOLDER = "checkpoints"
 UNREADABLE_FOLDER = "unreadable"
+ROLLED_BACK_FOLDER = "rolled_back"
 
-# Options of the model that change how it is computed, not what.
-_HARMLESS = ("remat", "unroll")
+_NONE = "none"
 
 log = logging.getLogger(__name__)
-Loaded = TypeVar("Loaded")
-
-
-@dataclass(frozen=True)
-class About:
-    """What a checkpoint is of.
-
-    Attributes:
-        objective: name of the objective.
-        model: the model's configuration, as JSON has it.
-        tokenizer: fingerprint of the tokenizer.
-        parameters: type and shape of each saved parameter, by path.
-        base: for heads, the run they stand on: `run` (path from this run's folder), `step` and `fingerprint`.
-    """
-
-    objective: str
-    model: dict[str, Any]
-    tokenizer: str
-    parameters: dict[str, str]
-    base: dict[str, Any] | None = None
-
-    def demand_equal(self, saved: "About", where: Path) -> None:
-        """Raises a `UserError` that lists what differs, if `saved` is of another model than this one."""
-        phrases = differences({"objective": saved.objective}, {"objective": self.objective})
-        phrases += differences(_flat(saved.model), _flat(self.model))
-        phrases += differences(saved.parameters, self.parameters)
-        phrases += differences({"tokenizer": saved.tokenizer}, {"tokenizer": self.tokenizer})
-        phrases += differences({"base model": _fingerprint(saved)}, {"base model": _fingerprint(self)})
-        if phrases:
-            raise UserError(
-                f"{where} is a checkpoint of another model: {listed(phrases)}; "
-                "use the options it was made with, or another output folder"
-            )
-
-
-def _fingerprint(about: About) -> str | None:
-    return None if about.base is None else about.base["fingerprint"]
-
-
-def _flat(model: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in model.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}.{name}")
-        elif name not in _HARMLESS:
-            flat[f"{prefix}.{name}"] = value
-    return flat
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a run goes on from: its state, and where its data stood."""
-
-    state: TrainState
-    data: dict[str, Any]
-    step: int
 
 
 class Checkpoints:
@@ -93,48 +51,99 @@ class Checkpoints:
     Args:
         folder: the run's folder.
         keep: newest checkpoints to keep; None keeps all.
+        keep_best: how many to keep besides, if they are older: those with the lowest validation losses.
+
+    Raises:
+        UserError: the folder cannot be written to.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
+    def __init__(self, folder: Path, keep: int | None = None, keep_best: int = 0) -> None:
+        self.run = folder
         self.folder = checkpoint_folder(folder)
-        options = ocp.CheckpointManagerOptions(preservation_policy=LatestN(keep), cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._losses = dict(agreed(lambda: list(validation_losses(folder).items())))
+        self._saving: int | None = None
+        self._echoes = ExitStack()
+        self._failed = False
+        self._policy = newest_and_best(keep, keep_best, self._losses)
+        self._manager: Any = None
+        self._manager = self._open()
         self.latest: int | None = self._manager.latest_step()
 
+    def _open(self) -> Any:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            cleanup_tmp_directories=True,
+            # Reads no metadata: they are in no manifest, and a damaged one must not keep a run from its sound ones.
+            lightweight_initialize=True,
+            # Folders are made at once: where a disk has no room for one, threads would wait for it for minutes.
+            async_options=AsyncOptions(post_finalization_callback=self._seal, create_directories_asynchronously=False),
+        )
+        with self._storage_errors():
+            agreed(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+            return ocp.CheckpointManager(self.folder, options=options)
+
     def __enter__(self) -> "Checkpoints":
+        self._echoes.enter_context(without_echoes())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        try:
+            self._close()
+        except UserError as failure:
+            if error is None:
+                raise
+            log.warning("%s", failure)
+        finally:
+            self._echoes.close()
 
-    def save(self, step: int, state: TrainState, data: dict[str, Any], about: About) -> None:
+    def _close(self) -> None:
+        if self._failed:
+            remove_unfinished(self.folder)
+            return
+        with self._storage_errors():
+            self._manager.close()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data: dict[str, Any],
+        about: About,
+        validation_loss: float | None = None,
+    ) -> None:
         """Begins to save; the state may be given away at once. Does nothing if this step is saved already.
+
+        Args:
+            step: steps taken so far.
+            state: what to save; with several processes its arrays are spread over all of them.
+            data: position in the data, as JSON has it; that of the first process is written.
+            about: what this is a checkpoint of.
+            validation_loss: of exactly this state, if it is known.
 
         Raises:
             UserError: this, or the save before, could not be written.
         """
         if step == self.latest:
             return
-        items = ocp.args.Composite(
-            model=ocp.args.StandardSave(state.params),
-            optimizer=ocp.args.StandardSave(state.optimizer),
-            key=ocp.args.JsonSave(_key_to_json(state.key)),
-            data=ocp.args.JsonSave(data),
-            about=ocp.args.JsonSave({**vars(about), "step": step}),
-        )
-        try:
-            self._manager.save(step, args=items)
-        except OSError as error:
-            raise UserError(
-                f"cannot write a checkpoint to {self.folder}: {error}; the last good one is {self.last_good()}"
-            ) from error
+        self.wait()
+        if validation_loss is not None and math.isfinite(validation_loss):
+            self._losses[step] = float(validation_loss)
+        label = {"step": step, "validation_loss": self._losses.get(step), "sealed": True}
+        self._saving = step
+        with self._storage_errors():
+            self._manager.save(step, args=parts_of(state, data, {**vars(about), **label}), force=True)
         self.latest = step
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all that was saved is on disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        with self._storage_errors():
+            self._manager.wait_until_finished()
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -142,66 +151,108 @@ class Checkpoints:
 
     def last_good(self) -> str:
         """Names the newest complete checkpoint, or says that there is none."""
-        steps = saved_steps(self.folder.parent)
-        return str(self.path(steps[-1])) if steps else "none"
+        steps = saved_steps(self.run)
+        return str(self.path(steps[-1])) if steps else _NONE
 
     def restore_latest(self, like: TrainState, about: About) -> Restored:
-        """The newest checkpoint that can be read.
+        """The newest checkpoint that is whole.
 
-        Those that cannot are named in a warning and moved to `OUTPUT/unreadable`, to make room for their steps.
+        Those that are not are named in a warning and moved to `OUTPUT/unreadable`, to make room for their steps.
 
         Args:
             like: a state of the same structure; its arrays (or shapes) say where restored ones are placed.
             about: what the checkpoint must be of.
 
         Raises:
-            UserError: there is none, none can be read, or it is of another model.
+            UserError: there is none, none is whole, or it is of another model.
         """
-        run = self.folder.parent
-        if not saved_steps(run):
-            raise UserError(f"there is no checkpoint in {run} to resume from; leave --resume out to start the run")
+        return self._restore(lambda step: True, like, about, "to resume from; leave --resume out to start the run")
+
+    def restore_before(self, step: int, like: TrainState, about: About) -> Restored:
+        """The newest checkpoint before a step that is whole; the run goes on from there.
+
+        Later ones that are whole are moved to `OUTPUT/rolled_back`; otherwise as `restore_latest`, also while a run
+        goes on.
+
+        Raises:
+            UserError: there is none, none is whole, or it is of another model.
+        """
+        return self._restore(
+            lambda each: each < step, like, about, f"before step {step}; begin anew with another output folder"
+        )
+
+    def restore(self, step: int, like: TrainState, about: About) -> Restored:
+        """The checkpoint of one step; the run goes on from there. Otherwise as `restore_before`.
+
+        Raises:
+            UserError: there is none of that step, it is damaged, or it is of another model.
+        """
+        return self._restore(lambda each: each == step, like, about, f"of step {step}; name another step")
+
+    def _restore(self, wanted: Callable[[int], bool], like: TrainState, about: About, which: str) -> Restored:
+        self.wait()
+        steps = agreed(lambda: saved_steps(self.run))
+        candidates = [step for step in reversed(steps) if wanted(step)]
+        if not candidates:
+            raise UserError(f"there is no checkpoint in {self.run} {which}")
 
         def read(step: int) -> Restored:
-            about.demand_equal(read_about(run, step), self.path(step))
-            return _restore_state(self.path(step), step, like)
+            about.demand_equal(read_about(self.run, step), self.path(step))
+            return read_state(self.path(step), step, like)
 
-        restored, broken = newest_readable(run, read)
-        for step in broken:
-            (run / UNREADABLE_FOLDER).mkdir(exist_ok=True)
-            os.replace(self.path(step), _free(run / UNREADABLE_FOLDER / str(step)))
-        if broken:
-            self._manager.reload()
+        restored, broken = first_readable(self.run, candidates, read)
+        later = [step for step in steps if step > restored.step]
+        agreed(lambda: self._move(set(later) & set(broken), self.run / UNREADABLE_FOLDER))
+        agreed(lambda: self._move(set(later) - set(broken), self.run / ROLLED_BACK_FOLDER))
+        for step in later:
+            self._losses.pop(step, None)
+        if later:
+            self._manager.close()
+            self._manager = self._open()
         self.latest = restored.step
         return restored
 
+    def _move(self, steps: set[int], place: Path) -> None:
+        """Moves checkpoints away, whose steps the run will come to again."""
+        for step in steps:
+            place.mkdir(exist_ok=True)
+            os.replace(self.path(step), _free(place / str(step)))
 
-def _restore_state(folder: Path, step: int, like: TrainState) -> Restored:
-    state = TrainState(
-        params=_read_arrays(folder / "model", like.params),
-        optimizer=_read_arrays(folder / "optimizer", like.optimizer),
-        step=jnp.asarray(step, jnp.int32),
-        key=_key_from_json(_read_json(folder / "key")),
-    )
-    return Restored(state, _read_json(folder / "data"), step)
+    def _seal(self) -> None:
+        """Writes the manifest: in the background, when all parts are there and the whole has no name yet."""
+        seal(next(self.folder.glob(f"{self._saving}.*"), self.path(self._saving or 0)))
 
+    @contextmanager
+    def full_disk_told(self) -> Iterator[None]:
+        """Turns what a full disk raises inside, whoever writes, into one line that says how to go on.
 
-def _read_arrays(folder: Path, like: Any) -> Any:
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore(folder, placed(like))
+        Raises:
+            UserError: there was no room.
+        """
+        with self._storage_errors(no_room):
+            yield
 
-
-def _read_json(folder: Path) -> Any:
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(folder)
-
-
-# Not Orbax's own form of a random key: it logs a false alarm ("Skipping merge") at every save.
-def _key_to_json(key: Array) -> dict[str, Any]:
-    return {"implementation": str(jax.random.key_impl(key)), "data": jax.random.key_data(key).tolist()}
-
-
-def _key_from_json(saved: dict[str, Any]) -> Array:
-    return jax.random.wrap_key_data(jnp.asarray(saved["data"], jnp.uint32), impl=saved["implementation"])
+    @contextmanager
+    def _storage_errors(self, meant: Callable[[int], bool] = lambda failure: True) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # an OSError, or whatever tensorstore makes of one in its threads
+            failure = storage_failure(error)
+            if failure is None or not meant(failure):
+                raise
+            self._failed = True
+            if self._manager is not None:
+                end_writing(self._manager)
+            remove_unfinished(self.folder)
+            good = self.last_good()
+            remedy = "make room" if no_room(failure) else "mend that"
+            then = "start again" if good == _NONE else "go on from it with --resume"
+            raise UserError(
+                f"cannot write to {self.run}: {os.strerror(failure)}; the last good checkpoint is {good}; "
+                f"{remedy} and {then}"
+            ) from error
 
 
 def _free(path: Path) -> Path:
@@ -211,52 +262,3 @@ def _free(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.name}.{number}")
     return candidate
-
-
-def checkpoint_folder(run: Path) -> Path:
-    """Where a run keeps its checkpoints; absolute, as Orbax wants it."""
-    return (run / CHECKPOINT_FOLDER).absolute()
-
-
-def saved_steps(run: Path) -> list[int]:
-    """Steps of the complete checkpoints of a run folder, in order; Orbax renames a folder when it is complete."""
-    folder = checkpoint_folder(run)
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
-
-
-def newest_readable(run: Path, read: Callable[[int], Loaded]) -> tuple[Loaded, list[int]]:
-    """What `read(step)` returns for the newest step it works for, and the newer steps it does not.
-
-    Raises:
-        UserError: it works for none, or raises one itself.
-    """
-    broken: list[int] = []
-    for step in reversed(saved_steps(run)):
-        try:
-            return read(step), broken
-        except UserError:
-            raise
-        except Exception as error:  # Orbax and its storage raise dozens of kinds for a damaged file
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            log.warning("%s cannot be read, trying the one before: %s", checkpoint_folder(run) / str(step), reason)
-            broken.append(step)
-    raise UserError(f"no checkpoint in {checkpoint_folder(run)} can be read; restore one from a backup, or start anew")
-
-
-def read_about(run: Path, step: int) -> About:
-    """What a checkpoint is of."""
-    content = dict(_read_json(checkpoint_folder(run) / str(step) / "about"))
-    content.pop("step")
-    return About(**content)
-
-
-def read_params(run: Path, step: int, like: Params) -> Params:
-    """The parameters of a checkpoint, shaped and placed like the given ones.
-
-    Raises:
-        UserError: the checkpoint's parameters have other names or shapes; the message lists what differs.
-    """
-    where = checkpoint_folder(run) / str(step)
-    if phrases := differences(read_about(run, step).parameters, shapes(like)):
-        raise UserError(f"{where} is a checkpoint of another model: {listed(phrases)}")
-    return _read_arrays(where / "model", like)

@@ -21,8 +21,8 @@ DECAYING = frozenset({"embedding", "inner", "kernel", "outer", "output", "projec
 
 
 def decays(params: Params) -> Params:
-    """Which parameters weight decay acts on, as a tree of booleans."""
-    return path_aware_map(lambda path, _: path[-1] in DECAYING, params)
+    """Which parameters weight decay acts on, as a tree of booleans; a mixer's random projections are not learnt."""
+    return path_aware_map(lambda path, _: path[-1] in DECAYING and "mixer" not in path, params)
 
 
 def learning_rate(config: OptimizerConfig, steps: int, step: int | Array) -> Array:
@@ -77,8 +77,3 @@ def scale_parts(rates: Mapping[str, PartRate]) -> optax.GradientTransformation:
         return scaled, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
-
-
-def widened(tree: Any) -> Any:
-    """A tree in float32 or better: gradients add up, and moments live, in no less."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)

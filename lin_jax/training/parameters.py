@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
+from lin_jax.models import MedusaHeads, ModelConfig, PathHead, model_class
+from lin_jax.models.registry import CAUSAL_LM
 
 Params = dict[str, Any]
 Module = TypeVar("Module", bound=nnx.Module)
@@ -20,23 +22,43 @@ Module = TypeVar("Module", bound=nnx.Module)
 _NAMED = 6
 
 
-def abstract_model(config: LlamaConfig) -> Llama:
-    """A model of shapes, without memory or work behind it.
+def new_params(config: ModelConfig, key: Array, wanted: set[Any] | None = None, purpose: str = CAUSAL_LM) -> Params:
+    """Parameters of a model that has not learnt anything; it is for `purpose`, as the registry of models has it.
+
+    Args:
+        config: the model's.
+        key: a random key.
+        wanted: paths; what is not wanted is not computed either. None wants all.
+        purpose: what the model is for.
+    """
+
+    def draw(key: Array) -> Params:
+        params = params_of(model_class(config, purpose)(config, rngs=nnx.Rngs(key)))
+        if wanted is None:
+            return params
+        return unflatten_dict({path: value for path, value in flatten_dict(params).items() if path in wanted})
+
+    return jax.jit(draw)(key)
+
+
+def abstract_model(config: ModelConfig, purpose: str = CAUSAL_LM) -> Any:
+    """A model of shapes, without memory or work behind it; it is for `purpose`, as the registry of models has it.
 
     Raises:
-        UserError: the configuration describes no model.
+        UserError: the configuration describes no model, or its family has none for the purpose.
     """
-    return nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    build = model_class(config, purpose)
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
-def abstract_heads(config: LlamaConfig, heads: int) -> MedusaHeads:
+def abstract_heads(config: ModelConfig, heads: int) -> MedusaHeads:
     """Medusa heads of shapes, for a model with the given configuration."""
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
     return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
 
 
-def abstract_path_head(config: LlamaConfig, width: int) -> PathHead:
+def abstract_path_head(config: ModelConfig, width: int) -> PathHead:
     """A path head of shapes, for a model with the given configuration.
 
     Raises:
@@ -86,11 +108,16 @@ def listed(phrases: list[str]) -> str:
     return "; ".join(phrases[:_NAMED]) + more
 
 
-def initial_params(fresh: Params, base: Params) -> Params:
+def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Params] | None = None) -> Params:
     """A base model's parameters for a model that may mix tokens in another way.
 
     Token mixers may differ: what the base lacks of them stays fresh, what only the base has is left out. That is how a
     softmax Transformer becomes a linearized one.
+
+    Args:
+        fresh: parameters that have not learnt anything, or their shapes.
+        base: the base model's.
+        draw: with shapes, draws what stays fresh, given its paths.
 
     Raises:
         UserError: anything else differs; the message lists what.
@@ -100,22 +127,24 @@ def initial_params(fresh: Params, base: Params) -> Params:
     there = {name: kind for name, kind in shapes(base).items() if "/mixer/" not in name}
     if phrases := differences(there, here):
         raise UserError(f"init_from holds another model: {listed(phrases)}; make the model options equal to its own")
-    return unflatten_dict(
-        {
-            path: given[path] if path in given and given[path].shape == value.shape else value
-            for path, value in own.items()
-        }
-    )
+    missing = {path for path, value in own.items() if path not in given or given[path].shape != value.shape}
+    new = own if draw is None else flatten_dict(draw(missing)) if missing else {}
+    return unflatten_dict({path: (new if path in missing else given)[path] for path in own})
 
 
 def placed(abstract: Any) -> Any:
-    """Shapes with a place for each array: its own sharding, or the default device."""
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    """Shapes with a place for each array: its own sharding, or the default device of this process."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
 
     return jax.tree.map(place, abstract)
+
+
+def put_like(values: Any, like: Any) -> Any:
+    """Values, the same on every host, where other arrays (or shapes) lie."""
+    return jax.tree.map(lambda value, other: jax.device_put(value, getattr(other, "sharding", None)), values, like)
 
 
 def fingerprint(params: Params) -> str:
@@ -132,3 +161,8 @@ def _checksum(values: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
     weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
     return jnp.sum(bits * weights, dtype=jnp.uint32)
+
+
+def widened(tree: Any) -> Any:
+    """A tree in float32 or better: gradients add up, and moments live, in no less."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)

@@ -1,6 +1,5 @@
 """A run made ready: tokenizer, text, objective and starting point, from a configuration."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,31 +7,28 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from lin_jax.data import (
-    Tokenizer,
-    TrainingBatches,
-    open_documents,
-    prepare_tokenizer,
-    split_documents,
-    training_batches,
-    validation_batches,
-)
+from lin_jax.data import Tokenizer, TrainingBatches
+from lin_jax.data.glue import glue_task
 from lin_jax.errors import UserError
 from lin_jax.evaluation.targets import Batch
-from lin_jax.hub.files import is_checkpoint_folder
-from lin_jax.hub.pretrained import Pretrained, from_pretrained
-from lin_jax.models import Llama
-from lin_jax.training.checkpoints import About, saved_steps
+from lin_jax.models.logical_axes import axes_of
+from lin_jax.models.registry import family_of_config
+from lin_jax.training.about import About
+from lin_jax.training.base import Base, load_base, with_options_of_base
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
-from lin_jax.training.loading import load_model, read_base
-from lin_jax.training.objectives import OBJECTIVES, Objective
+from lin_jax.training.inputs import read_inputs
+from lin_jax.training.mesh import make_mesh
+from lin_jax.training.objectives import OBJECTIVES, Objective, has_teacher, initial_key, keeps_base, objective_of
+from lin_jax.training.objectives.classification import with_labels
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, fingerprint, params_of, shapes
+from lin_jax.training.parameters import Params, abstract_model, shapes
+from lin_jax.training.placement import Placement
+from lin_jax.training.processes import agreed, is_first
 from lin_jax.training.step import TrainState, make_step
-
-TOKENIZER_FOLDER = "tokenizer"
-_TYPES = ("dtype", "param_dtype")
+from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher
 
 
 @dataclass(frozen=True)
@@ -48,6 +44,7 @@ class Run:
         batches: training batches, from the first.
         validation: held-out batches.
         about: what checkpoints of this run say of themselves.
+        placement: where all of this lies on the run's mesh.
     """
 
     config: RunConfig
@@ -58,33 +55,12 @@ class Run:
     batches: TrainingBatches
     validation: Sequence[Batch]
     about: About
+    placement: Placement
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.config.output)
-
-
-@dataclass(frozen=True)
-class Base:
-    """A trained model to start from.
-
-    Attributes:
-        folder: its run folder, or Hugging Face folder.
-        tokenizer: folder of its tokenizer.
-        step: of its checkpoint; 0 in a Hugging Face folder.
-        model: the model.
-    """
-
-    folder: Path
-    tokenizer: Path
-    step: int
-    model: Llama
-
-    def reference(self, run: Path) -> dict[str, Any]:
-        """What heads' checkpoints say of the model under them; the path is relative, so that runs move together."""
-        path = os.path.relpath(self.folder.absolute(), run.absolute())
-        return {"run": path, "step": self.step, "fingerprint": fingerprint(params_of(self.model))}
 
 
 def prepare(config: RunConfig, *, resume: bool) -> Run:
@@ -97,67 +73,99 @@ def prepare(config: RunConfig, *, resume: bool) -> Run:
     """
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_options_of_base(config)
+    config = _with_labels(with_options_of_base(config))
     _check_precision(config)
-    base = _load_base(config, resume)
-    kind = OBJECTIVES[config.objective]
-    if base is not None and not kind.has_model:
-        config = replace(config, model=base.model.config)
+    mesh = make_mesh(config.mesh)
+    base = load_base(config, resume, _model_placement(config, mesh).parameter)
+    if base is not None and not OBJECTIVES[config.objective].has_model:
+        config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
+    _check_length(config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
-    kind.of(replace(config, model=replace(config.model, vocab_size=config.model.vocab_size or 1)))
-    tokenizer, train, held_out = _read_text(config, base, resume)
-    config = replace(config, model=replace(config.model, vocab_size=_vocabulary(config, tokenizer)))
+    placement = placement_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)
     training = config.training
-    batches = training_batches(train, tokenizer, config.data, batch_size=training.batch_size, seed=training.seed)
-    validation = validation_batches(held_out, tokenizer, config.data, batch_size=training.batch_size)
-    objective: Objective = kind.of(config)
+    placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
+    known = Tokenizer.load(folder / TOKENIZER_FOLDER) if resume else None if base is None else base.tokenizer
+    inputs = read_inputs(config, known, placement.rows(training.batch_size))
+    return _ready(inputs.config, inputs.tokenizer, inputs.batches, inputs.validation, base, placement, resume)
+
+
+def _ready(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    batches: TrainingBatches,
+    validation: Sequence[Batch],
+    base: Base | None,
+    placement: Placement,
+    resume: bool,
+) -> Run:
+    folder, training, model = Path(config.output), config.training, None if base is None else base.model
+    objective = objective_of(config)
+    frozen = placement.place(objective.frozen(model))
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
-    state = _first_state(config, objective, optimizer, base, resume)
+    state = _first_state(config, objective, optimizer, base, placement, resume)
     about = About(
         objective=config.objective,
         model=plain(config.model),
         tokenizer=tokenizer.fingerprint,
         parameters=shapes(state.params),
-        base=base.reference(folder) if base is not None and not kind.has_model else None,
+        base=base.reference(folder, frozen) if base is not None and keeps_base(config) else None,
     )
-    if not resume:
+    if has_teacher(config):
+        frozen = {**frozen, "teacher": placement.place(load_teacher(config, tokenizer, model))}
+    if not resume and is_first():
         _write_folder(folder, config, tokenizer)
     return Run(
         config=config,
         objective=objective,
-        step=make_step(objective, optimizer, training.accumulation),
+        step=make_step(objective, optimizer, training.accumulation, training.watch, placement=placement, state=state),
         state=state,
-        frozen=objective.frozen(None if base is None else base.model),
+        frozen=frozen,
         batches=batches,
         validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
         about=about,
+        placement=placement,
     )
 
 
-def _read_text(config: RunConfig, base: Base | None, resume: bool) -> tuple[Tokenizer, Any, Any]:
-    """Tokenizer, training documents and held-out documents.
+def placement_of(config: RunConfig, objective: Objective, mesh: Mesh) -> Placement:
+    """Where all parameters of a run lie, those that learn and those that do not; any vocabulary will do."""
+    axes = {path: names for module in objective.modules() for path, names in axes_of(module).items()}
+    return Placement.of(mesh, axes, config.model)
 
-    The tokenizer is that of the run itself, or of the model it starts from, or a new one.
-    """
-    train, held_out = split_documents(open_documents(config.data), config.data.validation_fraction)
-    if resume:
-        tokenizer = Tokenizer.load(Path(config.output) / TOKENIZER_FOLDER)
-    elif base is not None:
-        tokenizer = Tokenizer.load(base.tokenizer)
-    else:
-        tokenizer = prepare_tokenizer(config.data, train)
-    return tokenizer, train, held_out
+
+def _model_placement(config: RunConfig, mesh: Mesh) -> Placement:
+    model = abstract_model(_with_vocabulary(config.model), OBJECTIVES[config.objective].purpose)
+    return Placement.of(mesh, axes_of(model), config.model)
+
+
+def _with_vocabulary(model: Any) -> Any:
+    return replace(model, vocab_size=model.vocab_size or 1)
 
 
 def _first_state(
-    config: RunConfig, objective: Objective, optimizer: Optimizer, base: Base | None, resume: bool
+    config: RunConfig,
+    objective: Objective,
+    optimizer: Optimizer,
+    base: Base | None,
+    placement: Placement,
+    resume: bool,
 ) -> TrainState:
-    """The state before the first step, or its shapes, to be filled from a checkpoint."""
-    key, init_key = jax.random.split(jax.random.key(config.training.seed))
+    """The state before the first step, or its shapes, to be filled from a checkpoint; either says where it lies."""
+    key, _ = jax.random.split(jax.random.key(config.training.seed))
+    window = config.training.watch.window
 
+    def new(params: Params) -> TrainState:
+        return TrainState.new(params, optimizer, key, window)
+
+    like = jax.eval_shape(new, objective.shapes())
+    where = placement.tree(like)
     if resume:
-        return jax.eval_shape(lambda params: TrainState.new(params, optimizer, key), objective.shapes())
-    return TrainState.new(objective.start(init_key, None if base is None else base.model), optimizer, key)
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, where)
+    begin = initial_key(config.training.seed)
+    if base is None:
+        # Born where they lie: no device ever holds more than its part.
+        return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(begin)
+    return jax.jit(new, out_shardings=where)(placement.place(objective.start(begin, base.model)))
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -176,7 +184,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    steps = saved_steps(folder)
+    steps = agreed(lambda: saved_steps(folder))
     if resume and not steps:
         raise UserError(f"there is no checkpoint in {folder} to resume from; leave --resume out to start the run")
     if steps and not resume:
@@ -193,43 +201,17 @@ def _check_precision(config: RunConfig) -> None:
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
 
 
-def _load_base(config: RunConfig, resume: bool) -> Base | None:
-    goes_on = OBJECTIVES[config.objective].has_model
-    if config.init_from is None or (resume and goes_on):
-        return None
-    folder = Path(config.init_from)
-    if is_checkpoint_folder(folder):
-        # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
-        types = {name: getattr(config.model, name) for name in _TYPES} if goes_on else {}
-        return Base(folder, folder, 0, _causal_llama(from_pretrained(folder, **types), folder))
-    # Heads go on with the very model that they began with, even if its own run has gone on since.
-    step = read_base(config.output).step if resume else None
-    model, _, step = load_model(folder, step)
-    return Base(folder, folder / TOKENIZER_FOLDER, step, model)
-
-
-def _with_options_of_base(config: RunConfig) -> RunConfig:
-    """The configuration with the sizes of the Hugging Face folder that it starts from, if it does.
-
-    Only how tokens are mixed and how the model is computed are the run's own to say.
-    """
-    if config.init_from is None or not is_checkpoint_folder(Path(config.init_from)):
-        return config
-    sizes = _causal_llama(Pretrained.open(config.init_from).model, Path(config.init_from)).config
-    own = {name: getattr(config.model, name) for name in (*_TYPES, "attention", "remat", "unroll")}
-    return replace(config, model=replace(sizes, **own))
-
-
-def _causal_llama(model: Any, folder: Path) -> Llama:
-    if not isinstance(model, Llama):
-        raise UserError(f"init_from {folder} holds a {type(model).__name__}; only LLaMA and its relatives are trained")
-    return model
-
-
-def _vocabulary(config: RunConfig, tokenizer: Tokenizer) -> int:
-    size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
+def _check_length(config: RunConfig) -> None:
+    positions = getattr(config.model, "max_positions", None)
+    if positions is not None and config.data.sequence_length > positions:
         raise UserError(
-            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
+            f"data.sequence_length {config.data.sequence_length} is more than the {positions} of model.max_positions; "
+            "lower the one or raise the other"
         )
-    return size or tokenizer.vocab_size
+
+
+def _with_labels(config: RunConfig) -> RunConfig:
+    """The configuration with as many labels as its task has, if it has one."""
+    if config.data.task is None:
+        return config
+    return replace(config, model=with_labels(config.model, glue_task(config.data.task)))

@@ -1,8 +1,8 @@
 """Augmented linear attention on GPU: Triton programs that run side by side, but for the memories before blocks.
 
-Forward, one kernel goes through rows in order and leaves the memory before every block; another one, for all tiles of
-all blocks at once, the outputs. Backward, the first goes in reverse and leaves gradients of the memories, and two more
-those of queries and of keys and values.
+Forward, two kernels leave the memory before every block; another one, for all tiles of all blocks at once, the outputs.
+Backward, the first two go in reverse and leave gradients of the memories, and two more those of queries and of keys and
+values.
 """
 
 from typing import Any, NamedTuple
@@ -141,12 +141,14 @@ class _Call(NamedTuple):
     folded: Array  # [B, P + T] float32, rows that join the memory
     reads: Array  # [B, T] float32, queries of the document that the memory speaks of
     keep: Array  # [B, n] float32, whether the memory survives a block
+    scales: tuple[Array, Array]  # [B, H, T] and [B, K, T] float32, what queries and keys are multiplied by
 
     @classmethod
     def of(cls, problem: Problem, plan: Plan, interpret: bool) -> "_Call":
+        scales = _unit_scales(problem.queries, plan), _unit_scales(problem.keys, plan)
         if problem.placement is None:
             whole, number = jnp.zeros((1,), jnp.int32), jnp.zeros((1,))
-            return cls(problem, plan, interpret, whole, whole, number, number, number)
+            return cls(problem, plan, interpret, whole, whole, number, number, number, scales)
         placed = Placed.of(problem.placement, problem.start, plan)
         places = jnp.concatenate([placed.first, placed.rows], axis=2)
         document, position, known = places[:, 0], places[:, 1], places[:, 2]
@@ -156,8 +158,8 @@ class _Call(NamedTuple):
         folded = (document > 0) & (document == carried[:, joins + 1]) & (known == 0) & complete
         own = document[:, plan.before :]
         reads = (own > 0) & (own == carried[:, jnp.arange(plan.length) // plan.block])
-        flags = (each.astype(jnp.float32) for each in (folded, reads, carried[:, :-1] == carried[:, 1:]))
-        return cls(problem, plan, interpret, places, carried, *flags)
+        folded, reads, keep = (each.astype(jnp.float32) for each in (folded, reads, carried[:, :-1] == carried[:, 1:]))
+        return cls(problem, plan, interpret, places, carried, folded, reads, keep, scales)
 
     @property
     def width(self) -> int:
@@ -205,7 +207,7 @@ class _Call(NamedTuple):
         }
         return launch(
             getattr(kernels_of(KERNELS, self.interpret), name),
-            (problem.queries, problem.keys, problem.values, *self.first, *more),
+            (problem.queries, problem.keys, problem.values, *self.first, *self.scales, *more),
             outputs,
             grid=grid,
             constants=constants | more_constants,
@@ -219,14 +221,17 @@ class _Call(NamedTuple):
         problem = self.problem
         start = problem.start
         initial = jnp.zeros(self._memory_shape) if start is None else start.memory.astype(jnp.float32)
-        rows = Rows(problem.keys, problem.values, *self.first, jnp.zeros((1,)), self.folded, self.keep)
+        rows = Rows(
+            problem.keys, problem.values, *self.first, jnp.zeros((1,)), self.folded, self.keep, scales=self.scales[1]
+        )
         return self._scan(rows, initial, self.plan.before, start is not None, reverse=False)
 
     def memory_gradients(self, cotangents: Array, after: Array) -> tuple[Array, Array]:
         """The gradient of the memory after every block, and of the memory before the row."""
         problem = self.problem
         factors = jnp.zeros((problem.queries.shape[2],)) if problem.alpha is None else self.factors[0]
-        rows = Rows(problem.queries, cotangents, problem.queries, cotangents, factors, self.reads, self.keep)
+        own = problem.queries, cotangents
+        rows = Rows(*own, *own, factors, self.reads, self.keep, scales=self.scales[0])
         return self._scan(rows, after.astype(jnp.float32), 0, False, reverse=True)
 
     @property
@@ -249,6 +254,15 @@ class _Call(NamedTuple):
             STARTED=started,
         )
         return found[0].values, found[1].values
+
+
+def _unit_scales(rows: Float[Array, "B T H D"], plan: Plan) -> Float[Array, "B H T"]:
+    """What rows are multiplied by to have length one, zero for zero rows; anything if they are not scaled."""
+    if not plan.unit:
+        return jnp.zeros((1,))
+    square = jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=3)
+    scale = jnp.where(square > 0, 1 / jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return scale.transpose(0, 2, 1)
 
 
 def _tiles(problem: Problem, kernel: str) -> Tiles:

@@ -1,7 +1,10 @@
 """Triton kernels of augmented linear attention: outputs, and gradients of queries and of keys and values.
 
 A program has a tile of rows of one head and a part of the values' columns; every program of a block reads the memory
-before it. Upper-case arguments are compile-time constants; docstrings name what is read and written.
+before it. Rows are multiplied as they came, so that they go straight from memory to the tensor cores, and products are
+scaled. Tiles that are far from each other meet in the grouped branch alone: their pairs are linear in scores, need no
+mask in whole rows, and are summed up with what the memory holds. Upper-case arguments are compile-time constants;
+docstrings name what is read and written.
 """
 
 import triton
@@ -11,13 +14,12 @@ from pallas_kernels.gpu_parts import (
     load_joined,
     load_memory,
     load_rows,
+    load_scales,
     memory_product,
     narrowed,
     product,
-    scaled,
     store_rows,
     unit_gradient,
-    unit_scale,
 )
 
 
@@ -39,13 +41,49 @@ def placed(places, batch, rows, length, BEFORE: tl.constexpr, PLACED: tl.constex
 
 
 @triton.jit
-def pairs(document, position, other_document, other_position, known, GROUP: tl.constexpr):
-    """Which queries and keys are near each other, in the same group, and in different groups."""
-    near = (document[:, None] == other_document[None, :]) & (other_document > 0)[None, :]
-    met = near & (known == 0)[None, :]
+def near_keys(begin, lowest, GROUP: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PLACED: tl.constexpr):
+    """The first tile of keys that queries of a tile may meet in their group or in the convolution."""
+    first = begin - GROUP + 1
+    if not PLACED:
+        first = begin // GROUP * GROUP
+    if WIDTH > 0:
+        first = tl.minimum(first, begin - WIDTH + 1)
+    return lowest + tl.maximum(first - lowest, 0) // TILE * TILE
+
+
+@triton.jit
+def near_queries(begin, GROUP: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, PLACED: tl.constexpr):
+    """The first tile of queries that are far from a tile of keys, which may begin below 0."""
+    last = begin + TILE - 1
+    end = last + GROUP
+    if not PLACED:
+        end = (last // GROUP + 1) * GROUP
+    if WIDTH > 0:
+        end = tl.maximum(end, last + WIDTH)
+    return begin + (end - begin + TILE - 1) // TILE * TILE
+
+
+@triton.jit
+def met(document, other_document, known):
+    """Which queries and keys are of one document, and the memory does not hold the key."""
+    return (document == other_document) & (other_document > 0) & (known == 0)
+
+
+@triton.jit
+def pairs(document, position, other_document, other_position, known, GROUP: tl.constexpr, PLACED: tl.constexpr):
+    """Which queries and keys are near each other, in the same group, and in different groups.
+
+    In whole rows, those that are not there are zero and need no mask.
+    """
     group, other_group = position // GROUP, other_position // GROUP
-    local = met & (group[:, None] == other_group[None, :]) & (other_position[None, :] <= position[:, None])
-    earlier = met & (other_group[None, :] < group[:, None])
+    local = (group == other_group) & (other_position <= position)
+    earlier = other_group < group
+    near = position == position
+    if PLACED:
+        near = (document == other_document) & (other_document > 0)
+        both = near & (known == 0)
+        local = local & both
+        earlier = earlier & both
     return near, local, earlier
 
 
@@ -58,8 +96,7 @@ def pair_weights(
     factor,
     taps,
     head,
-    asked,
-    rows,
+    lag,
     LOCAL: tl.constexpr,
     GROUPED: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -72,7 +109,6 @@ def pair_weights(
     if GROUPED:
         weights += tl.where(earlier, factor * scores, 0.0)
     if WIDTH > 0:
-        lag = asked[:, None] - rows[None, :]
         inside = near & (lag >= 0) & (lag < WIDTH)
         weights += tl.load(taps + head * WIDTH + lag, mask=inside, other=0.0)
     return weights
@@ -90,9 +126,10 @@ def score_gradient(scores, upstream, local, earlier, factor, LOCAL: tl.constexpr
 
 
 @triton.jit
-def scored_keys(
+def window_keys(
     keys,
     first_keys,
+    scales,
     batch,
     begin,
     columns,
@@ -105,15 +142,10 @@ def scored_keys(
     UNIT: tl.constexpr,
     STARTED: tl.constexpr,
 ):
-    """Keys as they are scored, as they came, and the scale between; those before the row have been scaled before."""
+    """Keys as they came, and their scales; those before the row have been scaled before."""
     rows = begin + tl.arange(0, there.shape[0])
-    raw = load_rows(keys, batch, begin, columns, there & (rows >= 0) & (rows < length), length, head, KV_HEADS, D)
-    scale = unit_scale(raw, UNIT)
-    ready = scaled(raw, scale, UNIT)
-    if STARTED:
-        early = there & (rows < 0) & (rows >= -BEFORE)
-        ready += load_rows(first_keys, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, D)
-    return ready, raw, scale
+    key = load_joined(keys, first_keys, batch, begin, columns, there, length, head, KV_HEADS, D, BEFORE, STARTED)
+    return key, load_scales(scales, batch, rows, length, head, KV_HEADS, UNIT)
 
 
 @triton.jit
@@ -123,6 +155,8 @@ def outputs_kernel(
     values,
     first_keys,
     first_values,
+    query_scales,
+    key_scales,
     memories,
     alpha,
     taps,
@@ -160,44 +194,90 @@ def outputs_kernel(
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
     document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    raw = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
-    scale = unit_scale(raw, UNIT)
-    query = scaled(raw, scale, UNIT)
-    factor = 0.0
-    if GROUPED:
-        factor = tl.load(alpha + head)
+    query = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
+    scale = load_scales(query_scales, batch, asked, length, head, HEADS, UNIT)
 
     found = tl.zeros([TILE, PART_E], tl.float32)
     lowest = block * BLOCK - BEFORE
     if not STARTED:
         lowest = tl.maximum(lowest, 0)
-    for key_begin in range(lowest, begin + TILE, TILE):
-        rows = key_begin + tl.arange(0, TILE)
-        other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-        there = other_document > 0
-        key, raw_key, key_scale = scored_keys(
-            keys, first_keys, batch, key_begin, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
-        )
-        value = load_joined(
-            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
-        )
-        near, local, earlier = pairs(document, position, other_document, other_position, known, GROUP)
-        scores = product(query, tl.trans(key))
-        weights = pair_weights(scores, near, local, earlier, factor, taps, head, asked, rows, LOCAL, GROUPED, WIDTH)
-        found += product(narrowed(weights, value.dtype), value)
-
+    near_begin = near_keys(begin, lowest, GROUP, TILE, WIDTH, PLACED)
+    factor = 0.0
     if GROUPED:
+        factor = tl.load(alpha + head)
         index = (batch * blocks + block) * KV_HEADS + kv_head
         reads = document > 0
         if PLACED:
             reads = reads & (document == tl.load(carried + batch * (blocks + 1) + block))
-        read = tl.zeros([TILE, PART_E], tl.float32)
         for piece in range(0, WIDE_D, PART_D):
             chosen = piece + tl.arange(0, PART_D)
             some = load_rows(queries, batch, begin, chosen, reads, length, head, HEADS, D)
-            memory = load_memory(memories, index, chosen, columns, D, E)
-            read += memory_product(scaled(some, scale, UNIT), memory)
-        found += factor * read
+            found += memory_product(some, load_memory(memories, index, chosen, columns, D, E))
+        for key_begin in range(lowest, near_begin, TILE):
+            rows = key_begin + tl.arange(0, TILE)
+            other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
+            there = other_document > 0
+            key, key_scale = window_keys(
+                keys,
+                first_keys,
+                key_scales,
+                batch,
+                key_begin,
+                inner,
+                there,
+                length,
+                kv_head,
+                KV_HEADS,
+                D,
+                BEFORE,
+                UNIT,
+                STARTED,
+            )
+            value = load_joined(
+                values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            )
+            scores = product(query, tl.trans(key)) * key_scale[None, :]
+            if PLACED:
+                scores = tl.where(met(document[:, None], other_document[None, :], known[None, :]), scores, 0.0)
+            found += product(narrowed(scores, value.dtype), value)
+        found *= (factor * scale)[:, None]
+
+    for key_begin in range(near_begin, begin + TILE, TILE):
+        rows = key_begin + tl.arange(0, TILE)
+        other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
+        there = other_document > 0
+        key, key_scale = window_keys(
+            keys,
+            first_keys,
+            key_scales,
+            batch,
+            key_begin,
+            inner,
+            there,
+            length,
+            kv_head,
+            KV_HEADS,
+            D,
+            BEFORE,
+            UNIT,
+            STARTED,
+        )
+        value = load_joined(
+            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+        )
+        near, local, earlier = pairs(
+            document[:, None],
+            position[:, None],
+            other_document[None, :],
+            other_position[None, :],
+            known[None, :],
+            GROUP,
+            PLACED,
+        )
+        scores = product(query, tl.trans(key)) * scale[:, None] * key_scale[None, :]
+        lag = asked[:, None] - rows[None, :]
+        weights = pair_weights(scores, near, local, earlier, factor, taps, head, lag, LOCAL, GROUPED, WIDTH)
+        found += product(narrowed(weights, value.dtype), value)
     store_rows(outputs, found, batch, begin, columns, asked < length, length, head, HEADS, E)
 
 
@@ -208,6 +288,8 @@ def query_gradients_kernel(
     values,
     first_keys,
     first_values,
+    query_scales,
+    key_scales,
     memories,
     cotangents,
     alpha,
@@ -253,13 +335,9 @@ def query_gradients_kernel(
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
     document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    raw = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
-    scale = unit_scale(raw, UNIT)
-    query = scaled(raw, scale, UNIT)
+    query = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
+    scale = load_scales(query_scales, batch, asked, length, head, HEADS, UNIT)
     cotangent = load_rows(cotangents, batch, begin, columns, document > 0, length, head, HEADS, E)
-    factor = 0.0
-    if GROUPED:
-        factor = tl.load(alpha + head)
 
     found = tl.zeros([TILE, WIDE_D], tl.float32)
     change = tl.zeros([TILE], tl.float32)
@@ -268,21 +346,85 @@ def query_gradients_kernel(
     lowest = block * BLOCK - BEFORE
     if not STARTED:
         lowest = tl.maximum(lowest, 0)
-    for key_begin in range(lowest, begin + TILE, TILE):
+    near_begin = near_keys(begin, lowest, GROUP, TILE, WIDTH, PLACED)
+    factor = 0.0
+    if GROUPED:
+        factor = tl.load(alpha + head)
+        index = (batch * blocks + block) * KV_HEADS + kv_head
+        reads = document > 0
+        if PLACED:
+            reads = reads & (document == tl.load(carried + batch * (blocks + 1) + block))
+        for piece in range(0, PART_E, PIECE_E):
+            chosen = part * PART_E + piece + tl.arange(0, PIECE_E)
+            some = load_rows(cotangents, batch, begin, chosen, reads, length, head, HEADS, E)
+            found += memory_product(some, tl.trans(load_memory(memories, index, inner, chosen, D, E)))
+        for key_begin in range(lowest, near_begin, TILE):
+            rows = key_begin + tl.arange(0, TILE)
+            other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
+            there = other_document > 0
+            key, key_scale = window_keys(
+                keys,
+                first_keys,
+                key_scales,
+                batch,
+                key_begin,
+                inner,
+                there,
+                length,
+                kv_head,
+                KV_HEADS,
+                D,
+                BEFORE,
+                UNIT,
+                STARTED,
+            )
+            value = load_joined(
+                values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            )
+            upstream = product(cotangent, tl.trans(value)) * key_scale[None, :]
+            if PLACED:
+                upstream = tl.where(met(document[:, None], other_document[None, :], known[None, :]), upstream, 0.0)
+            found += product(narrowed(upstream, key.dtype), key)
+        # What is linear in scores adds to alpha's gradient its own scores.
+        change = tl.sum(found * query.to(tl.float32), axis=1) * scale
+        found *= factor
+
+    for key_begin in range(near_begin, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
         other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
         there = other_document > 0
-        key, raw_key, key_scale = scored_keys(
-            keys, first_keys, batch, key_begin, inner, there, length, kv_head, KV_HEADS, D, BEFORE, UNIT, STARTED
+        key, key_scale = window_keys(
+            keys,
+            first_keys,
+            key_scales,
+            batch,
+            key_begin,
+            inner,
+            there,
+            length,
+            kv_head,
+            KV_HEADS,
+            D,
+            BEFORE,
+            UNIT,
+            STARTED,
         )
         value = load_joined(
             values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
-        near, local, earlier = pairs(document, position, other_document, other_position, known, GROUP)
-        scores = product(query, tl.trans(key))
+        near, local, earlier = pairs(
+            document[:, None],
+            position[:, None],
+            other_document[None, :],
+            other_position[None, :],
+            known[None, :],
+            GROUP,
+            PLACED,
+        )
+        scores = product(query, tl.trans(key)) * scale[:, None] * key_scale[None, :]
         upstream = product(cotangent, tl.trans(value))
         slope = score_gradient(scores, upstream, local, earlier, factor, LOCAL, GROUPED)
-        found += product(narrowed(slope, key.dtype), key)
+        found += product(narrowed(slope * key_scale[None, :], key.dtype), key)
         if GROUPED:
             change += tl.sum(tl.where(earlier, scores * upstream, 0.0), axis=1)
         if WIDTH > 0:
@@ -293,19 +435,7 @@ def query_gradients_kernel(
                 shifted = tl.gather(tl.where(near, upstream, 0.0), tl.where(inside, column, 0), 1)
                 filtered += tl.sum(tl.where(inside, shifted, 0.0), axis=0)
 
-    if GROUPED:
-        index = (batch * blocks + block) * KV_HEADS + kv_head
-        reads = document > 0
-        if PLACED:
-            reads = reads & (document == tl.load(carried + batch * (blocks + 1) + block))
-        read = tl.zeros([TILE, WIDE_D], tl.float32)
-        for piece in range(0, PART_E, PIECE_E):
-            chosen = part * PART_E + piece + tl.arange(0, PIECE_E)
-            some = load_rows(cotangents, batch, begin, chosen, reads, length, head, HEADS, E)
-            read += memory_product(some, tl.trans(load_memory(memories, index, inner, chosen, D, E)))
-        found += factor * read
-        change += tl.sum(read * query.to(tl.float32), axis=1)
-    found = unit_gradient(raw, scale, found, UNIT)
+    found = unit_gradient(query, scale, found, UNIT)
     store_rows(query_gradients, found, part * batches + batch, begin, inner, asked < length, length, head, HEADS, D)
     place = ((part * batches + batch) * tiles + tile) * HEADS + head
     tl.store(alpha_gradients + place, tl.sum(change, axis=0))
@@ -320,6 +450,8 @@ def key_gradients_kernel(
     values,
     first_keys,
     first_values,
+    query_scales,
+    key_scales,
     memory_gradients,
     cotangents,
     alpha,
@@ -367,34 +499,17 @@ def key_gradients_kernel(
     rows = begin + tl.arange(0, TILE)
     document, position, known = placed(places, batch, rows, length, BEFORE, PLACED)
     there = document > 0
-    key, raw, scale = scored_keys(
-        keys, first_keys, batch, begin, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
+    key, scale = window_keys(
+        keys, first_keys, key_scales, batch, begin, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
     )
     value = load_joined(values, first_values, batch, begin, columns, there, length, head, KV_HEADS, E, BEFORE, STARTED)
     # The rows join the memory after this block, of which they are the window's last ones that are asked.
     last = (begin + BEFORE) // BLOCK
+    end = tl.minimum((last + 1) * BLOCK, length)
+    far_begin = tl.maximum(near_queries(begin, GROUP, TILE, WIDTH, PLACED), 0)
 
     key_found = tl.zeros([TILE, WIDE_D], tl.float32)
     value_found = tl.zeros([TILE, PART_E], tl.float32)
-    for share in range(0, SHARE):
-        own = head * SHARE + share
-        factor = 0.0
-        if GROUPED:
-            factor = tl.load(alpha + own)
-        for query_begin in range(tl.maximum(begin, 0), tl.minimum((last + 1) * BLOCK, length), TILE):
-            asked = query_begin + tl.arange(0, TILE)
-            own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
-            query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
-            query = scaled(query, unit_scale(query, UNIT), UNIT)
-            cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
-            near, local, earlier = pairs(own_document, own_position, document, position, known, GROUP)
-            scores = product(query, tl.trans(key))
-            weights = pair_weights(scores, near, local, earlier, factor, taps, own, asked, rows, LOCAL, GROUPED, WIDTH)
-            value_found += product(tl.trans(narrowed(weights, cotangent.dtype)), cotangent)
-            upstream = product(cotangent, tl.trans(value))
-            slope = score_gradient(scores, upstream, local, earlier, factor, LOCAL, GROUPED)
-            key_found += product(tl.trans(narrowed(slope, query.dtype)), query)
-
     if GROUPED:
         index = (batch * blocks + tl.minimum(last, blocks - 1)) * KV_HEADS + head
         joins = there
@@ -408,12 +523,56 @@ def key_gradients_kernel(
             key_found += memory_product(some, tl.trans(load_memory(memory_gradients, index, inner, chosen, D, E)))
         for piece in range(0, WIDE_D, PART_D):
             chosen = piece + tl.arange(0, PART_D)
-            some = load_rows(keys, batch, begin, chosen, joins & (rows >= 0), length, head, KV_HEADS, D)
-            some = scaled(some, scale, UNIT)
-            if STARTED:
-                early = joins & (rows < 0)
-                some += load_rows(first_keys, batch, begin + BEFORE, chosen, early, BEFORE, head, KV_HEADS, D)
+            some = load_joined(
+                keys, first_keys, batch, begin, chosen, joins, length, head, KV_HEADS, D, BEFORE, STARTED
+            )
             value_found += memory_product(some, load_memory(memory_gradients, index, chosen, columns, D, E))
+        for share in range(0, SHARE):
+            own = head * SHARE + share
+            factor = tl.load(alpha + own)
+            for query_begin in range(far_begin, end, TILE):
+                asked = query_begin + tl.arange(0, TILE)
+                own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
+                query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
+                cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
+                weight = factor * load_scales(query_scales, batch, asked, length, own, HEADS, UNIT)
+                scores = product(key, tl.trans(query)) * weight[None, :]
+                upstream = product(value, tl.trans(cotangent)) * weight[None, :]
+                if PLACED:
+                    both = met(own_document[None, :], document[:, None], known[:, None])
+                    scores = tl.where(both, scores, 0.0)
+                    upstream = tl.where(both, upstream, 0.0)
+                value_found += product(narrowed(scores, cotangent.dtype), cotangent)
+                key_found += product(narrowed(upstream, query.dtype), query)
+        value_found *= scale[:, None]
+
+    for share in range(0, SHARE):
+        own = head * SHARE + share
+        factor = 0.0
+        if GROUPED:
+            factor = tl.load(alpha + own)
+        for query_begin in range(tl.maximum(begin, 0), tl.minimum(far_begin, end), TILE):
+            asked = query_begin + tl.arange(0, TILE)
+            own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
+            query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
+            cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
+            query_scale = load_scales(query_scales, batch, asked, length, own, HEADS, UNIT)
+            near, local, earlier = pairs(
+                own_document[None, :],
+                own_position[None, :],
+                document[:, None],
+                position[:, None],
+                known[:, None],
+                GROUP,
+                PLACED,
+            )
+            scores = product(key, tl.trans(query)) * scale[:, None] * query_scale[None, :]
+            lag = asked[None, :] - rows[:, None]
+            weights = pair_weights(scores, near, local, earlier, factor, taps, own, lag, LOCAL, GROUPED, WIDTH)
+            value_found += product(narrowed(weights, cotangent.dtype), cotangent)
+            upstream = product(value, tl.trans(cotangent))
+            slope = score_gradient(scores, upstream, local, earlier, factor, LOCAL, GROUPED)
+            key_found += product(narrowed(slope * query_scale[None, :], query.dtype), query)
 
     outer = part * batches + batch
     own_rows = (rows >= 0) & (rows < length)
@@ -421,6 +580,6 @@ def key_gradients_kernel(
         early = rows < 0
         store_rows(first_key_gradients, key_found, outer, begin + BEFORE, inner, early, BEFORE, head, KV_HEADS, D)
         store_rows(first_value_gradients, value_found, batch, begin + BEFORE, columns, early, BEFORE, head, KV_HEADS, E)
-    key_found = unit_gradient(raw, scale, key_found, UNIT)
+    key_found = unit_gradient(key, scale, key_found, UNIT)
     store_rows(key_gradients, key_found, outer, begin, inner, own_rows, length, head, KV_HEADS, D)
     store_rows(value_gradients, value_found, batch, begin, columns, own_rows, length, head, KV_HEADS, E)

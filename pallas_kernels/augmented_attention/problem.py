@@ -175,7 +175,9 @@ class Placed(NamedTuple):
             named = jnp.where(there, placement.first[:, None], 0)
             first = jnp.stack([named, jnp.maximum(start.positions, 0), start.known], axis=1).astype(jnp.int32)
         index = jax.lax.cummax(jnp.where(documents > 0, jnp.arange(plan.length), -1), axis=1)
-        index = index[:, jnp.arange(1, plan.blocks) * plan.block - plan.before - 1]
+        left = jnp.arange(1, plan.blocks) * plan.block - plan.before - 1
+        # The first window may begin with the row: then only the start has joined the memory.
+        index = jnp.where(left >= 0, index[:, jnp.maximum(left, 0)], -1)
         found = jnp.take_along_axis(documents, jnp.maximum(index, 0), axis=1)
         middle = jnp.where(index >= 0, found, placement.first[:, None])
         carried = jnp.concatenate([placement.first[:, None], middle, placement.last[:, None]], axis=1)

@@ -16,7 +16,6 @@ def fold_kernel(
     position,
     accepted,
     path,
-    folded,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -25,7 +24,7 @@ def fold_kernel(
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`folded [B, K, D, E]` is `memory`, with the group of rows whose path finishes it; other programs do nothing."""
+    """Adds to `memory [B, K, D, E]` the group of rows whose path finishes it; other programs do nothing."""
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = tl.load(position + batch) % GROUP
     length = tl.load(accepted + batch)
@@ -41,4 +40,4 @@ def fold_kernel(
             value = load_rows(values, batch, first, columns, held, GROUP, head, HEADS, E)
             value += load_rows(path_values, batch, first - slot, columns, new, path, head, HEADS, E)
             found += product(tl.trans(key), value)
-        store_memory(folded, found, batch * HEADS + head, inner, columns, D, E)
+        store_memory(memory, found, batch * HEADS + head, inner, columns, D, E)

@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gpu_launch import obstacle as triton_obstacle
-from pallas_kernels.implementations import choose
+from pallas_kernels.implementations import choose, target_platform
 from pallas_kernels.path_commit import gpu, tpu, xla
 from pallas_kernels.tree_verify.problem import Held
 
@@ -38,7 +38,7 @@ def commit_path(
         values: `[B, P, K, E]`.
         length: `[B]` how many tokens of the path are accepted, 0 to P.
         implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
-            in order of preference, or None for what suits the platform, the types and the shapes.
+            in order of preference, or None for what suits the platform, the types and the shapes; on a GPU that is XLA.
 
     Raises:
         UnsupportedError: the implementation that was asked for cannot run here or with these types.
@@ -58,4 +58,8 @@ def commit_path(
         name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
         for name in IMPLEMENTATIONS
     } | {"xla": None}
-    return IMPLEMENTATIONS[choose("commit_path", implementation, obstacles)](held, keys, values, length)
+    # Another kernel that wrote in place lost a part of it on a GPU; this one has not been seen there.
+    default = ("xla",) if target_platform() == "gpu" else None
+    return IMPLEMENTATIONS[choose("commit_path", implementation, obstacles, default=default)](
+        held, keys, values, length
+    )

@@ -1,20 +1,24 @@
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lin_jax.data import (
+    Corpus,
     DataConfig,
     Document,
+    Part,
     Tokenizer,
     split_documents,
     stream_documents,
     training_batches,
     validation_batches,
 )
+from lin_jax.data.pieces import LONGEST_PIECE
 from lin_jax.data.pipeline import _pack
-from lin_jax.data.token_sources import LONGEST_PIECE, TokenizedDocuments, TokenizedStream
+from lin_jax.data.token_sources import TokenizedDocuments, TokenizedStream
 from lin_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -112,7 +116,7 @@ def test_restored_where_rows_end_with_their_documents(rows_per_document):
 
 
 def test_packed_rows_are_the_documents_in_order(stream, tokenizer):
-    rows = iter(_pack(TokenizedStream(stream, tokenizer), 25))
+    rows = iter(_pack(TokenizedStream(stream, tokenizer, "stream"), CONFIG))
     flat, runs = [], []
     for row in itertools.islice(rows, 100):
         flat += row["tokens"].tolist()
@@ -145,8 +149,8 @@ def test_small_corpora_repeat(tokenizer):
 def test_shards_read_different_documents(documents, tokenizer):
     seen = []
     for index in range(3):
-        config = DataConfig(sequence_length=200)
-        batches = training_batches(documents, tokenizer, config, batch_size=1, seed=0, shard=(index, 3))
+        config = DataConfig(sequence_length=200, shards=3)
+        batches = training_batches(documents, tokenizer, config, batch_size=3, seed=0, rows=(index, index + 1))
         seen.append({tuple(piece) for piece in pieces(take(batches, 4)) if piece[-1] == tokenizer.eos_id})
     assert all(seen)
     if documents is not DOCUMENTS:  # in memory, documents change shard from one epoch to the next
@@ -172,12 +176,14 @@ def test_streams_made_from_one_do_not_disturb_each_other(stream, tokenizer):
 
 def test_position_of_another_run_is_refused(tokenizer):
     state = training_batches(DOCUMENTS, tokenizer, CONFIG, batch_size=4, seed=0).get_state()
+    halves = tuple(Part(name, 0.5, DOCUMENTS) for name in "ab")
     others = {
         "seed": training_batches(DOCUMENTS, tokenizer, CONFIG, batch_size=4, seed=1),
         "corpus": training_batches(DOCUMENTS[1:], tokenizer, CONFIG, batch_size=4, seed=0),
         "sequence_length": training_batches(DOCUMENTS, tokenizer, DataConfig(sequence_length=25), batch_size=4, seed=0),
         "tokenizer": training_batches(DOCUMENTS, Tokenizer.train(["ab"], 257), CONFIG, batch_size=4, seed=0),
-        "shard": training_batches(DOCUMENTS, tokenizer, CONFIG, batch_size=4, seed=0, shard=(0, 2)),
+        "shards": training_batches(DOCUMENTS, tokenizer, replace(CONFIG, shards=2), batch_size=4, seed=0),
+        "mixture": training_batches(Corpus(halves), tokenizer, CONFIG, batch_size=4, seed=0),
     }
     for name, batches in others.items():
         with pytest.raises(UserError, match=name):
@@ -190,13 +196,17 @@ def test_position_of_another_run_is_refused(tokenizer):
         ({"batch_size": 0}, "batch_size 0"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**31}, "seed"),
-        ({"shard": (2, 2)}, "shard 2 of 2"),
-        ({"shard": (0, 61)}, "60 training documents"),
+        ({"rows": (2, 2)}, "rows 2 to 2"),
+        ({"rows": (0, 5)}, "rows 0 to 5"),
+        ({"shards": 3}, "batch_size 4 is not a multiple of data.shards 3"),
+        ({"batch_size": 61, "shards": 61}, "60 training documents"),
     ],
 )
 def test_bad_arguments(tokenizer, options, expected):
+    config = replace(CONFIG, shards=options.get("shards", 1))
+    options = {name: value for name, value in options.items() if name != "shards"}
     with pytest.raises(UserError, match=expected):
-        training_batches(DOCUMENTS, tokenizer, CONFIG, **{"batch_size": 4, "seed": 0, **options})
+        training_batches(DOCUMENTS, tokenizer, config, **{"batch_size": 4, "seed": 0, **options})
 
 
 def test_empty_stream_is_refused(stream, tokenizer):
@@ -249,3 +259,27 @@ def test_long_documents_come_in_pieces():
     for begin, end, document in ((0, 4, documents[0]), (4, 7, documents[1]), (7, 8, documents[2])):
         assert np.array_equal(np.concatenate(tokens[begin:end]), tokenizer.encode_document(document.text))
     assert all(tokenizer.decode(piece).endswith("\n") for piece in tokens[:3])
+
+
+def test_rows_without_documents_are_the_same_tokens(documents, tokenizer):
+    plain = replace(CONFIG, separate_documents=False)
+    for ours, theirs in zip(
+        take(training_batches(documents, tokenizer, plain, batch_size=4, seed=0), 20),
+        take(training_batches(documents, tokenizer, CONFIG, batch_size=4, seed=0), 20),
+        strict=True,
+    ):
+        assert list(ours) == ["tokens"]
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+
+
+def test_validation_without_documents_has_whole_batches_only(tokenizer):
+    plain = DataConfig(sequence_length=24, validation_batches=10, separate_documents=False)
+    batches = validation_batches(DOCUMENTS[:20], tokenizer, plain, batch_size=4)
+    padded = validation_batches(DOCUMENTS[:20], tokenizer, replace(plain, separate_documents=True), batch_size=4)
+    whole = [batch["tokens"] for batch in padded if batch["documents"].all()]
+    assert len(batches) == len(whole) == len(padded) - 1
+    for ours, theirs in zip(batches, whole, strict=True):
+        assert list(ours) == ["tokens"]
+        np.testing.assert_array_equal(ours["tokens"], theirs)
+    with pytest.raises(UserError, match="less than one batch of 64 rows"):
+        validation_batches(DOCUMENTS[:20], tokenizer, plain, batch_size=64)

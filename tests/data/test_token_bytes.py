@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lin_jax import errors
 from lin_jax.data import Tokenizer
+from lin_jax.data.llama2c_tokenizer import load_tokenizer
 from lin_jax.data.token_bytes import token_bytes
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n" * 5,

@@ -10,13 +10,12 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from test_llama2c import HEADER, write_file
-from test_llama2c_tokenizer import write_vocab
 
 from lin_jax.data import Tokenizer
+from lin_jax.data.llama2c_tokenizer import SPECIAL
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
 from lin_jax.hub.__main__ import main
-from lin_jax.hub.llama2c_tokenizer import SPECIAL, Piece
 
 ROOT = Path(__file__).parents[2]
 LETTERS = " abcdefg"
@@ -27,8 +26,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model of llama2.c and its tokenizer, in the working folder."""
     monkeypatch.chdir(tmp_path)
     write_file(tmp_path / "model.bin", HEADER)
-    pieces = [*(Piece(text, 0.0) for text in SPECIAL), *(Piece(text, -1.0) for text in LETTERS)]
-    write_vocab(tmp_path / "letters.vocab", pieces)
+    (tmp_path / "letters.vocab").write_text("".join(f"{text}\t0\n" for text in (*SPECIAL, *LETTERS)))
     return tmp_path
 
 

@@ -12,15 +12,23 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from vocabularies import write_vocab
 
 from lin_jax.attention import AttentionConfig
+from lin_jax.data import DataConfig
+from lin_jax.data.llama2c_tokenizer import SPECIAL, Piece, load_tokenizer
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.session import Session
 from lin_jax.errors import UserError
+from lin_jax.evaluation.perplexity import evaluate
 from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.hub.llama2c import Header
-from lin_jax.hub.llama2c_tokenizer import load_tokenizer
-from lin_jax.models import Llama
+from lin_jax.models import Llama, LlamaConfig
+from lin_jax.training import RunConfig, TrainingConfig, load_model
+from lin_jax.training.adapters import AdapterConfig
+from lin_jax.training.loop import train
+from lin_jax.training.setup import prepare
+from lin_jax.training.teacher import load_tokenizer_of
 
 HEADER = Header(16, 24, 2, 4, 2, 11, 32)
 UNTIED = replace(HEADER, vocab_size=-11)
@@ -182,6 +190,54 @@ def test_losses(published: tuple[str, Path, Llama], shared_data: Path) -> None:
     per_token, per_character = PUBLISHED[name][2]
     assert round(nats / sum(len(row) - 1 for row in rows), 3) == per_token
     assert round(nats / sum(map(len, texts)), 3) == per_character
+
+
+def test_losses_as_training_measures_them(published: tuple[str, Path, Llama], shared_data: Path) -> None:
+    """The same twelve stories as documents of a run: a token begins each, and none is asked for at its end."""
+    name, _, model = published
+    model_file, tokenizer_file, *_ = PUBLISHED[name]
+    checkpoints = shared_data / "checkpoints"
+    tokenizer = load_tokenizer_of(checkpoints / model_file, str(checkpoints / tokenizer_file))
+    rows = [tokenizer.encode_document(story[:240]) for story in stories(shared_data)[:12]]
+    tokens, documents = np.zeros((2, 12, max(map(len, rows))), np.int32)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)], documents[number, : len(row)] = row, 1
+    found = evaluate(model, [{"tokens": tokens, "documents": documents}])
+    assert round(found.loss, 3) == PUBLISHED[name][2][0]
+
+
+def test_a_run_on_a_file(tmp_path: Path) -> None:
+    """Its sizes and weights, another attention, and the tokenizer that the run names; loaded again, and refused."""
+    write_file(tmp_path / "model.bin", HEADER)
+    pieces = [*(Piece(text, 0.0) for text in SPECIAL), *(Piece(text, -1.0) for text in " abcdefg")]
+    write_vocab(tmp_path / "letters.vocab", pieces)
+    (tmp_path / "text.txt").write_text(
+        "\n<|>\n".join(f"{'abcdefg'[n % 7 :]} dad {'fab ' * (n % 5)}" for n in range(60))
+    )
+    run = RunConfig(
+        output=str(tmp_path / "run"),
+        init_from=str(tmp_path / "model.bin"),
+        adapters=AdapterConfig(rank=2),
+        model=LlamaConfig(attention=AttentionConfig(group_size=4, kernel_size=3)),
+        data=DataConfig(
+            source=str(tmp_path / "text.txt"),
+            document_separator="<|>",
+            tokenizer=str(tmp_path / "letters.vocab"),
+            sequence_length=12,
+            validation_batches=1,
+        ),
+        training=TrainingConfig(steps=1, batch_size=2),
+    )
+    with pytest.raises(UserError, match=r"model.bin holds no tokenizer; say where it is with --data.tokenizer FILE"):
+        prepare(replace(run, data=replace(run.data, tokenizer=None)), resume=False)
+    assert train(run).status == 0
+    model, config, _ = load_model(tmp_path / "run")
+    base = from_pretrained(tmp_path / "model.bin")
+    assert (config.model.num_layers, config.model.vocab_size) == (2, 11)
+    assert np.array_equal(model.layers.layers.feed_forward.up.kernel[...], base.layers.layers.feed_forward.up.kernel)
+    session = Session.load(tmp_path / "run")
+    assert session.encode_prompt("dad")[0] == 1
+    assert session.tokenizer.eos_id is None
 
 
 def test_greedy_text(published: tuple[str, Path, Llama]) -> None:

@@ -56,7 +56,8 @@ class Launches:
         self.seen = {}
 
     def __call__(self, kernel, arguments, outputs, *, grid, constants, warps, stages, interpret, aliases=None):
-        arrays = [*arguments, *outputs]
+        changed = dict(aliases or {}).values()
+        arrays = [*arguments, *(each for index, each in enumerate(outputs) if index not in changed)]
         names = kernel.arg_names[: len(arrays)]
         signature = {
             name: "i32" if isinstance(each, int) else NAMES[each.dtype.name]

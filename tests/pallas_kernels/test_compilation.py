@@ -18,7 +18,7 @@ ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAME
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="libtpu is not installed")
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
 def test_the_tpu_compiler_takes_every_kernel(topology):
-    lines = printed("compile_for_tpu.py", topology, **ALONE, PYTHONPATH=f"{ROOT}{os.pathsep}{COMPILER}")
+    lines = printed("pallas_kernels/compile_for_tpu.py", topology, **ALONE, PYTHONPATH=f"{ROOT}{os.pathsep}{COMPILER}")
     # Forward is one program, backward another one; a tree takes one, and so does a path.
     kernels = {"forward": 1, "backward": 2, "verify": 1, "commit": 1}
     counted = [(line.split()[-3].rstrip(":"), int(line.split()[-2])) for line in lines]
@@ -29,7 +29,7 @@ def test_the_tpu_compiler_takes_every_kernel(topology):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_gpu_kernels_keep_to_their_registers():
     """A few rows of the table; `compile_for_gpu.py --all` compiles every one."""
-    lines = printed("compile_for_gpu.py", PYTHONPATH=str(ROOT))
+    lines = printed("pallas_kernels/compile_for_gpu.py", PYTHONPATH=str(ROOT))
     pattern = re.compile(r"sm_(\d+) (\w+) (\w+) .*: (\d+) registers, (\d+) bytes spilled, (\d+) bytes shared")
     seen = [pattern.fullmatch(line).groups() for line in lines]
     assert {capability for capability, *_ in seen} == {"80", "90"}

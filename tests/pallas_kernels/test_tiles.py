@@ -42,6 +42,10 @@ def test_what_is_shipped(size, dtype):
             assert tiles.rows >= 16
 
 
+def test_tuning_writes_a_line_for_each_row():
+    assert tune.table_text(load_table()) == TABLE.read_text()
+
+
 def test_a_device_has_its_own():
     mine = {"rows": 16, "part": 16, "piece": 16, "warps": 8, "stages": 3}
     table = {**load_table(), "toaster": {"tree_verify": {bucket(64, 64, "bfloat16"): mine}}}

@@ -36,7 +36,14 @@ def tiny_run(corpus, tiny_model):
     """Makes the configuration of a run of seconds: `tiny_run(output, steps=4, ...)`."""
 
     def make(output, *, model=tiny_model, objective="language_model", init_from=None, optimizer=None, **training):
-        defaults = {"steps": 12, "batch_size": 4, "log_every": 1, "evaluate_every": 6, "checkpoint_every": 4}
+        defaults = {
+            "plot": False,
+            "steps": 12,
+            "batch_size": 4,
+            "log_every": 1,
+            "evaluate_every": 6,
+            "checkpoint_every": 4,
+        }
         return RunConfig(
             output=str(output),
             objective=objective,

@@ -75,6 +75,11 @@ def test_heads_from_another_place(exported, base_run, heads_run):
         assert_equal(Session.load(model, heads).parts.medusa, load_heads(heads_run))
 
 
+def test_a_folder_without_steps(exported):
+    with pytest.raises(UserError, match="is a Hugging Face folder, which has no steps; leave --step out"):
+        Session.load(exported, step="best")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -81,7 +81,7 @@ def test_the_model_stays_to_the_bit_until_the_heads_are_warm(params):
             part: [bool((new != old).any()) for new, old in zip(*map(jax.tree.leaves, pair), strict=True)]
             for part, pair in ((part, (state.params[part], before[part])) for part in ("model", "heads"))
         }
-        assert figures.finite
+        assert figures.verdict.finite
         assert any(changed["heads"])
         assert any(changed["model"]) == (number > WARMUP)
         if number <= WARMUP:

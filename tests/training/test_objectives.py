@@ -8,7 +8,7 @@ from lin_jax.evaluation import evaluate, head_accuracy
 from lin_jax.evaluation.targets import targets_ahead
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads
 from lin_jax.training import RunConfig
-from lin_jax.training.objectives import LanguageModel, Medusa
+from lin_jax.training.objectives import DraftPath, LanguageModel, Medusa, MedusaJoint
 from lin_jax.training.parameters import params_of
 
 CONFIG = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2)
@@ -80,6 +80,36 @@ def test_medusa_heads_predict_the_token_m_plus_two_ahead(model, heads):
         assert int(sums.tokens[head]) == len(pairs(head + 2))
         expected = mean_loss(logits[:, :, head], head + 2)
         np.testing.assert_allclose(sums.loss[head] / sums.tokens[head], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 8])
+def test_without_documents_every_target_in_the_row_counts(ahead):
+    ids, included = targets_ahead({"tokens": TOKENS}, ahead)
+    assert included.sum() == 2 * (9 - ahead)
+    np.testing.assert_array_equal(ids[:, : 9 - ahead], TOKENS[:, ahead:])
+    assert included[:, : 9 - ahead].all()
+
+
+def test_rows_without_documents_are_rows_of_one_document(model, heads):
+    plain = {"tokens": TOKENS}
+    marked = {"tokens": TOKENS, "documents": np.ones_like(TOKENS)}
+    params, medusa = params_of(model), Medusa(CONFIG, 2, 0.8)
+    joint = MedusaJoint(CONFIG, 2, 0.8, 0.2, 1.0, 0)
+    path = DraftPath(CONFIG, 4, 2, 0.8)
+    both = {"model": params, "heads": params_of(heads)}
+    for objective, learning, frozen in (
+        (LanguageModel(CONFIG), params, {}),
+        (medusa, params_of(heads), params),
+        (joint, both, {}),
+        (path, path.start(jax.random.key(0), model), params),
+    ):
+        ours, theirs = (jax.jit(objective.sums)(learning, frozen, batch) for batch in (plain, marked))
+        np.testing.assert_array_equal(ours.tokens, objective.counts(plain))
+        np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-5)
+    assert evaluate(model, [plain]).tokens == 16
+    ours, theirs = (head_accuracy(model, heads, [batch], depth=2) for batch in (plain, marked))
+    np.testing.assert_array_equal(ours.table, theirs.table)
 
 
 def test_medusa_sends_no_gradient_into_the_base(model, heads):

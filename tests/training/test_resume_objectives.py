@@ -11,22 +11,21 @@ import pytest
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
 from lin_jax.training import load_heads, load_model, read_base
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
+from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.parameters import params_of
 from lin_jax.training.setup import prepare
 from lin_jax.training.step import make_step
 from lin_jax.training.tracker import read_metrics
-
-TIMING = {"seconds", "tokens_per_second"}
 
 
 @contextmanager
 def stopping_after(steps, monkeypatch):
     """Runs get a SIGTERM while they take the given step."""
 
-    def make(*arguments):
-        step = make_step(*arguments)
+    def make(*arguments, **options):
+        step = make_step(*arguments, **options)
 
         class Counted:
             def lower(self, *given):
@@ -50,7 +49,9 @@ def stopping_after(steps, monkeypatch):
 
 
 def lines_of(folder):
-    return [{name: line[name] for name in line.keys() - TIMING} for line in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {name: line[name] for name in line.keys() - MACHINE_FIGURES} for line in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 # The joint run is stopped once while only its heads learn, and once after that.

@@ -82,7 +82,7 @@ def test_a_step_lowers_the_loss(step):
     for _ in range(8):
         state, figures = step(state, frozen, batch())
         losses.append(float(figures.loss))
-    assert figures.finite
+    assert figures.verdict.finite
     assert int(state.step) == 8
     assert losses[-1] < 0.8 * losses[0]
 
@@ -94,7 +94,7 @@ def test_without_finite_numbers_nothing_changes(step, bad):
     state.params["head"]["kernel"] = state.params["head"]["kernel"].at[0, 0].set(bad)
     before = jax.tree.map(np.array, (state.params, state.optimizer))
     state, figures = step(state, frozen, batch())
-    assert not figures.finite
+    assert not figures.verdict.finite
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.optimizer), before)
 
 

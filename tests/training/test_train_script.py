@@ -7,7 +7,7 @@ import pytest
 
 from lin_jax.errors import UserError
 from lin_jax.training import OptimizerConfig, load_run_config, parse_run_config
-from lin_jax.training.checkpoints import saved_steps
+from lin_jax.training.checkpoint_files import saved_steps
 from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_help_names_every_section():
 
 
 def test_options_override_the_file():
-    config, resume = parse_run_config(
+    config, resume, _ = parse_run_config(
         [TINY, "--resume", "--model.attention.group_size", "16", "--optimizer.eps", "1e-6"]
     )
     assert resume
@@ -85,7 +85,7 @@ def test_options_override_the_file():
 
 
 def test_a_configuration_is_read_as_it_was_saved(tmp_path):
-    config, _ = parse_run_config(
+    config, *_ = parse_run_config(
         [TINY, "--model.rotary.short_factor", "[1.0, 2.0]", "--optimizer.clip_norm", "null", "--output", str(tmp_path)]
     )
     config.save(tmp_path / "config.yaml")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 from flax import nnx
 from jaxtyping import Array
 
-from lin_jax.models import Llama, LlamaConfig, PathHead
+from lin_jax.models import CausalModel, ModelConfig, PathHead
 from lin_jax.training.objectives.frozen_base import FrozenBase, check_heads
 from lin_jax.training.parameters import abstract_path_head
 
@@ -22,7 +22,7 @@ class DraftPath(FrozenBase[PathHead]):
     heads_name: ClassVar[str | None] = "a path head"
     depth_name: ClassVar[str] = "depth"
 
-    def __init__(self, config: LlamaConfig, width: int, depth: int, decay: float, targets: str = "text") -> None:
+    def __init__(self, config: ModelConfig, width: int, depth: int, decay: float, targets: str = "text") -> None:
         super().__init__(config, abstract_path_head(config, width), depth, decay, targets)
         self._width = width
 
@@ -36,6 +36,6 @@ class DraftPath(FrozenBase[PathHead]):
         """The objective of a run; raises a `UserError` if the head would be wider than the model."""
         return cls(config.model, config.path_width, config.path_depth, config.path_decay, config.head_targets)
 
-    def new_heads(self, key: Array, base: Llama) -> PathHead:
+    def new_heads(self, key: Array, base: CausalModel) -> PathHead:
         """A head cut out of the base model's own."""
         return PathHead.on(base, self._width, nnx.Rngs(key))

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
 from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
-from lin_jax.evaluation.targets import Batch, Sums, path_ahead, taught_sums, token_sums
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads, PathHead
+from lin_jax.evaluation.targets import Batch, Sums, inputs_of, path_ahead, taught_sums, token_sums
+from lin_jax.models import CausalModel, MedusaHeads, ModelConfig, PathHead
+from lin_jax.models.registry import CAUSAL_LM
 from lin_jax.training.objectives.objective import PartRate
 from lin_jax.training.parameters import Params, abstract_model, filled, params_of
 
@@ -40,11 +41,12 @@ class FrozenBase(Generic[Heads]):
     """
 
     has_model: ClassVar[bool] = False
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None]
     depth_name: ClassVar[str]
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig, heads: Heads, depth: int, decay: float, targets: str) -> None:
+    def __init__(self, config: ModelConfig, heads: Heads, depth: int, decay: float, targets: str) -> None:
         self.depth = depth
         self._targets = targets
         self.coefficients = tuple(decay**each for each in range(depth))
@@ -52,24 +54,28 @@ class FrozenBase(Generic[Heads]):
         self._heads: Heads = heads
 
     @abstractmethod
-    def new_heads(self, key: Array, base: Llama) -> Heads:
+    def new_heads(self, key: Array, base: CausalModel) -> Heads:
         """Heads as they begin on a base model."""
 
     def shapes(self) -> Params:
         """The heads' parameters, without values."""
         return params_of(self._heads)
 
-    def start(self, key: Array, base: Llama | None) -> Params:
+    def start(self, key: Array, base: CausalModel | None) -> Params:
         """Heads that begin from the base model's own."""
         assert base is not None, "checked with the configuration"
         return params_of(self.new_heads(key, base))
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """The base model."""
         assert base is not None, "checked with the configuration"
         return params_of(base)
 
-    def parts(self, params: Params) -> tuple[None, Heads]:
+    def modules(self) -> Sequence[Any]:
+        """The base model, and the heads."""
+        return [self._base, self._heads]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[None, Heads]:
         """No model, and the heads."""
         return None, filled(self._heads, params)
 
@@ -80,9 +86,9 @@ class FrozenBase(Generic[Heads]):
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[K]` over the tokens of a batch."""
         base = filled(self._base, frozen)
-        hidden = jax.lax.stop_gradient(base.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1]))
+        hidden = jax.lax.stop_gradient(base.hidden(*inputs_of(batch)))
         path, targets = path_ahead(batch, self.depth)
-        guesses = self.parts(params)[1].guess(hidden, path)
+        guesses = self.parts(params, frozen)[1].guess(hidden, path)
         if self._targets == "text":
             return token_sums(guesses, targets)
         return taught_sums(guesses, jax.lax.stop_gradient(base.logits(hidden)), targets.included)
@@ -93,7 +99,7 @@ class FrozenBase(Generic[Heads]):
 
     def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
         """How often each guess is right at each depth, as `head_accuracy.json` and as a table."""
-        return report_heads(filled(self._base, frozen), self.parts(params)[1], self.depth, batches, folder)
+        return report_heads(filled(self._base, frozen), self.parts(params, frozen)[1], self.depth, batches, folder)
 
 
 def check_heads(config: "RunConfig", option: str) -> None:
@@ -128,7 +134,7 @@ def accuracies(sums: Sums, name: str) -> dict[str, float]:
     }
 
 
-def report_heads(model: Llama, heads: DraftHeads, depth: int, batches: Sequence[Batch], folder: Path) -> str:
+def report_heads(model: CausalModel, heads: DraftHeads, depth: int, batches: Sequence[Batch], folder: Path) -> str:
     """Measures how often each guess of heads is right: written as `head_accuracy.json`, returned as a table."""
     accuracy = head_accuracy(model, heads, batches, depth=depth)
     path = folder / "head_accuracy.json"

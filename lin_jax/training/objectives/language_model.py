@@ -1,19 +1,20 @@
 """The next token."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Int
 
 from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.evaluation.targets import Batch, Sums, targets_ahead
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import CausalModel, ModelConfig
+from lin_jax.models.registry import CAUSAL_LM
+from lin_jax.training.adapters import AdapterConfig, adapted, with_adapters
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, params_of
+from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_params, params_of
 
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
@@ -23,13 +24,15 @@ class LanguageModel:
     """Mean cross entropy of the next token, within a document."""
 
     has_model: ClassVar[bool] = True
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None] = None
     coefficients: tuple[float, ...] = (1.0,)
     rates: Mapping[str, PartRate] = {}
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: ModelConfig, adapters: AdapterConfig | None = None) -> None:
         self._config = config
-        self._abstract = abstract_model(config)
+        self._plain = params_of(abstract_model(config))
+        self._abstract = adapted(abstract_model(config), adapters)
 
     @classmethod
     def check(cls, config: "RunConfig") -> None:
@@ -38,22 +41,27 @@ class LanguageModel:
     @classmethod
     def of(cls, config: "RunConfig") -> "LanguageModel":
         """The objective of a run."""
-        return cls(config.model)
+        return cls(config.model, config.adapters)
 
     def shapes(self) -> Params:
         """The model's parameters, without values."""
         return params_of(self._abstract)
 
-    def start(self, key: Array, base: Llama | None) -> Params:
-        """Fresh parameters, or those of a base model."""
-        fresh = params_of(jax.jit(lambda key: Llama(self._config, rngs=nnx.Rngs(key)))(key))
-        return fresh if base is None else initial_params(fresh, params_of(base))
+    def start(self, key: Array, base: CausalModel | None) -> Params:
+        """Fresh parameters, or those of a base model, and adapters that do nothing yet."""
+        draw = partial(new_params, self._config, key)
+        own = draw() if base is None else initial_params(self._plain, params_of(base), draw)
+        return with_adapters(own, self._abstract, key)
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """None: a base model's parameters go on learning."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Llama, None]:
+    def modules(self) -> Sequence[Any]:
+        """The model, with adapters and without any."""
+        return [abstract_model(self._config), self._abstract]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[CausalModel, None]:
         """The model, and no heads."""
         return filled(self._abstract, params), None
 
@@ -63,7 +71,7 @@ class LanguageModel:
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[1]` over the tokens of a batch."""
-        return next_token_sums(self.parts(params)[0], batch)
+        return next_token_sums(self.parts(params, frozen)[0], batch)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """The perplexity."""

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from jaxtyping import Array
 
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads
+from lin_jax.models import CausalModel, MedusaHeads, ModelConfig
 from lin_jax.training.objectives.frozen_base import FrozenBase, check_heads
 from lin_jax.training.parameters import abstract_heads
 
@@ -18,7 +18,7 @@ class Medusa(FrozenBase[MedusaHeads]):
     heads_name: ClassVar[str | None] = "Medusa heads"
     depth_name: ClassVar[str] = "head"
 
-    def __init__(self, config: LlamaConfig, heads: int, decay: float, targets: str = "text") -> None:
+    def __init__(self, config: ModelConfig, heads: int, decay: float, targets: str = "text") -> None:
         super().__init__(config, abstract_heads(config, heads), heads, decay, targets)
 
     @classmethod
@@ -31,6 +31,6 @@ class Medusa(FrozenBase[MedusaHeads]):
         """The objective of a run."""
         return cls(config.model, config.medusa_heads, config.medusa_decay, config.head_targets)
 
-    def new_heads(self, key: Array, base: Llama) -> MedusaHeads:
+    def new_heads(self, key: Array, base: CausalModel) -> MedusaHeads:
         """Copies of the base model's own head."""
         return MedusaHeads.on(base, self.depth)

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch, Sums, Targets, path_ahead, targets_ahead, token_sums
-from lin_jax.models import Llama, LlamaConfig, MedusaHeads
+from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, path_ahead, targets_ahead, token_sums
+from lin_jax.models import CausalModel, MedusaHeads, ModelConfig
+from lin_jax.models.registry import CAUSAL_LM
+from lin_jax.training.adapters import AdapterConfig
 from lin_jax.training.objectives.frozen_base import accuracies, check_heads, report_heads
 from lin_jax.training.objectives.language_model import LanguageModel
 from lin_jax.training.objectives.objective import PartRate
@@ -31,13 +33,22 @@ class MedusaJoint:
         coefficient: weight of the heads' losses beside the model's.
         head_factor: learning rate of the heads, as a multiple of the model's.
         warmup_steps: steps in which only the heads learn.
+        adapters: on the model, or None.
     """
 
     has_model: ClassVar[bool] = True
+    purpose: ClassVar[str] = CAUSAL_LM
     heads_name: ClassVar[str | None] = "Medusa heads"
 
     def __init__(
-        self, config: LlamaConfig, heads: int, decay: float, coefficient: float, head_factor: float, warmup_steps: int
+        self,
+        config: ModelConfig,
+        heads: int,
+        decay: float,
+        coefficient: float,
+        head_factor: float,
+        warmup_steps: int,
+        adapters: AdapterConfig | None = None,
     ) -> None:
         self.depth = heads
         self.coefficients = (1.0, *(coefficient * decay**head for head in range(heads)))
@@ -45,7 +56,7 @@ class MedusaJoint:
             "model": PartRate(first_step=warmup_steps),
             "heads": PartRate(factor=head_factor),
         }
-        self._language_model = LanguageModel(config)
+        self._language_model = LanguageModel(config, adapters)
         self._heads = abstract_heads(config, heads)
 
     @classmethod
@@ -71,25 +82,30 @@ class MedusaJoint:
             config.head_coefficient,
             config.head_learning_rate_factor,
             config.joint_warmup_steps,
+            config.adapters,
         )
 
     def shapes(self) -> Params:
         """The parameters of both, without values."""
         return {"model": self._language_model.shapes(), "heads": params_of(self._heads)}
 
-    def start(self, key: Array, base: Llama | None) -> Params:
+    def start(self, key: Array, base: CausalModel | None) -> Params:
         """The base model's parameters, and heads that begin as copies of its own."""
         assert base is not None, "checked with the configuration"
         heads = params_of(MedusaHeads.on(base, self.depth))
         return {"model": self._language_model.start(key, base), "heads": heads}
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: CausalModel | None) -> Params:
         """None."""
         return {}
 
-    def parts(self, params: Params) -> tuple[Llama, MedusaHeads]:
+    def modules(self) -> Sequence[Any]:
+        """The model, and the heads."""
+        return [*self._language_model.modules(), self._heads]
+
+    def parts(self, params: Params, frozen: Params) -> tuple[CausalModel, MedusaHeads]:
         """The model and its heads."""
-        return self._language_model.parts(params["model"])[0], filled(self._heads, params["heads"])
+        return self._language_model.parts(params["model"], frozen)[0], filled(self._heads, params["heads"])
 
     def counts(self, batch: Batch) -> Int[Array, " 1+M"]:
         """Targets in the same document as their input: of the model, and of each head."""
@@ -98,8 +114,8 @@ class MedusaJoint:
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[1 + M]` over the tokens of a batch: of the model, and of each head."""
-        model, heads = self.parts(params)
-        hidden = model.hidden(batch["tokens"][:, :-1], batch["documents"][:, :-1])
+        model, heads = self.parts(params, frozen)
+        hidden = model.hidden(*inputs_of(batch))
         following, ahead = self._targets(batch)
         own = token_sums(model.logits(hidden)[..., None, :], following)
         return Sums(*map(lambda *parts: jnp.concatenate(parts), own, token_sums(heads(hidden), ahead)))
@@ -111,7 +127,7 @@ class MedusaJoint:
 
     def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
         """How often each guess of each head is right, as `head_accuracy.json` and as a table."""
-        return report_heads(*self.parts(params), self.depth, batches, folder)
+        return report_heads(*self.parts(params, frozen), self.depth, batches, folder)
 
     def _targets(self, batch: Batch) -> tuple[Targets, Targets]:
         """The next tokens `[B, T, 1]`, and those of the heads `[B, T, M]`."""

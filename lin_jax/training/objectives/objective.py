@@ -7,12 +7,12 @@ them by the counts of the whole batch, so that accumulating over parts of a batc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxtyping import Array, Int
 
 from lin_jax.evaluation.targets import Batch, Sums
-from lin_jax.models import Llama, MedusaHeads, PathHead
+from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.training.parameters import Params
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ class Objective(Protocol):
     Attributes:
         has_model: whether a model is among what learns; if not, heads learn on one that is frozen, and checkpoints
             refer to it.
+        purpose: what the model that learns, or that heads learn on, is for, as the registry of models has it.
         heads_name: what messages call the heads that learn; None without heads.
         coefficients: `[K]`.
         rates: how fast the parts of the parameters learn, by their names; empty where all learn alike.
     """
 
     has_model: ClassVar[bool]
+    purpose: ClassVar[str]
     heads_name: ClassVar[str | None]
     coefficients: tuple[float, ...]
     rates: Mapping[str, PartRate]
@@ -62,14 +64,17 @@ class Objective(Protocol):
     def shapes(self) -> Params:
         """The parameters that learn, without values."""
 
-    def start(self, key: Array, base: Llama | None) -> Params:
-        """Initial values of the parameters that learn."""
+    def start(self, key: Array, base: Any) -> Params:
+        """Initial values of the parameters that learn, those of a base model (or None) where it has them."""
 
-    def frozen(self, base: Llama | None) -> Params:
+    def frozen(self, base: Any) -> Params:
         """The parameters that do not learn."""
 
-    def parts(self, params: Params) -> tuple[Llama | None, MedusaHeads | PathHead | None]:
-        """The model and the heads that learn, each None if it does not."""
+    def modules(self) -> Sequence[Any]:
+        """Modules of shapes that all parameters belong to, learnt or not, by the ends of their paths."""
+
+    def parts(self, params: Params, frozen: Params) -> tuple[Any, MedusaHeads | PathHead | None]:
+        """The model and the heads that learn, each None if it does not, made of what learns and what does not."""
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """How many targets a batch has, for each predictor."""

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from lin_jax.data import Tokenizer
+from lin_jax.data.protobuf import read_fields
+from lin_jax.data.tokenizer import Tokenizer
 from lin_jax.errors import UserError
-from lin_jax.hub.protobuf import read_fields
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -34,8 +34,8 @@ class Piece(NamedTuple):
     score: float
 
 
-def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a file, for a model with a vocabulary of the given size.
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer in a file, for a model with a vocabulary of the given size (None: whatever the file has).
 
     A file without pieces for bytes, of a model that has 256 entries more, gets them behind its special tokens.
 
@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     pieces = [Piece(text, 0.0) for text in SPECIAL] + pieces[len(SPECIAL) :]
     if len(pieces) + len(BYTES) == vocab_size and not {piece.text for piece in pieces} & set(BYTES):
         pieces[len(SPECIAL) : len(SPECIAL)] = [Piece(text, 0.0) for text in BYTES]
-    if len(pieces) != vocab_size:
+    if vocab_size is not None and len(pieces) != vocab_size:
         raise UserError(f"tokenizer {path} has {len(pieces)} entries, the model {vocab_size}; give the model's own")
     return build_tokenizer(pieces)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from vocabularies import write_vocab
 
+from lin_jax.data.llama2c_tokenizer import BYTES, SPECIAL, Piece, build_tokenizer, load_tokenizer
 from lin_jax.errors import UserError
-from lin_jax.hub.llama2c_tokenizer import BYTES, SPECIAL, Piece, build_tokenizer, load_tokenizer
 
 # Merges that chain, that overlap, that tie, and runs of spaces as Llama 2 has them.
 MERGED = ["he", " the", "t h", "aa", "aaa", "ab", "aba", "ba", "th", "hen", " t", "\u4e2d\u6587"]
@@ -74,10 +75,6 @@ def write_model(path: Path, pieces: Sequence[Piece], *, algorithm: int = 2, char
     path.write_bytes(
         body + field(2, b"\x18" + bytes([algorithm])) + field(3, field(1, b"identity") + field(2, charsmap))
     )
-
-
-def write_vocab(path: Path, pieces: Sequence[Piece]) -> None:
-    path.write_text("".join(f"{piece.text.replace(' ', chr(0x2581))}\t{piece.score:g}\n" for piece in pieces))
 
 
 WRITERS: dict[str, Callable[[Path, Sequence[Piece]], None]] = {

@@ -1,0 +1,136 @@
+"""Examples of a task of GLUE, from a folder with GLUE's own files or from the hub.
+
+The files are split at tabs and line ends alone: quotes are text, and some of them are never closed.
+"""
+
+import logging
+import lzma
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lin_jax.data.config import HUB_PREFIX
+from lin_jax.data.glue import Part, Task
+from lin_jax.data.sources import read_text
+from lin_jax.data.tables import readable
+from lin_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_ENDINGS = ("", ".xz", ".gz")
+
+
+class Example(NamedTuple):
+    """A text, or a pair of them, and what is to be said of it.
+
+    Attributes:
+        sentences: one or two.
+        label: number of the class; where a number is to be predicted, that.
+    """
+
+    sentences: tuple[str, ...]
+    label: float
+
+
+def read_examples(source: str, task: Task, part: Part) -> list[Example]:
+    """The examples of one set of a task.
+
+    Args:
+        source: a folder that holds the task's folder, or that folder itself, or `hub:OWNER/NAME`.
+        task: the task.
+        part: which set: `TRAIN`, or one of `task.held_out` or `task.tests`; labels of the last are zeros.
+
+    Raises:
+        UserError: the set is not there, cannot be read, has no examples, lacks a column, or has a label that is none.
+    """
+    on_hub = source.startswith(HUB_PREFIX)
+    examples = list(_from_hub(source, task, part) if on_hub else _from_file(_find(source, task, part), task, part))
+    if not examples:
+        raise UserError(f"{source} holds no examples of {task.name} in {part.split if on_hub else part.file}")
+    return examples
+
+
+def _find(source: str, task: Task, part: Part) -> Path:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data.source {source!r} is no folder; give one with GLUE's files, or hub:nyu-mll/glue")
+    for place in (folder / task.folder, folder):
+        for ending in _ENDINGS:
+            if (place / (part.file + ending)).is_file():
+                return place / (part.file + ending)
+    raise UserError(
+        f"there is no {task.folder}/{part.file} (or .xz, .gz) in {source}; get GLUE's files for {task.name}, or give "
+        "data.source hub:nyu-mll/glue"
+    )
+
+
+def _from_file(path: Path, task: Task, part: Part) -> Iterator[Example]:
+    try:
+        text = read_text(path)
+    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        raise UserError(f"{path} is not readable as UTF-8 text: {error}; get the file anew") from error
+    # Not splitlines(): sentences hold characters that it takes for the end of a line.
+    rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
+    places, first = _places(path, task, part, rows[0] if rows else [])
+    short = 0
+    for number, row in enumerate(rows[first:], first + 1):
+        if len(row) <= max(places):
+            short += 1
+            continue
+        sentences = tuple(row[place] for place in places[: len(task.sentences)])
+        where = f"{path}, line {number}"
+        yield Example(sentences, _label(row[places[-1]], task, where) if part.labelled else 0)
+    if short:
+        log.warning("%s: left out %d lines with too few columns", path, short)
+
+
+def _places(path: Path, task: Task, part: Part, first: list[str]) -> tuple[list[int], int]:
+    """Numbers of the columns of sentences and label, and the number of the first line that is an example."""
+    columns = [*task.sentences, task.label] if part.labelled else [*task.sentences]
+    if all(column.header in first for column in columns):
+        return [first.index(column.header) for column in columns], 1
+    # A first line that is an example already has a label where labels stand.
+    places = [column.place if column.place >= 0 else len(first) - 1 for column in columns]
+    fits = part.labelled and max(places) < len(first)
+    if fits and (not task.header or _is_label(first[places[-1]], task)):
+        return places, 0
+    missing = next(column.header for column in columns if column.header not in first)
+    raise UserError(f"{path} has no column {missing!r} in its first line, as {task.folder} has; get the file anew")
+
+
+def _is_label(text: str, task: Task) -> bool:
+    return _is_number(text) if task.is_regression else text in task.labels
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _label(text: str, task: Task, where: str) -> float:
+    if not _is_label(text, task):
+        known = "a number" if task.is_regression else ", ".join(task.labels)
+        raise UserError(f"label {text!r} in {where} is none of {task.folder}; it can be {known}")
+    return float(text) if task.is_regression else task.labels.index(text)
+
+
+def _from_hub(source: str, task: Task, part: Part) -> Iterator[Example]:
+    from datasets import load_dataset
+
+    with readable(f"{source}, configuration {task.name}"):
+        rows = load_dataset(source.removeprefix(HUB_PREFIX), task.name, split=part.split)
+    for number, row in enumerate(rows):
+        yield _from_row(row, task, part, f"{source}, row {number} of {part.split}")
+
+
+def _from_row(row: Mapping[str, Any], task: Task, part: Part, where: str) -> Example:
+    for column in (*task.sentences, task.label):
+        if column.hub not in row:
+            raise UserError(f"{where}, has no column {column.hub!r}; its columns are {', '.join(sorted(row))}")
+    label = float(row[task.label.hub]) if part.labelled else 0.0
+    if not task.is_regression and label not in range(len(task.labels)):
+        raise UserError(f"label {label:g} in {where} is none of {task.name}; give a split with labels")
+    return Example(tuple(row[column.hub] for column in task.sentences), label)

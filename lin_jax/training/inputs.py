@@ -1,0 +1,132 @@
+"""What a run reads: its tokenizer, and batches to train and to validate on, of text or of a task."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lin_jax.data import (
+    Corpus,
+    Document,
+    Tokenizer,
+    TrainingBatches,
+    prepare_tokenizer,
+    training_batches,
+    validation_batches,
+)
+from lin_jax.data.glue import TRAIN, Task, glue_task
+from lin_jax.data.glue_files import Example, read_examples
+from lin_jax.data.task_batches import Reader, Rows, row_length, task_training_batches, task_validation_batches
+from lin_jax.errors import UserError
+from lin_jax.evaluation.targets import Batch
+from lin_jax.models import BertConfig, ModelConfig, T5Config
+from lin_jax.training.config import RunConfig, TrainingConfig
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads.
+
+    Attributes:
+        config: the run, with every size filled in.
+        tokenizer: of the run.
+        batches: training batches, from the first.
+        validation: held-out batches.
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    batches: TrainingBatches
+    validation: Sequence[Batch]
+
+
+def read_inputs(config: RunConfig, tokenizer: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
+    """Opens what a configuration describes.
+
+    Args:
+        config: the run.
+        tokenizer: its tokenizer, if it has one before it begins: its own, resumed, or that of the model it starts
+            from.
+        rows: which rows of every training batch this process is to have: from, and to before.
+
+    Raises:
+        UserError: a source or tokenizer cannot be read, or does not fit the model.
+    """
+    if config.data.task is None:
+        return _read_text(config, tokenizer, rows)
+    return _read_task(config, glue_task(config.data.task), tokenizer, rows)
+
+
+def held_out_batches(config: RunConfig, tokenizer: Tokenizer) -> list[Batch]:
+    """The held-out text of a run in batches of its size."""
+    _, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
+    return list(validation_batches(held_out, tokenizer, config.data, batch_size=config.training.batch_size))
+
+
+def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
+    train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
+    tokenizer = known or prepare_tokenizer(config.data, train)
+    config = _with_vocabulary(config, tokenizer)
+    data, training = config.data, config.training
+    sizes = {"batch_size": training.batch_size, "seed": training.seed}
+    batches = training_batches(train, tokenizer, data, **sizes, rows=rows)
+    validation = validation_batches(held_out, tokenizer, data, batch_size=training.batch_size)
+    return Inputs(config, tokenizer, batches, validation)
+
+
+def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: tuple[int, int]) -> Inputs:
+    (source,) = config.data.sources
+    train, *held_out = (read_examples(source, task, part) for part in (TRAIN, *task.held_out))
+    tokenizer = known or _task_tokenizer(config, train)
+    config = _with_vocabulary(config, tokenizer)
+    reader = task_reader(config, task, tokenizer)
+    segments = [reader.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]
+    length = row_length(segments, config.data.sequence_length)
+    rows, *held_out_rows = (
+        Rows(reader, examples, each, length) for examples, each in zip((train, *held_out), segments, strict=True)
+    )
+    training = _with_steps(config.training, len(train))
+    sizes = {"length": length, "batch_size": training.batch_size, "seed": training.seed}
+    batches = task_training_batches(rows, train, tokenizer, **sizes, wanted=wanted)
+    validation = task_validation_batches(held_out_rows, batch_size=training.batch_size)
+    config = replace(config, training=training, data=replace(config.data, sequence_length=length))
+    return Inputs(config, tokenizer, batches, validation)
+
+
+def _task_tokenizer(config: RunConfig, examples: Sequence[Example]) -> Tokenizer:
+    texts = [text for example in examples for text in example.sentences if text.strip()]
+    return prepare_tokenizer(config.data, [Document(str(number), text) for number, text in enumerate(texts)])
+
+
+def task_reader(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Reader:
+    """How the run's model reads the examples.
+
+    Raises:
+        UserError: the model's special tokens are not the tokenizer's.
+    """
+    model: ModelConfig = config.model
+    if isinstance(model, T5Config) and model.end_token != tokenizer.eos_id:
+        raise UserError(
+            f"model.end_token is {model.end_token}, and the tokenizer's is {tokenizer.eos_id}; "
+            "give model.end_token that, or the tokenizer of a T5"
+        )
+    pad = tokenizer.special_id("pad_token")
+    has_types = isinstance(model, BertConfig) and model.types > 1
+    return Reader(config.family, tokenizer, task, getattr(model, "pad_token", 0) if pad is None else pad, has_types)
+
+
+def _with_steps(training: TrainingConfig, examples: int) -> TrainingConfig:
+    """Epochs as steps; each ends with a validation and a checkpoint."""
+    if training.epochs is None:
+        return training
+    each = math.ceil(examples / training.batch_size)
+    steps = math.ceil(training.epochs * examples / training.batch_size)
+    return replace(training, steps=steps, evaluate_every=each, checkpoint_every=each)
+
+
+def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
+        )
+    return replace(config, model=replace(config.model, vocab_size=size or tokenizer.vocab_size))

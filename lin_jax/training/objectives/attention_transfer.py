@@ -1,0 +1,190 @@
+"""Attention transfer: every layer's new attention learns to say what the teacher's attention says there."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention import Layout, packed_rows, single_rows
+from lin_jax.errors import UserError
+from lin_jax.evaluation.targets import Batch, Sums, inputs_of
+from lin_jax.models.prenorm_block import PreNormBlock
+from lin_jax.models.stack import LayerStack
+from lin_jax.training.adapters import AdapterConfig, check_parts
+from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.training.objectives.objective import PartRate
+from lin_jax.training.parameters import Params, filled
+
+if TYPE_CHECKING:
+    from lin_jax.training.config import RunConfig
+
+# Whose layers are attention and a feed-forward layer, each behind a norm of its own.
+FAMILIES = ("llama", "gpt2")
+LEARNING = ("mixer", "projections", "norms")
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """What learns in attention transfer, and where.
+
+    Attributes:
+        learns: parts of each layer's attention that learn in full, where the run has no adapters: mixer, projections
+            (query, key, value, out), norms (of queries and keys, where a model has them).
+        layers: the first layer that learns and the one after the last, from 0; null is all layers.
+        blocks: in a stage, learn the layers in so many blocks, one after the other, each for its share of the steps
+            and with an optimiser of its own.
+        progressive: let what enters the layers that learn come from the run's own layers before them, as they are by
+            now, instead of the teacher's.
+    """
+
+    learns: tuple[str, ...] = ("mixer", "projections")
+    layers: tuple[int, int] | None = None
+    blocks: int = 1
+    progressive: bool = False
+
+    def __post_init__(self) -> None:
+        check_parts("transfer.learns", self.learns, LEARNING)
+        if not self.learns:
+            raise UserError(f"transfer.learns is empty; name some of {', '.join(LEARNING)}")
+        if self.blocks < 1:
+            raise UserError(f"transfer.blocks is {self.blocks}; give 1 or more")
+
+
+class AttentionTransfer(LanguageModel):
+    """Mean squared error between what a layer's attention and the teacher's add to the residual stream.
+
+    Both read the same hidden vectors, so that every layer learns on its own and errors do not pile up. These vectors
+    are the teacher's: what its layers before have made of the text. Progressive transfer takes, up to the first layer
+    that learns, the student's layers instead; from there on, the teacher's go on from what those have made of it.
+
+    Outputs are compared behind the projection out of the heads. That is what the rest of the model gets to see: what
+    the projection drops does not matter, and what it enlarges does; and an attention without a normaliser, whose
+    outputs are of another size, finds its scale in the projection, if that learns.
+
+    The loss is `sum_l mean_t |student_l - teacher_l|^2 / E` over the layers l that learn and all tokens t but padding.
+    The sums are `[2 L]`: the squared errors of L layers, and with weight zero the teacher's squares, to divide by.
+
+    Args:
+        config: the student's model.
+        adapters: on the student, or None.
+        layers: the first layer that learns and the one after the last; None is all.
+        progressive: whether the layers before them are the student's.
+    """
+
+    rates: Mapping[str, PartRate] = {}
+
+    def __init__(
+        self,
+        config: Any,
+        adapters: AdapterConfig | None = None,
+        *,
+        layers: tuple[int, int] | None = None,
+        progressive: bool = False,
+    ) -> None:
+        super().__init__(config, adapters)
+        stack = getattr(self._abstract, "layers", None)
+        if not (isinstance(stack, LayerStack) and isinstance(stack.layers, PreNormBlock)):
+            kind = type(self._abstract).__name__
+            raise UserError(f"objective 'attention_transfer' is for LLaMA and GPT-2, and the model is a {kind}")
+        self._first, self._end = (0, int(config.num_layers)) if layers is None else layers
+        self._progressive = progressive
+        count = self._end - self._first
+        self.coefficients = (1.0,) * count + (0.0,) * count
+
+    @classmethod
+    def check(cls, config: "RunConfig") -> None:
+        """Needs a base model, and layers that make sense."""
+        if config.init_from is None:
+            raise UserError("objective 'attention_transfer' needs init_from: the model whose attention is replaced")
+        if config.family not in FAMILIES:
+            raise UserError(
+                f"objective 'attention_transfer' is for the families {' and '.join(FAMILIES)}, not {config.family}"
+            )
+        chosen = config.transfer.layers
+        if chosen is not None and not 0 <= chosen[0] < chosen[1]:
+            raise UserError(f"transfer.layers is {list(chosen)}; give the first layer and the one after the last")
+        if config.transfer.blocks > 1 and chosen is not None:
+            raise UserError(f"transfer.blocks {config.transfer.blocks} and transfer.layers exclude each other")
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "AttentionTransfer":
+        """The objective of a run; raises a `UserError` if there are no such layers."""
+        model, transfer = config.model, config.transfer
+        if (end := (transfer.layers or (0, 1))[1]) > model.num_layers:
+            raise UserError(f"transfer.layers ends at {end}, and the model has {model.num_layers} layers")
+        if transfer.blocks > model.num_layers:
+            raise UserError(f"transfer.blocks is {transfer.blocks}, and the model has {model.num_layers} layers")
+        if transfer.blocks > 1:
+            raise UserError(
+                f"transfer.blocks is {transfer.blocks}, which takes a run for each block; make this a stage of 'stages'"
+            )
+        return cls(model, config.adapters, layers=transfer.layers, progressive=transfer.progressive)
+
+    def counts(self, batch: Batch) -> Int[Array, " K"]:
+        """Tokens that are no padding, for every layer."""
+        return jnp.broadcast_to(jnp.sum(_layout(batch).valid), (len(self.coefficients),))
+
+    def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
+        """Sums `[2 L]` over the tokens of a batch: squared errors, and squares of what the teacher says."""
+        student = filled(self._abstract, params)
+        teacher = frozen["teacher"]
+        layout = _layout(batch)
+        hidden, contexts = self._entering(student, teacher, batch, layout)
+        errors, squares = self._compared(student, teacher, hidden, contexts, layout)
+        tokens = self.counts(batch)
+        return Sums(jnp.concatenate([errors, squares]), jnp.zeros_like(tokens), tokens)
+
+    def figures(self, sums: Sums) -> dict[str, float]:
+        """The share of what the teacher says that is missed, in each layer."""
+        count = len(sums.loss) // 2
+        missed = [
+            float(error) / max(float(square), 1e-30)
+            for error, square in zip(sums.loss[:count], sums.loss[count:], strict=True)
+        ]
+        layers = {f"missed_layer_{self._first + number}": share for number, share in enumerate(missed)}
+        return {"missed": sum(missed) / count, **layers}
+
+    def _entering(self, student: Any, teacher: Any, batch: Batch, layout: Layout) -> tuple[Array, tuple[Any, Any]]:
+        """What enters the first layer that learns, and what student's and teacher's layers know of positions."""
+        tokens = jnp.asarray(inputs_of(batch)[0])
+        own, own_context = student.begin(tokens, layout.positions)
+        theirs, their_context = teacher.begin(tokens, layout.positions)
+        model, hidden, context = teacher, theirs, their_context
+        if self._progressive:
+            model, hidden, context = student, own, own_context
+        if self._first:
+            before = _between(model.layers, 0, self._first)
+            hidden, _ = before(lambda block, x, _: block.parallel(x, context, layout, None), hidden, None)
+        return jax.lax.stop_gradient(hidden), (own_context, their_context)
+
+    def _compared(
+        self, student: Any, teacher: Any, hidden: Float[Array, "B T E"], contexts: tuple[Any, Any], layout: Layout
+    ) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
+        """Sums over tokens of the mean squares over E: of what differs, and of what the teacher says, in each layer."""
+        own_layers, their_layers = (_between(each.layers, self._first, self._end) for each in (student, teacher))
+        graph, parameters = nnx.split(own_layers.layers)
+        included = layout.valid[..., None]
+
+        def layer(block: PreNormBlock, x: Array, own: Any) -> tuple[Array, tuple[Array, Array]]:
+            expected, _ = block.attend(x, contexts[1], layout)
+            found, _ = nnx.merge(graph, own).attend(x, contexts[0], layout)
+            squares = (jnp.square((found - expected).astype(wide)), jnp.square(expected.astype(wide)))
+            sums = tuple(jnp.sum(jnp.where(included, jnp.mean(part, axis=-1, keepdims=True), 0)) for part in squares)
+            return block.finish(x, expected), (sums[0], sums[1])
+
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return their_layers(layer, hidden, parameters)[1]
+
+
+def _layout(batch: Batch) -> Layout:
+    tokens, documents = inputs_of(batch)
+    return single_rows(tokens.shape, None) if documents is None else packed_rows(jnp.asarray(documents))
+
+
+def _between(stack: LayerStack, first: int, end: int) -> LayerStack:
+    """Some neighbouring layers of a stack; the stack itself, without copies, where these are all."""
+    return stack if (first, end) == (0, stack.count) else stack.selected(range(first, end))

@@ -1,0 +1,122 @@
+"""The next token, and what a teacher would say in its place (Hinton et al. 2015)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.errors import UserError
+from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, targets_ahead, token_sums
+from lin_jax.training.adapters import AdapterConfig
+from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.training.parameters import Params
+
+if TYPE_CHECKING:
+    from lin_jax.training.config import RunConfig
+
+# Logits of student and teacher are made for so many tokens at a time that they hold about as many numbers.
+_LOGITS = 2**25
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher beside the text, for the objective language_model.
+
+    Attributes:
+        weight: of the divergence from the teacher, beside the loss of the next token with weight one; 0 is no teacher.
+        temperature: what both models' logits are divided by for the divergence.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise UserError(f"distillation.weight is {self.weight}; give 0 or more")
+        if not self.temperature > 0:
+            raise UserError(f"distillation.temperature is {self.temperature}; give a positive number")
+
+
+class Distilled(LanguageModel):
+    """`CE + weight * tau^2 * KL(teacher || student)`, both at temperature tau in the divergence, within a document.
+
+    `tau^2` keeps the size of the divergence's gradient. The sums are `[2]`: of the cross entropy, and of the
+    divergence, where right is what the teacher finds likeliest.
+
+    Args:
+        config: the student's model.
+        adapters: on the student, or None.
+        distillation: weight and temperature.
+    """
+
+    def __init__(self, config: Any, adapters: AdapterConfig | None, distillation: DistillationConfig) -> None:
+        super().__init__(config, adapters)
+        self._temperature = distillation.temperature
+        self.coefficients = (1.0, distillation.weight * distillation.temperature**2)
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Distilled":
+        """The objective of a run."""
+        return cls(config.model, config.adapters, config.distillation)
+
+    def counts(self, batch: Batch) -> Int[Array, "2"]:
+        """Targets in the same document as their input, for both."""
+        return jnp.tile(super().counts(batch), 2)
+
+    def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
+        """Sums `[2]` over the tokens of a batch."""
+        student, teacher = self.parts(params, frozen)[0], frozen["teacher"]
+        inputs = inputs_of(batch)
+        hidden = (student.hidden(*inputs), jax.lax.stop_gradient(teacher.hidden(*inputs)))
+        targets = targets_ahead(batch, 1)
+
+        @jax.checkpoint
+        def some(part: Any) -> Sums:
+            (own, theirs), (ids, included) = part
+            logits = student.logits(own)
+            said = token_sums(logits[None, :, None], Targets(ids[None, :, None], included[None, :, None]))
+            taught = divergence_sums(logits, teacher.logits(theirs), included, self._temperature)
+            return Sums(*(jnp.concatenate(pair) for pair in zip(said, taught, strict=True)))
+
+        pieces = _pieces((hidden, targets), _LOGITS // student.embed.num_embeddings)
+        return jax.tree.map(lambda part: jnp.sum(part, axis=0), jax.lax.map(some, pieces))
+
+    def figures(self, sums: Sums) -> dict[str, float]:
+        """The perplexity, the divergence in nats a token, and how often both models find the same token likeliest."""
+        said = Sums(*(part[:1] for part in sums))
+        tokens = max(int(sums.tokens[1]), 1)
+        return {
+            **super().figures(said),
+            "teacher_divergence": float(sums.loss[1]) / tokens,
+            "teacher_agreement": float(sums.correct[1]) / tokens,
+        }
+
+
+def divergence_sums(
+    logits: Float[Array, "N V"], teacher: Float[Array, "N V"], included: Bool[Array, " N"], temperature: float
+) -> Sums:
+    """Sums `[1]` of `KL(teacher || student)` in nats, at a temperature; right is what the teacher finds likeliest."""
+    own, theirs = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher))
+    divergence = jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1)
+    same = jnp.argmax(logits, axis=-1) == jnp.argmax(teacher, axis=-1)
+    return Sums(
+        jnp.sum(jnp.where(included, divergence, 0))[None],
+        jnp.sum(same & included)[None],
+        jnp.sum(included)[None],
+    )
+
+
+def _pieces(tree: Any, size: int) -> Any:
+    """Rows `[B, T, ...]` as pieces `[P, N, ...]` of at most about `size` tokens each, filled up with zeros."""
+    tokens = jax.tree.leaves(tree)[0].shape[:2]
+    count = -(-tokens[0] * tokens[1] // max(size, 1))
+    length = -(-tokens[0] * tokens[1] // count)
+
+    def cut(part: Array) -> Array:
+        flat = part.reshape(-1, *part.shape[2:])
+        filled = jnp.pad(flat, ((0, count * length - len(flat)), *((0, 0),) * (flat.ndim - 1)))
+        return filled.reshape(count, length, *flat.shape[1:])
+
+    return jax.tree.map(cut, tree)

@@ -1,0 +1,8 @@
+import pytest
+from corpora import write_tables
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """The parts of the mixture as files."""
+    return write_tables(tmp_path_factory.mktemp("parts"))

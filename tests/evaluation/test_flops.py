@@ -1,0 +1,64 @@
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.evaluation.flops import attention_flops, forward_flops, peak_flops, step_flops
+from lin_jax.models import Llama, LlamaConfig
+
+HEADS, KV_HEADS, SIZE = 4, 2, 16
+
+
+def llama(attention):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_layers": 2, "num_heads": HEADS}
+    return LlamaConfig(**sizes, num_kv_heads=KV_HEADS, attention=attention, unroll=2)
+
+
+def by_hand(length, seen, lags):
+    """Softmax or local pairs, counted one by one: a score and a weighted value each."""
+    pairs = sum(1 for query in range(length) for key in range(query + 1) if seen(query, key))
+    return HEADS * SIZE * (4 * pairs + 2 * lags * length)
+
+
+class TestAttention:
+    def test_softmax_takes_the_pairs_of_a_triangle(self):
+        found = attention_flops(AttentionConfig("softmax"), HEADS, KV_HEADS, SIZE, 13)
+        assert found == by_hand(13, lambda query, key: True, 0)
+
+    @pytest.mark.parametrize("length", [8, 13])
+    def test_augmented_takes_groups_memory_and_taps(self, length):
+        config = AttentionConfig("augmented", group_size=4, kernel_size=5)
+        local = by_hand(length, lambda query, key: query // 4 == key // 4, 3)
+        memory = length * 2 * SIZE * SIZE * (HEADS + KV_HEADS)
+        assert attention_flops(config, HEADS, KV_HEADS, SIZE, length) == local + memory
+
+    def test_augmented_costs_the_same_for_every_token(self):
+        config = AttentionConfig("augmented", group_size=64)
+        short, long = (attention_flops(config, HEADS, KV_HEADS, SIZE, length) / length for length in (2048, 32768))
+        assert short == long
+
+
+def test_a_step_by_hand():
+    config = llama(AttentionConfig("softmax"))
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160
+    token = 2 * (2 * layer + 64 * 96)
+    assert step_flops(config, 3, 10) == 3 * 3 * (10 * token + 2 * 4 * HEADS * SIZE * 55)
+
+
+def test_little_is_missing_of_what_the_compiler_counts():
+    # Plain XLA computes the masked half of the pairs too.
+    config = llama(AttentionConfig("softmax", implementation="xla"))
+    model, length = Llama(config, rngs=nnx.Rngs(0)), 64
+    compiled = jax.jit(lambda model, tokens: model(tokens)).lower(model, jnp.zeros((1, length), jnp.int32)).compile()
+    masked = config.num_layers * 4 * HEADS * SIZE * (length * length - length * (length + 1) // 2)
+    counted = compiled.cost_analysis()["flops"]
+    assert 0.85 * counted < forward_flops(config, length) + masked <= counted
+
+
+def test_peaks_by_the_name_of_the_device():
+    names = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "TPU v5 lite": 197e12, "TPU v5": 459e12}
+    assert {name: peak_flops(SimpleNamespace(device_kind=name)) for name in names} == names
+    assert peak_flops(SimpleNamespace(device_kind="abacus")) is None
