@@ -30,6 +30,7 @@ from lin_jax.errors import exit_cleanly
 from lin_jax.training.checkpoint_files import checkpoint_folder, problem, saved_steps
 from lin_jax.training.loading import load_model
 from lin_jax.training.manifest import MANIFEST_FILE
+from lin_jax.training.meter import MACHINE_FIGURES
 from lin_jax.training.parameters import fingerprint, params_of
 from lin_jax.training.tracker import METRICS_FILE, read_metrics
 
@@ -38,7 +39,6 @@ EVERY = 6
 # Steps that a kill may come after: enough for two checkpoints, and few enough for the run to last for all kills.
 STRIDES = (2 * EVERY + 1, 30)
 MOMENTS = ("at a random moment", "as a write begins", "during a write")
-TIMES = {"seconds", "tokens_per_second"}
 SETTINGS = {
     "training.log_every": 1,
     "training.checkpoint_every": EVERY,
@@ -195,7 +195,7 @@ def launch(folder: Path, steps: int, cache: Path, log: Path, *, resume: bool = F
 def differences(one: Path, other: Path) -> list[str]:
     """What two runs do not have in common: lines of metrics but for their times, and weights."""
     found, expected = (
-        [{name: line[name] for name in line.keys() - TIMES} for line in read_metrics(run / METRICS_FILE)]
+        [{name: line[name] for name in line.keys() - MACHINE_FIGURES} for line in read_metrics(run / METRICS_FILE)]
         for run in (one, other)
     )
     wrong = [

@@ -14,6 +14,8 @@ os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    # Compilers may run side by side; only a TPU belongs to one process.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 sys.path.append(str(COMPILER))
 

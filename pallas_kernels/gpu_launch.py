@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,6 +20,8 @@ from jaxtyping import Array
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.tiles import untiled
 
+# Triton's interpreter puts its language's functions in other places while it runs.
+_one_at_a_time = threading.Lock()
 NEEDED = {False: ("jax_triton", "triton"), True: ("triton", "torch")}
 
 
@@ -130,7 +133,7 @@ def _interpreted(
         empty = np.full(output.shape, np.nan if jnp.issubdtype(output.dtype, jnp.floating) else -1, output.dtype)
         written.append(changed[index] if index in changed else _tensor(empty))
     # Bad shifts of masked rows are the kernels' own business.
-    with np.errstate(all="ignore"), _settled(True):
+    with _one_at_a_time, np.errstate(all="ignore"), _settled(True):
         own = (each for index, each in enumerate(written) if index not in changed)
         kernel[grid](*arguments, *own, **constants)
     return [_array(each, output.dtype) for each, output in zip(written, outputs, strict=True)]

@@ -127,6 +127,8 @@ class Placement:
     def _sharding(self, path: Any, shape: tuple[int, ...]) -> NamedSharding:
         """By the longest end of a path that names a parameter: moments mirror the parameters' tree."""
         parts = tuple(_name(part) for part in path)
+        if parts and parts[-1] == "value":  # In a module, and not in a plain tree.
+            parts = parts[:-1]
         for start in range(len(parts)):
             names = self.axes.get(parts[start:])
             if names is not None and len(names) <= len(shape):

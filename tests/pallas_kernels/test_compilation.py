@@ -13,6 +13,8 @@ from processes import ROOT, printed
 COMPILER = Path(sys.prefix) / "libtpu"
 # A process without a TPU must not look for one.
 ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+# Beside another compiler, that of a benchmark for one.
+ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="libtpu is not installed")

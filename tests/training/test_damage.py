@@ -18,6 +18,8 @@ from lin_jax.training.checkpoint_files import MODEL_PARTS, problem, saved_steps
 from lin_jax.training.checkpoints import Checkpoints
 from lin_jax.training.manifest import MANIFEST_FILE, damage, seal
 
+PARTS = ("model", "optimizer", "key", "watch", "data", "about")
+
 STAMPS = {"_CHECKPOINT_METADATA", "commit_success.txt"}
 
 
@@ -69,7 +71,7 @@ def test_any_damage_to_any_file_is_found(sound, tmp_path):
     chance = random.Random(0)
     folder = Path(shutil.copytree(sound / "checkpoints" / "4", tmp_path / "4"))
     names = set(files(folder)) - STAMPS
-    assert {name.split("/")[0] for name in names} == {"model", "optimizer", "key", "data", "about", MANIFEST_FILE}
+    assert {name.split("/")[0] for name in names} == {*PARTS, MANIFEST_FILE}
     for name in sorted(names):
         path, content = folder / name, (folder / name).read_bytes()
         for _ in range(10):

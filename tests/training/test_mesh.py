@@ -83,6 +83,24 @@ def test_moments_and_adapters_lie_like_their_parameters():
     assert jax.tree.leaves(placement.tree(tree))[0].spec == PartitionSpec(None, ("fsdp",), None)
 
 
+def test_a_module_lies_like_its_parameters():
+    """A teacher is handed on as a module."""
+    model = nnx.eval_shape(lambda: Llama(CONFIG, rngs=nnx.Rngs(0)))
+    placement = placement_on(model, fsdp=4)
+    found = placement.tree({"teacher": model})["teacher"]
+    specs = {path[-2:]: where.spec for path, where in _leaves(found)}
+    assert specs["query", "kernel"] == PartitionSpec(None, ("fsdp",), None)
+    assert specs["embed", "embedding"] == PartitionSpec(None, ("fsdp",))
+
+
+def _leaves(module):
+    flat = jax.tree_util.tree_leaves_with_path(module)
+    return [
+        (tuple(str(part.name if hasattr(part, "name") else part.key) for part in path[:-1]), leaf)
+        for path, leaf in flat
+    ]
+
+
 def _adapted():
     model = Llama(CONFIG, rngs=nnx.Rngs(0))
     add_lora(model, 4, 8.0, targets=("query",), rngs=nnx.Rngs(0))
