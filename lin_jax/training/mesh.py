@@ -40,7 +40,7 @@ class MeshConfig:
         """
         sizes = {each.name: getattr(self, each.name) for each in fields(self)}
         others = math.prod(size for size in sizes.values() if size is not None)
-        sizes["data"] = sizes["data"] or devices // others
+        sizes["data"] = sizes["data"] or max(devices // others, 1)
         if math.prod(sizes.values()) != devices:
             asked = " x ".join(f"{name} {size}" for name, size in sizes.items())
             raise UserError(
