@@ -43,7 +43,7 @@ def models():
 
 @pytest.mark.parametrize("logits", [2**25, 40], ids=["whole", "in pieces"])
 def test_the_loss_is_the_formula(models, logits, x64, monkeypatch):
-    monkeypatch.setattr(distilled, "_LOGITS", logits)
+    monkeypatch.setattr(distilled, "LOGITS", logits)
     student, teacher = models
     objective = Distilled(CONFIG, None, DistillationConfig(WEIGHT, TEMPERATURE))
     own, theirs = (np.asarray(model(TOKENS[:, :-1], DOCUMENTS[:, :-1])) for model in models)
@@ -72,7 +72,7 @@ def test_gradients_are_the_same_in_pieces(models, x64, monkeypatch):
     objective = Distilled(CONFIG, None, DistillationConfig(WEIGHT, TEMPERATURE))
 
     def slopes(logits):
-        monkeypatch.setattr(distilled, "_LOGITS", logits)
+        monkeypatch.setattr(distilled, "LOGITS", logits)
         loss = lambda params: objective.sums(params, {"teacher": teacher}, BATCH).loss.sum()  # noqa: E731
         return jax.jit(jax.grad(loss))(params_of(student))
 

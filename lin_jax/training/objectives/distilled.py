@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.errors import UserError
+from lin_jax.evaluation.parts import sums_in_parts
 from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, targets_ahead, token_sums
 from lin_jax.training.adapters import AdapterConfig
 from lin_jax.training.objectives.language_model import LanguageModel
@@ -16,8 +17,8 @@ from lin_jax.training.parameters import Params
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
 
-# Logits of student and teacher are made for so many tokens at a time that they hold about as many numbers.
-_LOGITS = 2**25
+# Logits that each of student and teacher makes at once on a device.
+LOGITS = 2**25
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,15 @@ class Distilled(LanguageModel):
         hidden = (student.hidden(*inputs), jax.lax.stop_gradient(teacher.hidden(*inputs)))
         targets = targets_ahead(batch, 1)
 
-        @jax.checkpoint
-        def some(part: Any) -> Sums:
-            (own, theirs), (ids, included) = part
+        def sums(rows: Any) -> Sums:
+            (own, theirs), (ids, included) = rows
             logits = student.logits(own)
-            said = token_sums(logits[None, :, None], Targets(ids[None, :, None], included[None, :, None]))
+            said = token_sums(logits[..., None, :], Targets(ids[..., None], included[..., None]))
             taught = divergence_sums(logits, teacher.logits(theirs), included, self._temperature)
             return Sums(*(jnp.concatenate(pair) for pair in zip(said, taught, strict=True)))
 
-        pieces = _pieces((hidden, targets), _LOGITS // student.embed.num_embeddings)
-        return jax.tree.map(lambda part: jnp.sum(part, axis=0), jax.lax.map(some, pieces))
+        vocabulary = student.embed.num_embeddings
+        return sums_in_parts(sums, (hidden, targets), vocabulary=vocabulary, at_once=LOGITS)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """The perplexity, the divergence in nats a token, and how often both models find the same token likeliest."""
@@ -95,7 +95,7 @@ class Distilled(LanguageModel):
 
 
 def divergence_sums(
-    logits: Float[Array, "N V"], teacher: Float[Array, "N V"], included: Bool[Array, " N"], temperature: float
+    logits: Float[Array, "*N V"], teacher: Float[Array, "*N V"], included: Bool[Array, "*N"], temperature: float
 ) -> Sums:
     """Sums `[1]` of `KL(teacher || student)` in nats, at a temperature; right is what the teacher finds likeliest."""
     own, theirs = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher))
@@ -106,17 +106,3 @@ def divergence_sums(
         jnp.sum(same & included)[None],
         jnp.sum(included)[None],
     )
-
-
-def _pieces(tree: Any, size: int) -> Any:
-    """Rows `[B, T, ...]` as pieces `[P, N, ...]` of at most about `size` tokens each, filled up with zeros."""
-    tokens = jax.tree.leaves(tree)[0].shape[:2]
-    count = -(-tokens[0] * tokens[1] // max(size, 1))
-    length = -(-tokens[0] * tokens[1] // count)
-
-    def cut(part: Array) -> Array:
-        flat = part.reshape(-1, *part.shape[2:])
-        filled = jnp.pad(flat, ((0, count * length - len(flat)), *((0, 0),) * (flat.ndim - 1)))
-        return filled.reshape(count, length, *flat.shape[1:])
-
-    return jax.tree.map(cut, tree)
