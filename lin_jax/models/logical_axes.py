@@ -12,6 +12,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels.over_devices import axes_along
+
 # The residual stream, the inner width of feed-forward layers, queries of all heads, keys or values of all heads.
 EMBED, MLP, HEADS, KV_HEADS, VOCABULARY = "embed", "mlp", "heads", "kv_heads", "vocabulary"
 # Along which axes of a mesh rows lie, and the tokens of a row.
@@ -46,17 +48,10 @@ def along_mesh(activations: Any) -> Any:
     if all(size == 1 for size in mesh.shape.values()):
         return activations
 
-    def along(names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-        used = tuple(name for name in names if mesh.shape.get(name, 1) > 1)
-        count = 1
-        for name in used:
-            count *= mesh.shape[name]
-        return used if used and size % count == 0 else None
-
     def lay(leaf: Array) -> Array:
         if leaf.ndim != 3:
             return leaf
-        spec = PartitionSpec(along(ROWS, leaf.shape[0]), along((TIME,), leaf.shape[1]), None)
+        spec = PartitionSpec(axes_along(ROWS, leaf.shape[0]) or None, axes_along((TIME,), leaf.shape[1]) or None, None)
         return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree.map(lay, activations)

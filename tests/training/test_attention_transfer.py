@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import FlashConfig, Llama, LlamaConfig
 from lin_jax.training import RunConfig
 from lin_jax.training.adapters import Learning
 from lin_jax.training.objectives import AttentionTransfer, Partly, TransferConfig
@@ -213,3 +213,8 @@ def test_layers_that_there_are_not(transfer, message):
     )
     with pytest.raises(UserError, match=message):
         AttentionTransfer.of(run)
+
+
+def test_layers_without_an_attention_of_their_own_are_refused():
+    with pytest.raises(UserError, match="is for LLaMA and GPT-2, and the model is a Flash"):
+        AttentionTransfer(FlashConfig(vocab_size=11, hidden_size=8, num_layers=1))

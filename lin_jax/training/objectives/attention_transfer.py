@@ -22,8 +22,6 @@ from lin_jax.training.parameters import Params, filled
 if TYPE_CHECKING:
     from lin_jax.training.config import RunConfig
 
-# Whose layers are attention and a feed-forward layer, each behind a norm of its own.
-FAMILIES = ("llama", "gpt2")
 LEARNING = ("mixer", "projections", "norms")
 
 
@@ -100,10 +98,6 @@ class AttentionTransfer(LanguageModel):
         """Needs a base model, and layers that make sense."""
         if config.init_from is None:
             raise UserError("objective 'attention_transfer' needs init_from: the model whose attention is replaced")
-        if config.family not in FAMILIES:
-            raise UserError(
-                f"objective 'attention_transfer' is for the families {' and '.join(FAMILIES)}, not {config.family}"
-            )
         chosen = config.transfer.layers
         if chosen is not None and not 0 <= chosen[0] < chosen[1]:
             raise UserError(f"transfer.layers is {list(chosen)}; give the first layer and the one after the last")
