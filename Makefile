@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test test-all lint clean
 
 env: .venv/installed
 
@@ -28,6 +28,10 @@ demo: env
 
 test: .venv/installed-test
 	$(RUN) -m pytest $(PYTEST)
+
+# Also what is marked `thorough`.
+test-all: .venv/installed-test
+	$(RUN) -m pytest -m "thorough or not thorough" $(PYTEST)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

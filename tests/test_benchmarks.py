@@ -59,6 +59,7 @@ def test_decode_speed_far_apart(tmp_path: Path) -> None:
     assert len({cell["state_bytes"] for cell in report["results"]}) == 1
 
 
+@pytest.mark.thorough
 def test_speculation(tmp_path: Path) -> None:
     """A plan's tree, a chain and Hugging Face's generate take turns, and write what they should."""
     config = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "run"))
@@ -112,6 +113,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert all(1 < each["times_least"] <= 1.5 for each in json.loads(file.read_text())["results"])
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
 def test_pod_plan(tmp_path: Path) -> None:
     """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
@@ -159,6 +161,7 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12
 
 
+@pytest.mark.thorough
 def test_kills(tmp_path: Path) -> None:
     """A run that is killed at random, as a write begins and during one goes on as if it had been left alone."""
     file = tmp_path / "kills.json"

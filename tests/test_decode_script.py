@@ -21,6 +21,7 @@ from lin_jax.training.loop import train
 
 ROOT = Path(__file__).parent.parent
 DRAFTERS = ("medusa+ngram",)
+FEW = (1, 4, 16)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         # Every tree that is timed has to be compiled.
         patch.setattr("lin_jax.demo.__main__.DRAFTERS", DRAFTERS)
-        patch.setitem(measure_costs.__kwdefaults__, "sizes", (1, 4, 16))
+        patch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
         assert demo(["--output", str(folder), *recipes, *size]) == 0
     return folder
 
@@ -74,7 +75,10 @@ def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureF
     assert [len(each) for each in texts.values()] == [1, 1]
 
 
-def test_measured_tree_is_kept(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measured_tree_is_kept(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
     shutil.copytree(run_folder, tmp_path / "run")
     measured = json.loads((tmp_path / "run" / "speculation.json").read_text())
     plans = [plan for plan in measured["plans"] if plan["drafter"] != "ngram"]
@@ -149,14 +153,22 @@ def test_a_saved_state_goes_on(run_folder: Path, tmp_path: Path, capsys: pytest.
         (("RUN", "x", "--draft-layers", "first"), "draft-layers"),
         (("RUN", "x", "--acceptance", "maybe"), "choose one of exact, rejection, typical"),
         (("RUN", "x", "--state", "missing"), "cannot read a state"),
-        (("RUN", "x", "--stop", ""), "stop"),
+        (("RUN", "x", "--stop", ""), "stop string is empty"),
+        (("RUN", "--prompt-file", "TWO", "--save-state", "state"), "for one prompt, and there are 2"),
         (("RUN", "x", "--batch", "0"), "--batch is 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_errors(run_folder: Path, argv: tuple[str, ...], message: str) -> None:
+def test_errors(
+    run_folder: Path, tmp_path: Path, argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong words are found before anything is measured."""
+    two = tmp_path / "two.jsonl"
+    two.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    stands_for = {"RUN": str(run_folder), "TWO": str(two)}
     with pytest.raises(UserError, match=message) as error:
-        decode(parse([str(run_folder) if word == "RUN" else word for word in argv]))
+        decode(parse([stands_for.get(word, word) for word in argv]))
+    assert "choosing draft trees" not in capsys.readouterr().err
     assert "\n" not in str(error.value)
 
 

@@ -17,6 +17,7 @@ from lin_jax.decoding.printing import StreamedText, full_text
 from lin_jax.decoding.sampling import Sampling
 from lin_jax.decoding.session import Session, check_length, read_prompts
 from lin_jax.decoding.slots import bucket
+from lin_jax.decoding.stops import check_stops
 from lin_jax.errors import UserError
 
 # What a shell expects of a program that Ctrl-C ended.
@@ -42,6 +43,9 @@ def decode(options: argparse.Namespace) -> int:
     # Whatever can be wrong is found out before anything is measured for the plan.
     check_length(prompts, options.max_prompt_tokens)
     check_new_tokens(options.max_new_tokens)
+    check_stops(options.stop)
+    if options.save_state and len(prompts) != 1:
+        raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
     if options.state and not Path(options.state).is_file():
         raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
     slots = options.batch or min(bucket(len(texts)), MOST_SLOTS)
@@ -50,7 +54,7 @@ def decode(options: argparse.Namespace) -> int:
         plan.drafter, plan.shape, worth=plan.worth, stops=options.stop, acceptance=options.acceptance
     )
     if options.save_state:
-        return _save_state(generator, prompts, options, sampling, slots)
+        return _save_state(generator, prompts[0], options, sampling, slots)
     prefix = None
     if options.state:
         prefix = generator.load_prefix(options.state, sampling=sampling, slots=slots)
@@ -80,14 +84,12 @@ def _drafting(session: Session, options: argparse.Namespace, slots: int) -> Plan
 
 def _save_state(
     generator: Generator,
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     options: argparse.Namespace,
     sampling: Sampling,
     slots: int,
 ) -> int:
-    if len(prompts) != 1:
-        raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
-    prefix = generator.prefix(prompts[0], sampling=sampling, slots=slots, room=options.max_new_tokens)
+    prefix = generator.prefix(prompt, sampling=sampling, slots=slots, room=options.max_new_tokens)
     prefix.save(options.save_state)
     size = Path(options.save_state).stat().st_size
     _note(f"read {prefix.length:,} tokens; the state after them is in {options.save_state} ({size / 1024:,.0f} KiB)")

@@ -97,9 +97,18 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> str:
     Raises:
         UserError: a stop string is empty, or is no text.
     """
+    check_stops(stops)
+    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
+
+
+def check_stops(stops: Sequence[str]) -> None:
+    """Looks whether stop strings are what they have to be.
+
+    Raises:
+        UserError: a stop string is empty, or is no text.
+    """
     for stop in stops:
         _checked(stop)
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
 
 
 def _checked(stop: str) -> bytes:

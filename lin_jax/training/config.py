@@ -5,6 +5,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -236,6 +237,16 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""  # What is wrong is said by the parser itself.
+    return _in_file(path, content)
+
+
+@lru_cache(maxsize=32)
+def _in_file(path: Path, _content: bytes) -> RunConfig:
+    """The configuration in a file with this content: runs that stand on others read theirs again and again."""
     argv = ["--config", str(path)]
     return _parse(_parser(_family(argv)), argv).config
 

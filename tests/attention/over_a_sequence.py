@@ -1,9 +1,12 @@
 """Mixers on a mesh whose axis `sequence` has four devices; prints each case's largest difference from one device.
 
+`over_a_sequence.py further` takes further cases instead.
+
 Differences are of outputs and of gradients in queries, keys, values and parameters, relative to the largest number.
 """
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -130,22 +133,24 @@ CASES = (
     Case("augmented"),
     Case("augmented", "whole", tensor=2),
     Case("augmented", "masked", group_size=4),
-    Case("flash_local", tensor=2),
     Case("flash_global", group_size=12),
-    Case("flash", "whole", group_size=1, tensor=2),
     Case("flash+convolution", group_size=3, conventions=FLASH, biased=True, tensor=2),
-    Case("flash_global+local", conventions=T5, biased=True, tensor=2),
     Case("performer+local+convolution", kernel_size=25),
-    Case("performer", "whole", group_size=6, tensor=2),
-    Case("relu", "whole", group_size=7),
     Case("rfa", tensor=2),
-    Case("linear_angular+convolution", group_size=7),
     Case("transnormer+local+convolution"),
-    Case("yoso+convolution", tensor=2),
     Case("softmax+local+convolution", "whole", group_size=4),
-    Case("square"),
     Case("linformer", tensor=2),
     Case("augmented", "masked", form="bidirectional"),
+)
+FURTHER = (
+    Case("flash_local", tensor=2),
+    Case("flash", "whole", group_size=1, tensor=2),
+    Case("flash_global+local", conventions=T5, biased=True, tensor=2),
+    Case("performer", "whole", group_size=6, tensor=2),
+    Case("relu", "whole", group_size=7),
+    Case("linear_angular+convolution", group_size=7),
+    Case("yoso+convolution", tensor=2),
+    Case("square"),
     Case("performer", "masked", form="bidirectional", tensor=2),
 )
 KERNELS = Case("augmented", tensor=2, dtype=jnp.float32, implementation="tpu_interpreted")
@@ -177,10 +182,20 @@ def bytes_sent(compiled: Any) -> int:
     return total
 
 
-def main() -> None:
+def show(case: Case) -> tuple[Any, Any]:
+    compiled, found = case.cut()
+    print(case.name, case.rows, case.form, difference(found, case.alone()))
+    return compiled, found
+
+
+def main(further: bool) -> None:
+    """One set of cases; the first also has an oracle, what devices send each other, and kernels in float32."""
+    if further:
+        for case in FURTHER:
+            show(case)
+        return
     for case in CASES:
-        compiled, found = case.cut()
-        print(case.name, case.rows, case.form, difference(found, case.alone()))
+        compiled, found = show(case)
         if case.name == "augmented" and case.rows == "packed":
             print("oracle", from_the_oracle(case, found[0]))
         if case.name == "augmented" and case.rows == "whole":
@@ -192,4 +207,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    main()
+    main(sys.argv[1:] == ["further"])

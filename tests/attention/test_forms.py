@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cells import cells
 from flax import nnx
 from oracle import Oracle
 
@@ -94,7 +95,15 @@ class Case:
         return isinstance(getattr(self.mixer, "base", self.mixer), YosoAttention)
 
 
-@pytest.fixture(params=[(name, 0) for name in NAMES] + [("transnormer", 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+ALWAYS = (*REGISTRY, "augmented", "flash_local+convolution", "softmax+local+convolution")
+
+
+@pytest.fixture(
+    params=cells(
+        [*((name, 0) for name in ALWAYS), ("transnormer", 1)], [((name, 0),) for name in NAMES if name not in ALWAYS]
+    ),
+    ids=lambda p: f"{p[0]}-{p[1]}",
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 

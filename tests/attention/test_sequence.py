@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh
-from processes import ROOT, printed
+from processes import printed
 
 from lin_jax.attention import AttentionConfig, build_mixer, whole_rows
 from lin_jax.errors import UserError
@@ -13,13 +13,18 @@ from lin_jax.errors import UserError
 
 def test_mixers_are_those_of_one_device_and_bytes_do_not_grow() -> None:
     """Values and gradients over a mesh of eight devices, in a process of its own."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    lines = printed("attention/over_a_sequence.py", **flags, PYTHONPATH=str(ROOT))
-    *cases, float32, sent = (line.split() for line in lines)
-    assert len(cases) == 21
+    *cases, float32, sent = (line.split() for line in printed("attention/over_a_sequence.py", devices=8))
+    assert len(cases) == 12
     assert {words[0]: float(words[-1]) for words in cases if not float(words[-1]) < 1e-9} == {}
     assert float(float32[1]) < 1e-5
     assert sent[1] == sent[2], "what is sent grows with the text"
+
+
+@pytest.mark.thorough
+def test_further_mixers_are_those_of_one_device() -> None:
+    cases = [line.split() for line in printed("attention/over_a_sequence.py", "further", devices=8)]
+    assert len(cases) == 9
+    assert {words[0]: float(words[-1]) for words in cases if not float(words[-1]) < 1e-9} == {}
 
 
 @pytest.mark.parametrize(

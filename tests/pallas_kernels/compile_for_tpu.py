@@ -1,4 +1,4 @@
-"""Compiles the operations with the real TPU compiler, in a process of its own: `compile_for_tpu.py TOPOLOGY`.
+"""Compiles the operations with the real TPU compiler, in a process of its own: `compile_for_tpu.py TOPOLOGY [CASES]`.
 
 Prints a line for each program; a program that the compiler refuses ends the process with its message.
 """
@@ -20,8 +20,8 @@ from pallas_kernels.tree_verify import Held, Tree, verify_tree
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
 CASES = [
-    (1, 8192, 8, 8, 128, 128, jnp.bfloat16, False),
     (2, 1000, 8, 4, 64, 64, jnp.bfloat16, True),
+    (1, 8192, 8, 8, 128, 128, jnp.bfloat16, False),
     (1, 63, 4, 4, 64, 64, jnp.float32, False),
     (1, 65, 4, 1, 32, 32, jnp.float32, True),
     (1, 500, 2, 2, 256, 256, jnp.bfloat16, True),
@@ -34,15 +34,15 @@ TREES = [
 ]
 
 
-def main(topology: str) -> None:
-    """Compiles everything, forward and backward."""
+def main(topology: str, cases: int = len(CASES)) -> None:
+    """Compiles so many cases, forward and backward, and all trees."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     sharding = NamedSharding(Mesh(np.array([device]), ("device",)), PartitionSpec())
 
     def struct(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    for rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed in CASES:
+    for rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed in CASES[:cases]:
         queries, keys, values = (
             struct((rows, tokens, *tail), dtype)
             for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
@@ -121,4 +121,4 @@ def compiled_kernels(program, *arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], *map(int, sys.argv[2:]))

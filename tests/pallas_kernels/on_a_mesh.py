@@ -1,9 +1,5 @@
 """Operations on a mesh of eight devices, in a process of its own; prints the largest difference from one device."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from backends import IMPLEMENTATIONS
+from cells import cells
 
 from pallas_kernels.augmented_attention import (
     Placement,
@@ -120,7 +121,7 @@ class TestImplementation:
         case = Case(length)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
 
-    @pytest.mark.parametrize(("length", "size"), [(500, 128), (1000, 64)])
+    @pytest.mark.parametrize(("length", "size"), cells([(500, 128)], [(1000, 64)]))
     def test_long_rows_of_large_heads(self, implementation, length, size):
         case = Case(length, heads=1, key_size=size, value_size=size, group=64, width=32)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE

@@ -1,12 +1,35 @@
 import random
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import DataConfig
 from lin_jax.models import LlamaConfig
 from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig
 from lin_jax.training.loop import train
+
+
+@pytest.fixture(scope="session")
+def programs_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_on_disk(programs_folder):
+    """Runs are stopped and gone on with, here and in processes of their own: their programs are compiled once."""
+    options = {"jax_compilation_cache_dir": str(programs_folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,16 @@
 import json
 
 import pytest
-from processes import ROOT, printed
+from cells import cells
+from processes import printed
 
 
 @pytest.mark.parametrize(
     ("models", "meshes"),
-    [("llama", "data fsdp tensor sequence mixed"), ("gpt2 flash", "mixed"), ("t5", "mixed whole")],
-    ids=["llama", "gpt2, flash", "t5"],
+    cells(
+        [("llama", "data fsdp tensor sequence mixed"), ("gpt2 flash t5", "mixed")],
+        [("gpt2 flash", "data fsdp tensor sequence"), ("t5", "data fsdp tensor sequence whole")],
+    ),
 )
 def test_losses_and_gradients_are_those_of_one_device(models, meshes):
     reports = [
@@ -20,8 +23,7 @@ def test_losses_and_gradients_are_those_of_one_device(models, meshes):
             *models.split(),
             "--meshes",
             *meshes.split(),
-            PYTHONPATH=str(ROOT),
-            JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+            devices=8,
         )
     ]
     assert len(reports) == len(models.split()) * len(meshes.split())

@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS, KILLED_AFTER = 12, 7
+# One process must not read a program that another is writing.
+ALONE = {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
 def start(corpus, output, *options):
@@ -21,9 +23,7 @@ def start(corpus, output, *options):
     command += ["--data.source", corpus, "--data.document_separator", "<|endoftext|>", "--training.steps", STEPS]
     command += ["--training.log_every", 1, "--training.checkpoint_every", 3, "--training.evaluate_every", 6]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(
-        [*map(str, command), *options], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes
-    )
+    return subprocess.Popen([*map(str, command), *options], cwd=ROOT, env=os.environ | ALONE, **pipes)
 
 
 def start_pair(corpus, output, *options):

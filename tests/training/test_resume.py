@@ -32,8 +32,7 @@ def launch(output, corpus, *options):
     }
     named = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, ROOT / "train.py", ROOT / "configs" / "tiny.yaml", *named, *options]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(output.parent / "compiled")}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | cache)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def interrupt(process, output, step, number):

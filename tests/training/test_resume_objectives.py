@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from cells import cells
 
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
@@ -55,7 +56,7 @@ def lines_of(folder):
 
 
 # The joint run is stopped once while only its heads learn, and once after that.
-@pytest.mark.parametrize(("objective", "stops"), [("path", [5]), ("medusa_joint", [3, 7])])
+@pytest.mark.parametrize(("objective", "stops"), cells([("medusa_joint", [3, 7])], [("path", [5])]))
 def test_a_stopped_run_continues_exactly(objective, stops, base_run, tiny_run, tmp_path, monkeypatch):
     whole, broken = (
         tiny_run(tmp_path / name, objective=objective, init_from=str(base_run), steps=9) for name in ("whole", "broken")

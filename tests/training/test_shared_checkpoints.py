@@ -18,7 +18,8 @@ def together(count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # One process must not read a program that another is writing.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     processes = [
         subprocess.Popen(
             [sys.executable, Path(__file__).with_name("shared_state.py"), *map(str, (port, count, index, *arguments))],

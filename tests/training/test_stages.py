@@ -45,7 +45,7 @@ def written(tmp_path, corpus):
                 "validation_batches": 2,
             },
             "optimizer": {"warmup_steps": 2},
-            "training": {"steps": 2, "batch_size": 4, "evaluate_every": 6, "log_every": 1},
+            "training": {"steps": 2, "batch_size": 4, "evaluate_every": 6, "log_every": 1, "plot": False},
             "stages": stages,
             **fields,
         }

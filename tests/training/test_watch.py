@@ -17,17 +17,6 @@ from lin_jax.training.watch import Counts, Watch, WatchConfig, judge, median
 NAN = float("nan")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs_on_disk(tmp_path_factory):
-    """The same few programs are compiled again and again."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
-
-
 @pytest.mark.parametrize("known", [0, 1, 2, 5, 8])
 def test_the_median_is_of_what_is_known(known):
     values = np.full(8, np.inf, np.float32)
