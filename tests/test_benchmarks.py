@@ -47,6 +47,7 @@ def test_decode_speed(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_decode_speed_far_apart(tmp_path: Path) -> None:
     """Two contexts are read piece by piece, and the clock and the memory looked at."""
     file = tmp_path / "long.json"
@@ -142,6 +143,7 @@ def test_support_matrix(tmp_path: Path) -> None:
     assert all(f"| `{name}` |" in table for name in REGISTRY)
 
 
+@pytest.mark.thorough
 def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     """Drafts change no token and no state; accepted runs cross group boundaries, and texts end early."""
     file = tmp_path / "lossless.json"

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cells import cells
 from samples import NEW, TREE, VOCABULARY, KnowingDrafter, build_model, padded
 
 from lin_jax.decoding import DraftTree, Generator, ModelDrafter, NgramDrafter, Sampling, chain
@@ -119,7 +120,9 @@ def test_a_stream_can_be_left(model: Llama, prompts: list[list[int]], free: list
     assert found.decoded == 8
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, repetition_penalty=1.5)], ids=["greedy", "penalised"])
+@pytest.mark.parametrize(
+    "sampling", cells([Sampling(0.9, repetition_penalty=1.5)], [Sampling()]), ids=["penalised", "greedy"]
+)
 def test_a_prefix_is_read_once(model: Llama, prompts: list[list[int]], sampling: Sampling, tmp_path: Path) -> None:
     """Going on from it, also from a file, gives what the whole texts give, the drafter's own state included."""
     text = prompts[4]

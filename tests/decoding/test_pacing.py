@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cells import cells
 from samples import GROUP, TREE, VOCABULARY, KnowingDrafter, build_model, padded
 
 from lin_jax.decoding import Generator, Sampling
@@ -59,7 +60,7 @@ def test_a_tree_without_a_claim_stays() -> None:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, top_p=0.9)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", cells([Sampling()], [Sampling(0.8, top_p=0.9)]), ids=["greedy", "sampled"])
 def test_the_text_stays_the_same(sampling: Sampling) -> None:
     """Drafts begin, give way, and are tried again; three prompts take turns in two slots."""
     model, new = build_model("augmented"), 3 * REST

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cells import cells
 from flax import nnx
 from test_resume_objectives import lines_of, stopping_after
 
@@ -34,7 +35,7 @@ MODELS_OF = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS_OF)
+@pytest.fixture(scope="module", params=cells(["flash"], ["gpt2"]))
 def family(request):
     return request.param
 
