@@ -24,14 +24,16 @@ env: .venv/installed
 	@touch $@
 
 demo: env
-	$(RUN) -m lin_jax.demo $(if $(DATA),--data $(DATA))
+	$(RUN) -m lin_jax demo $(if $(DATA),--data $(DATA))
 
 test: .venv/installed-test
 	$(RUN) -m pytest $(PYTEST)
+	@# What is most worth it, once more as users have it: with XLA's optimizations.
+	$(if $(PYTEST),,$(RUN) -m pytest --users-settings -m users_settings)
 
-# Also what is marked `thorough`.
+# Also what is marked `thorough`, and all of it with XLA's optimizations.
 test-all: .venv/installed-test
-	$(RUN) -m pytest -m "thorough or not thorough" $(PYTEST)
+	$(RUN) -m pytest --users-settings -m "thorough or not thorough" $(PYTEST)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

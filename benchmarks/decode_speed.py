@@ -1,4 +1,4 @@
-"""Tokens per second over batch and context, plain and with drafts, and what a token costs after a text of any length.
+"""Tokens per second over batch and context, plain and with drafts, and the cost of a token after a text of any length.
 
     python benchmarks/decode_speed.py [--model RUN] [--batches 1 4 16 64] [--contexts 128 4096 32768] [--json FILE]
     python benchmarks/decode_speed.py --long 1000 1000000 --json      # two contexts, read in bounded memory
@@ -24,23 +24,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from plots import plot_speed
-from prompts import read_texts
-from report import header, write
+from lib.plots import plot_speed
+from lib.prompts import read_texts
+from lib.report import header, write
 from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import read_documents, split_documents
 from lin_jax.decoding import Generation, Generator, Prefix, Sampling, parse_tree
-from lin_jax.decoding.agreement import ROUNDING, is_rounding_tie
-from lin_jax.decoding.drafters import DraftParts, build_drafter
-from lin_jax.decoding.generator import Tree
-from lin_jax.decoding.reading import nothing_read, read
-from lin_jax.decoding.session import Session
-from lin_jax.decoding.tree import tree_text
+from lin_jax.decoding.drafting.drafters import DraftParts, build_drafter
+from lin_jax.decoding.drafting.tree import AnyTree, tree_text
+from lin_jax.decoding.engine.prefill import init_decode_state, prefill
+from lin_jax.decoding.equivalence import ROUNDING, is_rounding_tie
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.models import CausalModel, Llama, LlamaConfig
-from lin_jax.training.config import CONFIG_FILE, load_run_config
+from lin_jax.session import Session
+from lin_jax.training.config import CONFIG_FILE
+from lin_jax.training.config_file import load_run_config
 
 PIECE = 512
 # What a prompt ends with that is a row's own.
@@ -52,13 +52,13 @@ BYTES = {"darwin": 1}.get(sys.platform, 1024)
 
 @dataclass
 class Subject:
-    """A model, its texts, and what was read of them.
+    """Model, texts, and the prefixes read of them.
 
     Attributes:
         session: the run; None is a model with random weights.
         model: the model.
         text: token ids that prompts are cut from, again and again.
-        read: what was read, by length and drafter.
+        read: prefixes by length and drafter.
     """
 
     session: Session | None
@@ -72,16 +72,16 @@ class Subject:
         return (self.text[begin:] + self.text * (length // len(self.text) + 1))[:length]
 
     def prompt(self, context: int, rows: int) -> tuple["array[int]", list[list[int]]]:
-        """What all rows have in common, and what each ends with: `context` tokens together."""
+        """Common beginning of all rows, and the end of each: `context` tokens together."""
         tail = min(TAIL, max(context // 2, 1))
         own = [self.cut(context - tail + 7 * row * tail, tail).tolist() for row in range(rows)]
         return self.cut(0, context - tail), own
 
     def prefix(self, generator: Generator, kind: str, context: int, batch: int, room: int) -> Prefix:
-        """What all rows have in common, read; for one drafter only once."""
+        """Prefix of the common beginning of all rows, read once for each drafter."""
         if (context, kind) not in self.read:
             prefix = generator.prefix(self.prompt(context, 1)[0], slots=batch, room=room)
-            jax.block_until_ready(prefix.reading)
+            jax.block_until_ready(prefix.decode_state)
             self.read[context, kind] = prefix
         return self.read[context, kind]
 
@@ -99,7 +99,7 @@ class Way:
     rounds: list[float] = field(default_factory=list)
 
     def decode(self) -> Generation:
-        """Writes and takes the time."""
+        """Decodes and takes the time."""
         self.last = self.generator.generate(self.tails, self.tokens, prefix=self.prefix, slots=len(self.tails))
         self.rounds.append(self.last.decode_seconds)
         return self.last
@@ -148,11 +148,11 @@ class Cell:
 
     @property
     def ways(self) -> list[Way]:
-        """What takes turns."""
+        """Ways that take turns."""
         return [self.plain] if self.drafted is None else [self.plain, self.drafted]
 
     def check(self, subject: Subject, whole: bool) -> None:
-        """Looks whether drafts change nothing, and, if asked to, whether a forward pass says the same."""
+        """Compares drafted with plain tokens, and, if asked to, plain tokens with a forward pass."""
         plain = self.plain.decode().tokens
         common = subject.prompt(self.context, 1)[0].tolist()
         if self.drafted is not None:
@@ -233,7 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit-seconds", type=float, default=300, help="for all cells together, without planning")
     options = parser.parse_args()
     if options.tree and options.drafter in (None, "none"):
-        raise UserError(f"--tree {options.tree} needs somebody to fill it; name a drafter with --drafter")
+        raise UserError(f"--tree {options.tree} needs a drafter; name one with --drafter")
     shortest = min(options.long or options.contexts)
     if shortest < 2 or min(options.batches) < 1 or options.tokens < 2 or options.rounds < 1:
         raise UserError("contexts and --tokens must be 2 or more, batches and --rounds 1 or more")
@@ -261,8 +261,8 @@ def real_text(session: Session, data: Path) -> Iterator[int]:
         yield from session.encode_prompt(text)
 
 
-def way_to_draft(subject: Subject, options: argparse.Namespace, batch: int) -> tuple[str, Tree | None]:
-    """Who drafts at a batch size, and which tree."""
+def way_to_draft(subject: Subject, options: argparse.Namespace, batch: int) -> tuple[str, AnyTree | None]:
+    """Drafter and tree for a batch size."""
     session, kind = subject.session, options.drafter
     if options.tree:
         return kind, parse_tree(options.tree)
@@ -301,15 +301,15 @@ def table(subject: Subject, options: argparse.Namespace) -> tuple[list[Cell], di
 
 def reading_pace(model: CausalModel, text: "array[int]") -> float:
     """Seconds that a token of a prompt takes to read, once everything is compiled."""
-    generator = Generator(model, piece=PIECE)
+    generator = Generator(model, prefill_chunk_size=PIECE)
     for _ in range(2):
         began = time.perf_counter()
-        jax.block_until_ready(generator.prefix(text).reading)
+        jax.block_until_ready(generator.prefix(text).decode_state)
     return (time.perf_counter() - began) / len(text)
 
 
 def prepare(
-    subject: Subject, options: argparse.Namespace, batch: int, context: int, way: tuple[str, Tree | None]
+    subject: Subject, options: argparse.Namespace, batch: int, context: int, way: tuple[str, AnyTree | None]
 ) -> Cell:
     """Reads a cell's context and stands ready to decode."""
     tails = subject.prompt(context, batch)[1]
@@ -317,7 +317,7 @@ def prepare(
     ways = []
     for kind, tree in dict.fromkeys([("none", None), way]):
         # End tokens do not stop a row: all cells write as much.
-        generator = Generator(subject.model, drafter=build_drafter(kind, parts), tree=tree, piece=PIECE)
+        generator = Generator(subject.model, drafter=build_drafter(kind, parts), tree=tree, prefill_chunk_size=PIECE)
         prefix = subject.prefix(generator, kind, context, batch, TAIL + options.tokens + TAIL)
         ways.append(Way(generator, kind, prefix, tails, options.tokens))
     return Cell(batch, context, ways[0], ways[1] if len(ways) > 1 else None)
@@ -325,7 +325,7 @@ def prepare(
 
 def far_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Cell], dict[str, Any]]:
     """Two contexts at batch 1, each read piece by piece with an eye on clock and memory."""
-    generator = Generator(subject.model, piece=PIECE)
+    generator = Generator(subject.model, prefill_chunk_size=PIECE)
     for size in (PIECE // 16, PIECE // 4, PIECE):
         generator.prefix(subject.cut(0, size))
     cells: list[Cell] = []
@@ -354,16 +354,18 @@ def far_apart(subject: Subject, options: argparse.Namespace) -> tuple[list[Cell]
 
 
 def read_along(generator: Generator, text: "array[int]", room: int) -> Prefix:
-    """What `Generator.prefix` gives, with a bar of how far it is."""
+    """Reads a prefix as `Generator.prefix` does, with a progress bar."""
     capacity = len(text) + room
-    reading = nothing_read(generator.model, generator.drafter, 1, capacity, seen=False)
+    decode_state = init_decode_state(generator.model, generator.drafter, 1, capacity, seen=False)
     with tqdm(total=len(text), desc="reading", unit="tokens", unit_scale=True, file=sys.stderr) as bar:
         for begin in range(0, len(text), STRIDE):
             part = text[begin : begin + STRIDE]
-            reading = read(generator.model, generator.drafter, reading, [part], generator.piece)
-            jax.block_until_ready(reading)
+            decode_state = prefill(
+                generator.model, generator.drafter, decode_state, [part], generator.prefill_chunk_size
+            )
+            jax.block_until_ready(decode_state)
             bar.update(len(part))
-    return Prefix(reading, len(text), capacity, generator.identity)
+    return Prefix(decode_state, len(text), capacity, generator.identity)
 
 
 def measure(cells: Sequence[Cell], rounds: int) -> None:
@@ -374,12 +376,12 @@ def measure(cells: Sequence[Cell], rounds: int) -> None:
 
 
 def seconds(cell: Cell) -> float:
-    """Of one round of a cell, by its first one."""
+    """Seconds of one round of a cell, by its first one."""
     return sum(way.rounds[0] for way in cell.ways)
 
 
 def ratio(plain: Way, drafted: Way) -> float:
-    """How many times faster drafts are, median over rounds; both write as much."""
+    """Speedup by drafts, median over rounds; both ways write as many tokens."""
     return float(np.median(np.divide(plain.rounds[1:], drafted.rounds[1:])))
 
 
@@ -389,7 +391,7 @@ def per_token(shortest: Cell, cell: Cell) -> float:
 
 
 def agrees(model: CausalModel, prompt: list[int], found: list[int]) -> bool:
-    """Whether decoded tokens are the likeliest (or tie with them) by a forward pass over the whole text."""
+    """True if decoded tokens are the likeliest (or tie with them) by a forward pass over the whole text."""
     logits = np.asarray(model(jnp.asarray([prompt + found]))[0, len(prompt) - 1 : -1])
     gaps = logits.max(axis=1) - logits[np.arange(len(found)), found]
     rounding = ROUNDING[jnp.dtype(model.config.dtype).name]

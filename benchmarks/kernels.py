@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import (
+from lib.kernel_cases import (
     OPERATIONS,
     Operation,
     Shape,
@@ -31,9 +31,9 @@ from kernel_cases import (
     verify,
     verify_inputs,
 )
-from kernel_peers import PEERS, Call
-from kernel_traffic import traffic_of
-from report import header, write
+from lib.kernel_peers import PEERS, Call
+from lib.kernel_traffic import traffic_of
+from lib.report import header, write
 from tqdm import tqdm
 
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
@@ -106,7 +106,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def roofline(dtype: str) -> dict[str, float]:
-    """What the device does at the best: bytes per second of a copy, operations per second of a matrix product."""
+    """The device's roofline: bytes per second of a copy, operations per second of a matrix product."""
     big = jax.default_backend() != "cpu"
     size = 8192 if big else 1024
     matrix = jnp.ones((size, size), dtype)

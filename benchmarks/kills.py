@@ -24,15 +24,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from report import header, write
+from lib.report import header, write
 
 from lin_jax.errors import exit_cleanly
-from lin_jax.training.checkpoint_files import checkpoint_folder, problem, saved_steps
-from lin_jax.training.loading import load_model
-from lin_jax.training.manifest import MANIFEST_FILE
-from lin_jax.training.meter import MACHINE_FIGURES
-from lin_jax.training.parameters import fingerprint, params_of
-from lin_jax.training.tracker import METRICS_FILE, read_metrics
+from lin_jax.models.params import fingerprint, params_of
+from lin_jax.training.checkpoint.files import checkpoint_folder, problem, saved_steps
+from lin_jax.training.checkpoint.manifest import MANIFEST_FILE
+from lin_jax.training.model_source import load_model
+from lin_jax.training.monitoring.throughput import MACHINE_FIGURES
+from lin_jax.training.monitoring.trackers import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).parents[1]
 EVERY = 6

@@ -1,4 +1,4 @@
-"""Is speculative output plain decoding's output, token for token? Real prompts, every drafter, tree and batch size.
+"""Speculative output against plain decoding's, token for token: real prompts, every drafter, tree and batch size.
 
     python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16]
         [--prompts N] [--new-tokens N] [--configurations NAME ...] [--data FOLDER]
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from lossless_subject import (
+from lib.lossless_subject import (
     MODES,
     PIECE,
     SEED,
@@ -34,16 +34,15 @@ from lossless_subject import (
     configurations,
     prepare,
 )
-from prompts import by_source
-from report import header, write
+from lib.prompts import by_source
+from lib.report import header, write
 from tqdm import tqdm
 
-from lin_jax.attention import longest_path
+from lin_jax.attention import max_draft_depth
 from lin_jax.attention.state import AugmentedState
-from lin_jax.decoding import Generator
-from lin_jax.decoding.agreement import first_difference, is_rounding_tie, state_difference
-from lin_jax.decoding.generation import Generation
-from lin_jax.decoding.loop import DRAFT, TARGET
+from lin_jax.decoding import Generator, TokenOrigin
+from lin_jax.decoding.equivalence import first_difference, is_rounding_tie, state_difference
+from lin_jax.decoding.results import Generation
 from lin_jax.errors import UserError, exit_cleanly
 
 # Rounding of sums in another order, as a share of the largest number of a state.
@@ -62,20 +61,20 @@ def cut(text: Sequence[int], ending: Ending, pieces: Sequence[bytes]) -> list[in
 
 
 def boundaries_crossed(prompt: int, origins: Sequence[int], group: int) -> int:
-    """How many accepted paths lie across a group boundary.
+    """Number of accepted paths that lie across a group boundary.
 
     Every step commits the token that was newest, and of what it emits all but the last token.
     """
     crossed, begin = 0, 1
     for index in range(1, len(origins)):
-        if origins[index] == TARGET or index + 1 == len(origins):
+        if origins[index] == TokenOrigin.TARGET or index + 1 == len(origins):
             crossed += (prompt + begin - 1) // group != (prompt + index - 1) // group
             begin = index + 1
     return crossed
 
 
 def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], found: Generation) -> dict[str, Any]:
-    """How a configuration's texts compare with plain decoding's."""
+    """Compares a configuration's texts with plain decoding's."""
     model, sampling = subject.parts.target, MODES[chosen.mode]
     differences, agreeing = [], 0
     for row, (one, other) in enumerate(zip(expected, found.tokens, strict=True)):
@@ -85,7 +84,7 @@ def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], 
             prompt = subject.prompts[row]
             tie = is_rounding_tie(model, prompt.tokens, one, other, sampling, SEED, row)
             differences.append({"row": row, "source": prompt.source, "token": index, "rounding_tie": tie})
-    group = longest_path(model.config.attention)
+    group = max_draft_depth(model.config.attention)
     lengths = [len(prompt.tokens) for prompt in subject.prompts]
     return {
         "prompts": len(expected),
@@ -99,7 +98,8 @@ def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], 
         else sum(boundaries_crossed(*row, group + 1) for row in zip(lengths, found.origins, strict=False)),
         "ended_early": sum(each != "length" for each in found.endings),
         "ended_by_a_draft": sum(
-            each != "length" and row[-1] == DRAFT for each, row in zip(found.endings, found.origins, strict=True)
+            each != "length" and row[-1] == TokenOrigin.DRAFT
+            for each, row in zip(found.endings, found.origins, strict=True)
         ),
         "tokens_per_second": found.tokens_per_second,
     }
@@ -120,7 +120,7 @@ def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
 
 
 class Record(NamedTuple):
-    """A batch between two steps, on the host: how many tokens each row has, which, and the recurrent state."""
+    """Batch between two steps, on the host: number of tokens of each row, the tokens, and the recurrent state."""
 
     written: np.ndarray
     output: np.ndarray
@@ -130,20 +130,20 @@ class Record(NamedTuple):
 def records(generator: Generator, subject: Subject, mode: str) -> list[Record]:
     """The first prompts as they are decoded, before the first step and after every one."""
     texts = [prompt.tokens for prompt in subject.prompts[:16]]
-    decoding = generator.stream(texts, subject.new_tokens, sampling=MODES[mode], seed=SEED, slots=len(texts))
+    scheduler = generator.stream(texts, subject.new_tokens, sampling=MODES[mode], seed=SEED, slots=len(texts))
     found = []
     while True:
-        state = decoding.state
+        state = scheduler.state
         # Copies: the next step takes the buffers.
-        found.append(jax.tree.map(np.array, Record(state.written, state.output, state.reading.model)))
+        found.append(jax.tree.map(np.array, Record(state.written, state.output, state.decode_state.model)))
         if bool(state.finished.all()):
             return found
-        decoding.advance(1)
+        scheduler.advance(1)
 
 
 def compare_states(chosen: Configuration, subject: Subject) -> dict[str, Any]:
-    """How far states are from plain decoding's after the same tokens, step by step, without early endings."""
-    plain = records(Generator(subject.parts.target, piece=PIECE), subject, chosen.mode)
+    """Compares states with plain decoding's after the same tokens, step by step, without early endings."""
+    plain = records(Generator(subject.parts.target, prefill_chunk_size=PIECE), subject, chosen.mode)
     texts, largest, compared = plain[-1].output, 0.0, 0
     for record in records(subject.generator(chosen.drafter, chosen.tree), subject, chosen.mode):
         # A state holds all tokens but the newest; where texts have parted (never in float64), so have states.
@@ -162,7 +162,7 @@ def compare_states(chosen: Configuration, subject: Subject) -> dict[str, Any]:
 
 
 def pairs(results: Sequence[Configuration]) -> dict[str, str]:
-    """For every two of a configuration's fields, how many pairs of values occur, of how many there could be."""
+    """Number of pairs of values that occur, of those that are possible, for every two of a configuration's fields."""
     found = {}
     for first, second in combinations(Configuration._fields, 2):
         seen = {(getattr(each, first), getattr(each, second)) for each in results}
@@ -173,7 +173,7 @@ def pairs(results: Sequence[Configuration]) -> dict[str, str]:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether something differs that must not."""
+    """True if something differs that must not."""
     dtype = report["dtype"]
     divergences = [each for result in report["results"] for each in result["divergences"]]
     if dtype == "bfloat16":
@@ -246,7 +246,7 @@ def main() -> int:
 
 
 def describe(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
-    """What was decoded with, and what."""
+    """Model, prompts and endings, for the report."""
     lengths = [len(prompt.tokens) for prompt in subject.prompts]
     config = subject.parts.target.config
     return {

@@ -15,29 +15,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tpu_compiler import chips_of  # isort: skip
+from lib.tpu_compiler import chips_of  # isort: skip
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from report import header, write
+from lib.report import header, write
 from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.models import FlashConfig, LlamaConfig
-from lin_jax.models.logical_axes import ROWS
+from lin_jax.models.adapters import AdapterConfig
+from lin_jax.models.params import abstract_model, filled, params_of
 from lin_jax.models.registry import family_of_config
-from lin_jax.training.adapters import AdapterConfig
 from lin_jax.training.config import OptimizerConfig, RunConfig, TrainingConfig
-from lin_jax.training.mesh import MeshConfig, make_mesh
-from lin_jax.training.objectives import Objective, objective_of
+from lin_jax.training.distributed.mesh import MeshConfig, make_mesh
+from lin_jax.training.distributed.partitioning import Shardings
+from lin_jax.training.objectives import Objective
+from lin_jax.training.objectives.registry import objective_of
 from lin_jax.training.optimizer import build_optimizer
-from lin_jax.training.parameters import abstract_model, filled, params_of
-from lin_jax.training.placement import Placement
-from lin_jax.training.setup import placement_of
-from lin_jax.training.step import TrainState, make_step
+from lin_jax.training.setup import shardings_of
+from lin_jax.training.train_step import TrainState, make_step
 from pallas_kernels.implementations import compiling_for
+from pallas_kernels.mesh_axes import ROWS
 
 # What programs may use of a chip's memory, in GiB: the data sheet's size, less what the runtime keeps for itself.
 MEMORY = {"v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
@@ -188,11 +189,11 @@ def measured(plan: Plan, topology: str, layers: int | None = None) -> dict[str, 
     if layers is not None:
         run = replace(run, model=replace(run.model, num_layers=layers))
     objective = objective_of(run)
-    placement = placement_of(run, objective, mesh)
-    row["rows"] = plan.rows * placement.row_parts
+    shardings = shardings_of(run, objective, mesh)
+    row["rows"] = plan.rows * shardings.row_parts
     with compiling_for("tpu"), jax.set_mesh(mesh):
         try:
-            compiled = lowered(run, objective, placement, row["rows"], plan.length).compile()
+            compiled = lowered(run, objective, shardings, row["rows"], plan.length).compile()
         except jax.errors.JaxRuntimeError as problem:
             return row | {"fits": False, "problem": short(str(problem)), "seconds": time.perf_counter() - began}
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
@@ -215,27 +216,27 @@ def kernels_in(compiled: Any) -> int | None:
         return None
 
 
-def lowered(run: RunConfig, objective: Objective, placement: Placement, rows: int, length: int) -> Any:
+def lowered(run: RunConfig, objective: Objective, shardings: Shardings, rows: int, length: int) -> Any:
     """The training loop's own step, on arrays that are shapes and places."""
     optimizer = build_optimizer(run.optimizer, run.training.steps, objective.rates)
-    window = run.training.watch.window
+    window = run.training.loss_spikes.window
 
     def new(params: Any) -> TrainState:
         return TrainState.new(params, optimizer, jax.random.key(0), window)
 
-    state = placed(jax.eval_shape(new, objective.shapes()), placement)
+    state = placed(jax.eval_shape(new, objective.shapes()), shardings)
     base = abstract_model(run.model)
     frozen = jax.eval_shape(lambda params: objective.frozen(filled(base, params)), params_of(base))
-    along = NamedSharding(placement.mesh, PartitionSpec(ROWS))
+    along = NamedSharding(shardings.mesh, PartitionSpec(ROWS))
     tokens = jax.ShapeDtypeStruct((rows, length + 1), jnp.int32, sharding=along)
-    batch = {"tokens": tokens, "documents": tokens}
-    step = make_step(objective, optimizer, placement=placement, state=state)
-    return step.lower(state, placed(frozen, placement), batch)
+    batch = {"tokens": tokens, "segment_ids": tokens}
+    step = make_step(objective, optimizer, shardings=shardings, state=state)
+    return step.lower(state, placed(frozen, shardings), batch)
 
 
-def placed(tree: Any, placement: Placement) -> Any:
+def placed(tree: Any, shardings: Shardings) -> Any:
     """Shapes where a run has them."""
-    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), tree, placement.tree(tree))
+    return jax.tree.map(lambda leaf, where: leaf.update(sharding=where), tree, shardings.tree(tree))
 
 
 def short(problem: str) -> str:

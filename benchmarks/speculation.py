@@ -19,23 +19,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
-from plots import plot_speculation
-from report import header, write
+from lib.contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
+from lib.plots import plot_speculation
+from lib.report import header, write
 from tqdm import tqdm
 
-from lin_jax.attention import longest_path
+from lin_jax.attention import max_draft_depth
 from lin_jax.decoding import DraftTree, DynamicTree, Generator, Sampling, chain
-from lin_jax.decoding.agreement import is_rounding_tie
-from lin_jax.decoding.calibration import PROMPT_TOKENS, PROMPTS, held_out_prompts
-from lin_jax.decoding.costs import Costs, measure_costs, measure_drafting
-from lin_jax.decoding.drafters import available, build_drafter
-from lin_jax.decoding.generator import Tree
-from lin_jax.decoding.plan import Plan, load_plans
-from lin_jax.decoding.replay import measure_hits, measure_places, tokens_per_step
-from lin_jax.decoding.session import PLAN_FILE, Session
+from lin_jax.decoding.autotune.costs import Costs, measure_costs, measure_drafting
+from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
+from lin_jax.decoding.autotune.prompts import PROMPT_TOKENS, PROMPTS, held_out_prompts
+from lin_jax.decoding.autotune.replay import draft_accuracy, dynamic_tree_ranks, tokens_per_step
+from lin_jax.decoding.drafting.drafters import available, build_drafter
+from lin_jax.decoding.drafting.tree import AnyTree
+from lin_jax.decoding.equivalence import is_rounding_tie
 from lin_jax.errors import UserError, exit_cleanly
-from lin_jax.training.config import load_run_config
+from lin_jax.session import PLAN_FILE, Session
+from lin_jax.training.config_file import load_run_config
 
 TARGETS = {"plain": 2.0, "chain": 1.15, "batches": 0.98}
 LONGEST_CHAIN = 8
@@ -83,7 +83,7 @@ def report_of(
     rates: dict[str, np.ndarray],
     batches: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """All that is known so far."""
+    """Report of all results so far."""
     return header("speculation") | {
         "model": options.model,
         "softmax": options.softmax,
@@ -132,7 +132,7 @@ def held_out(session: Session, count: int) -> tuple[list[list[int]], list[list[i
 
 def choose(
     session: Session, calibration: list[list[int]], options: argparse.Namespace
-) -> tuple[list[Plan], list[tuple[str, Tree, float]]]:
+) -> tuple[list[SpeculationPlan], list[tuple[str, AnyTree, float]]]:
     """A plan for every drafter at batch 1, and the chains that promise most."""
     kinds = options.drafters or list(available(session.parts))
     plans = planned(session, kinds, 1, calibration, options)
@@ -145,7 +145,7 @@ def choose(
 
 def planned(
     session: Session, kinds: Sequence[str], slots: int, calibration: list[list[int]], options: argparse.Namespace
-) -> list[Plan]:
+) -> list[SpeculationPlan]:
     """A plan for every drafter at a batch size, measured now unless kept ones will do."""
     prompts = None if options.keep_plans else calibration
     return session.plans(kinds, slots, prompts=prompts, tokens=options.new_tokens, note=say)
@@ -153,36 +153,36 @@ def planned(
 
 def best_chains(
     session: Session, kinds: Sequence[str], prompts: Sequence[Tokens], texts: Sequence[Tokens], costs: Costs
-) -> list[tuple[str, Tree, float]]:
-    """Chains of any drafter and length, and how much they promise by measured costs and hits, the best first.
+) -> list[tuple[str, AnyTree, float]]:
+    """Chains of any drafter and length, with their expected speedup by measured costs and accuracy, the best first.
 
     Drafters side by side make a dynamic chain: at every depth the likeliest of what they offer.
     """
-    found: list[tuple[str, Tree, float]] = []
+    found: list[tuple[str, AnyTree, float]] = []
     for kind in kinds:
         drafter = build_drafter(kind, session.parts)
-        deepest = min(drafter.depth, longest_path(session.model.config.attention) or LONGEST_CHAIN, LONGEST_CHAIN)
+        deepest = min(drafter.depth, max_draft_depth(session.model.config.attention) or LONGEST_CHAIN, LONGEST_CHAIN)
         drafting = measure_drafting(session.model, drafter, costs, deepest)
         joined = "+" in kind
         if joined:
             whole = DynamicTree(deepest + 1, deepest, 1, 1)
-            right = measure_places(session.model, drafter, prompts, texts, whole)[:, :, -1] <= deepest
+            right = dynamic_tree_ranks(session.model, drafter, prompts, texts, whole)[:, :, -1] <= deepest
         else:
-            right = measure_hits(session.model, drafter, prompts, texts, depth=deepest)[:, :, :, 0]
+            right = draft_accuracy(session.model, drafter, prompts, texts, depth=deepest)[:, :, :, 0]
         reached = np.cumprod(right, axis=2)
         for length in range(1, deepest + 1):
             tokens = tokens_per_step(reached[:, :, :length].sum(axis=2))
             cost = costs.verify(length + 1) + length * drafting
-            tree: Tree = DynamicTree(length + 1, length, 1, 1) if joined else chain(length)
+            tree: AnyTree = DynamicTree(length + 1, length, 1, 1) if joined else chain(length)
             found.append((kind, tree, tokens * costs.verify(1) / cost))
     return sorted(found, key=lambda each: -each[2])
 
 
 def our_contenders(
-    session: Session, plans: Sequence[Plan], chains: Sequence[tuple[str, Tree, float]], tokens: int
+    session: Session, plans: Sequence[SpeculationPlan], chains: Sequence[tuple[str, AnyTree, float]], tokens: int
 ) -> list[Contender]:
     """Plain decoding, what the plans say, and chains."""
-    ways: dict[tuple[str, Tree], dict[str, Any]] = {("none", DraftTree()): {"planned": False}}
+    ways: dict[tuple[str, AnyTree], dict[str, Any]] = {("none", DraftTree()): {"planned": False}}
     for plan in plans:
         if plan.shape.size > 1:
             ways[plan.drafter, plan.shape] = {
@@ -198,7 +198,7 @@ def our_contenders(
 def compete(
     contenders: Sequence[Contender], prompts: Sequence[Tokens], rounds: int
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Everybody's part of the report, and the tokens per second of whoever is right, round by round."""
+    """Results of all contenders for the report, and tokens per second of the correct ones, round by round."""
     bar = tqdm(total=(rounds + 1) * len(prompts) * len(contenders), desc="batch 1", file=sys.stderr)
 
     def turns(taking: Sequence[Contender]) -> dict[str, list[Written]]:
@@ -228,7 +228,7 @@ def compete(
 
 
 def checked(each: Contender, prompts: Sequence[Tokens], first: dict[str, list[Written]]) -> dict[str, Any]:
-    """What a contender wrote, held against what it should have written."""
+    """Compares a contender's texts with those that it should have written."""
     own, other = first[each.name], first[each.like]
     different = [
         (prompt, a.tokens, b.tokens) for prompt, a, b in zip(prompts, other, own, strict=True) if a.tokens != b.tokens
@@ -246,12 +246,16 @@ def checked(each: Contender, prompts: Sequence[Tokens], first: dict[str, list[Wr
 
 
 def at_batch(
-    session: Session, prompts: Sequence[Tokens], plans: Sequence[Plan], slots: int, options: argparse.Namespace
+    session: Session,
+    prompts: Sequence[Tokens],
+    plans: Sequence[SpeculationPlan],
+    slots: int,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """The plan's choice at a batch size against plain decoding, in turns until noise is small or time is up."""
     plan = max(plans, key=lambda each: each.measured_speedup)
     kind = plan.drafter if plan.shape.size > 1 else "none"
-    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape, plan.worth)]
+    pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape, plan.break_even_tokens)]
     # Whole batches only, of several prompts where one after the other takes a slot.
     asked = [prompts[row % len(prompts)] for row in range(slots * max(1, 8 // slots))]
     plain, done = (each.generate(asked, options.new_tokens, slots=slots) for each in pair)
@@ -265,7 +269,7 @@ def at_batch(
         "drafter": kind,
         "tree": plan.tree,
         "planned_speedup": plan.measured_speedup,
-        "worth": plan.worth,
+        "break_even_tokens": plan.break_even_tokens,
         "plain_steps": done.plain_steps,
         "mean_accepted_tokens": done.mean_accepted_tokens,
         "useful_share": done.useful_share,
@@ -316,7 +320,7 @@ def best(results: Sequence[dict[str, Any]], *kinds: str) -> str | None:
 
 
 def times(rates: dict[str, np.ndarray], one: str | None, other: str | None) -> float | None:
-    """How many times faster one contender is than another, median over rounds."""
+    """Speed of one contender relative to another, median over rounds."""
     return None if one is None or other is None else float(np.median(rates[one] / rates[other]))
 
 
@@ -338,7 +342,7 @@ def against_hugging_face(results: Sequence[dict[str, Any]], rates: dict[str, np.
 def targets(
     results: Sequence[dict[str, Any]], rates: dict[str, np.ndarray], batches: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What was aimed at, what came of it, and whether that is enough."""
+    """Targets, the measured values, and whether they meet them."""
     tree, line = best(results, "tree"), best(results, "chain")
     ratios = [each["ratio"] for each in batches]
     found = {

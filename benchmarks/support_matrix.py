@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from lin_jax.attention import REGISTRY, AttentionConfig, parse_name, tree_arrays
 from lin_jax.decoding import DraftTree, Generator
-from lin_jax.decoding.draft import DraftContext, Guesses, Layer, Stateless
+from lin_jax.decoding.drafting.api import DraftContext, Guesses, Stateless, TreeLevel
 from lin_jax.errors import exit_cleanly
 from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.models import (
@@ -223,24 +223,24 @@ class Prompter(Stateless):
         """Where the root is."""
         return state[0], None
 
-    def expand(self, shared: jax.Array, carried: None, layer: Layer) -> tuple[Guesses, None]:
+    def expand(self, shared: jax.Array, carried: None, level: TreeLevel) -> tuple[Guesses, None]:
         """The next token of the text, at either rank."""
-        ahead = jnp.minimum(shared + 1 + layer.depth, self.text.shape[1] - 1)[:, None]
+        ahead = jnp.minimum(shared + 1 + level.depth, self.text.shape[1] - 1)[:, None]
         token = jnp.take_along_axis(self.text[...], ahead, axis=1)
         right = jnp.where(ahead % 3 == 0, (token + 1) % VOCABULARY, token)
         wrong = (right + 7) % VOCABULARY
         swapped = (ahead % 2 == 0)[..., None]
-        found = jnp.where(swapped, jnp.stack([wrong, right], -1), jnp.stack([right, wrong], -1))[:, :, : layer.ranks]
-        return Guesses(jnp.broadcast_to(found, (*layer.tokens.shape, layer.ranks)), None), None
+        found = jnp.where(swapped, jnp.stack([wrong, right], -1), jnp.stack([right, wrong], -1))[:, :, : level.ranks]
+        return Guesses(jnp.broadcast_to(found, (*level.tokens.shape, level.ranks)), None), None
 
 
 def speculates(subject: Subject) -> bool:
     """Whether drafts, some of them accepted, leave the tokens of plain decoding."""
     assert subject.causal is not None
     prompts = draw_tokens(2, 7).tolist()
-    plain = Generator(subject.causal, piece=8).generate(prompts, NEW)
+    plain = Generator(subject.causal, prefill_chunk_size=8).generate(prompts, NEW)
     text = np.array([prompt + tokens for prompt, tokens in zip(prompts, plain.tokens, strict=True)])
-    drafted = Generator(subject.causal, drafter=Prompter(text), tree=TREE, piece=8).generate(prompts, NEW)
+    drafted = Generator(subject.causal, drafter=Prompter(text), tree=TREE, prefill_chunk_size=8).generate(prompts, NEW)
     return drafted.tokens == plain.tokens and drafted.mean_accepted_tokens > 1
 
 

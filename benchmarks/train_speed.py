@@ -4,10 +4,11 @@
     python benchmarks/train_speed.py --size tiny --lengths 64 128 --tokens 512          # anywhere
     python benchmarks/train_speed.py --size 1b --peers fla                              # PyTorch beside it
 
-A step is `lin_jax.training.step.make_step` with the next-token objective and AdamW, on rows that are one document each,
-in as many parts as memory asks for. Operations are those of `lin_jax.evaluation.flops`: products that the mathematics
-needs, causal attention at half, nothing for what is computed twice. MFU is their rate over the data sheet's peak for
-bfloat16; a product of two square matrices, measured in the same run, is the other yardstick.
+A step is `lin_jax.training.train_step.make_step` with the next-token objective and AdamW, on rows that are one
+document each, in as many parts as memory asks for. Operations are those of `lin_jax.evaluation.flops`: products that
+the mathematics needs, causal attention at half, nothing for what is computed twice. MFU is their
+rate over the data sheet's peak for bfloat16; a product of two square matrices, measured in the same run, is the other
+yardstick.
 
 Attention that is wrong has no speed: loss and gradient of a short row are held against plain XLA's before anything is
 timed. The loss of a repeated batch has to fall.
@@ -26,16 +27,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from kernels import seconds
-from report import header, write
+from lib.report import header, write
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.evaluation.flops import peak_flops, step_flops
 from lin_jax.models import LlamaConfig
 from lin_jax.training.config import OptimizerConfig
-from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.training.objectives.next_token import NextToken
 from lin_jax.training.optimizer import build_optimizer
-from lin_jax.training.step import TrainState, accumulate, make_step
+from lin_jax.training.train_step import TrainState, accumulate_gradients, make_step
 
 SIZES: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 16, "vocab_size": 32_000},
@@ -127,7 +128,7 @@ def config_for(name: str, options: argparse.Namespace, implementation: str | Non
 def measured(name: str, options: argparse.Namespace, report: dict[str, Any]) -> Any:
     """A row of figures for every length."""
     config = config_for(name, options, options.implementation)
-    objective = LanguageModel(config)
+    objective = NextToken(config)
     optimizer = build_optimizer(OptimizerConfig(learning_rate=3e-4, warmup_steps=10), 10_000)
 
     @jax.jit
@@ -151,7 +152,7 @@ def measured(name: str, options: argparse.Namespace, report: dict[str, Any]) -> 
             state = begin(jax.random.key(0))
             continue
         spent = row["step_seconds"]
-        flops = step_flops(config, options.tokens // length, length)
+        flops = step_flops(config, state.params, {}, options.tokens // length, length)
         rates = {"tokens_per_second": options.tokens / spent, "model_flops": flops}
         rates["share_of_product"] = flops / spent / report["product_flops"]
         rates["mfu"] = None if report["peak_flops"] is None else flops / spent / report["peak_flops"]
@@ -166,8 +167,8 @@ def checked(name: str, options: argparse.Namespace, params: Any) -> dict[str, An
     batch = {"tokens": tokens(1, length, SIZES[options.size]["vocab_size"])}
     found = []
     for implementation in (options.implementation, "xla"):
-        objective = LanguageModel(config_for(name, options, implementation))
-        run = jax.jit(lambda params, batch, objective=objective: accumulate(objective, 1, params, {}, batch))
+        objective = NextToken(config_for(name, options, implementation))
+        run = jax.jit(lambda params, batch, objective=objective: accumulate_gradients(objective, 1, params, {}, batch))
         loss, _, gradient = run(params, batch)
         found.append((float(loss), gradient))
     (loss, gradient), (expected, gradients) = found

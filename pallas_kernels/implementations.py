@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: by platform and shape, or as asked for."""
+"""Choice of an operation's implementation: by platform and shape, or as asked for."""
 
 import contextlib
 import logging
@@ -53,11 +53,11 @@ def preferring(*names: str) -> Iterator[None]:
 
 
 def target_platform() -> str:
-    """What is being compiled for: the platform of `compiling_for`, or of this process."""
+    """The platform to compile for: that of `compiling_for`, or of this process."""
     return _target.get() or jax.default_backend()
 
 
-def choose(
+def choose_implementation(
     operation: str,
     asked: str | Sequence[str] | None,
     obstacles: Mapping[str, str | None],
@@ -71,7 +71,7 @@ def choose(
         asked: an implementation, several in order of preference, or None for what suits the platform.
         obstacles: for every implementation why it cannot take these inputs, None where it can.
         platform: None for that of `compiling_for`, or of this process.
-        default: what suits the platform best, where that is not what PREFERRED has.
+        default: preferences of the platform, where they are not those of PREFERRED.
 
     Raises:
         UnsupportedError: none of those that were asked for can run.
@@ -100,7 +100,7 @@ def _told(reasons: Mapping[str, str]) -> str:
 
 
 def _note(message: str) -> None:
-    """Says something once."""
+    """Logs a message once."""
     if message not in _noted:
         _noted.add(message)
         _log.warning(message)

@@ -1,4 +1,4 @@
-"""Operations on a mesh of devices: each computes the rows and heads that it has, for which it needs nobody.
+"""Operations on a mesh of devices: each device computes the rows and heads that it has, without communication.
 
 The compiler cannot cut a kernel up by itself. Inside `jax.set_mesh(mesh)` rows lie along the mesh's axes `data` and
 `fsdp`, and heads along `tensor`, as far as there are such axes and they divide what lies along them. Inside a
@@ -12,23 +12,25 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.mesh_axes import ROWS, TENSOR
+
 # Letters of dimensions, and the axes of a mesh along which they may lie.
-AXES: Mapping[str, tuple[str, ...]] = {"b": ("data", "fsdp"), "h": ("tensor",), "k": ("tensor",)}
+AXES: Mapping[str, tuple[str, ...]] = {"b": ROWS, "h": (TENSOR,), "k": (TENSOR,)}
 
 
 def over_devices(
     run: Callable[..., Any], arguments: Any, dimensions: Any, results: Any, *, rows: int, heads: int
 ) -> Any:
-    """`run(arguments)`, on every device with its part.
+    """Runs an operation on every device, with the device's own part of the arguments.
 
     Args:
-        run: what is independent for every row and every key/value head.
+        run: a function that is independent for every row and every key/value head.
         arguments: a tree of arrays.
         dimensions: the same tree with a letter for each dimension, `b` for rows, `h` and `k` for heads; entries of
             absent arrays are passed over.
         results: likewise, of what is returned.
-        rows: how many there are.
-        heads: how many key/value heads there are.
+        rows: number of rows.
+        heads: number of key/value heads.
     """
     free = free_axes()
     if not free:
@@ -57,7 +59,7 @@ def free_axes() -> Mapping[str, int]:
 
 
 def axes_along(names: tuple[str, ...], count: int) -> tuple[str, ...]:
-    """Those of the axes along which `count` rows or heads lie: all that are free, if they divide them; else none."""
+    """The axes along which `count` rows or heads lie: all free ones of the named, if they divide it; else none."""
     free = free_axes()
     there = tuple(name for name in names if name in free)
     return there if count % math.prod(free[name] for name in there) == 0 else ()

@@ -5,19 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.implementations import target_platform
+from pallas_kernels.precision import accumulation_dtype
 
 
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The type of sums over `dtype`: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def present(rows: Float[Array, "n D"], mask: Bool[Array, "n 1"]) -> Float[Array, "n D"]:
-    """Rows with zeros where there are none, whatever stands there."""
+def zero_absent(rows: Float[Array, "n D"], mask: Bool[Array, "n 1"]) -> Float[Array, "n D"]:
+    """Rows with zeros where they are masked out, whatever they hold there."""
     return jnp.where(mask, rows, jnp.zeros_like(rows))
 
 
-def product(one: Array, other: Array, contract: tuple[int, int]) -> Array:
+def matmul(one: Array, other: Array, contract: tuple[int, int]) -> Array:
     """A product of two matrices over the given axes, summed in float32 or better."""
     wide = accumulation_dtype(one.dtype)
     if target_platform() == "cpu":
@@ -29,13 +25,13 @@ def product(one: Array, other: Array, contract: tuple[int, int]) -> Array:
     )
 
 
-def memory_product(rows: Array, memory: Array, contract: tuple[int, int]) -> Array:
-    """A product of rows with something wider, which is not rounded: for bfloat16 rows it is cut into three parts."""
+def memory_matmul(rows: Array, memory: Array, contract: tuple[int, int]) -> Array:
+    """A product of rows with a wider memory, which is not rounded: for bfloat16 rows it is cut into three parts."""
     if rows.dtype != jnp.bfloat16:
-        return product(rows.astype(memory.dtype), memory, contract)
+        return matmul(rows.astype(memory.dtype), memory, contract)
     rest, total = memory, jnp.zeros((), memory.dtype)
     for _ in range(3):
         part = rest.astype(jnp.bfloat16)
         rest = rest - part.astype(memory.dtype)
-        total = total + product(rows, part, contract)
+        total = total + matmul(rows, part, contract)
     return total

@@ -1,4 +1,4 @@
-"""How kernels cut their work: a small table for each kind of device, kernel, size of heads and type.
+"""Tile sizes of kernels: a small table for each kind of device, kernel, size of heads and type.
 
 `tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
 """
@@ -24,7 +24,7 @@ _table: ContextVar[dict[str, Any] | None] = ContextVar("table", default=None)
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How one GPU kernel cuts its work.
+    """Tile sizes of one GPU kernel.
 
     Attributes:
         rows: of a tile.
@@ -42,11 +42,11 @@ class Tiles:
 
 
 def next_power(number: int) -> int:
-    """The next power of two that Triton's products take."""
+    """The next power of two, at least 16: the sizes that Triton's products take."""
     return max(16, 1 << (number - 1).bit_length()) if number > 0 else 16
 
 
-def bucket(key_size: int, value_size: int, dtype: Any) -> str:
+def tile_bucket(key_size: int, value_size: int, dtype: Any) -> str:
     """The name of a row of the table: the larger size, rounded up, and the type; ` placed` may follow."""
     size = next((each for each in SIZES if each >= max(key_size, value_size)), SIZES[-1])
     return f"{size} {jnp.dtype(dtype).name}"
@@ -65,7 +65,7 @@ def tiles_for(
         placed: whether rows hold several documents, for which kernels need more registers.
         device: a kind of device; None for the one at hand.
     """
-    row = bucket(key_size, value_size, dtype)
+    row = tile_bucket(key_size, value_size, dtype)
     tiles = Tiles(**_entry(kernel, [f"{row} placed", row] if placed else [row], device))
     widest = next_power(value_size)
     piece = min(tiles.piece, next_power(key_size), widest)
@@ -74,7 +74,7 @@ def tiles_for(
 
 def block_rows(operation: str, key_size: int, value_size: int, dtype: Any, device: str | None = None) -> int:
     """Rows of a block: so many that its memory, which is kept for the backward pass, weighs little beside them."""
-    rows: int = _entry(f"{operation}.block", [bucket(key_size, value_size, dtype)], device)["rows"]
+    rows: int = _entry(f"{operation}.block", [tile_bucket(key_size, value_size, dtype)], device)["rows"]
     return rows
 
 
@@ -86,9 +86,9 @@ def _entry(kernel: str, names: Sequence[str], device: str | None) -> dict[str, i
 
 
 def untiled(kernel: str, key_size: int, value_size: int, dtype: Any) -> str | None:
-    """Why a kernel has no tiles for heads of some size: it would need more registers than there are."""
+    """The reason why a kernel has no tiles for heads of some size: too few registers; None if it has."""
     table = _table.get() or load_table()
-    row = bucket(key_size, value_size, dtype)
+    row = tile_bucket(key_size, value_size, dtype)
     if max(key_size, value_size) > SIZES[-1] or row not in table[COMMON][kernel]:
         return f"heads of {key_size} and {value_size} in {jnp.dtype(dtype).name} are too large for it"
     return None
@@ -96,7 +96,7 @@ def untiled(kernel: str, key_size: int, value_size: int, dtype: Any) -> str | No
 
 @contextlib.contextmanager
 def using(table: dict[str, Any]) -> Iterator[None]:
-    """Another table in place of the shipped one, for programs that are traced meanwhile."""
+    """Replaces the shipped table for programs that are traced meanwhile."""
     token = _table.set(table)
     try:
         yield

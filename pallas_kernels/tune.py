@@ -1,4 +1,4 @@
-"""Measures how kernels should cut their work on the device at hand, and writes it into the table of tiles.
+"""Measures the best tile sizes of kernels on the device at hand, and writes them into the table of tiles.
 
     python -m pallas_kernels.tune [--sizes 64 128] [--dtypes bfloat16] [--operations augmented_attention ...]
 
@@ -31,13 +31,15 @@ import pallas_kernels.augmented_attention.gpu
 import pallas_kernels.linear_attention.gpu
 import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
-from pallas_kernels import gpu_memories, tiles
-from pallas_kernels.augmented_attention import Placement, augmented_attention
-from pallas_kernels.gpu_launch import launch
+from pallas_kernels import tiles
+from pallas_kernels.augmented_attention import PackedRows, augmented_attention
+from pallas_kernels.gpu import memories as gpu_memories
+from pallas_kernels.gpu.launch import launch
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.path_commit import commit_path
-from pallas_kernels.tiles import COMMON, SIZES, TABLE, bucket
-from pallas_kernels.tree_verify import Held, Tree, verify_tree
+from pallas_kernels.tiles import COMMON, SIZES, TABLE, tile_bucket
+from pallas_kernels.tree_verify import verify_tree
+from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
 
 OPERATIONS = ("augmented_attention", "linear_attention", "tree_verify", "path_commit")
 PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
@@ -69,7 +71,7 @@ Table = dict[str, dict[str, dict[str, Entry]]]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is timed: rows B of T tokens, with heads H of one size; `tree_verify` and `path_commit` take B only."""
+    """Rows to be timed: B of T tokens, with H heads of one size; `tree_verify` and `path_commit` take B only."""
 
     batch: int
     tokens: int
@@ -135,8 +137,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def kernels_of(operation: str, implementation: str) -> list[str]:
-    """What of an operation has rows in the table; on TPU only blocks are to be chosen."""
+def tunable_kernels(operation: str, implementation: str) -> list[str]:
+    """The kernels of an operation that have rows in the table; on TPU only blocks are to be chosen."""
     if operation in ("tree_verify", "path_commit"):
         return [] if implementation == "tpu" else [operation]
     return [f"{operation}.{each}" for each in (PASSES[:1] if implementation == "tpu" else PASSES)]
@@ -146,7 +148,7 @@ def tuned(operation: str, shape: Shape, table: Table, device: str, options: argp
     """The fastest way to cut the work of each of an operation's kernels."""
     best: dict[str, Entry] = {}
     row = row_of(shape)
-    kernels = kernels_of(operation, options.implementation)
+    kernels = tunable_kernels(operation, options.implementation)
     for kernel in (each for each in kernels if not each.endswith(".block")):
         shipped = shipped_row(table, device, kernel, shape)
         if shipped is None or time.monotonic() > options.deadline:
@@ -178,14 +180,14 @@ def table_text(table: Table) -> str:
 
 
 def row_of(shape: Shape) -> str:
-    """The name of its row of the table."""
-    return bucket(shape.size, shape.size, shape.dtype) + (" placed" if shape.placed else "")
+    """The name of a shape's row of the table."""
+    return tile_bucket(shape.size, shape.size, shape.dtype) + (" placed" if shape.placed else "")
 
 
 def shipped_row(table: Table, device: str, kernel: str, shape: Shape) -> Entry | None:
     """The row that the table has for a kernel, the device's own one first."""
     rows = [table.get(each, {}).get(kernel, {}) for each in (device, COMMON)]
-    names = (row_of(shape), bucket(shape.size, shape.size, shape.dtype))
+    names = (row_of(shape), tile_bucket(shape.size, shape.size, shape.dtype))
     return next((each[name] for each in rows for name in names if name in each), None)
 
 
@@ -228,7 +230,7 @@ def timed(ways: list[Entry], prepare: Callable[[Entry], list[Program]], options:
 
 
 def failed(entry: Entry, error: Exception, options: argparse.Namespace) -> None:
-    """Says what did not work, in one line."""
+    """Prints in one line a way that did not work."""
     if options.verbose:
         print(f"    {tuple(entry.values())}: {' '.join(str(error).split())[:120]}", flush=True)
 
@@ -319,7 +321,7 @@ def alone(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> P
 
 
 def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..., Any], list[Any]]:
-    """A function, forward and backward where there is one, and what it is called with."""
+    """A function, forward and backward where there is a backward pass, and its arguments."""
     keys = jax.random.split(jax.random.key(0), 4)
 
     def rows(tokens: int) -> list[jax.Array]:
@@ -328,34 +330,34 @@ def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..
     alpha, taps = jnp.full((shape.heads,), 0.5), jnp.full((shape.heads, TAPS), 0.1)
     memory = jax.random.normal(keys[3], (shape.batch, shape.heads, shape.size, shape.size))
     group_keys, group_values, _ = rows(GROUP)
-    held = Held(memory, group_keys, group_values, rows(TAPS - 1)[0], jnp.full((shape.batch,), GROUP - 1))
+    state = AugmentedState(memory, group_keys, group_values, rows(TAPS - 1)[0], jnp.full((shape.batch,), GROUP - 1))
     if operation == "tree_verify":
-        tree = Tree(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
-        verify = partial(verify_tree, tree=tree, held=held, alpha=alpha, taps=taps, implementation=implementation)
+        tree = TreeArrays(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
+        verify = partial(verify_tree, tree=tree, state=state, alpha=alpha, taps=taps, implementation=implementation)
         return verify, rows(NODES)
     if operation == "path_commit":
-        path_keys, path_values, _ = rows(4)
+        path = Nodes(*rows(4)[:2])
         length = jnp.full((shape.batch,), 4)
-        return partial(commit_path, implementation=implementation), [held, path_keys, path_values, length]
-    placement = whole_document(shape) if shape.placed else None
+        return partial(commit_path, implementation=implementation), [state, path, length]
+    packed = whole_document(shape) if shape.placed else None
 
     def total(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         if operation == "linear_attention":
             outputs = linear_attention(queries, keys, values, implementation=implementation)[0]
         else:
-            augmented = partial(augmented_attention, group_size=GROUP, alpha=alpha, taps=taps, placement=placement)
+            augmented = partial(augmented_attention, group_size=GROUP, alpha=alpha, taps=taps, packed=packed)
             outputs = augmented(queries, keys, values, implementation=implementation)[0]
         return jnp.sum(jnp.square(outputs.astype(jnp.float32)))
 
     return jax.grad(total, range(3)), rows(shape.tokens)
 
 
-def whole_document(shape: Shape) -> Placement:
-    """Rows of one document, for kernels that do not know it."""
+def whole_document(shape: Shape) -> PackedRows:
+    """Packed rows of one document each, for kernels that do not know that they are whole."""
     tokens = jnp.full((shape.batch,), shape.tokens)
     one = jnp.ones((shape.batch,), jnp.int32)
     place = jnp.broadcast_to(jnp.arange(shape.tokens), (shape.batch, shape.tokens))
-    return Placement(jnp.ones_like(place), place, one, one, tokens)
+    return PackedRows(jnp.ones_like(place), place, one, one, tokens)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import re
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -9,19 +10,15 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
+from support.processes import SHARED
 
+from lin_jax.attention import AttentionConfig
+from lin_jax.models import LlamaConfig
 from pallas_kernels.implementations import preferring
 
 HERE = Path(__file__).parent
-
-# Most of the time of a small model's test is compilation. Scripts that tests start inherit it.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-jax.config.update("jax_disable_most_optimizations", True)
-# Triton learns whether it interprets when it is imported, which PyTorch may do.
-if jax.default_backend() != "gpu":
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +34,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="what computes attention where a test asks for nothing: tpu_interpreted, gpu_interpreted, gpu or tpu",
     )
+    parser.addoption(
+        "--users-settings",
+        action="store_true",
+        help="compile as users do, with XLA's optimizations, which take most of the time of small tests",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses how programs are compiled, before the first one is; scripts that tests start inherit it."""
+    if not config.getoption("--users-settings"):
+        # Most of the time of a small model's test is compilation.
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
+    # Triton learns whether it interprets when it is imported, which PyTorch may do.
+    if jax.default_backend() != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,6 +75,24 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def programs_on_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiles a program once, for all tests, workers and processes of their own."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    options = {
+        "jax_compilation_cache_dir": str(folder / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        compilation_cache.reset_cache()
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,9 +120,30 @@ def x64() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small, predictable text: sentences over few words, many documents."""
+    chance = random.Random(0)
+    words = "the a small big cat dog tree house sat ran under over near and then it".split()  # noqa: SIM905
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    documents = [" ".join(chance.choices(words, k=chance.randint(5, 60))) for _ in range(400)]
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=2,
+        attention=AttentionConfig(group_size=8, kernel_size=7, initial_alpha=0.1),
+    )
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real texts beside the project; tests that need it are skipped where there is none."""
-    folder = HERE.parent.parent / "shared" / "data"
-    if not folder.is_dir():
+    if not SHARED.is_dir():
         pytest.skip("no ../shared/data beside the project")
-    return folder
+    return SHARED

@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.processes import ROOT
 
 from lin_jax.attention import REGISTRY
-from lin_jax.decoding.costs import Costs, device_kind
-from lin_jax.decoding.plan import Plan, save_plans
-from lin_jax.decoding.session import PLAN_FILE
+from lin_jax.decoding.autotune.costs import Costs, device_kind
+from lin_jax.decoding.autotune.plan import SpeculationPlan, save_plans
+from lin_jax.session import PLAN_FILE
 from lin_jax.training import load_run_config
-from lin_jax.training.loop import train
-from lin_jax.training.tracker import read_metrics
-
-ROOT = Path(__file__).parent.parent
+from lin_jax.training.monitoring.trackers import read_metrics
+from lin_jax.training.run import train
 
 
 def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -65,7 +64,7 @@ def test_speculation(tmp_path: Path) -> None:
     """A plan's tree, a chain and Hugging Face's generate take turns, and write what they should."""
     config = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "run"))
     train(replace(config, training=replace(config.training, steps=2)))
-    plan = Plan("ngram", 1, "0;1;0,0", device_kind(), expected_speedup=2.0, measured_speedup=2.0)
+    plan = SpeculationPlan("ngram", 1, "0;1;0,0", device_kind(), expected_speedup=2.0, measured_speedup=2.0)
     costs = Costs(1, (1, 2, 16), (1.0, 1.1, 1.5))
     save_plans(tmp_path / "run" / PLAN_FILE, [plan], [costs])
     file, plot = tmp_path / "speculation.json", tmp_path / "speculation.png"

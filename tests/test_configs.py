@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from lin_jax.training.pipeline import parse_command
+from lin_jax.training.stages.config import parse_command
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("**/*.yaml"))
 

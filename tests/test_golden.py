@@ -9,20 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cells import cells
 from flax import nnx
-from golden_files import Golden, assert_close
-from golden_models_gpt2_flash import flash, gpt2, gpt2_classifier
-from golden_models_t5 import t5, t5_classifier
+from support.cells import cells
+from support.golden_files import Golden, assert_close
+from support.golden_models_gpt2_flash import flash, gpt2, gpt2_classifier
+from support.golden_models_t5 import t5, t5_classifier
 
 from lin_jax.attention import TreeArrays, tree_arrays
 from lin_jax.decoding import DraftTree, Generator, MedusaDrafter, NgramDrafter
-from lin_jax.decoding.acceptance import longest_path
-from lin_jax.decoding.draft import Draft, DraftContext
-from lin_jax.hub.flash import entries as flash_entries
-from lin_jax.hub.gpt2 import entries as gpt2_entries
-from lin_jax.hub.llama import entries as llama_entries
-from lin_jax.hub.t5 import entries as t5_entries
+from lin_jax.decoding.acceptance.longest_path import longest_path
+from lin_jax.decoding.drafting.api import Draft, DraftContext
+from lin_jax.hub.families.flash import entries as flash_entries
+from lin_jax.hub.families.gpt2 import entries as gpt2_entries
+from lin_jax.hub.families.llama import entries as llama_entries
+from lin_jax.hub.families.t5 import entries as t5_entries
 from lin_jax.hub.tensors import named
 from lin_jax.models import T5, Llama, T5Classifier
 from lin_jax.models.causal import CausalModel
@@ -76,6 +76,7 @@ def mask_of(golden: Golden, name: str) -> jax.Array | None:
     return None if mask is None else jnp.asarray(mask)
 
 
+@pytest.mark.users_settings
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family(*CAUSAL)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -184,7 +185,9 @@ def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
     model = golden.llama(dtype)
     count = len(next(iter(cases.values()))[1])
     for drafter in (None, NgramDrafter(depth=min(5, golden.config["group_size"] - 1), lookback=64)):
-        generation = Generator(model, drafter=drafter, piece=7).generate([p for p, _ in cases.values()], count)
+        generation = Generator(model, drafter=drafter, prefill_chunk_size=7).generate(
+            [p for p, _ in cases.values()], count
+        )
         assert generation.tokens == [tokens for _, tokens in cases.values()]
     for suffix, (prompt, tokens) in cases.items():
         ids = jnp.asarray([prompt + tokens])
@@ -198,7 +201,7 @@ def test_exact_tree_decoding(golden: Golden, dtype: str) -> None:
     cases = decoding_inputs(golden, "greedy_full_tokens_")
     tree = DraftTree(tuple(map(tuple, golden.config["tree"])))
     drafter = MedusaDrafter(golden.heads(dtype), width=golden.config["topk"])
-    generator = Generator(golden.llama(dtype), drafter=drafter, tree=tree, piece=8)
+    generator = Generator(golden.llama(dtype), drafter=drafter, tree=tree, prefill_chunk_size=8)
     longest = max(len(tokens) for _, tokens in cases.values())
     together = generator.generate([prompt for prompt, _ in cases.values()], longest)
     for (prompt, tokens), found in zip(cases.values(), together.tokens, strict=True):

@@ -3,13 +3,11 @@
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
+from support.processes import ROOT
 
 import lin_jax
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -30,7 +28,7 @@ def test_core_needs_no_pytorch() -> None:
     """Training and decoding import neither PyTorch nor the tests' packages."""
     code = (
         "import sys; sys.modules.update({name: None for name in ('torch', 'pytest', 'hypothesis')});"
-        "import lin_jax.decoding.session, lin_jax.training.loop, lin_jax.hub.llama, lin_jax.demo.__main__"
+        "import lin_jax.session, lin_jax.training.run, lin_jax.hub.families.llama, lin_jax.cli.demo"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

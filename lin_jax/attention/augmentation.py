@@ -15,14 +15,13 @@ from jaxtyping import Array, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.state import AugmentedState
-from lin_jax.attention.tree import TreeArrays
+from pallas_kernels.types import QKV, AugmentedState, TreeArrays
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class WrappedState:
-    """The state of the base, and that of the branches around it."""
+    """Decode state of the base, and of the branches around it."""
 
     base: Any
     around: AugmentedState
@@ -34,7 +33,7 @@ class WrappedState:
 
 
 class WrappedNodes(NamedTuple):
-    """What the base and the branches around it need of a tree's nodes."""
+    """A tree's nodes as the base and the branches around it need them."""
 
     base: Any
     around: Any
@@ -65,32 +64,28 @@ class WrappedAttention(nnx.Module):
 
     def parallel(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         layout: Layout,
         state: WrappedState | None = None,
         bias: RelativeBias | None = None,
     ) -> tuple[Array, WrappedState | None]:
         """Outputs of both, added, for whole rows."""
         parts = (None, None) if state is None else (state.base, state.around)
-        base, base_state = self.base.parallel(queries, keys, values, layout, parts[0], bias)
-        around, around_state = self.around.parallel(queries, keys, values, layout, parts[1])
+        base, base_state = self.base.parallel(qkv, layout, parts[0], bias)
+        around, around_state = self.around.parallel(qkv, layout, parts[1])
         after = None if around_state is None else WrappedState(base_state, around_state)
         return self._sum(base, around), after
 
     def verify(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         tree: TreeArrays,
         state: WrappedState,
         bias: RelativeBias | None = None,
     ) -> tuple[Array, WrappedNodes]:
         """Outputs of both, added, for tree nodes."""
-        base, base_nodes = self.base.verify(queries, keys, values, tree, state.base, bias)
-        around, around_nodes = self.around.verify(queries, keys, values, tree, state.around)
+        base, base_nodes = self.base.verify(qkv, tree, state.base, bias)
+        around, around_nodes = self.around.verify(qkv, tree, state.around)
         return self._sum(base, around), WrappedNodes(base_nodes, around_nodes)
 
     def commit(self, state: WrappedState, path: WrappedNodes, length: Int[Array, " B"]) -> WrappedState:
@@ -99,12 +94,10 @@ class WrappedAttention(nnx.Module):
             self.base.commit(state.base, path.base, length), self.around.commit(state.around, path.around, length)
         )
 
-    def bidirectional(
-        self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None = None
-    ) -> Array:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Array:
         """Outputs of both, added, for an encoder's rows."""
-        base = self.base.bidirectional(queries, keys, values, layout, bias)
-        return self._sum(base, self.around.bidirectional(queries, keys, values, layout))
+        base = self.base.bidirectional(qkv, layout, bias)
+        return self._sum(base, self.around.bidirectional(qkv, layout))
 
     def condense(self, keys: Array, values: Array, layout: Layout) -> WrappedNodes:
         """Both memories of an encoder's output."""

@@ -1,4 +1,4 @@
-"""Local, linear and convolution branches, each of them optional, and how their outputs are put together."""
+"""Local, linear and convolution branches, each of them optional, and the combination of their outputs."""
 
 import math
 from typing import Any, Literal
@@ -10,11 +10,13 @@ from jaxtyping import Array, Float
 from lin_jax.attention.convolution import Convolution
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
-from lin_jax.attention.pairs import accumulation_dtype, split_heads, unit, weighted_values
+from lin_jax.attention.pairs import split_heads, unit, weighted_values
+from pallas_kernels.precision import accumulation_dtype
+from pallas_kernels.types import QKV
 
 
 class Branches(nnx.Module):
-    """What a composed attention consists of, over queries and keys of `kv_heads` heads.
+    """The parts of a composed attention, over queries and keys of `kv_heads` heads.
 
     Args:
         kv_heads: key/value heads K.
@@ -69,12 +71,13 @@ class Branches(nnx.Module):
         return unit(vectors) if self.unit_inputs else vectors
 
     def fold(self, keys: Array, values: Array, included: Array | None = None) -> Array:
-        """What tokens `[B, ..., S]` add to the memory `[B, ..., K, M, E]`, by their keys as they are scored."""
+        """The addition of tokens `[B, ..., S]` to the memory `[B, ..., K, M, E]`, by their keys as they are scored."""
         assert self.linear is not None, "there is a linear branch"
         return self.linear.fold(keys, self._values(values), included)
 
-    def _inputs(self, queries: Array, keys: Array) -> tuple[Array, Array]:
-        return split_heads(self.scored(queries), self.kv_heads), self.scored(keys)
+    def _inputs(self, qkv: QKV) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, K, R, D]` and keys as they are scored, and values as they came."""
+        return split_heads(self.scored(qkv.queries), self.kv_heads), self.scored(qkv.keys), qkv.values
 
     def _values(self, values: Array) -> Array:
         return unit(values) if self.unit_values else values
@@ -88,7 +91,7 @@ class Branches(nnx.Module):
         linear_mask: Array | None,
         bias: Array | None,
     ) -> tuple[Array | None, Array | None]:
-        """Both branches over explicit pairs: what is output directly, and sums that are yet to be finished.
+        """Both branches over explicit pairs: outputs, and sums that are yet to be finished.
 
         Sums that nothing more is done to share one product with the values with the local branch.
         """

@@ -1,4 +1,4 @@
-"""Rows cut into group-sized chunks: which keys a chunk scores directly, and which it reads from the memory."""
+"""Rows cut into group-sized chunks: keys that a chunk scores directly, and keys that it reads from the memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from lin_jax.attention.bias import RelativeBias
-from lin_jax.attention.layout import Layout, first_document
-from lin_jax.attention.memory import carried_documents, scan_memory
+from lin_jax.attention.layout import Layout, first_segment_id
+from lin_jax.attention.memory import carried_segment_ids, scan_memory
 from lin_jax.attention.pairs import PairMasks, causal_masks, per_head
-from lin_jax.attention.state import AugmentedState
+from pallas_kernels.types import AugmentedState
 
 
 def cut(x: Array, size: int, front: int = 0) -> Array:
@@ -32,7 +32,7 @@ class Chunks:
     queries: Array  # [B, n, G, K, R, D]
     keys: Array  # [B, m, G, K, D], m = n or, with the chunk that precedes the row, n + 1
     values: Array  # [B, m, G, K, E]
-    documents: Array  # [B, m, G]
+    segment_ids: Array  # [B, m, G]
     positions: Array  # [B, m, G]
     present: Array | None  # [B, n, G], where rows are aligned and not all tokens are present
     first: Array  # [B]
@@ -57,8 +57,8 @@ class Chunks:
         if layout.continued:
             state = None
         aligned = layout.aligned and state is None
-        first = first_document(layout.documents)
-        documents, positions = layout.documents, layout.positions
+        first = first_segment_id(layout.segment_ids)
+        segment_ids, positions = layout.segment_ids, layout.positions
         front = 0 if aligned or state is not None else size
         if state is not None:
             start = state.position // size * size
@@ -66,14 +66,14 @@ class Chunks:
             held = jnp.where(slots < state.position[:, None], first[:, None], 0)
             keys = jnp.concatenate([state.keys.astype(keys.dtype), keys], axis=1)
             values = jnp.concatenate([state.values.astype(values.dtype), values], axis=1)
-            documents = jnp.concatenate([held.astype(documents.dtype), documents], axis=1)
+            segment_ids = jnp.concatenate([held.astype(segment_ids.dtype), segment_ids], axis=1)
             positions = jnp.concatenate([slots.astype(positions.dtype), positions], axis=1)
         present = None if layout.present is None or not aligned else cut(layout.present, size)
         return cls(
             queries=cut(queries, size),
             keys=cut(keys, size, front),
             values=cut(values, size, front),
-            documents=cut(documents, size, front),
+            segment_ids=cut(segment_ids, size, front),
             positions=cut(positions, size, front),
             present=present,
             first=first,
@@ -95,19 +95,20 @@ class Chunks:
         return self._window(self.values)
 
     @property
-    def _query_documents(self) -> Array:
-        return self.documents[:, -self.queries.shape[1] :]
+    def _query_segment_ids(self) -> Array:
+        return self.segment_ids[:, -self.queries.shape[1] :]
 
     @property
     def masks(self) -> PairMasks:
-        """Which pairs of a chunk's queries and its window's keys meet."""
+        """Masks of the pairs of a chunk's queries and its window's keys."""
         if self.aligned:
             size = self.keys.shape[2]
             causal = jnp.tri(size, dtype=bool)[None, None]
             return PairMasks(causal if self.present is None else causal & self.present[:, :, None, :], None)
         count = self.queries.shape[1]
-        documents = self._window(self.documents)
-        together = (self._query_documents[..., :, None] == documents[..., None, :]) & (documents > 0)[..., None, :]
+        segment_ids = self._window(self.segment_ids)
+        same = self._query_segment_ids[..., :, None] == segment_ids[..., None, :]
+        together = same & (segment_ids > 0)[..., None, :]
         return causal_masks(self.positions[:, -count:], self._window(self.positions), self.queries.shape[2], together)
 
     def bias(self, bias: RelativeBias | None) -> Array | None:
@@ -123,15 +124,15 @@ class Chunks:
 
     @property
     def _carried(self) -> Array:
-        return carried_documents(self.documents, self.first)
+        return carried_segment_ids(self.segment_ids, self.first)
 
     @property
     def reads_memory(self) -> Bool[Array, "B n G"]:
-        """Which queries belong to the document that the memory before their window speaks of."""
+        """Mask of the queries that belong to the document of the memory before their window."""
         if self.aligned:
             return jnp.ones((1, 1, 1), bool)
         speaks_of = jnp.concatenate([self.first[:, None], self._carried[:, :-1]], axis=1)
-        return self._query_documents == speaks_of[:, : self.queries.shape[1], None]
+        return self._query_segment_ids == speaks_of[:, : self.queries.shape[1], None]
 
     def memories(self, initial: Array, fold: Callable[..., Array], *, whole: bool) -> tuple[Array, Array]:
         """The memory `[B, n, K, M, E]` before each window and, if `whole`, the one after the row.
@@ -146,12 +147,12 @@ class Chunks:
         if not self.aligned:
             carried = self._carried
             previous = jnp.concatenate([self.first[:, None], carried[:, :-1]], axis=1)
-            documents = self.documents
+            segment_ids = self.segment_ids
             last = carried[:, -1:, None]
-            ends = jnp.max(jnp.where(documents == last, self.positions + 1, 0), axis=(1, 2), keepdims=True)
+            ends = jnp.max(jnp.where(segment_ids == last, self.positions + 1, 0), axis=(1, 2), keepdims=True)
             size = self.keys.shape[2]
-            unfinished = (documents == last) & (self.positions >= ends // size * size)
-            included = ((documents == carried[..., None]) & ~unfinished)[:, :used]
+            unfinished = (segment_ids == last) & (self.positions >= ends // size * size)
+            included = ((segment_ids == carried[..., None]) & ~unfinished)[:, :used]
             keep = (carried == previous)[:, :used]
         scan = scan_memory(fold(keys, values, included), initial, keep)
         before = jnp.moveaxis(scan.before, 0, 1)

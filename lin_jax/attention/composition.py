@@ -17,29 +17,30 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches, nothing, plus
 from lin_jax.attention.chunks import Chunks, cut
-from lin_jax.attention.fused import fused, fused_commit, fused_verify, is_fused
+from lin_jax.attention.kernels import fused, fused_commit, fused_verify, is_fused
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
     PairMasks,
-    accumulation_dtype,
     merge_heads,
     per_head,
+    split_heads,
 )
-from lin_jax.attention.sequence import lies_cut, over_sequence
-from lin_jax.attention.state import AugmentedState, TreePairs, advance, commit_path
-from lin_jax.attention.tree import TreeArrays
+from lin_jax.attention.sequence_parallel import lies_cut, over_sequence
+from lin_jax.attention.state import TreePairs, advance
+from pallas_kernels.path_commit.xla import advance_by_path
+from pallas_kernels.precision import accumulation_dtype
+from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SourceMemory:
-    """What an encoder's output comes to: a memory, and keys and values where a local branch wants to see them.
+    """Memory of an encoder's output, with its keys and values where there is a local branch.
 
     Attributes:
         memory: `[B, K, M, E]`, or None without a linear branch.
         tokens: `[B, S, K, D]` keys and `[B, S, K, E]` values, or None without a local branch.
-        present: `[B, S]` which tokens are present.
+        present: `[B, S]` mask of the tokens that are present.
     """
 
     memory: Float[Array, "*layers B K M E"] | None
@@ -70,9 +71,7 @@ class ComposedAttention(Branches):
 
     def parallel(
         self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
+        qkv: QKV,
         layout: Layout,
         state: AugmentedState | None = None,
         bias: RelativeBias | None = None,
@@ -83,15 +82,15 @@ class ComposedAttention(Branches):
         mesh with an axis `sequence`, rows without a state lie along it.
         """
         if state is None and lies_cut(layout, self.group_size):
-            return over_sequence(self, queries, keys, values, layout, bias), None
+            return over_sequence(self, qkv, layout, bias), None
         if layout.present is None and is_fused(self, bias):
-            outputs, memory = fused(self, queries, keys, values, layout, state)
+            outputs, memory = fused(self, qkv, layout, state)
             if state is None or layout.continued:
                 return outputs, None
             # What the state keeps are keys as they are scored.
-            keys = self.scored(keys)
-            return outputs, advance(state, keys, values, layout, None if self.linear is None else memory)
-        queries, keys = self._inputs(queries, keys)
+            keys = self.scored(qkv.keys)
+            return outputs, advance(state, keys, qkv.values, layout, None if self.linear is None else memory)
+        queries, keys, values = self._inputs(qkv)
         rows = Chunks.of(queries, keys, values, layout, state, self.group_size)
         direct, sums = self._pairs(
             rows.queries, rows.window_keys, rows.window_values, *self._reach(rows.masks), rows.bias(bias)
@@ -113,9 +112,7 @@ class ComposedAttention(Branches):
 
     def verify(
         self,
-        queries: Float[Array, "B N H D"],
-        keys: Float[Array, "B N K D"],
-        values: Float[Array, "B N K E"],
+        qkv: QKV,
         tree: TreeArrays,
         state: AugmentedState,
         bias: RelativeBias | None = None,
@@ -127,9 +124,9 @@ class ComposedAttention(Branches):
         """
         if is_fused(self, bias):
             # What the state keeps are keys as they are scored.
-            nodes = Nodes(self.scored(keys), values)
-            return fused_verify(self, queries, keys, values, tree, state), nodes
-        queries, keys = self._inputs(queries, keys)
+            nodes = Nodes(self.scored(qkv.keys), qkv.values)
+            return fused_verify(self, qkv, tree, state), nodes
+        queries, keys, values = self._inputs(qkv)
         nodes = Nodes(keys, values)
         pairs = TreePairs.of(state, nodes, tree)
         between = None if bias is None else per_head(bias.between(pairs.positions, pairs.key_positions), self.kv_heads)
@@ -145,21 +142,14 @@ class ComposedAttention(Branches):
         """The state after the first `length` (at most G) nodes of the path, row by row."""
         if state.memory is not None and is_fused(self, None):
             return fused_commit(self, state, path, length)
-        return commit_path(state, path, length, self.fold)
+        return advance_by_path(state, path, length, self.fold)
 
-    def bidirectional(
-        self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
-        layout: Layout,
-        bias: RelativeBias | None = None,
-    ) -> Float[Array, "B T H E"]:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Float[Array, "B T H E"]:
         """Outputs for an encoder's rows: the local branch over whole groups, the linear one over the whole document.
 
         Rows that hold several documents are scored as one matrix of pairs.
         """
-        queries, keys = self._inputs(queries, keys)
+        queries, keys, values = self._inputs(qkv)
         if self.mean is not None and self.linear is not None:
             start = self.linear.features.start
             mean = queries[..., start:] / self._lengths(layout)[..., None, None, None].astype(queries.dtype)
@@ -179,7 +169,7 @@ class ComposedAttention(Branches):
         return merge_heads(outputs).astype(values.dtype)
 
     def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceMemory:
-        """Sums an encoder's output up; a local branch keeps all of it, and its state grows with the source."""
+        """Sums an encoder's output up; a local branch keeps all of it, so that the memory grows with the source."""
         keys = self.scored(keys)
         memory = None if self.linear is None else self._source(keys, values, layout)
         return SourceMemory(memory, None if self.local is None else Nodes(keys, values), layout.valid)
@@ -188,7 +178,7 @@ class ComposedAttention(Branches):
         self, queries: Float[Array, "B T H D"], positions: Int[Array, "B T"], memory: SourceMemory
     ) -> Float[Array, "B T H E"]:
         """Outputs for a decoder's queries; the local branch reads the source's group of the same number."""
-        queries = self._inputs(queries, queries)[0]
+        queries = split_heads(self.scored(queries), self.kv_heads)
         direct = None
         if self.local is not None and memory.tokens is not None:
             group = positions[:, :, None] // self.group_size
@@ -219,7 +209,7 @@ class ComposedAttention(Branches):
         return self._outputs(direct, sums)
 
     def _lengths(self, layout: Layout) -> Int[Array, "#B #T"]:
-        """What the mean over an encoder's row divides by: the row's length, or the present tokens of each document."""
+        """Divisors of the mean over an encoder's row: the row's length, or the present tokens of each document."""
         if self.mean == "row":
             return jnp.full((1, 1), layout.positions.shape[1])
         present = jnp.sum(layout.valid, axis=1, keepdims=True) if layout.aligned else jnp.sum(layout.pairs, axis=2)

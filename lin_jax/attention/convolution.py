@@ -90,7 +90,7 @@ class Convolution(nnx.Module):
         values = self.readable(values, layout)
         if not layout.aligned:
             lag = jnp.arange(values.shape[1])[:, None] - jnp.arange(values.shape[1])
-            same = layout.documents[:, :, None] == layout.documents[:, None, :]
+            same = layout.segment_ids[:, :, None] == layout.segment_ids[:, None, :]
             band = jnp.where(same[:, None, None], self._taps_at(lag, values.dtype), 0)
             return weighted_values(band, values)
         # Seen from `ahead` tokens later, the whole filter looks back.

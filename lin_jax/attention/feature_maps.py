@@ -1,4 +1,4 @@
-"""Feature maps phi: what makes `phi(q)·phi(k)` of q·k, so that sums over keys fit into a memory `sum phi(k) v^T`.
+"""Feature maps phi: `phi(q)·phi(k)` stands for a function of q·k, so that keys sum up to a memory `sum phi(k) v^T`.
 
 Features of nonlinear maps are taken in float32 or better. Random projections are not learnt; `redraw` makes new ones.
 """
@@ -13,7 +13,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lin_jax.attention.memory import EXACT, fold, recall
-from lin_jax.attention.pairs import accumulation_dtype, pair_scores, unit
+from lin_jax.attention.pairs import pair_scores, unit
+from pallas_kernels.precision import accumulation_dtype, upcast
 
 
 class RandomProjection(nnx.Variable):
@@ -63,13 +64,13 @@ class FeatureMap(nnx.Module):
         values: Float[Array, "*batch S K E"],
         included: Bool[Array, "*#batch S"] | None = None,
     ) -> Float[Array, "*batch K M E"]:
-        """What tokens add to the memory."""
+        """The addition of tokens to the memory."""
         return fold(self.keys(keys), values, included)
 
     def recall(
         self, queries: Float[Array, "*batch T K R D"], memory: Float[Array, "*batch K M E"]
     ) -> Float[Array, "*batch T K R E"]:
-        """What queries read from the memory."""
+        """The values that queries read from the memory."""
         return recall(self.queries(queries), memory)
 
 
@@ -97,11 +98,11 @@ class Relu(FeatureMap):
 
     def queries(self, queries: Array) -> Array:
         """Rectified queries."""
-        return jax.nn.relu(_wide(queries))
+        return jax.nn.relu(upcast(queries))
 
     def keys(self, keys: Array) -> Array:
         """Rectified keys."""
-        return jax.nn.relu(_wide(keys))
+        return jax.nn.relu(upcast(keys))
 
 
 class EluPlusOne(FeatureMap):
@@ -112,11 +113,11 @@ class EluPlusOne(FeatureMap):
 
     def queries(self, queries: Array) -> Array:
         """Positive queries."""
-        return jax.nn.elu(_wide(queries)) + 1
+        return jax.nn.elu(upcast(queries)) + 1
 
     def keys(self, keys: Array) -> Array:
         """Positive keys."""
-        return jax.nn.elu(_wide(keys)) + 1
+        return jax.nn.elu(upcast(keys)) + 1
 
 
 class PositiveRandomFeatures(FeatureMap):
@@ -141,7 +142,7 @@ class PositiveRandomFeatures(FeatureMap):
         return jnp.exp(jnp.minimum(self._exponent(keys), 40.0)) / math.sqrt(self.size)
 
     def _exponent(self, x: Array) -> Array:
-        scaled = _wide(x) / x.shape[-1] ** 0.25
+        scaled = upcast(x) / x.shape[-1] ** 0.25
         return _project(scaled, self.projection) - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
 
 
@@ -157,7 +158,7 @@ class RandomFourierFeatures(FeatureMap):
 
     def queries(self, queries: Array) -> Array:
         """Sines and cosines."""
-        angles = _project(unit(_wide(queries)), self.projection)
+        angles = _project(unit(upcast(queries)), self.projection)
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1) * math.sqrt(2 / self.size)
 
     def keys(self, keys: Array) -> Array:
@@ -184,7 +185,7 @@ class HashCollisions(FeatureMap):
         return jnp.mean(collide, axis=-1, dtype=accumulation_dtype(queries.dtype))
 
     def fold(self, keys: Array, values: Array, included: Bool[Array, "*#batch S"] | None = None) -> Array:
-        """What tokens add to the tables: their values, in their rows."""
+        """The addition of tokens to the tables: their values, in their rows."""
         marks = jax.nn.one_hot(self.rows(keys), 2**self.bits, dtype=accumulation_dtype(keys.dtype))
         return fold(marks.reshape(*marks.shape[:-2], self.size), values, included)
 
@@ -199,7 +200,7 @@ class HashCollisions(FeatureMap):
 
     def rows(self, x: Float[Array, "*batch D"]) -> Int[Array, "*batch m"]:
         """The row that each of the m hashes of a vector names."""
-        signs = _project(_wide(x), self.projection) > 0
+        signs = _project(upcast(x), self.projection) > 0
         powers = 2 ** jnp.arange(self.bits)
         return jnp.sum(signs.reshape(*x.shape[:-1], self.hashes, self.bits) * powers, axis=-1)
 
@@ -211,10 +212,6 @@ def redraw(module: nnx.Module, key: Key[Array, ""]) -> None:
         keys = jax.random.split(jax.random.fold_in(key, number), math.prod(stack))
         drawn = jax.vmap(partial(projection.type.draw, count=count, size=size))(keys)
         projection[...] = drawn.reshape(projection[...].shape)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(accumulation_dtype(x.dtype))
 
 
 def _project(x: Float[Array, "*batch D"], projection: Any) -> Float[Array, "*batch M"]:

@@ -15,19 +15,23 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
+from lin_jax.attention.config import Conventions
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
-from lin_jax.attention.mixer import Conventions, Nodes
 from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
-from lin_jax.attention.softmax import causal_softmax, masked_softmax
-from lin_jax.attention.tree import TreeArrays
 from lin_jax.errors import UserError
+from pallas_kernels.implementations import choose_implementation, target_platform
+from pallas_kernels.types import QKV, Nodes, TreeArrays
+
+# What cuDNN takes on every GPU that has FlashAttention at all.
+CUDNN_TYPES = ("bfloat16", "float16")
+CUDNN_HEAD = 128
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CacheState:
-    """Keys and values of all tokens so far; its size is fixed by the capacity, not by a constant of the method.
+    """Decode state of attention over all pairs: keys and values of all tokens so far, in slots for a capacity.
 
     Attributes:
         keys: `[B, C, K, D]`, position p in slot p.
@@ -43,7 +47,7 @@ class CacheState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SourceCache:
-    """An encoder's keys `[B, S, K, D]` and values `[B, S, K, E]`, and which of them are present `[B, S]`."""
+    """An encoder's keys `[B, S, K, D]` and values `[B, S, K, E]`, and the mask `[B, S]` of those present."""
 
     keys: Float[Array, "*layers B S K D"]
     values: Float[Array, "*layers B S K E"]
@@ -57,9 +61,9 @@ class FullAttention(nnx.Module):
         kv_heads: key/value heads K.
         head_dim: size D of queries and keys.
         value_dim: size E of values.
-        weights: how scores become weights.
+        weights: function from scores to weights.
         conventions: scale and length.
-        implementation: what computes the softmax of whole rows, as `causal_softmax` has it.
+        implementation: of the softmax over whole rows, as in `causal_softmax`.
     """
 
     def __init__(
@@ -89,36 +93,34 @@ class FullAttention(nnx.Module):
 
     def parallel(
         self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
+        qkv: QKV,
         layout: Layout,
         state: CacheState | None = None,
         bias: RelativeBias | None = None,
     ) -> tuple[Float[Array, "B T H E"], CacheState | None]:
         """Outputs for whole rows. From a state, rows are one document each, padded on the right."""
         if state is not None:
-            return self._from_cache(queries, keys, values, layout, state, bias)
+            return self._from_cache(qkv, layout, state, bias)
         whole = layout.aligned and layout.present is None
         if whole and bias is None and self.weights == "softmax" and self.conventions.softmax_scale != "length":
-            return causal_softmax(queries, keys, values, self._scale, self.implementation), None
-        mask = jnp.tri(keys.shape[1], dtype=bool)[None]
+            return causal_softmax(*qkv, self._scale, self.implementation), None
+        length = qkv.keys.shape[1]
+        mask = jnp.tri(length, dtype=bool)[None]
         if not whole:
             mask = mask & layout.pairs
-        lengths = self._lengths(keys.shape[1], layout.positions + 1)
+        lengths = self._lengths(length, layout.positions + 1)
         added = None if bias is None else bias.between(layout.positions, layout.positions)
-        return self._attend(queries, keys, values, mask, added, lengths), None
+        return self._attend(qkv, mask, added, lengths), None
 
     def verify(
         self,
-        queries: Float[Array, "B N H D"],
-        keys: Float[Array, "B N K D"],
-        values: Float[Array, "B N K E"],
+        qkv: QKV,
         tree: TreeArrays,
         state: CacheState,
         bias: RelativeBias | None = None,
     ) -> tuple[Float[Array, "B N H E"], Nodes]:
         """Outputs for the nodes of a tree on top of the cache."""
+        queries, keys, values = qkv
         batch, count = keys.shape[:2]
         slots = jnp.arange(state.keys.shape[1])
         cached = slots < state.position[:, None]
@@ -134,7 +136,7 @@ class FullAttention(nnx.Module):
         positions = state.position[:, None] + tree.depth
         key_positions = jnp.concatenate([jnp.broadcast_to(slots, (batch, slots.size)), positions], axis=1)
         added = None if bias is None else bias.between(positions, key_positions)
-        return self._attend(queries, all_keys, all_values, mask, added, positions + 1), Nodes(keys, values)
+        return self._attend(QKV(queries, all_keys, all_values), mask, added, positions + 1), Nodes(keys, values)
 
     def commit(self, state: CacheState, path: Nodes, length: Int[Array, " B"]) -> CacheState:
         """The cache with the first `length` nodes of the path written behind it, row by row."""
@@ -148,19 +150,12 @@ class FullAttention(nnx.Module):
         position = state.position + length.astype(state.position.dtype)
         return CacheState(write(state.keys, path.keys), write(state.values, path.values), position)
 
-    def bidirectional(
-        self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
-        layout: Layout,
-        bias: RelativeBias | None = None,
-    ) -> Float[Array, "B T H E"]:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Float[Array, "B T H E"]:
         """Outputs for an encoder's rows."""
         mask = layout.pairs
-        lengths = self._lengths(keys.shape[1], jnp.sum(mask, axis=-1))
+        lengths = self._lengths(qkv.keys.shape[1], jnp.sum(mask, axis=-1))
         added = None if bias is None else bias.between(layout.positions, layout.positions)
-        return self._attend(queries, keys, values, mask, added, lengths)
+        return self._attend(qkv, mask, added, lengths)
 
     def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceCache:
         """Keeps an encoder's keys and values as they are."""
@@ -172,37 +167,37 @@ class FullAttention(nnx.Module):
         """Outputs for a decoder's queries; their positions do not matter."""
         mask = jnp.broadcast_to(memory.present[:, None, :], (*positions.shape, memory.present.shape[1]))
         lengths = self._lengths(memory.keys.shape[1], jnp.sum(mask, axis=-1))
-        return self._attend(queries, memory.keys, memory.values, mask, None, lengths)
+        return self._attend(QKV(queries, memory.keys, memory.values), mask, None, lengths)
 
     def _from_cache(
-        self, queries: Array, keys: Array, values: Array, layout: Layout, state: CacheState, bias: RelativeBias | None
+        self, qkv: QKV, layout: Layout, state: CacheState, bias: RelativeBias | None
     ) -> tuple[Array, CacheState]:
+        queries, keys, values = qkv
         state = self.commit(state, Nodes(keys, values), layout.lengths)
         slots = jnp.arange(state.keys.shape[1])
         mask = slots <= layout.positions[..., None]
         added = None if bias is None else bias.between(layout.positions, jnp.broadcast_to(slots, (1, slots.size)))
-        cached = (state.keys.astype(keys.dtype), state.values.astype(values.dtype))
-        return self._attend(queries, *cached, mask, added, layout.positions + 1), state
+        cached = QKV(queries, state.keys.astype(keys.dtype), state.values.astype(values.dtype))
+        return self._attend(cached, mask, added, layout.positions + 1), state
 
     @property
     def _scale(self) -> float:
-        """What softmax scores are multiplied with, but for the length."""
+        """Factor of softmax scores, but for the length."""
         return self.head_dim**-0.5 if self.conventions.softmax_scale == "root" else 1.0
 
     def _lengths(self, row: int, seen: Int[Array, "#B T"]) -> Int[Array, "#B T"]:
-        """What each query's scores may be divided by."""
+        """Lengths by which each query's scores may be divided."""
         return jnp.full_like(seen, row) if self.conventions.length == "row" else jnp.maximum(seen, 1)
 
     def _attend(
         self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B S K D"],
-        values: Float[Array, "B S K E"],
+        qkv: QKV,
         mask: Bool[Array, "#B T S"],
         bias: Float[Array, "#B H T S"] | None,
         lengths: Int[Array, "#B T"],
     ) -> Float[Array, "B T H E"]:
-        """Outputs over the pairs that the mask allows."""
+        """Outputs over the pairs that the mask allows; keys and values may be of other tokens than queries."""
+        queries, keys, values = qkv
         divisors = lengths[:, :, None, None].astype(queries.dtype)
         if self.weights == "softmax":
             if self.conventions.softmax_scale == "length":
@@ -233,3 +228,55 @@ def _squared(
         scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
     weights = jnp.where(mask[:, None, None], relu_squared(scores), 0)
     return merge_heads(weighted_values(weights, values)).astype(values.dtype)
+
+
+def causal_softmax(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K E"],
+    scale: float,
+    implementation: str | None = None,
+) -> Float[Array, "B T H E"]:
+    """Outputs of whole rows, each one document from position 0; H is a multiple of K.
+
+    Args:
+        queries: `[B, T, H, D]`.
+        keys: `[B, T, K, D]`.
+        values: `[B, T, K, E]`.
+        scale: factor of the scores.
+        implementation: `xla` for plain XLA; anything else takes cuDNN where there is a GPU, and XLA for what it cannot.
+    """
+    asked = ("cudnn", "xla") if implementation != "xla" and target_platform() == "gpu" else "xla"
+    if choose_implementation("softmax attention", asked, {"cudnn": _obstacle(keys, values), "xla": None}) == "xla":
+        mask = jnp.tri(keys.shape[1], dtype=bool)[None]
+        return masked_softmax(queries, keys, values, mask, None, scale)
+    return jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")
+
+
+def _obstacle(keys: Float[Array, "B T K D"], values: Float[Array, "B T K E"]) -> str | None:
+    """The reason why cuDNN cannot take such rows, None if it can."""
+    length, size = keys.shape[1], keys.shape[3]
+    if keys.dtype.name not in CUDNN_TYPES or values.dtype != keys.dtype:
+        return f"keys are {keys.dtype} and values {values.dtype}, not {' or '.join(CUDNN_TYPES)}"
+    if values.shape[3] != size or size % 8 or size > CUDNN_HEAD:
+        return f"heads of {size} and {values.shape[3]} are not a multiple of 8 up to {CUDNN_HEAD}, the same for both"
+    return f"rows of {length} tokens are of an odd length" if length % 2 else None
+
+
+def masked_softmax(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B S K D"],
+    values: Float[Array, "B S K E"],
+    mask: Bool[Array, "#B T S"],
+    bias: Float[Array, "#B H T S"] | None,
+    scale: float,
+) -> Float[Array, "B T H E"]:
+    """Outputs over the pairs that a mask allows, in plain XLA."""
+    if queries.dtype != jnp.float64 and values.shape[-1] == keys.shape[-1]:
+        return jax.nn.dot_product_attention(queries, keys, values, bias, mask[:, None], scale=scale)
+    # JAX's own function takes the softmax in float32 whatever it is given, and has one size for keys and values.
+    scores = pair_scores(split_heads(queries, keys.shape[2]), keys) * scale
+    if bias is not None:
+        scores = scores + bias.reshape(bias.shape[0], *scores.shape[1:])
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return merge_heads(weighted_values(jax.nn.softmax(scores), values)).astype(values.dtype)

@@ -1,4 +1,4 @@
-"""Where each token of a batch stands: its position inside its own document, and which document that is."""
+"""Positions and segment ids of the tokens of a batch: each token's place in its document, and the document's number."""
 
 from dataclasses import dataclass, field
 
@@ -10,40 +10,40 @@ from jaxtyping import Array, Bool, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Layout:
-    """Positions and documents of the tokens of a batch.
+    """Positions and segment ids of the tokens of a batch.
 
     Attributes:
         positions: `[B, T]` position of each token, counted from the start of its own document (and onward from
             the state, where one is given).
-        documents: `[B, T]` number of the document a token belongs to; equal numbers stand side by side, 0 is padding.
+        segment_ids: `[B, T]` number of the document a token belongs to; equal numbers stand side by side, 0 is padding.
         aligned: whether every row is one document that begins at position 0, so that groups are slices of the row.
-        present: `[B, T]` which tokens may be attended to; None means all that belong to a document. Tokens that are not
+        present: `[B, T]` tokens that may be attended to; None means all that belong to a document. Tokens that are not
             present still have positions and outputs, which nothing else depends on.
         continued: whether aligned rows are pieces of longer ones, from the end of a group on: what came before them is
             in a state, positions count it, and groups are slices of the row nevertheless. No state comes after them.
     """
 
     positions: Int[Array, "B T"]
-    documents: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
     aligned: bool = field(default=False, metadata={"static": True})
     present: Bool[Array, "B T"] | None = None
     continued: bool = field(default=False, metadata={"static": True})
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
-        """Which tokens are real, not padding: those that may be attended to."""
-        return self.documents > 0 if self.present is None else self.present
+        """Mask of the real tokens, not padding: those that may be attended to."""
+        return self.segment_ids > 0 if self.present is None else self.present
 
     @property
     def pairs(self) -> Bool[Array, "#B T T"]:
-        """Which (query, key) pairs belong together: a present key of the query's document."""
+        """Mask of the (query, key) pairs of one document whose key is present."""
         if self.aligned:
-            return jnp.broadcast_to(self.valid[:, None, :], (*self.documents.shape, self.documents.shape[1]))
-        return (self.documents[:, :, None] == self.documents[:, None, :]) & self.valid[:, None, :]
+            return jnp.broadcast_to(self.valid[:, None, :], (*self.segment_ids.shape, self.segment_ids.shape[1]))
+        return (self.segment_ids[:, :, None] == self.segment_ids[:, None, :]) & self.valid[:, None, :]
 
     @property
     def lengths(self) -> Int[Array, " B"]:
-        """How many real tokens each row holds."""
+        """Number of real tokens of each row."""
         return jnp.sum(self.valid, axis=1)
 
 
@@ -59,7 +59,7 @@ def masked_rows(mask: Bool[Array, "B T"] | Int[Array, "B T"]) -> Layout:
     Positions count the whole row, masked tokens included, as in Hugging Face's encoders.
     """
     whole = whole_rows(*mask.shape)
-    return Layout(whole.positions, whole.documents, aligned=True, present=mask.astype(bool))
+    return Layout(whole.positions, whole.segment_ids, aligned=True, present=mask.astype(bool))
 
 
 def single_rows(shape: tuple[int, ...], mask: Bool[Array, "B T"] | Int[Array, "B T"] | None) -> Layout:
@@ -67,31 +67,31 @@ def single_rows(shape: tuple[int, ...], mask: Bool[Array, "B T"] | Int[Array, "B
     return whole_rows(*shape) if mask is None else masked_rows(mask)
 
 
-def packed_rows(documents: Int[Array, "B T"], start: Int[Array, " B"] | None = None) -> Layout:
+def packed_rows(segment_ids: Int[Array, "B T"], start: Int[Array, " B"] | None = None) -> Layout:
     """The layout of rows that hold several documents or padding.
 
     Args:
-        documents: `[B, T]` document numbers; equal numbers stand side by side, 0 is padding.
+        segment_ids: `[B, T]` numbers of documents; equal numbers stand side by side, 0 is padding.
         start: `[B]` how many tokens of the first document came before this row; None means none.
     """
-    index = jnp.broadcast_to(jnp.arange(documents.shape[1]), documents.shape)
-    previous = jnp.pad(documents, ((0, 0), (1, 0)))[:, :-1]
-    begins = jax.lax.cummax(jnp.where(documents != previous, index, 0), axis=1)
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    previous = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
+    begins = jax.lax.cummax(jnp.where(segment_ids != previous, index, 0), axis=1)
     positions = index - begins
     if start is not None:
-        continues = documents == first_document(documents)[:, None]
+        continues = segment_ids == first_segment_id(segment_ids)[:, None]
         positions = positions + jnp.where(continues, start[:, None], 0)
-    return Layout(jnp.where(documents > 0, positions, 0), documents)
+    return Layout(jnp.where(segment_ids > 0, positions, 0), segment_ids)
 
 
 def padded_rows(lengths: Int[Array, " B"], width: int, start: Int[Array, " B"]) -> Layout:
     """The layout of rows of one document each that go on from `start` and are padded on the right to `width`."""
-    documents = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
-    return packed_rows(documents, start)
+    segment_ids = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
+    return packed_rows(segment_ids, start)
 
 
-def first_document(documents: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """The document number of each row's first real token; 1 in a row of padding."""
-    first = jnp.argmax(documents > 0, axis=1)
-    number = jnp.take_along_axis(documents, first[:, None], axis=1)[:, 0]
+def first_segment_id(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The segment id of each row's first real token; 1 in a row of padding."""
+    first = jnp.argmax(segment_ids > 0, axis=1)
+    number = jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
     return jnp.where(number > 0, number, 1)

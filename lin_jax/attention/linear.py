@@ -1,4 +1,4 @@
-"""The linear branch: sums of `phi(q)·phi(k) v` over pairs and through a memory, and what becomes of them."""
+"""The linear branch: sums of `phi(q)·phi(k) v` over pairs and through a memory, and their normalisation."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -58,11 +58,11 @@ class LinearBranch(nnx.Module):
 
     @property
     def normalised(self) -> bool:
-        """Whether sums have one more element than values, the normaliser."""
+        """True where sums have one more element than values, the normaliser."""
         return self.finish is not None and self.finish.startswith("divided")
 
     def extended(self, values: Float[Array, "*batch S K E"]) -> Float[Array, "*batch S K E_1"]:
-        """Values as they are summed: with a one behind them where there is a normaliser."""
+        """Values as they are summed: with a one appended where there is a normaliser."""
         return (
             jnp.pad(values, ((0, 0),) * (values.ndim - 1) + ((0, 1),), constant_values=1) if self.normalised else values
         )
@@ -72,11 +72,11 @@ class LinearBranch(nnx.Module):
         return jnp.where(mask[..., None, None, :, :], self._scaled(self.features.scores(queries, keys)), 0)
 
     def fold(self, keys: Array, values: Array, included: Bool[Array, "*#batch S"] | None = None) -> Array:
-        """What tokens add to the memory."""
+        """The addition of tokens to the memory."""
         return self.features.fold(keys, self.extended(values), included)
 
     def recall(self, queries: Array, memory: Array) -> Array:
-        """What queries read from the memory."""
+        """The values that queries read from the memory."""
         return self._scaled(self.features.recall(queries, memory))
 
     def finished(self, sums: Array) -> Array:

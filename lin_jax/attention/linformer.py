@@ -16,41 +16,40 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.chunks import Chunks
-from lin_jax.attention.layout import Layout, first_document
+from lin_jax.attention.layout import Layout, first_segment_id
 from lin_jax.attention.memory import EXACT
-from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import (
-    accumulation_dtype,
     merge_heads,
     pair_scores,
     split_heads,
     weighted_values,
 )
-from lin_jax.attention.state import AugmentedState, TreePairs, advance
-from lin_jax.attention.tree import TreeArrays
+from lin_jax.attention.state import TreePairs, advance
 from pallas_kernels.path_commit.xla import begun_group, join
+from pallas_kernels.precision import accumulation_dtype, upcast
+from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 
 class Summaries(NamedTuple):
-    """Summaries of groups, and whose they are.
+    """Summaries of groups, and the documents that they belong to.
 
     Attributes:
         keys: `[B, S, r, K, D]`.
         values: `[B, S, r, K, E]`.
-        documents: `[B, S]` the document of each group, 0 where there is none.
+        segment_ids: `[B, S]` segment id of each group, 0 where there is no group.
         groups: `[B, S]` its number in the document.
     """
 
     keys: Float[Array, "B S r K D"]
     values: Float[Array, "B S r K E"]
-    documents: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"]
     groups: Int[Array, "B S"]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LinformerState:
-    """Summaries of finished groups and the unfinished group.
+    """Decode state: summaries of finished groups, and the unfinished group.
 
     Attributes:
         keys: `[B, C/G, r, K, D]`, group g in slot g.
@@ -102,24 +101,23 @@ class LinformerAttention(nnx.Module):
 
     def parallel(
         self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
+        qkv: QKV,
         layout: Layout,
         state: LinformerState | None = None,
         bias: RelativeBias | None = None,
     ) -> tuple[Float[Array, "B T H E"], LinformerState | None]:
         """Outputs for whole rows, and the state after them if one was given."""
+        queries, keys, values = qkv
         buffer = None if state is None else state.buffer
         rows = Chunks.of(split_heads(queries, self.kv_heads), keys, values, layout, buffer, self.group_size)
         batch, count, size = rows.queries.shape[:3]
         new = self._finished_groups(rows)
-        asking = rows.documents[:, -count:].reshape(batch, -1), rows.positions[:, -count:].reshape(batch, -1)
+        asking = rows.segment_ids[:, -count:].reshape(batch, -1), rows.positions[:, -count:].reshape(batch, -1)
         group = asking[1] // size
-        seen = (asking[0][:, :, None] == new.documents[:, None]) & (new.groups[:, None] < group[:, :, None])
-        sources = [(new.keys, new.values, seen & (new.documents > 0)[:, None])]
+        seen = (asking[0][:, :, None] == new.segment_ids[:, None]) & (new.groups[:, None] < group[:, :, None])
+        sources = [(new.keys, new.values, seen & (new.segment_ids > 0)[:, None])]
         if state is not None:
-            first = first_document(layout.documents)
+            first = first_segment_id(layout.segment_ids)
             cached = jnp.arange(state.keys.shape[1]) < (state.position // size)[:, None]
             cached = cached[:, None] & (asking[0] == first[:, None])[:, :, None]
             sources.append((state.keys, state.values, cached))
@@ -139,16 +137,13 @@ class LinformerAttention(nnx.Module):
 
     def verify(
         self,
-        queries: Float[Array, "B N H D"],
-        keys: Float[Array, "B N K D"],
-        values: Float[Array, "B N K E"],
+        qkv: QKV,
         tree: TreeArrays,
         state: LinformerState,
         bias: RelativeBias | None = None,
     ) -> tuple[Float[Array, "B N H E"], Nodes]:
         """Outputs for the nodes of a tree; a group that a node's own path finishes is summarised for that node."""
-        queries = split_heads(queries, self.kv_heads)
-        nodes, buffer = Nodes(keys, values), state.buffer
+        queries, nodes, buffer = split_heads(qkv.queries, self.kv_heads), Nodes(qkv.keys, qkv.values), state.buffer
         pairs = TreePairs.of(buffer, nodes, tree)
         own = self._scores(queries, pairs.keys)
         own = jnp.where(pairs.masks.same_group[:, None, None], own, jnp.finfo(own.dtype).min)
@@ -171,7 +166,7 @@ class LinformerAttention(nnx.Module):
         outputs = outputs + weighted_values(
             weights[2], state.values.reshape(*state.values.shape[:1], -1, *state.values.shape[3:])
         )
-        return merge_heads(outputs).astype(values.dtype), nodes
+        return merge_heads(outputs).astype(qkv.values.dtype), nodes
 
     def commit(self, state: LinformerState, path: Nodes, length: Int[Array, " B"]) -> LinformerState:
         """The state after the first `length` (at most G) nodes of the path, row by row."""
@@ -187,22 +182,16 @@ class LinformerAttention(nnx.Module):
         ]
         return LinformerState(caches[0], caches[1], AugmentedState(None, *joined.buffer, None, joined.position))
 
-    def bidirectional(
-        self,
-        queries: Float[Array, "B T H D"],
-        keys: Float[Array, "B T K D"],
-        values: Float[Array, "B T K E"],
-        layout: Layout,
-        bias: RelativeBias | None = None,
-    ) -> Float[Array, "B T H E"]:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Float[Array, "B T H E"]:
         """Outputs for an encoder's rows: softmax over the summaries of all groups of the document."""
+        queries, keys, values = qkv
         positions = layout.positions
         begins = positions % self.group_size == 0
         slots = jnp.cumsum(begins, axis=1) - 1
         count = -(-keys.shape[1] // self.group_size) if layout.aligned else keys.shape[1]
         slots = jnp.where(layout.valid, slots, count)
-        summaries = self._summarised(keys, values, positions, layout.documents, slots, count)
-        mask = layout.documents[:, :, None] == summaries.documents[:, None]
+        summaries = self._summarised(keys, values, positions, layout.segment_ids, slots, count)
+        mask = layout.segment_ids[:, :, None] == summaries.segment_ids[:, None]
         scores = self._summary_scores(split_heads(queries, self.kv_heads), summaries.keys, mask)
         weights = jax.nn.softmax(scores, axis=-1)
         outputs = weighted_values(weights, summaries.values.reshape(keys.shape[0], -1, *summaries.values.shape[3:]))
@@ -211,30 +200,30 @@ class LinformerAttention(nnx.Module):
     def _finished_groups(self, rows: Chunks) -> Summaries:
         """Summaries of the groups that end in these rows, in order."""
         batch, count, size = rows.keys.shape[:3]
-        keys, values, documents, positions = (
+        keys, values, segment_ids, positions = (
             part.reshape(batch, count * size, *part.shape[3:])
-            for part in (rows.keys, rows.values, rows.documents, rows.positions)
+            for part in (rows.keys, rows.values, rows.segment_ids, rows.positions)
         )
-        ends = (documents > 0) & (positions % size == size - 1)
+        ends = (segment_ids > 0) & (positions % size == size - 1)
         rank = jnp.cumsum(ends, axis=1) - ends
         row = jnp.arange(batch)[:, None]
         owner = jnp.where(ends, rank, count)
         group_of = jnp.full((batch, count), -1, positions.dtype).at[row, owner].set(positions // size, mode="drop")
-        document_of = jnp.zeros((batch, count), documents.dtype).at[row, owner].set(documents, mode="drop")
+        segment_of = jnp.zeros((batch, count), segment_ids.dtype).at[row, owner].set(segment_ids, mode="drop")
         mine = (jnp.take_along_axis(group_of, jnp.minimum(rank, count - 1), axis=1) == positions // size) & (
-            jnp.take_along_axis(document_of, jnp.minimum(rank, count - 1), axis=1) == documents
+            jnp.take_along_axis(segment_of, jnp.minimum(rank, count - 1), axis=1) == segment_ids
         )
-        mine = mine & (documents > 0) & (rank < count)
+        mine = mine & (segment_ids > 0) & (rank < count)
         if rows.present is not None:
             mine = mine & rows.present.reshape(batch, -1)
-        return self._summarised(keys, values, positions, documents, jnp.where(mine, rank, count), count)
+        return self._summarised(keys, values, positions, segment_ids, jnp.where(mine, rank, count), count)
 
     def _summarised(
         self,
         keys: Float[Array, "B T K D"],
         values: Float[Array, "B T K E"],
         positions: Int[Array, "B T"],
-        documents: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         slots: Int[Array, "B T"],
         count: int,
     ) -> Summaries:
@@ -247,7 +236,7 @@ class LinformerAttention(nnx.Module):
             for weights, wide in self._weighed(positions, keys, values)
         ]
         lead = (keys.shape[0], count)
-        owners = jnp.zeros(lead, documents.dtype).at[row, slots].set(documents, mode="drop")
+        owners = jnp.zeros(lead, segment_ids.dtype).at[row, slots].set(segment_ids, mode="drop")
         groups = jnp.zeros(lead, positions.dtype).at[row, slots].set(positions // self.group_size, mode="drop")
         return Summaries(sums[0], sums[1], owners, groups)
 
@@ -255,7 +244,7 @@ class LinformerAttention(nnx.Module):
         """Each token's `[r]` weights in its group's summaries beside the token, for keys and for values."""
         pairs = []
         for projection, tokens in ((self.key_projection, keys), (self.value_projection, values)):
-            wide = tokens.astype(accumulation_dtype(tokens.dtype))
+            wide = upcast(tokens)
             pairs.append((projection[...].astype(wide.dtype)[positions % self.group_size], wide))
         return pairs
 
@@ -281,8 +270,8 @@ class LinformerAttention(nnx.Module):
         """The state after whole rows: summaries of the last document's groups, and its unfinished group."""
         buffer = advance(state.buffer, keys, values, layout, None)
         index = jnp.max(jnp.where(layout.valid, jnp.arange(keys.shape[1]), 0), axis=1, keepdims=True)
-        last = jnp.take_along_axis(layout.documents, index, axis=1)
-        slots = jnp.where((new.documents == last) & (last > 0), new.groups, state.keys.shape[1])
+        last = jnp.take_along_axis(layout.segment_ids, index, axis=1)
+        slots = jnp.where((new.segment_ids == last) & (last > 0), new.groups, state.keys.shape[1])
         row = jnp.arange(keys.shape[0])[:, None]
         return LinformerState(
             state.keys.at[row, slots].set(new.keys, mode="drop"),

@@ -1,4 +1,4 @@
-"""The memory `S = sum k v^T` of finished groups: what joins it, what is read from it, how it goes on.
+"""The memory `S = sum k v^T` of finished groups: additions to it, reads from it, and its scan over chunks.
 
 Katharopoulos et al. 2020 for the recurrence; FLASH (Hua et al. 2022) for taking it a group at a time.
 """
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.attention.pairs import accumulation_dtype
+from pallas_kernels.precision import accumulation_dtype
 
 # State products are taken in full float32: on TPU the default would round the memory to bfloat16.
 EXACT = jax.lax.Precision.HIGHEST
@@ -27,7 +27,7 @@ def fold(
     values: Float[Array, "*batch S K E"],
     included: Bool[Array, "*#batch S"] | None = None,
 ) -> Float[Array, "*batch K D E"]:
-    """What a group adds to the memory: `sum k v^T` over its (included) tokens, in float32 or better."""
+    """A group's addition to the memory: `sum k v^T` over its (included) tokens, in float32 or better."""
     if included is not None:
         keys = jnp.where(included[..., None, None], keys, 0)
         values = jnp.where(included[..., None, None], values, 0)
@@ -43,7 +43,7 @@ def fold(
 def recall(
     queries: Float[Array, "*batch T K R D"], memory: Float[Array, "*batch K D E"]
 ) -> Float[Array, "*batch T K R E"]:
-    """What queries read from the memory, `q S`, in the memory's own type."""
+    """The values that queries read from the memory, `q S`, in the memory's own type."""
     return jnp.einsum("...tkrd,...kde->...tkre", queries.astype(memory.dtype), memory, precision=EXACT)
 
 
@@ -70,10 +70,10 @@ def scan_memory(
     return MemoryScan(before, after)
 
 
-def carried_documents(documents: Int[Array, "B n G"], first: Int[Array, " B"]) -> Int[Array, "B n"]:
-    """The document that the memory speaks of after each chunk: that of the last real token so far."""
-    batch, chunks, size = documents.shape
-    flat = documents.reshape(batch, chunks * size)
+def carried_segment_ids(segment_ids: Int[Array, "B n G"], first: Int[Array, " B"]) -> Int[Array, "B n"]:
+    """The segment id of the memory's document after each chunk: that of the last real token so far."""
+    batch, chunks, size = segment_ids.shape
+    flat = segment_ids.reshape(batch, chunks * size)
     index = jax.lax.cummax(jnp.where(flat > 0, jnp.arange(flat.shape[1]), -1), axis=1)[:, size - 1 :: size]
     found = jnp.take_along_axis(flat, jnp.maximum(index, 0), axis=1)
     return jnp.where(index >= 0, found, first[:, None])

@@ -1,4 +1,4 @@
-"""Scores and weighted sums over (query, key) pairs, with grouped-query heads, and which pairs may meet.
+"""Scores and weighted sums over (query, key) pairs, with grouped-query heads, and masks of pairs.
 
 Throughout, query heads are split into `K` key/value heads times `R` queries that share one.
 """
@@ -9,19 +9,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.precision import accumulation_dtype, upcast
+
 
 class PairMasks(NamedTuple):
-    """Which (query, key) pairs of a causal sequence meet, and in which branch."""
+    """Masks of the (query, key) pairs of a causal sequence, one for each branch."""
 
     same_group: Bool[Array, "*batch T S"]
     """Key not after the query, in the same document and the same group: the local branch."""
     earlier_group: Bool[Array, "*batch T S"] | None
     """Key of the same document in a group before the query's: the grouped branch. None where there is no such pair."""
-
-
-def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The type in which sums over `dtype` are kept: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def split_heads(queries: Float[Array, "*batch T H D"], kv_heads: int) -> Float[Array, "*batch T K R D"]:
@@ -77,7 +74,7 @@ def causal_masks(
 
 def unit(vectors: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """Vectors scaled to length one over the last axis; a zero vector stays zero and has a zero gradient."""
-    wide = vectors.astype(accumulation_dtype(vectors.dtype))
+    wide = upcast(vectors)
     square = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
     scale = jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
     return (wide * scale).astype(vectors.dtype)

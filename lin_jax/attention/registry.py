@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from lin_jax.attention.augmentation import WrappedAttention
 from lin_jax.attention.composition import ComposedAttention
+from lin_jax.attention.config import AttentionConfig, Conventions
 from lin_jax.attention.convolution import Convolution
 from lin_jax.attention.feature_maps import (
     EluPlusOne,
@@ -24,7 +25,7 @@ from lin_jax.attention.full import FullAttention
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.linformer import LinformerAttention
 from lin_jax.attention.local import LOCAL_SCORES, LocalBranch
-from lin_jax.attention.mixer import AttentionConfig, Conventions, Form
+from lin_jax.attention.protocols import Form
 from lin_jax.attention.transnormer import TransNormerAttention
 from lin_jax.attention.yoso import YosoAttention
 from lin_jax.errors import UserError
@@ -36,7 +37,7 @@ ANY: tuple[Form, ...] = ("causal", "bidirectional", "cross")
 
 
 class Name(NamedTuple):
-    """What an attention's name says: the base, and what is added to it."""
+    """A parsed attention name: the base, and the augmentation that is added to it."""
 
     base: str
     local: bool
@@ -44,7 +45,7 @@ class Name(NamedTuple):
 
 
 def parse_name(name: str) -> Name:
-    """Takes a name apart.
+    """Parses an attention's name.
 
     Raises:
         UserError: the base or an addition is unknown, or the base has a local branch of its own already.
@@ -64,7 +65,7 @@ def parse_name(name: str) -> Name:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a mixer is built for.
+    """Form, heads and sizes that a mixer is built for.
 
     Attributes:
         form: causal, bidirectional or cross.
@@ -92,12 +93,12 @@ class Sizes:
 Builder = Callable[[AttentionConfig, Name, Sizes], Any]
 
 
-class Entry(NamedTuple):
+class AttentionEntry(NamedTuple):
     """An attention of the registry.
 
     Attributes:
         build: makes it.
-        forms: what it can be.
+        forms: that it has.
         has_local: whether it has a local branch of its own.
         growing: whether its state grows with the text.
     """
@@ -263,13 +264,13 @@ def _random_features(config: AttentionConfig, sizes: Sizes) -> int:
     return config.features or 2 * sizes.head_dim
 
 
-REGISTRY: dict[str, Entry] = {
-    "softmax": Entry(_wrapped(lambda config, sizes: _full(config, sizes, "softmax")), ANY, growing=True),
-    "flash_local": Entry(_flash(local=True, grouped=False), ANY, has_local=True),
-    "flash_global": Entry(_flash(local=False, grouped=True), ANY),
-    "flash": Entry(_flash(local=True, grouped=True), ANY, has_local=True),
-    "linformer": Entry(_wrapped(_linformer), ANY_SIDE, growing=True),
-    "performer": Entry(
+REGISTRY: dict[str, AttentionEntry] = {
+    "softmax": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "softmax")), ANY, growing=True),
+    "flash_local": AttentionEntry(_flash(local=True, grouped=False), ANY, has_local=True),
+    "flash_global": AttentionEntry(_flash(local=False, grouped=True), ANY),
+    "flash": AttentionEntry(_flash(local=True, grouped=True), ANY, has_local=True),
+    "linformer": AttentionEntry(_wrapped(_linformer), ANY_SIDE, growing=True),
+    "performer": AttentionEntry(
         _kernel(
             lambda config, sizes: PositiveRandomFeatures(
                 sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
@@ -278,10 +279,10 @@ REGISTRY: dict[str, Entry] = {
         ),
         ANY,
     ),
-    "transnormer": Entry(_wrapped(_transnormer), ANY_SIDE),
-    "yoso": Entry(_wrapped(_yoso), ANY_SIDE),
-    "relu": Entry(_kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY),
-    "rfa": Entry(
+    "transnormer": AttentionEntry(_wrapped(_transnormer), ANY_SIDE),
+    "yoso": AttentionEntry(_wrapped(_yoso), ANY_SIDE),
+    "relu": AttentionEntry(_kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY),
+    "rfa": AttentionEntry(
         _kernel(
             lambda config, sizes: RandomFourierFeatures(
                 sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
@@ -290,13 +291,13 @@ REGISTRY: dict[str, Entry] = {
         ),
         ANY,
     ),
-    "linear_angular": Entry(_flash(local=True, grouped=True, angular=True), ANY_SIDE, has_local=True),
-    "square": Entry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
+    "linear_angular": AttentionEntry(_flash(local=True, grouped=True, angular=True), ANY_SIDE, has_local=True),
+    "square": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
 }
 
 
 def build_mixer(
-    config: AttentionConfig,
+    config: str | AttentionConfig,
     *,
     form: Form = "causal",
     heads: int,
@@ -311,8 +312,8 @@ def build_mixer(
     """The token mixer that a configuration names: a `TokenMixer`, `BidirectionalMixer` or `CrossMixer` by its form.
 
     Args:
-        config: its name and sizes.
-        form: what it will be used as.
+        config: its name and sizes, or its name alone.
+        form: causal, bidirectional or cross.
         heads: query heads H.
         kv_heads: key/value heads K.
         head_dim: size D of queries and keys as the mixer gets them.
@@ -325,6 +326,7 @@ def build_mixer(
     Raises:
         UserError: no attention or score function has the configured name, or it does not have this form.
     """
+    config = AttentionConfig.of(config)
     name = parse_name(config.name)
     entry = REGISTRY[name.base]
     if form not in entry.forms:
@@ -337,14 +339,14 @@ def build_mixer(
     )
 
 
-def longest_path(config: AttentionConfig) -> int | None:
-    """How deep a draft tree may be below its root: less than a group, but for attention that knows no groups (None)."""
+def max_draft_depth(config: AttentionConfig) -> int | None:
+    """Largest depth of a draft tree below its root: less than a group; None for attention that knows no groups."""
     name = parse_name(config.name)
     if name.base in ("softmax", "square") and not name.local:
         return None
     return config.group_size - 1
 
 
-def grows(config: AttentionConfig) -> bool:
-    """Whether the state grows with the text, so that it must be told how long the text may become."""
+def has_growing_state(config: AttentionConfig) -> bool:
+    """True where the state grows with the text, so that it needs the text's largest length."""
     return REGISTRY[parse_name(config.name).base].growing

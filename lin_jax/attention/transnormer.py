@@ -16,13 +16,11 @@ from jaxtyping import Array, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.mixer import Nodes
-from lin_jax.attention.state import AugmentedState
-from lin_jax.attention.tree import TreeArrays
+from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 
 class LayerNumber(nnx.Variable):
-    """Which layer of a stack this is, from 0: a float, so that stacked layers stay alike."""
+    """Number of a layer in its stack, from 0: a float, so that stacked layers stay alike."""
 
 
 class TransNormerAttention(nnx.Module):
@@ -32,7 +30,7 @@ class TransNormerAttention(nnx.Module):
         diagonal: attention inside groups.
         normalised: linear attention with normalised output.
         layer: number of the layer, from 0.
-        diagonal_layers: how many layers, from the first on, are diagonal.
+        diagonal_layers: number of diagonal layers, from the first on.
     """
 
     def __init__(
@@ -49,9 +47,7 @@ class TransNormerAttention(nnx.Module):
 
     def parallel(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         layout: Layout,
         state: AugmentedState | None = None,
         bias: RelativeBias | None = None,
@@ -59,19 +55,17 @@ class TransNormerAttention(nnx.Module):
         """Outputs for whole rows, and the state after them if one was given."""
 
         def diagonal() -> tuple[Array, AugmentedState | None]:
-            outputs, after = self.diagonal.parallel(queries, keys, values, layout, state, bias)
+            outputs, after = self.diagonal.parallel(qkv, layout, state, bias)
             return outputs, after if state is None or after is None else replace(after, memory=state.memory)
 
         def normalised() -> tuple[Array, AugmentedState | None]:
-            return self.normalised.parallel(queries, keys, values, layout, state)
+            return self.normalised.parallel(qkv, layout, state)
 
         return jax.lax.cond(self._is_diagonal, diagonal, normalised)
 
     def verify(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         tree: TreeArrays,
         state: AugmentedState,
         bias: RelativeBias | None = None,
@@ -79,8 +73,8 @@ class TransNormerAttention(nnx.Module):
         """Outputs for the nodes of a tree on top of the state."""
         return jax.lax.cond(
             self._is_diagonal,
-            lambda: self.diagonal.verify(queries, keys, values, tree, state, bias),
-            lambda: self.normalised.verify(queries, keys, values, tree, state),
+            lambda: self.diagonal.verify(qkv, tree, state, bias),
+            lambda: self.normalised.verify(qkv, tree, state),
         )
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
@@ -89,14 +83,12 @@ class TransNormerAttention(nnx.Module):
         memories = (state.memory, after.memory)
         return replace(after, memory=jax.lax.cond(self._is_diagonal, *(lambda m=m: m for m in memories)))
 
-    def bidirectional(
-        self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None = None
-    ) -> Array:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Array:
         """Outputs for an encoder's rows."""
         return jax.lax.cond(
             self._is_diagonal,
-            lambda: self.diagonal.bidirectional(queries, keys, values, layout, bias),
-            lambda: self.normalised.bidirectional(queries, keys, values, layout),
+            lambda: self.diagonal.bidirectional(qkv, layout, bias),
+            lambda: self.normalised.bidirectional(qkv, layout),
         )
 
     @property

@@ -1,18 +1,9 @@
-"""The shape of a draft tree as arrays: what attention needs to know of it."""
-
-from typing import NamedTuple
+"""Draft trees as arrays, from the parents of their nodes."""
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
-
-class TreeArrays(NamedTuple):
-    """Depths and ancestry of the `N` nodes of a tree; node 0 is the root. A leading batch axis is allowed."""
-
-    depth: Int[Array, "*B N"]
-    ancestors: Bool[Array, "*B N N"]
-    """Whether node j is node i or above it, at `[i, j]`."""
+from pallas_kernels.types import TreeArrays
 
 
 def tree_arrays(parents: tuple[int, ...]) -> TreeArrays:

@@ -15,10 +15,8 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.mixer import Nodes
 from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
-from lin_jax.attention.state import AugmentedState
-from lin_jax.attention.tree import TreeArrays
+from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 
 class YosoAttention(nnx.Module):
@@ -39,42 +37,37 @@ class YosoAttention(nnx.Module):
 
     def parallel(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         layout: Layout,
         state: AugmentedState | None = None,
         bias: RelativeBias | None = None,
     ) -> tuple[Array, AugmentedState | None]:
         """Outputs for whole rows: expected without a state, from hash tables with one."""
         if state is not None:
-            return self.tables.parallel(queries, keys, values, layout, state)
-        causal = jnp.tri(keys.shape[1], dtype=bool)
-        return self._expected(queries, keys, values, causal & layout.pairs), None
+            return self.tables.parallel(qkv, layout, state)
+        causal = jnp.tri(qkv.keys.shape[1], dtype=bool)
+        return self._expected(qkv, causal & layout.pairs), None
 
     def verify(
         self,
-        queries: Array,
-        keys: Array,
-        values: Array,
+        qkv: QKV,
         tree: TreeArrays,
         state: AugmentedState,
         bias: RelativeBias | None = None,
     ) -> tuple[Array, Nodes]:
         """Outputs for the nodes of a tree, from hash tables."""
-        return self.tables.verify(queries, keys, values, tree, state)
+        return self.tables.verify(qkv, tree, state)
 
     def commit(self, state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
         """Hash tables after the first `length` nodes of the path."""
         return self.tables.commit(state, path, length)
 
-    def bidirectional(
-        self, queries: Array, keys: Array, values: Array, layout: Layout, bias: RelativeBias | None = None
-    ) -> Array:
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Array:
         """Expected outputs for an encoder's rows."""
-        return self._expected(queries, keys, values, layout.pairs)
+        return self._expected(qkv, layout.pairs)
 
-    def _expected(self, queries: Array, keys: Array, values: Array, mask: Array) -> Float[Array, "B T H E"]:
+    def _expected(self, qkv: QKV, mask: Array) -> Float[Array, "B T H E"]:
+        queries, keys, values = qkv
         scores = pair_scores(split_heads(unit(queries), keys.shape[2]), unit(keys))
         weights = jnp.where(mask[:, None, None], collision_probability(scores, self.bits), 0)
         return merge_heads(unit(weighted_values(weights, values))).astype(values.dtype)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from lin_jax.decoding.drafters.medusa import HEAD_WIDTH
-from lin_jax.decoding.tree import DraftTree
+from lin_jax.decoding.drafting.drafters.medusa import HEAD_WIDTH
+from lin_jax.decoding.drafting.tree import DraftTree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +94,7 @@ def _style_curve(axes: "Axes", quantity: str) -> None:
 
 
 def head_table(accuracy: Sequence[Sequence[float]]) -> Markup:
-    """How often guess r of head m is right, `[M][R]`: a heat map with the figures in it, and each head's sum."""
+    """Accuracy of guess r of head m, `[M][R]`: a heat map with the figures in it, and each head's sum."""
     ranks = len(accuracy[0])
     highest = max(max(map(max, accuracy)), 1e-9)
 
@@ -121,17 +121,17 @@ def head_table(accuracy: Sequence[Sequence[float]]) -> Markup:
     return _render("heads", label, (9.6, 0.7 + 0.42 * len(accuracy)), draw)
 
 
-def yield_bars(name: str, yields: Sequence[int], longest: int, highest: float) -> Markup:
-    """How often a step of one drafter gave 1, 2, ... tokens.
+def yield_bars(name: str, accepted_histogram: Sequence[int], longest: int, highest: float) -> Markup:
+    """Draws how often a step of one drafter gave 1, 2, ... tokens.
 
     Args:
         name: the drafter.
-        yields: the counts.
+        accepted_histogram: the counts.
         longest: most tokens per step of any drafter, where the axis ends.
         highest: largest share of any drafter.
     """
-    steps = max(sum(yields), 1)
-    shares = [count / steps for count in yields]
+    steps = max(sum(accepted_histogram), 1)
+    shares = [count / steps for count in accepted_histogram]
     mean = sum(tokens * share for tokens, share in enumerate(shares, 1))
 
     def draw(axes: "Axes") -> None:
@@ -143,7 +143,7 @@ def yield_bars(name: str, yields: Sequence[int], longest: int, highest: float) -
         axes.set_title("% of steps", loc="left", color=MUTED, fontsize=9)
         axes.tick_params(length=0)
 
-    return _render(f"yields-{name}", f"{name}: {mean:.2f} tokens per step on average", (3.3, 2.4), draw)
+    return _render(f"accepted_histogram-{name}", f"{name}: {mean:.2f} tokens per step on average", (3.3, 2.4), draw)
 
 
 def speed_bars(plain: float, drafters: Mapping[str, Mapping[str, Any]], *, narrow: bool = False) -> Markup:
@@ -220,7 +220,7 @@ def _node_look(drafter: str, path: tuple[int, ...]) -> tuple[str, str]:
 
 
 def is_ngram_guess(drafter: str, path: Sequence[int]) -> bool:
-    """Whether a node's guess comes from the n-gram drafter, whose ranks follow those of the heads."""
+    """True if a node's guess comes from the n-gram drafter, whose ranks follow those of the heads."""
     return drafter == "ngram" or ("ngram" in drafter and path[-1] >= HEAD_WIDTH)
 
 
@@ -244,7 +244,7 @@ def _render(name: str, label: str, size: tuple[float, float], draw: Callable[["A
 
 
 def _inline(svg: str, name: str, label: str) -> Markup:
-    """What an SVG file becomes inside a page: unique ids, the page's colours and font, no prolog or style sheet."""
+    """Fits an SVG file into a page: unique ids, the page's colours and font, no prolog or style sheet."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = _ID.sub(rf"\g<1>{re.sub(r'[^a-z]', '-', name)}-", svg)

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lin_jax.decoding import Generation, Generator, Sampling
-from lin_jax.decoding.agreement import is_rounding_tie
-from lin_jax.decoding.generator import Tree
-from lin_jax.decoding.loop import DRAFT
-from lin_jax.decoding.plan import Plan
-from lin_jax.decoding.session import Session
-from lin_jax.decoding.tree import DraftTree
+from lin_jax.decoding import Generation, Generator, Sampling, TokenOrigin
+from lin_jax.decoding.autotune.plan import SpeculationPlan
+from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
+from lin_jax.decoding.equivalence import is_rounding_tie
+from lin_jax.session import Session
 
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
 SEED = 1
@@ -19,7 +17,7 @@ SEED = 1
 
 @dataclass(frozen=True)
 class DrafterFigures:
-    """How one drafter did on all prompts, at batch 1.
+    """Speed, equality and acceptance of one drafter on all prompts, at batch 1.
 
     Attributes:
         plan: the drafter and its tree.
@@ -30,11 +28,11 @@ class DrafterFigures:
         lossless_greedy: prompts whose greedy tokens equal plain decoding's.
         lossless_sampled: prompts whose sampled tokens do, with the same seed.
         rounding_ties: of the prompts that differ, those whose first difference is a tie within float32's rounding.
-        yields: how often a greedy step gave 1, 2, ... tokens.
+        accepted_histogram: how often a greedy step gave 1, 2, ... tokens.
         generations: the greedy generations of the last round.
     """
 
-    plan: Plan
+    plan: SpeculationPlan
     plain_tokens_per_second: float
     speculative_tokens_per_second: float
     speedup: float
@@ -42,12 +40,12 @@ class DrafterFigures:
     lossless_greedy: int
     lossless_sampled: int
     rounding_ties: int
-    yields: list[int]
+    accepted_histogram: list[int]
     generations: list[Generation]
 
 
 def compare(
-    session: Session, plans: Sequence[Plan], prompts: Sequence[Sequence[int]], tokens: int, rounds: int
+    session: Session, plans: Sequence[SpeculationPlan], prompts: Sequence[Sequence[int]], tokens: int, rounds: int
 ) -> list[DrafterFigures]:
     """Decodes every prompt plainly and with each plan, in turn, for several rounds after a warm-up.
 
@@ -83,7 +81,7 @@ def compare(
                 for prompt, one, other in zip(prompts, runs[0], runs[index], strict=True)
                 if one.tokens != other.tokens
             ),
-            yields=np.sum([g.yields for g in greedy[index]], axis=0).tolist(),
+            accepted_histogram=np.sum([g.accepted_histogram for g in greedy[index]], axis=0).tolist(),
             generations=greedy[index],
         )
         for index, plan in enumerate(plans, 1)
@@ -93,10 +91,10 @@ def compare(
 def drafted_share(generation: Generation) -> float:
     """Share of the tokens that came from accepted drafts."""
     origins = generation.origins[0]
-    return origins.count(DRAFT) / len(origins)
+    return origins.count(TokenOrigin.DRAFT) / len(origins)
 
 
-def _endless(session: Session, kind: str, tree: Tree) -> Generator:
+def _endless(session: Session, kind: str, tree: AnyTree) -> Generator:
     generator = session.generator(kind, tree)
     return Generator(generator.model, drafter=generator.drafter, tree=tree)
 

@@ -12,16 +12,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lin_jax.data import StreamDecoder, Tokenizer
-from lin_jax.decoding import Generation
-from lin_jax.decoding.loop import DRAFT
-from lin_jax.decoding.tree import DraftTree
+from lin_jax.decoding import Generation, TokenOrigin
+from lin_jax.decoding.drafting.tree import DraftTree
 from lin_jax.demo import charts
 from lin_jax.demo.measure import DrafterFigures, drafted_share
 
 SHOWN_PROMPTS = 4
 # Who chose a token, beside those that the loop knows.
 PROMPT = 0
-_KINDS = {PROMPT: "prompt", DRAFT: "draft"}
+_KINDS = {PROMPT: "prompt", TokenOrigin.DRAFT: "draft"}
 
 
 @dataclass(frozen=True)
@@ -182,8 +181,10 @@ def _cards(report: dict[str, Any]) -> list[Card]:
 def _charts(report: dict[str, Any], best: DrafterFigures) -> dict[str, Any]:
     """Every chart that there are figures for."""
     drafters = report["drafters"]
-    longest = max(len(each["yields"]) for each in drafters.values())
-    highest = max(max(each["yields"]) / max(sum(each["yields"]), 1) for each in drafters.values())
+    longest = max(len(each["accepted_histogram"]) for each in drafters.values())
+    highest = max(
+        max(each["accepted_histogram"]) / max(sum(each["accepted_histogram"]), 1) for each in drafters.values()
+    )
     curves: list[tuple[str, Markup]] = []
     if len(report.get("losses", ())) > 1:
         curves.append(("Training loss", charts.loss_curve(report["losses"])))
@@ -193,8 +194,9 @@ def _charts(report: dict[str, Any], best: DrafterFigures) -> dict[str, Any]:
     return {
         "curves": curves,
         "heads": charts.head_table(accuracy) if accuracy else None,
-        "yields": {
-            name: charts.yield_bars(name, each["yields"], longest, highest or 1.0) for name, each in drafters.items()
+        "accepted_histogram": {
+            name: charts.yield_bars(name, each["accepted_histogram"], longest, highest or 1.0)
+            for name, each in drafters.items()
         },
         "speed": charts.speed_bars(report["plain_tokens_per_second"], drafters),
         "speed_narrow": charts.speed_bars(report["plain_tokens_per_second"], drafters, narrow=True),

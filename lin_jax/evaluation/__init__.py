@@ -1,4 +1,4 @@
-"""How good a model, or its draft heads, are on given text."""
+"""Evaluation of a model, or of its draft heads, on given text."""
 
 from lin_jax.evaluation.head_accuracy import HeadAccuracy as HeadAccuracy
 from lin_jax.evaluation.head_accuracy import head_accuracy as head_accuracy

@@ -1,4 +1,4 @@
-"""How well texts are told apart, as GLUE (Wang et al. 2019) scores it: from what a model said of every one of them.
+"""Metrics of text classification, as GLUE (Wang et al. 2019) has them, from a model's answers to all texts.
 
 Classes are scored from counts, exactly; numbers from all predictions together, in float64, since a rank correlation is
 no sum over batches.
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Answers(NamedTuple):
-    """Sums over the texts of a batch, `[1]` each as in `Sums`, and beside them what was said of each text.
+    """Sums over the texts of a batch, `[1]` each as in `Sums`, and beside them the answer to each text.
 
     `scores` are logits of classes `[B, C]`, or predicted numbers `[B, 1]`; `labels` `[B]`; `part` `[B]` is the
     number of the set that a text is from, -1 in rows that are none.
@@ -26,14 +26,14 @@ class Answers(NamedTuple):
 
     @classmethod
     def joined(cls, each: Sequence["Answers"]) -> "Answers":
-        """The sums over several batches, in float64 and int64 on the host, and what was said of all their texts."""
+        """The sums over several batches, in float64 and int64 on the host, and the answers to all their texts."""
         wide = (np.float64, np.int64, np.int64)
         sums = [np.sum([answers[n] for answers in each], axis=0, dtype=dtype) for n, dtype in enumerate(wide)]
         rows = [np.concatenate(part) for part in list(zip(*each, strict=True))[len(wide) :]]
         return cls(*sums, *rows)
 
     def of(self, part: int) -> tuple[np.ndarray, np.ndarray]:
-        """What was said of the texts of one set: scores `[N, C]` and labels `[N]`."""
+        """The answers to the texts of one set: scores `[N, C]` and labels `[N]`."""
         chosen = np.asarray(self.part) == part
         return np.asarray(self.scores)[chosen], np.asarray(self.labels)[chosen]
 

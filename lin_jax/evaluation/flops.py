@@ -1,4 +1,4 @@
-"""Floating-point operations that a model's mathematics needs, and what a device can do: what a share of its peak is of.
+"""Floating-point operations that a model's mathematics needs, and the peaks of devices: model FLOPs utilisation.
 
 Only products count, two operations a multiplication with its addition, and only those that are necessary: causal
 softmax takes the half of its pairs that are not masked away, augmented attention the pairs within groups, one product
@@ -7,11 +7,15 @@ hashes and whatever an implementation does beyond that (recomputation in the bac
 kernel's tiles) earn nothing. A backward pass takes twice its forward pass.
 """
 
+import math
+from typing import Any
+
 import jax
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.attention.registry import parse_name
-from lin_jax.models import LlamaConfig
+from lin_jax.models import Gpt2Config, LlamaConfig, ModelConfig
+from lin_jax.models.params import Params
 
 # Bfloat16 operations per second without sparsity, from data sheets, by how the device's name in JAX begins; the longer
 # of two names comes first.
@@ -29,10 +33,14 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+# Parameters that are matrices: of linear layers and their low-rank updates, of Medusa's heads, of a path head.
+MATRICES = frozenset({"kernel", "lora_a", "lora_b", "weight", "output", "projection", "inner", "outer"})
+# What the classifiers of GPT-2 and T5 have in place of a head over the vocabulary.
+CLASS_HEADS = frozenset({"score", "dense"})
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
-    """Operations per second that a device's data sheet promises for products of bfloat16; None if it is not known.
+    """Peak operations per second for products of bfloat16, from a device's data sheet; None if it is not known.
 
     Args:
         device: None for the first one at hand.
@@ -41,29 +49,44 @@ def peak_flops(device: jax.Device | None = None) -> float | None:
     return next((peak for name, peak in PEAKS.items() if kind.startswith(name)), None)
 
 
-def step_flops(config: LlamaConfig, batch: int, length: int) -> float:
-    """Operations of one training step, forward and backward, over `batch` rows of `length` predicted tokens each.
+def step_flops(model: ModelConfig, params: Params, frozen: Params, rows: int, length: int) -> float:
+    """Operations of one training step, forward and backward.
 
-    `3 (2 N + 2 E V + A)` a token: N weights of the blocks' linear layers, E V those of the head, A attention's own.
+    `6 N + 2 F + 3 A` a token: N weights that learn and F that do not, as they are multiplied with tokens, and A what
+    attention adds between its projections.
+
+    Args:
+        model: configuration of the model.
+        params: parameters that learn, arrays or shapes.
+        frozen: parameters that do not learn, a teacher's for one; their products are counted forward only.
+        rows: of the step.
+        length: predicted tokens of a row.
     """
-    return 3 * batch * forward_flops(config, length)
+    teaching = 2.0 * length * _weights(model, frozen)
+    return rows * (3.0 * forward_flops(model, params, length) + teaching)
 
 
-def forward_flops(config: LlamaConfig, length: int) -> float:
+def forward_flops(model: ModelConfig, params: Params, length: int) -> float:
     """Operations of a forward pass over one row of `length` tokens, logits included."""
-    assert config.vocab_size is not None, "filled in when a run begins"
-    width, inner, inner_kv = config.hidden_size, config.num_heads * config.head_size, config.kv_heads * config.head_size
-    weights = width * (2 * inner + 2 * inner_kv) + 3 * width * config.intermediate_size
-    products = 2 * length * (config.num_layers * weights + width * config.vocab_size)
-    mixed = attention_flops(config.attention, config.num_heads, config.kv_heads, config.head_size, length)
-    return products + config.num_layers * mixed
+    return 2.0 * length * _weights(model, params) + mixing_flops(model, length)
+
+
+def mixing_flops(model: ModelConfig, length: int) -> float:
+    """Operations of all layers' attention over one row, between its projections.
+
+    Zero for families without one attention of many heads in every layer.
+    """
+    if not isinstance(model, LlamaConfig | Gpt2Config):
+        return 0.0
+    kv_heads = getattr(model, "kv_heads", model.num_heads)
+    return model.num_layers * attention_flops(model.attention, model.num_heads, kv_heads, model.head_size, length)
 
 
 def attention_flops(config: AttentionConfig, heads: int, kv_heads: int, size: int, length: int) -> float:
     """Operations of one layer's attention over a row, between its projections.
 
     Args:
-        config: which attention.
+        config: of the attention.
         heads: query heads H.
         kv_heads: key/value heads K.
         size: of a head, D.
@@ -97,3 +120,30 @@ def _features(config: AttentionConfig, base: str, size: int) -> int | None:
         return None
     random = config.features or 2 * size
     return {"performer": random, "rfa": random, "yoso": config.hashes * 2**config.hash_bits}.get(base, size)
+
+
+def _weights(model: ModelConfig, params: Params) -> int:
+    """Numbers in the matrices that every token is multiplied with.
+
+    An embedding is looked up, and multiplied only where it is the head, too. What a mixer has of its own is counted by
+    `attention_flops`.
+    """
+    leaves = {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    tied = getattr(model, "tie_embeddings", False) and not any(CLASS_HEADS & set(names) for names in leaves)
+
+    def multiplied(names: tuple[str, ...]) -> bool:
+        return (names[-1] in MATRICES and "mixer" not in names) or (tied and names[-2:] == ("embed", "embedding"))
+
+    return sum(math.prod(leaf.shape) for names, leaf in leaves.items() if multiplied(names))
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """Names on the way to a parameter, in a plain tree or in a module."""
+    names = tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+    return names[:-1] if names[-1:] == ("value",) else names
+
+
+def utilisation(flops: float, seconds: float) -> float | None:
+    """Operations in so many seconds as a share of the peak of all devices; None if the peak is not known."""
+    peak = peak_flops(jax.devices()[0])
+    return None if peak is None else flops / (seconds * peak * jax.device_count())

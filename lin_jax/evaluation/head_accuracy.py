@@ -1,4 +1,4 @@
-"""How often the r-th guess at each depth is the token that really comes: what draft trees are chosen from."""
+"""Accuracy of the r-th guess of draft heads at each depth, from which draft trees are chosen."""
 
 import json
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lin_jax.evaluation.targets import Batch, inputs_of, path_ahead
+from lin_jax.losses.cross_entropy import Batch, inputs_of, path_ahead
 from lin_jax.models import CausalModel
 
 RANKS = 10
 
 
 class DraftHeads(Protocol):
-    """What guesses the tokens after the next one: `MedusaHeads`, `PathHead`."""
+    """Heads that guess the tokens after the next one: `MedusaHeads`, `PathHead`."""
 
     def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch K"]) -> Float[Array, "*batch K V"]:
         """Logits of the token after each token of a path, whose first was chosen from the hidden vector."""
@@ -27,7 +27,7 @@ class DraftHeads(Protocol):
 
 @dataclass(frozen=True)
 class HeadAccuracy:
-    """A table of hits.
+    """Accuracy of each guess at each depth.
 
     Attributes:
         table: `[K, R]` share of positions whose token k + 2 ahead is exactly guess r (from 0) at depth k (from 0): of
@@ -44,7 +44,7 @@ class HeadAccuracy:
 
     @classmethod
     def load(cls, path: Path) -> "HeadAccuracy":
-        """Reads what `save` wrote."""
+        """Reads a file that `save` wrote."""
         content = json.loads(path.read_text())
         return cls(np.asarray(content["table"]), np.asarray(content["counts"]))
 
@@ -60,16 +60,16 @@ class HeadAccuracy:
 def head_accuracy(
     model: CausalModel, heads: DraftHeads, batches: Iterable[Batch], *, depth: int, ranks: int = RANKS
 ) -> HeadAccuracy:
-    """How often each guess at each depth is right.
+    """Measures the accuracy of each guess at each depth.
 
     Args:
         model: the base model.
         heads: its heads.
-        batches: `tokens` and perhaps `documents`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`,
+        batches: `tokens` and perhaps `segment_ids`, `[B, T+1]`; a batch may also hold `truth`, `[B, T+1]`,
             tokens to follow and to compare the guesses with in place of the text itself (such as what the base model
             would have said).
-        depth: how many depths K to look at; Medusa's heads have one each.
-        ranks: how many guesses R at a depth to look at.
+        depth: number of depths K to look at; Medusa's heads have one each.
+        ranks: number of guesses R at a depth to look at.
     """
     hits, counts = np.zeros((depth, ranks), np.int64), np.zeros(depth, np.int64)
     for batch in batches:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float
 
-from lin_jax.evaluation.parts import sums_in_parts
-from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, targets_ahead, token_sums, total
+from lin_jax.losses.chunked import sums_in_chunks
+from lin_jax.losses.cross_entropy import Batch, Sums, Targets, inputs_of, shifted_targets, sum_over_batches, token_sums
 from lin_jax.models import CausalModel
 
 # Numbers in the logits that are made at once: a gigabyte in float32.
@@ -17,11 +17,11 @@ LOGITS = 2**28
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A figure over `tokens` predicted tokens.
+    """Mean loss, and perplexity, over `tokens` predicted tokens.
 
     Attributes:
         loss: mean cross entropy, in nats a token; NaN without any token.
-        tokens: how many tokens were predicted.
+        tokens: number of predicted tokens.
     """
 
     loss: float
@@ -29,7 +29,7 @@ class Perplexity:
 
     @classmethod
     def of(cls, sums: Sums) -> "Perplexity":
-        """The figure of a single predictor's sums `[1]`."""
+        """The perplexity of a single predictor's sums `[1]`."""
         tokens = int(sums.tokens[0])
         return cls(float(sums.loss[0]) / tokens if tokens else math.nan, tokens)
 
@@ -49,16 +49,16 @@ def next_token_sums(model: CausalModel, batch: Batch) -> Sums:
         hidden, targets = rows
         return token_sums(model.logits(hidden)[..., None, :], Targets(*(part[..., None] for part in targets)))
 
-    rows = model.hidden(*inputs_of(batch)), targets_ahead(batch, 1)
-    return sums_in_parts(sums, rows, vocabulary=model.embed.num_embeddings, at_once=LOGITS)
+    rows = model.hidden(*inputs_of(batch)), shifted_targets(batch, 1)
+    return sums_in_chunks(sums, rows, vocabulary=model.embed.num_embeddings, max_logits=LOGITS)
 
 
 _next_token_sums = jax.jit(next_token_sums)
 
 
 def evaluate(model: CausalModel, batches: Iterable[Batch]) -> Perplexity:
-    """Perplexity of a model on batches of `tokens` and perhaps `documents`, `[B, T+1]`.
+    """Perplexity of a model on batches of `tokens` and perhaps `segment_ids`, `[B, T+1]`.
 
     Every token weighs the same, whatever batch it is in.
     """
-    return Perplexity.of(total(lambda batch: _next_token_sums(model, dict(batch)), batches))
+    return Perplexity.of(sum_over_batches(lambda batch: _next_token_sums(model, dict(batch)), batches))

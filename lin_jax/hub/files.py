@@ -1,4 +1,4 @@
-"""Checkpoint folders of safetensors, in one file or in shards, read tensor by tensor; and where they come from."""
+"""Checkpoint folders of safetensors, local or from the Hub, in one file or in shards, read tensor by tensor."""
 
 import json
 import os
@@ -20,7 +20,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# What is taken from the Hub: never pickled weights, never code.
+# Files that are downloaded from the Hub: never pickled weights, never code.
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TYPES = {
@@ -62,23 +62,23 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size."""
+        """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 Tensors = dict[str, LazyTensor]
 
 
-def resolve(place: str | Path) -> Path:
-    """The folder that a path or a name on the Hub stands for; a name is fetched, safetensors and settings only.
+def find_checkpoint(name_or_path: str | Path) -> Path:
+    """The local folder of a path or of a name on the Hub, which is downloaded: safetensors and settings only.
 
     Args:
-        place: a folder, or `owner/name` or `hub:owner/name` of a repository on the Hub.
+        name_or_path: a folder, or `owner/name` or `hub:owner/name` of a repository on the Hub.
 
     Raises:
         UserError: there is neither such a folder nor such a repository.
     """
-    name = str(place)
+    name = str(name_or_path)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -99,7 +99,7 @@ def resolve(place: str | Path) -> Path:
 
 
 def is_checkpoint_folder(folder: Path) -> bool:
-    """Whether a folder is one of a Hugging Face checkpoint."""
+    """True if a folder holds a Hugging Face checkpoint."""
     return (folder / CONFIG_FILE).is_file()
 
 
@@ -107,7 +107,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The contents of a folder's `config.json`.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no such file, or it is damaged.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -116,14 +116,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def generation_ends(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, as a folder's `generation_config.json` says; none where it does not."""
+    """The end tokens in a folder's `generation_config.json`; empty without them or without the file."""
     path = folder / GENERATION_FILE
     ends = _read_json(path).get("eos_token_id") if path.is_file() else None
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def read_checkpoint(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint folder, by name; none of them is read yet.
+    """Opens every tensor of a checkpoint folder, by name; none of them is read yet.
 
     Raises:
         UserError: there is no safetensors file, a shard is missing or damaged, or two shards hold the same tensor.
@@ -138,11 +138,11 @@ def read_checkpoint(folder: Path) -> Tensors:
             f"{folder} holds its weights only as {pickles[0]}, a pickle, which can run code and is never read; "
             "convert it with transformers: from_pretrained, then save_pretrained"
         )
-    raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}")
+    raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}; give the folder of a checkpoint")
 
 
 def read_tensors(paths: Sequence[Path]) -> Tensors:
-    """Every tensor of some safetensors files, by name; none of them is read yet.
+    """Opens every tensor of some safetensors files, by name; none of them is read yet.
 
     Raises:
         UserError: a file is missing, truncated or not a safetensors file, or two files hold the same tensor.
@@ -161,7 +161,7 @@ def read_tensors(paths: Sequence[Path]) -> Tensors:
 
 
 def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """Writes a safetensors file that PyTorch's readers take as theirs, readable to whom other new files are."""
+    """Writes a safetensors file in PyTorch's format, with the permissions of any new file."""
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(0o666 & ~_umask())
 
@@ -183,30 +183,34 @@ def _read_shards(folder: Path) -> Tensors:
         )
     tensors = read_tensors([folder / name for name in names])
     if absent := sorted(set(shards) - set(tensors)):
-        raise UserError(f"{INDEX_FILE} names {absent[0]}, which {shards[absent[0]]} in {folder} does not hold")
+        raise UserError(
+            f"{INDEX_FILE} names {absent[0]}, which {shards[absent[0]]} in {folder} does not hold; copy both again"
+        )
     return tensors
 
 
 def _open(path: Path) -> Iterator[LazyTensor]:
     if not path.is_file():
-        raise UserError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}; copy it there")
     try:
         file = safe_open(path, "np")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error}); copy it anew") from error
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
     for name in sorted(file.keys()):
-        about = file.get_slice(name)
-        kind = about.get_dtype()
-        if kind not in _TYPES:
-            raise UserError(f"{name} in {path} has numbers of type {kind}, which are not supported")
-        yield LazyTensor(name, tuple(about.get_shape()), np.dtype(_TYPES[kind]), file)
+        header = file.get_slice(name)
+        dtype = header.get_dtype()
+        if dtype not in _TYPES:
+            raise UserError(
+                f"{name} in {path} has dtype {dtype}, which is not supported; give one of {', '.join(_TYPES)}"
+            )
+        yield LazyTensor(name, tuple(header.get_shape()), np.dtype(_TYPES[dtype]), file)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+        raise UserError(f"{path} cannot be read as JSON: {error}; restore it") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"{path} does not hold a JSON object; restore it")
     return content

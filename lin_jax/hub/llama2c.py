@@ -1,4 +1,4 @@
-"""Models in llama2.c's first format: seven numbers, then all weights in float32, little endian.
+"""Reader of llama2.c's first format: seven numbers, then all weights in float32, little endian.
 
 The numbers are width, feed-forward width, layers, heads, key/value heads, vocabulary (negative where the head is not
 tied) and longest text. The weights, each of all layers at once: embedding; attention norm; wq; wk; wv; wo; feed-forward
@@ -17,16 +17,16 @@ from typing import Any
 import numpy as np
 
 from lin_jax.errors import UserError
-from lin_jax.hub.llama import EMBEDDING, HEAD
+from lin_jax.hub.families.llama import EMBEDDING, HEAD
 
 FIELDS = 7
 # Magic number of the later formats ("ak42").
-LATER = 0x616B3432
+LATER_MAGIC = 0x616B3432
 
 
 @dataclass(frozen=True)
-class Header:
-    """The seven numbers, in their order."""
+class Llama2cHeader:
+    """The seven numbers of a file, in their order; `vocab_size` is negative if the head is not tied."""
 
     hidden_size: int
     intermediate_size: int
@@ -43,11 +43,11 @@ class Header:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the transposed embedding."""
+        """True if the head is the transposed embedding."""
         return self.vocab_size > 0
 
-    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every part of the file, in order; names of layers' parts have a `*` for the layer."""
+    def arrays(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every array of the file, in order; names of stacked layers have a `*` for the layer."""
         width, inner, layers, vocabulary = self.hidden_size, self.intermediate_size, self.num_layers, self.vocab_size
         kv_width, table = self.num_kv_heads * self.head_dim, (self.context_length, self.head_dim // 2)
         head = [] if self.tied else [(HEAD, (-vocabulary, width))]
@@ -70,13 +70,13 @@ class Header:
 
 
 def read_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A model in Hugging Face's terms: the contents of a `config.json`, and tensors by name, which are read when used.
+    """Opens a model under Hugging Face's names: contents of a `config.json`, and tensors, which are read when used.
 
     Raises:
         UserError: there is no such file, it is truncated, or of another format.
     """
     header = read_header(path)
-    description = {
+    hf_config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": abs(header.vocab_size),
@@ -92,11 +92,11 @@ def read_llama2c(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return description, read_tensors(path, header)
+    return hf_config, llama2c_tensors(path, header)
 
 
-def read_header(path: Path) -> Header:
-    """The seven numbers of a file, which must be as long as they say.
+def read_header(path: Path) -> Llama2cHeader:
+    """Reads the seven numbers of a file, and checks its size against them.
 
     Raises:
         UserError: there is no such file, it is truncated, or of another format.
@@ -106,44 +106,47 @@ def read_header(path: Path) -> Header:
         numbers = np.fromfile(path, "<i4", FIELDS)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); give a checkpoint of llama2.c") from error
-    if numbers.size and int(numbers[0]) == LATER:
-        raise UserError(f"{path} is in a later format of llama2.c; export it as version 0, which is read here")
-    foreign = UserError(f"{path} is no checkpoint in llama2.c's first format: its first seven numbers are no sizes")
+    if numbers.size and int(numbers[0]) == LATER_MAGIC:
+        raise UserError(f"{path} is in a later format of llama2.c; export it as version 0, which is supported")
+    foreign = UserError(
+        f"{path} is not in llama2.c's first format: its first seven numbers are not sizes; give a file of llama2.c"
+    )
     if numbers.size < FIELDS:
         raise foreign
-    header = Header(*numbers.tolist())
-    sizes = [abs(number) if place == 5 else number for place, number in enumerate(numbers.tolist())]
+    header = Llama2cHeader(*numbers.tolist())
+    sizes = [abs(number) if index == 5 else number for index, number in enumerate(numbers.tolist())]
     if min(sizes) < 1 or max(sizes) > 2**24 or header.hidden_size % header.num_heads or header.head_dim % 2:
         raise foreign
     if header.num_heads % header.num_kv_heads:
         raise foreign
-    expected = 4 * (FIELDS + sum(math.prod(shape) for _, shape in header.parts()))
+    expected = 4 * (FIELDS + sum(math.prod(shape) for _, shape in header.arrays()))
     if size != expected:
         raise UserError(
-            f"{path} has {size:,} bytes, its first numbers ask for {expected:,}; it is truncated or of another format"
+            f"{path} has {size:,} bytes, its first numbers ask for {expected:,}: it is truncated or of another format; "
+            "copy it again"
         )
     return header
 
 
-def read_tensors(path: Path, header: Header) -> dict[str, np.ndarray]:
-    """Every tensor of a file, by Hugging Face's names; their numbers are read when they are used."""
+def llama2c_tensors(path: Path, header: Llama2cHeader) -> dict[str, np.ndarray]:
+    """Maps every tensor of a file by Hugging Face's names; numbers are read when they are used."""
     numbers = np.memmap(path, "<f4", "r", offset=4 * FIELDS)
     tensors: dict[str, np.ndarray] = {}
     begin = 0
-    for name, shape in header.parts():
-        part = numbers[begin : begin + math.prod(shape)].reshape(shape)
-        begin += part.size
+    for name, shape in header.arrays():
+        array = numbers[begin : begin + math.prod(shape)].reshape(shape)
+        begin += array.size
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            part = half_split(part, header.head_dim)
+            array = half_split(array, header.head_dim)
         if "*" in name:
-            tensors |= {name.replace("*", str(layer)): weight for layer, weight in enumerate(part)}
+            tensors |= {name.replace("*", str(layer)): weight for layer, weight in enumerate(array)}
         elif name not in ("cos", "sin"):
-            tensors[name] = part
+            tensors[name] = array
     return tensors
 
 
 def half_split(weights: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows `[..., H D, E]` of neighbouring pairs in the order of split halves."""
+    """Reorders rows `[..., H D, E]` from neighbouring pairs to split halves."""
     *lead, rows, width = weights.shape
     pairs = weights.reshape(*lead, rows // head_dim, head_dim // 2, 2, width)
     return np.swapaxes(pairs, -3, -2).reshape(weights.shape)

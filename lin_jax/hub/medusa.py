@@ -1,4 +1,4 @@
-"""Medusa heads in the published layout: a file `medusa_lm_head.safetensors` and two numbers in a `config.json`."""
+"""Medusa heads in the published format: a file `medusa_lm_head.safetensors` and two numbers in a `config.json`."""
 
 import json
 from collections.abc import Mapping
@@ -11,25 +11,25 @@ from flax import nnx
 
 from lin_jax.errors import UserError
 from lin_jax.hub.files import read_config, read_tensors, write_file
-from lin_jax.hub.tensors import Entries, Entry, fill, named, transpose
+from lin_jax.hub.tensors import Entries, TensorEntry, fill, named, transpose
 from lin_jax.models import MedusaHeads
 
 HEADS_FILE = "medusa_lm_head.safetensors"
-# Of one head M: `M.0` is its residual block, `M.1` its way to the vocabulary.
+# Of one head M: `M.0` is its residual block, `M.1` its projection to the vocabulary.
 HEAD = {
-    "0.linear.weight": Entry(("weight",), transpose, transpose),
-    "0.linear.bias": Entry(("bias",)),
-    "1.weight": Entry(("output",), transpose, transpose),
+    "0.linear.weight": TensorEntry(("weight",), transpose, transpose),
+    "0.linear.bias": TensorEntry(("bias",)),
+    "1.weight": TensorEntry(("output",), transpose, transpose),
 }
 
 
 def entries(heads: MedusaHeads) -> Entries:
-    """Every tensor of the heads, by name."""
+    """Entries of all tensors of the heads, by name."""
     return {f"{m}.{name}": entry.of_layer((), m) for m in range(heads.count) for name, entry in HEAD.items()}
 
 
 def read_heads(heads: MedusaHeads, tensors: Mapping[str, Any]) -> None:
-    """Fills heads, which may be ones of shapes, with named tensors.
+    """Fills heads, which may be abstract, with named tensors.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape; all of them are named at once.
@@ -43,22 +43,26 @@ def write_heads(heads: MedusaHeads) -> dict[str, np.ndarray]:
 
 
 def has_heads(folder: Path) -> bool:
-    """Whether a folder holds heads in the published layout."""
+    """True if a folder holds heads in the published format."""
     return (folder / HEADS_FILE).is_file()
 
 
-def load_heads(folder: Path, model: Any) -> MedusaHeads:
-    """The heads that lie in a folder, for a model.
+def load_medusa_heads(folder: Path, model: Any) -> MedusaHeads:
+    """Loads the heads of a folder, for a model.
 
     Raises:
-        UserError: there are none, they have another form than ours, or they do not fit the model.
+        UserError: the folder has no heads, they have more than one layer, or they do not fit the model.
     """
-    about = read_config(folder)
-    count, layers = about.get("medusa_num_heads"), about.get("medusa_num_layers", 1)
+    hf_config = read_config(folder)
+    count, layers = hf_config.get("medusa_num_heads"), hf_config.get("medusa_num_layers", 1)
     if not has_heads(folder) or not isinstance(count, int):
-        raise UserError(f"{folder} holds no Medusa heads: it needs {HEADS_FILE} and medusa_num_heads in config.json")
+        raise UserError(
+            f"{folder} holds no Medusa heads; give one with {HEADS_FILE} and medusa_num_heads in config.json"
+        )
     if layers != 1:
-        raise UserError(f"the heads in {folder} have medusa_num_layers {layers}; only heads with 1 are supported")
+        raise UserError(
+            f"the heads in {folder} have medusa_num_layers {layers}; give heads with 1, the only supported number"
+        )
     config = model.config
     sizes = (count, config.hidden_size, config.vocab_size)
     heads = nnx.eval_shape(lambda: MedusaHeads(*sizes, dtype=jnp.dtype(config.param_dtype)))
@@ -67,8 +71,8 @@ def load_heads(folder: Path, model: Any) -> MedusaHeads:
 
 
 def save_heads(heads: MedusaHeads, folder: Path) -> None:
-    """Writes heads beside a model whose `config.json` is in the folder."""
+    """Writes heads into the folder of their model, and their numbers into its `config.json`."""
     write_file(write_heads(heads), folder / HEADS_FILE)
     path = folder / "config.json"
-    about = json.loads(path.read_text()) | {"medusa_num_heads": heads.count, "medusa_num_layers": 1}
-    path.write_text(json.dumps(about, indent=2) + "\n")
+    hf_config = json.loads(path.read_text()) | {"medusa_num_heads": heads.count, "medusa_num_layers": 1}
+    path.write_text(json.dumps(hf_config, indent=2) + "\n")

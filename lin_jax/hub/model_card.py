@@ -1,17 +1,19 @@
-"""The README.md of an exported model: what it is, how large, how to open it, and what was measured."""
+"""Model cards: the README.md of a saved model, with its attention, sizes, code to open it, and measurements."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lin_jax.attention import parse_name
-from lin_jax.hub.description import attentions_of, describe, has_remote_code, is_softmax
-from lin_jax.hub.families import family_of_model
+from lin_jax.hub.config_json import attentions_of, config_json, has_remote_code, is_softmax
+from lin_jax.hub.export.torch_source.versions_lin_jax import NEWEST, OLDEST
+from lin_jax.hub.families.registry import family_of_model
 from lin_jax.hub.sizes import context_length, parameter_count, state_bytes
 from lin_jax.models import MedusaHeads
 
 CARD_FILE = "README.md"
-# Sizes of an attention, and the bases or additions that they matter to.
+# Sizes of an attention, and the attentions or augmentations that they belong to.
 _SIZES = {
     "kernel_size": ("convolution",),
     "local_score": ("local", "flash", "flash_local", "linear_angular"),
@@ -32,28 +34,35 @@ def model_card(
     figures: Mapping[str, Any] | None = None,
     heads: MedusaHeads | None = None,
 ) -> str:
-    """The card of a model as Markdown, with the metadata that the Hub reads at its head.
+    """The model card as Markdown, with the metadata that the Hub reads at its top.
 
     Args:
-        model: of a family of the hub.
+        model: of a family in `lin_jax.hub.families`.
         name: of the folder, and so of the model.
-        base: what it came from.
+        base: name of the model that it was made from.
         figures: measured figures by name.
-        heads: Medusa heads that lie beside the model.
+        heads: Medusa heads in the same folder.
     """
     family, config = family_of_model(model), model.config
     linearized = not is_softmax(config)
-    about = [f"A {'linearized ' if linearized else ''}{family.name} model, written by `lin_jax`."]
+    summary = [f"A {'linearized ' if linearized else ''}{family.name} model, written by `lin_jax`."]
     if base:
-        about.append(f"It was made from {base}.")
+        summary.append(f"It was made from {base}.")
     if linearized:
-        about.append(f"Its attention: {_attention_text(config)}.")
+        summary.append(f"Its attention: {_attention_text(config)}.")
     if heads is not None:
-        about.append(f"{heads.count} Medusa heads lie beside it in `medusa_lm_head.safetensors`.")
-    parts = [_metadata(family.name, linearized), f"# {name}", " ".join(about), _table(_sizes(model)), _loading(model)]
+        summary.append(f"{heads.count} Medusa heads are beside it in `medusa_lm_head.safetensors`.")
+    sections = [_metadata(family.name, linearized), f"# {name}", " ".join(summary), _table(_sizes(model))]
+    sections.append(_loading(model))
     if figures:
-        parts.append("## Measured\n\n" + _table({key: _figure(value) for key, value in figures.items()}))
-    return "\n\n".join(parts) + "\n"
+        sections.append("## Measured\n\n" + _table({key: _figure(value) for key, value in figures.items()}))
+    return "\n\n".join(sections) + "\n"
+
+
+def is_export(folder: Path) -> bool:
+    """True for a folder whose model card this package wrote."""
+    card = folder / CARD_FILE
+    return card.is_file() and "\n- lin_jax\n" in card.read_text(encoding="utf-8", errors="replace")[:500]
 
 
 def _metadata(family: str, linearized: bool) -> str:
@@ -64,14 +73,14 @@ def _metadata(family: str, linearized: bool) -> str:
 
 def _attention_text(config: Any) -> str:
     texts = []
-    for place, attention in attentions_of(config).items():
+    for name, attention in attentions_of(config).items():
         base, local, convolution = parse_name(attention.name)
         parts = {base, *(["local"] if local else []), *(["convolution"] if convolution else [])}
         sizes = {"group_size": attention.group_size} if parts != {"softmax"} else {}
         values = asdict(attention)
         sizes |= {size: values[size] for size, needs in _SIZES.items() if parts & set(needs)}
-        said = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)
-        texts.append(f"{place + ': ' if place else ''}`{attention.name}`" + (f" ({said})" if said else ""))
+        listed = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)
+        texts.append(f"{name + ': ' if name else ''}`{attention.name}`" + (f" ({listed})" if listed else ""))
     return "; ".join(texts)
 
 
@@ -96,13 +105,15 @@ def _loading(model: Any) -> str:
     text = f"## Opening it\n\nWith JAX:\n\n```python\n{here}\n```\n\n"
     if not is_softmax(model.config) and not has_remote_code(model):
         return text + _KNOWN_ONLY_HERE
-    option = ", trust_remote_code=True" if has_remote_code(model) else ""
-    name = _automatic_class(describe(model)["architectures"][0])
+    option, versions = "", ""
+    if has_remote_code(model):
+        option, versions = ", trust_remote_code=True", f" and transformers {OLDEST} or newer (tried up to {NEWEST})"
+    name = _automatic_class(config_json(model)["architectures"][0])
     # transformers opens the configuration for the tokenizer's sake too, and asks about its code.
     opened = (("model", name), ("tokenizer", "AutoTokenizer"))
     lines = "\n".join(f'{variable} = {each}.from_pretrained("FOLDER"{option})' for variable, each in opened)
     there = f"from transformers import {name}, AutoTokenizer\n\n{lines}"
-    return text + f"With PyTorch:\n\n```python\n{there}\n```"
+    return text + f"With PyTorch{versions}:\n\n```python\n{there}\n```"
 
 
 def _automatic_class(architecture: str) -> str:

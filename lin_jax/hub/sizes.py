@@ -1,4 +1,4 @@
-"""How large a model and its decode state are."""
+"""Sizes of a model, its context and its decode state."""
 
 import math
 from typing import Any
@@ -11,12 +11,12 @@ from lin_jax.models.causal import CausalModel
 
 
 def parameter_count(model: nnx.Module) -> int:
-    """Numbers that a model (which may be one of shapes) learns."""
+    """Number of trainable parameters of a model, which may be abstract."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def context_length(config: Any) -> int | None:
-    """The longest text that a model was made for; None where its configuration does not say."""
+    """Tokens of the longest text that a model was made for; None if its configuration has no such number."""
     rotary = getattr(config, "rotary", None)
     if rotary is not None:
         return rotary.context_length or rotary.original_context_length

@@ -1,4 +1,4 @@
-"""Named tensors of a checkpoint, and where each of them lives in a model.
+"""Tensors of a checkpoint by name: the variable of each in a model, and its transform on the way in and out.
 
 Convolutions are stored as `[H, 1, K, 1]`, a centred kernel in which tap j sees `v[t + j - K // 2]`; of a masked one
 only the half that looks back is read. The factor of the grouped branch is stored as `[1]`.
@@ -29,7 +29,7 @@ def transpose(array: np.ndarray) -> np.ndarray:
 
 
 def taps(kernel: np.ndarray) -> np.ndarray:
-    """Taps `[H, W]`, lag 0 first, of the half that looks back of a centred kernel `[H, 1, K, 1]`."""
+    """Taps `[H, W]`, lag 0 first, of the backward-looking half of a centred kernel `[H, 1, K, 1]`."""
     return kernel[:, 0, kernel.shape[2] // 2 :: -1, 0]
 
 
@@ -52,14 +52,14 @@ def centred_kernel(taps: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """Where a tensor lives in the model, and how it is turned on the way in and out.
+class TensorEntry:
+    """The variable of a checkpoint's tensor, and the transforms between the two.
 
     Attributes:
-        path: of the parameter.
-        read: from the checkpoint's shape to the model's.
-        write: back.
-        layer: which layer of a stacked parameter; None for a parameter that is not stacked.
+        path: of the variable in the model.
+        read: transform from the checkpoint's shape to the model's.
+        write: the inverse of `read`.
+        layer: index of the layer in a stacked variable; None for a variable that is not stacked.
     """
 
     path: tuple[str, ...]
@@ -67,30 +67,30 @@ class Entry:
     write: Callable[[np.ndarray], np.ndarray] = same
     layer: int | None = None
 
-    def of_layer(self, stack: tuple[str, ...], layer: int) -> "Entry":
-        """The same tensor of one layer of a stack."""
+    def of_layer(self, stack: tuple[str, ...], layer: int) -> "TensorEntry":
+        """The entry of this tensor for one layer of a stack."""
         return replace(self, path=(*stack, *self.path), layer=layer)
 
-    def inside(self, *path: str) -> "Entry":
-        """The same tensor of a model that is part of another."""
+    def inside(self, *path: str) -> "TensorEntry":
+        """The entry of this tensor for a model that is part of another."""
         return replace(self, path=(*path, *self.path))
 
 
-def kernel(*path: str) -> Entry:
-    """The weight `[out, in]` of a linear layer."""
-    return Entry((*path, "kernel"), transpose, transpose)
+def kernel(*path: str) -> TensorEntry:
+    """Entry of the weight `[out, in]` of a linear layer."""
+    return TensorEntry((*path, "kernel"), transpose, transpose)
 
 
-def convolution(*path: str, centred: bool = False) -> Entry:
-    """The kernel of a convolution."""
-    turn = (centred_taps, centred_kernel) if centred else (taps, masked_kernel)
-    return Entry((*path, "taps"), *turn)
+def convolution(*path: str, centred: bool = False) -> TensorEntry:
+    """Entry of the kernel of a convolution."""
+    transforms = (centred_taps, centred_kernel) if centred else (taps, masked_kernel)
+    return TensorEntry((*path, "taps"), *transforms)
 
 
-Entries = dict[str, Entry]
+Entries = dict[str, TensorEntry]
 
 
-def stacked(prefix: str, layer_entries: Mapping[str, Entry], stack: tuple[str, ...], count: int) -> Entries:
+def stacked(prefix: str, layer_entries: Mapping[str, TensorEntry], stack: tuple[str, ...], count: int) -> Entries:
     """Entries of all layers of a stack: `prefix.LAYER.name` for each name."""
     return {
         f"{prefix}.{layer}.{name}": entry.of_layer(stack, layer)
@@ -100,17 +100,18 @@ def stacked(prefix: str, layer_entries: Mapping[str, Entry], stack: tuple[str, .
 
 
 def stored(module: nnx.Module) -> dict[tuple[Any, ...], Any]:
-    """What a checkpoint holds of a module (which may be one of shapes), by path: parameters and random projections."""
+    """Variables of a module (which may be abstract) that a checkpoint holds, by path: parameters, projections."""
     return dict(nnx.to_flat_state(nnx.state(module, (nnx.Param, RandomProjection))))
 
 
 def present(module: nnx.Module, entries: Entries) -> Entries:
-    """Those entries whose variable the module (which may be one of shapes) has."""
+    """Selects the entries whose variable the module (which may be abstract) has."""
     paths = stored(module)
     return {name: entry for name, entry in entries.items() if entry.path in paths}
 
 
-Place = Callable[[tuple[Any, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+# The sharding of a variable by its path and shape; None is the default device.
+ShardingFn = Callable[[tuple[Any, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 
 
 def fill(
@@ -118,7 +119,7 @@ def fill(
     entries: Entries,
     tensors: Mapping[str, Any],
     *,
-    shardings: Place | None = None,
+    shardings: ShardingFn | None = None,
     note: Callable[[int], Any] = lambda size: None,
 ) -> None:
     """Fills the variables that entries name, all of them, from named tensors.
@@ -127,16 +128,16 @@ def fill(
     host holds one variable beside what is placed on it. Nothing is read before everything is known to fit.
 
     Args:
-        module: the module, which may be one of shapes.
-        entries: which tensor goes where.
+        module: the module, which may be abstract.
+        entries: the variable of every tensor, by the tensor's name.
         tensors: arrays, or tensors that are yet to be read, by name.
         shardings: the sharding of a variable by its path and shape; None is the default device.
-        note: is told the bytes of every tensor that was read.
+        note: called with the bytes of every tensor that was read.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape; all of them are named at once.
     """
-    if problems := misfits(module, entries, tensors):
+    if problems := mismatches(module, entries, tensors):
         raise UserError("tensors do not fit the model: " + "; ".join(problems))
     variables = stored(module)
     for path, parts in _by_path(entries).items():
@@ -150,8 +151,8 @@ def fill(
         nnx.update(module, nnx.from_flat_state([(path, variable.replace(array))]))
 
 
-def misfits(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) -> list[str]:
-    """What is missing, unknown or of another shape, a phrase each; reads nothing."""
+def mismatches(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) -> list[str]:
+    """Lists tensors that are missing, unknown or of another shape, a phrase each; reads nothing."""
     variables = stored(module)
     problems = [f"{name} is missing" for name in entries if name not in tensors]
     problems += [f"{name} is unknown" for name in tensors if name not in entries]
@@ -164,15 +165,15 @@ def misfits(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) ->
     return problems
 
 
-def written_shape(entry: Entry, variable: Any) -> tuple[int, ...]:
-    """The shape of a tensor in a checkpoint."""
+def written_shape(entry: TensorEntry, variable: Any) -> tuple[int, ...]:
+    """Shape of a tensor in a checkpoint."""
     shape = variable.shape if entry.layer is None else variable.shape[1:]
     # One number, seen as an array of that shape: nothing is allocated.
     return entry.write(np.broadcast_to(np.zeros((), np.int8), shape)).shape
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """Copies an array, in strips where it is transposed: some times as fast, for caches hold a strip."""
+    """Copies an array, in strips if it is transposed: several times as fast, since caches hold a strip."""
     if source.ndim < 2 or source.flags.c_contiguous:
         target[...] = source
         return
@@ -182,27 +183,27 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def place(buffer: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
-    """The array on its devices; with a sharding, each process gives its own devices their parts."""
+    """Puts an array on its devices; with a sharding, each process copies their parts to its own devices."""
     if sharding is None:
         return jax.device_put(buffer)
     return jax.make_array_from_callback(buffer.shape, sharding, lambda index: buffer[index])
 
 
 def without_copy(tensors: dict[str, Any], copy: str, first: str) -> dict[str, Any]:
-    """The tensors without `copy`, if it is the same as `first`: a tied head is stored twice in some checkpoints."""
+    """Drops the tensor `copy` if it equals `first`: some checkpoints store a tied head twice."""
     if copy in tensors and first in tensors and np.array_equal(tensors[copy], tensors[first]):
         return {name: tensor for name, tensor in tensors.items() if name != copy}
     return tensors
 
 
 def named(state: Any, entries: Entries) -> dict[str, np.ndarray]:
-    """Named tensors of what a state has (parameters, or gradients, which random projections do not have)."""
+    """Named tensors of a state: of parameters, or of gradients, which random projections do not have."""
     flat = dict(nnx.to_flat_state(state))
     return {name: written(flat[entry.path], entry) for name, entry in entries.items() if entry.path in flat}
 
 
-def written(variable: Any, entry: Entry) -> np.ndarray:
-    """One tensor as a checkpoint holds it; of a stacked variable only this layer leaves its devices."""
+def written(variable: Any, entry: TensorEntry) -> np.ndarray:
+    """One tensor in its checkpoint form; of a stacked variable only this layer is copied from the devices."""
     array = entry.write(np.asarray(variable[... if entry.layer is None else entry.layer]))
     if array.flags.c_contiguous:
         return array
@@ -212,13 +213,13 @@ def written(variable: Any, entry: Entry) -> np.ndarray:
 
 
 def uncovered(module: nnx.Module, entries: Entries) -> list[str]:
-    """Variables that no entry fills, by path."""
+    """Paths of variables that no entry fills."""
     covered = {entry.path for entry in entries.values()}
     return sorted("/".join(map(str, path)) for path in stored(module) if path not in covered)
 
 
-def _by_path(entries: Entries) -> dict[tuple[str, ...], list[tuple[str, Entry]]]:
-    paths: dict[tuple[str, ...], list[tuple[str, Entry]]] = {}
+def _by_path(entries: Entries) -> dict[tuple[str, ...], list[tuple[str, TensorEntry]]]:
+    paths: dict[tuple[str, ...], list[tuple[str, TensorEntry]]] = {}
     for name, entry in entries.items():
         paths.setdefault(entry.path, []).append((name, entry))
     return paths

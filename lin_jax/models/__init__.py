@@ -5,9 +5,9 @@ from lin_jax.models.bert import BertClassifier as BertClassifier
 from lin_jax.models.bert import BertConfig as BertConfig
 from lin_jax.models.bert import BertMaskedLM as BertMaskedLM
 from lin_jax.models.causal import CausalModel as CausalModel
-from lin_jax.models.flash import Flash as Flash
-from lin_jax.models.flash import FlashEncoder as FlashEncoder
-from lin_jax.models.flash_config import FlashConfig as FlashConfig
+from lin_jax.models.flash.config import FlashConfig as FlashConfig
+from lin_jax.models.flash.model import Flash as Flash
+from lin_jax.models.flash.model import FlashEncoder as FlashEncoder
 from lin_jax.models.gpt2 import Gpt2 as Gpt2
 from lin_jax.models.gpt2 import Gpt2Classifier as Gpt2Classifier
 from lin_jax.models.gpt2 import Gpt2Config as Gpt2Config
@@ -22,6 +22,6 @@ from lin_jax.models.rotary import RotaryConfig as RotaryConfig
 from lin_jax.models.separate_layers import SeparateLayers as SeparateLayers
 from lin_jax.models.separate_layers import as_trained as as_trained
 from lin_jax.models.stack import LayerStack as LayerStack
-from lin_jax.models.t5 import T5 as T5
-from lin_jax.models.t5 import T5Classifier as T5Classifier
-from lin_jax.models.t5_config import T5Config as T5Config
+from lin_jax.models.t5.config import T5Config as T5Config
+from lin_jax.models.t5.model import T5 as T5
+from lin_jax.models.t5.model import T5Classifier as T5Classifier

@@ -7,15 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, Layout, build_mixer, single_rows
+from lin_jax.attention import QKV, AttentionConfig, Layout, build_mixer, single_rows
 from lin_jax.errors import UserError
+from lin_jax.models.compute import ComputeConfig
+from lin_jax.models.layers import LayerNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, MLP, Axes
-from lin_jax.models.parts import LayerNorm, check_types, embedding, linear, wide
 from lin_jax.models.stack import LayerStack
+from pallas_kernels.precision import upcast
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(ComputeConfig):
     """Sizes and options of a BERT.
 
     Attributes:
@@ -31,10 +33,6 @@ class BertConfig:
         attention: the token mixer.
         pad_token: stands where rows have no token.
         num_labels: classes of a classifier.
-        dtype: type of activations: float32, bfloat16 or float64.
-        param_dtype: type of parameters.
-        remat: recompute each block's activations in the backward pass instead of keeping them.
-        unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 
     vocab_size: int | None = None
@@ -49,13 +47,10 @@ class BertConfig:
     attention: AttentionConfig = field(default_factory=lambda: AttentionConfig("softmax"))
     pad_token: int = 0
     num_labels: int = 2
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: bool = False
-    unroll: int = 1
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
+        object.__setattr__(self, "attention", AttentionConfig.of(self.attention))
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}"
@@ -101,7 +96,7 @@ class Embeddings(nnx.Module):
         return self.norm(self.word(tokens) + self.type(types) + self.position(jnp.arange(length)))
 
 
-class Attention(nnx.Module):
+class BertAttention(nnx.Module):
     """Projections around a token mixer."""
 
     def __init__(self, config: BertConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
@@ -123,14 +118,14 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T E"], layout: Layout) -> Float[Array, "B T E"]:
         """Whole rows."""
         heads = (part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.query, self.key, self.value))
-        return self.out(self.mixer.bidirectional(*heads, layout).reshape(x.shape))
+        return self.out(self.mixer.bidirectional(QKV(*heads), layout).reshape(x.shape))
 
 
-class Block(nnx.Module):
+class BertBlock(nnx.Module):
     """One layer, with its norms behind the residual sums."""
 
     def __init__(self, config: BertConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
-        self.attention = Attention(config, layer, rngs=rngs)
+        self.attention = BertAttention(config, layer, rngs=rngs)
         self.attention_norm = _norm(config)
         self.up = _linear(config, config.hidden_size, config.intermediate_size, (EMBED, MLP), rngs)
         self.down = _linear(config, config.intermediate_size, config.hidden_size, (MLP, EMBED), rngs)
@@ -149,10 +144,9 @@ class Bert(nnx.Module):
         self.config = config
         self.embed = Embeddings(config, rngs=rngs)
         self.layers = LayerStack(
-            lambda rngs, layer: Block(config, layer, rngs=rngs),
+            lambda rngs, layer: BertBlock(config, layer, rngs=rngs),
             config.num_layers,
-            remat=config.remat,
-            unroll=config.unroll,
+            compute=config.compute,
             rngs=rngs,
         )
         self.pooler = _linear(config, config.hidden_size, config.hidden_size, (EMBED, None), rngs) if pooler else None
@@ -193,7 +187,7 @@ class Bert(nnx.Module):
 
 
 class BertMaskedLM(nnx.Module):
-    """The encoder with a head that says which token stands, or stood, at each place."""
+    """The encoder with a head for the token at each place: a masked language model."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -210,7 +204,7 @@ class BertMaskedLM(nnx.Module):
     ) -> Float[Array, "B T V"]:
         """Logits of every place's own token, in float32 or better; arguments as in `Bert.hidden`."""
         hidden = self.norm(_gelu(self.transform(self.bert.hidden(tokens, mask, types))))
-        return wide(self.bert.embed.word.attend(hidden)) + self.bias[...]
+        return upcast(self.bert.embed.word.attend(hidden)) + self.bias[...]
 
 
 class BertClassifier(nnx.Module):
@@ -228,4 +222,4 @@ class BertClassifier(nnx.Module):
         types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L"]:
         """Logits of the classes, in float32 or better; arguments as in `Bert.hidden`."""
-        return wide(self.head(self.bert.pooled(tokens, mask, types)))
+        return upcast(self.head(self.bert.pooled(tokens, mask, types)))

@@ -1,4 +1,4 @@
-"""What every causal language model shares: the forms of its token mixers, lifted to a stack of blocks."""
+"""Base class of causal language models: the forms of token mixers, lifted to a stack of blocks."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import Layout, TreeArrays, along, packed_rows, padded_rows, single_rows
-from lin_jax.models.parts import wide
+from lin_jax.attention import Layout, TreeArrays, gather_nodes, packed_rows, padded_rows, single_rows
 from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
+from pallas_kernels.precision import upcast
 
 
 class CausalBlock(Protocol):
@@ -24,7 +24,7 @@ class CausalBlock(Protocol):
         """Whole rows `[B, T, E]`; the new state is None if `state` is."""
 
     def verify(self, x: Array, context: Any, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
-        """Tree nodes `[B, N, E]` on top of a state, and what `commit` needs of them, leaves `[B, N, ...]`."""
+        """Tree nodes `[B, N, E]` on top of a state, and the nodes as `commit` needs them, leaves `[B, N, ...]`."""
 
     def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
         """The state after the first `length` nodes of a path, row by row."""
@@ -45,41 +45,41 @@ class CausalModel(nnx.Module):
 
     @abstractmethod
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:
-        """What enters the first block, and what every block needs to know of the positions."""
+        """Inputs of the first block, and the context of positions that every block takes."""
 
     def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """What the head reads, from what leaves the last block: its norm."""
+        """Inputs of the head, from the outputs of the last block: their norm."""
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
-        return wide(self.embed.attend(hidden) if self.head is None else self.head(hidden))
+        return upcast(self.embed.attend(hidden) if self.head is None else self.head(hidden))
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        documents: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the next token at every position; arguments as in `hidden`."""
-        return self.logits(self.hidden(tokens, documents, mask=mask))
+        return self.logits(self.hidden(tokens, segment_ids, mask=mask))
 
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        documents: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """What the head reads at every position.
+        """Hidden vectors at every position, as the head reads them.
 
         Args:
             tokens: `[B, T]`.
-            documents: `[B, T]` which document a token belongs to, as in `layout.packed_rows`.
+            segment_ids: `[B, T]` which document a token belongs to, as in `layout.packed_rows`.
             mask: `[B, T]` instead of documents: nonzero where a token may be attended to, as in `layout.masked_rows`.
         """
-        layout = single_rows(tokens.shape, mask) if documents is None else packed_rows(documents)
+        layout = single_rows(tokens.shape, mask) if segment_ids is None else packed_rows(segment_ids)
         return self._parallel(tokens, layout, None)[0]
 
     def init_state(self, batch: int, capacity: int = 0) -> Any:
@@ -98,7 +98,7 @@ class CausalModel(nnx.Module):
         return self._parallel(tokens, layout, state)
 
     def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N E"], Any]:
-        """Hidden vectors of a tree's nodes on top of the state, which is not touched, and what `commit` needs."""
+        """Hidden vectors of a tree's nodes on top of the state, which is not touched, and the nodes for `commit`."""
         x, context = self.begin(tokens, self.position(state)[:, None] + tree.depth)
         x, nodes = self.run(lambda block, x, layer: block.verify(x, context, tree, layer), x, state)
         return self.finish(x), nodes
@@ -107,7 +107,7 @@ class CausalModel(nnx.Module):
         """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
 
         def one(block: CausalBlock, layer_state: Any, layer_nodes: Any) -> Any:
-            return block.commit(layer_state, along(layer_nodes, path), length)
+            return block.commit(layer_state, gather_nodes(layer_nodes, path), length)
 
         return self.layers.side_by_side(one, state, nodes)
 
@@ -118,7 +118,7 @@ class CausalModel(nnx.Module):
         return model
 
     def position(self, state: Any) -> Int[Array, " B"]:
-        """How many tokens each sequence has consumed."""
+        """Number of tokens that each sequence has consumed."""
         return state.position[0]
 
     def run(self, apply: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: Any) -> tuple[Array, Any]:

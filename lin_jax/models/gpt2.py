@@ -7,17 +7,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, build_mixer
+from lin_jax.attention import QKV, AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.compute import ComputeConfig
+from lin_jax.models.layers import LayerNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, MLP, VOCABULARY, Axes
-from lin_jax.models.parts import LayerNorm, check_types, embedding, linear
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.stack import LayerStack
+from pallas_kernels.precision import upcast
 
 
 @dataclass(frozen=True)
-class Gpt2Config:
+class Gpt2Config(ComputeConfig):
     """Sizes and options of a GPT-2.
 
     Attributes:
@@ -32,10 +34,6 @@ class Gpt2Config:
         initializer_range: standard deviation of the initial weights.
         num_labels: classes of a classifier.
         attention: the token mixer.
-        dtype: type of activations: float32, bfloat16 or float64.
-        param_dtype: type of parameters.
-        remat: recompute each block's activations in the backward pass instead of keeping them.
-        unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 
     vocab_size: int | None = None
@@ -49,13 +47,10 @@ class Gpt2Config:
     initializer_range: float = 0.02
     num_labels: int = 2
     attention: AttentionConfig = field(default_factory=AttentionConfig)
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: bool = False
-    unroll: int = 1
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
+        object.__setattr__(self, "attention", AttentionConfig.of(self.attention))
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} is not a multiple of model.num_heads {self.num_heads}; "
@@ -81,7 +76,7 @@ def _linear(
     return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias, axes=axes)
 
 
-class Attention(nnx.Module):
+class Gpt2Attention(nnx.Module):
     """Projections around a token mixer; queries, keys and values come from one matrix."""
 
     def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
@@ -99,17 +94,17 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def project(self, x: Float[Array, "B T E"], context: None) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B T E"], context: None) -> QKV:
         """Queries, keys and values `[B, T, H, D]`."""
         together = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
-        return together[:, :, 0], together[:, :, 1], together[:, :, 2]
+        return QKV(together[:, :, 0], together[:, :, 1], together[:, :, 2])
 
     def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
         """Heads back to the residual stream."""
         return self.out(outputs.reshape(*outputs.shape[:2], -1))
 
 
-class FeedForward(nnx.Module):
+class Gpt2FeedForward(nnx.Module):
     """`down(gelu(up(x)))`, with the tanh approximation of GELU (Hendrycks and Gimpel 2016)."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
@@ -121,14 +116,14 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
-class Block(PreNormBlock):
+class Gpt2Block(PreNormBlock):
     """One decoder layer."""
 
     def __init__(self, config: Gpt2Config, layer: Array, *, rngs: nnx.Rngs) -> None:
         first, second = (
             LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)) for _ in range(2)
         )
-        super().__init__(Attention(config, layer, rngs=rngs), FeedForward(config, rngs=rngs), (first, second))
+        super().__init__(Gpt2Attention(config, layer, rngs=rngs), Gpt2FeedForward(config, rngs=rngs), (first, second))
 
 
 class Gpt2(CausalModel):
@@ -141,10 +136,9 @@ class Gpt2(CausalModel):
             for count in (config.vocab_size, config.max_positions)
         )
         self.layers = LayerStack(
-            lambda rngs, layer: Block(config, layer, rngs=rngs),
+            lambda rngs, layer: Gpt2Block(config, layer, rngs=rngs),
             config.num_layers,
-            remat=config.remat,
-            unroll=config.unroll,
+            compute=config.compute,
             rngs=rngs,
         )
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
@@ -155,11 +149,11 @@ class Gpt2(CausalModel):
     def hidden(
         self,
         tokens: Int[Array, "B T"],
-        documents: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T E"]:
-        """What the head reads at every position; arguments as in `CausalModel.hidden`.
+        """Hidden vectors at every position; arguments as in `CausalModel.hidden`.
 
         Raises:
             UserError: rows are longer than the model has positions.
@@ -169,7 +163,7 @@ class Gpt2(CausalModel):
                 f"rows have {tokens.shape[1]} tokens, the model has {self.config.max_positions} positions; "
                 "give shorter rows, or raise model.max_positions"
             )
-        return super().hidden(tokens, documents, mask=mask)
+        return super().hidden(tokens, segment_ids, mask=mask)
 
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], None]:
         """Embeddings of tokens and positions.
@@ -203,4 +197,4 @@ class Gpt2Classifier(nnx.Module):
             index = last - jnp.argmax(jnp.flip(mask, axis=1) != 0, axis=1)
             found = jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
         logits = self.score(found)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return upcast(logits)

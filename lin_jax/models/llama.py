@@ -10,18 +10,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import AttentionConfig, build_mixer
+from lin_jax.attention import QKV, AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.compute import ComputeConfig
+from lin_jax.models.layers import RMSNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
-from lin_jax.models.parts import RMSNorm, check_types, choose, embedding, linear
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
-from lin_jax.models.stack import KEPT, LayerStack
+from lin_jax.models.stack import LayerStack
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(ComputeConfig):
     """Sizes and options of a LLaMA.
 
     Attributes:
@@ -40,12 +41,6 @@ class LlamaConfig:
         initializer_range: standard deviation of the initial weights.
         attention: the token mixer.
         rotary: rotary positions.
-        dtype: type of activations: float32, bfloat16 or float64.
-        param_dtype: type of parameters.
-        remat: recompute each block's activations in the backward pass instead of keeping them.
-        remat_keeps: what remat keeps all the same: nothing, or products (with weights, and attention by kernels), so
-            that only cheap work is done twice.
-        unroll: layers per step of the layer loop; more compiles longer and runs faster on small models.
     """
 
     vocab_size: int | None = None
@@ -63,15 +58,10 @@ class LlamaConfig:
     initializer_range: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: bool = False
-    remat_keeps: str = "nothing"
-    unroll: int = 1
 
     def __post_init__(self) -> None:
-        check_types(self)
-        choose(self, "remat_keeps", tuple(KEPT))
+        super().__post_init__()
+        object.__setattr__(self, "attention", AttentionConfig.of(self.attention))
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -99,7 +89,7 @@ def _linear(
     return linear(config, size_in, size_out, config.initializer_range, rngs, bias=bias, axes=axes)
 
 
-class Attention(nnx.Module):
+class LlamaAttention(nnx.Module):
     """Projections and rotary positions around a token mixer."""
 
     def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
@@ -125,21 +115,21 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def project(self, x: Float[Array, "B T E"], table: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "B T E"], table: tuple[Array, Array]) -> QKV:
         """Queries `[B, T, H, D]` and keys `[B, T, K, D]`, rotated, and values `[B, T, K, D]`."""
         queries, keys, values = (
             part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
-        return rotate(queries, table), rotate(keys, table), values
+        return QKV(rotate(queries, table), rotate(keys, table), values)
 
     def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
         """Heads back to the residual stream."""
         return self.out(outputs.reshape(*outputs.shape[:2], -1))
 
 
-class FeedForward(nnx.Module):
+class LlamaFeedForward(nnx.Module):
     """`down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
@@ -152,12 +142,12 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-class Block(PreNormBlock):
+class LlamaBlock(PreNormBlock):
     """One decoder layer."""
 
     def __init__(self, config: LlamaConfig, layer: Array, *, rngs: nnx.Rngs) -> None:
         first, second = (RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype)) for _ in range(2))
-        super().__init__(Attention(config, layer, rngs=rngs), FeedForward(config, rngs=rngs), (first, second))
+        super().__init__(LlamaAttention(config, layer, rngs=rngs), LlamaFeedForward(config, rngs=rngs), (first, second))
 
 
 class Llama(CausalModel):
@@ -167,11 +157,9 @@ class Llama(CausalModel):
         self.config = config
         self.embed = embedding(config, config.vocab_size, config.hidden_size, config.initializer_range, rngs)
         self.layers = LayerStack(
-            lambda rngs, layer: Block(config, layer, rngs=rngs),
+            lambda rngs, layer: LlamaBlock(config, layer, rngs=rngs),
             config.num_layers,
-            remat=config.remat,
-            keep=config.remat_keeps,
-            unroll=config.unroll,
+            compute=config.compute,
             rngs=rngs,
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))

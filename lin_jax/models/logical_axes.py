@@ -1,7 +1,7 @@
-"""What the dimensions of parameters and activations mean, so that a mesh of devices can be laid along them.
+"""Logical names of the dimensions of parameters and activations, along which a mesh of devices is laid.
 
 Parameters carry the names of their last dimensions as `axes` in their metadata; a stack's leading layer axis has no
-name. Which name lies along which axis of a mesh is a training run's to say (`training.placement`).
+name. A training run maps the names to the axes of a mesh (`training.distributed.partitioning`).
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from pallas_kernels.mesh_axes import ROWS, SEQUENCE, TENSOR
 from pallas_kernels.over_devices import axes_along
 
 # The residual stream, the inner width of feed-forward layers, queries of all heads, keys or values of all heads.
 EMBED, MLP, HEADS, KV_HEADS, VOCABULARY = "embed", "mlp", "heads", "kv_heads", "vocabulary"
-# Along which axes of a mesh rows lie, and the tokens of a row.
-ROWS, TIME = ("data", "fsdp"), "sequence"
 
 Axes = tuple[str | None, ...]
 AxesByPath = Mapping[tuple[str, ...], Axes]
@@ -34,16 +33,16 @@ def axes_of(module: nnx.Module) -> dict[tuple[str, ...], Axes]:
 
 
 def read_whole(table: Array) -> Array:
-    """A table `[V, E]` that rows are taken from: gathered along E, and what is taken lies like activations."""
+    """A table `[V, E]` to look rows up in: gathered along E, so that the rows lie like activations."""
     mesh = jax.sharding.get_abstract_mesh()
     if all(size == 1 for size in mesh.shape.values()):
         return table
-    cut = "tensor" if table.shape[0] % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
+    cut = TENSOR if table.shape[0] % mesh.shape.get(TENSOR, 1) == 0 and TENSOR in mesh.shape else None
     return jax.lax.with_sharding_constraint(table, PartitionSpec(cut, None))
 
 
 def along_mesh(activations: Any) -> Any:
-    """A tree whose arrays `[B, T, E]` lie along the mesh of `jax.set_mesh`, rows and tokens; itself without a mesh."""
+    """Constrains the arrays `[B, T, E]` of a tree to lie along the mesh of `jax.set_mesh`, by rows and tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     if all(size == 1 for size in mesh.shape.values()):
         return activations
@@ -51,7 +50,8 @@ def along_mesh(activations: Any) -> Any:
     def lay(leaf: Array) -> Array:
         if leaf.ndim != 3:
             return leaf
-        spec = PartitionSpec(axes_along(ROWS, leaf.shape[0]) or None, axes_along((TIME,), leaf.shape[1]) or None, None)
+        rows, tokens = axes_along(ROWS, leaf.shape[0]), axes_along((SEQUENCE,), leaf.shape[1])
+        spec = PartitionSpec(rows or None, tokens or None, None)
         return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree.map(lay, activations)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.logical_axes import EMBED, VOCABULARY
+from pallas_kernels.precision import upcast
 
 
 class MedusaHeads(nnx.Module):
@@ -38,7 +39,7 @@ class MedusaHeads(nnx.Module):
 
     @property
     def count(self) -> int:
-        """How many heads there are."""
+        """Number of heads."""
         return self.weight.shape[0]
 
     def __call__(self, hidden: Float[Array, "*batch E"], which: slice = slice(None)) -> Float[Array, "*batch M V"]:
@@ -46,7 +47,7 @@ class MedusaHeads(nnx.Module):
         weight, bias, output = (part[which].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
         block = jax.nn.silu(jnp.einsum("...e,mef->...mf", hidden, weight) + bias)
         logits = jnp.einsum("...me,mev->...mv", hidden[..., None, :] + block, output)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        return upcast(logits)
 
     def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch M"]) -> Float[Array, "*batch M V"]:
         """Logits of the token after each token of a path; the heads do not look at the tokens themselves."""

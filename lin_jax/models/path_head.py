@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
+from lin_jax.models.layers import RMSNorm
 from lin_jax.models.logical_axes import EMBED, VOCABULARY
-from lin_jax.models.parts import RMSNorm, wide
+from pallas_kernels.precision import upcast
 
 # Width of the cell's inner layer, as a multiple of D.
 INNER = 2
@@ -58,7 +59,7 @@ class PathHead(nnx.Module):
         self, hidden_size: int, width: int, vocab_size: int, *, dtype: Any = jnp.float32, rngs: nnx.Rngs
     ) -> None:
         if not 1 <= width <= hidden_size:
-            raise UserError(f"path_width {width} does not fit a model of width {hidden_size}; give 1 to {hidden_size}")
+            raise UserError(f"heads.width {width} does not fit a model of width {hidden_size}; give 1 to {hidden_size}")
         rows_in, rows_out = 2 * width, INNER * width
         self.projection = nnx.Param(jnp.zeros((hidden_size, width), dtype), axes=(EMBED, None))
         self.embedding = nnx.Param(jnp.zeros((vocab_size, width), dtype), axes=(VOCABULARY, None))
@@ -80,8 +81,8 @@ class PathHead(nnx.Module):
             UserError: the head would be wider than the model.
         """
         dtype = model.embed.embedding[...].dtype
-        table = _wide(model.embed.embedding[...])
-        kernel = table.T if model.head is None else _wide(model.head.kernel[...])
+        table = _on_host(model.embed.embedding[...])
+        kernel = table.T if model.head is None else _on_host(model.head.kernel[...])
         head = cls(kernel.shape[0], width, kernel.shape[1], dtype=dtype, rngs=rngs)
         directions = _left_singular_vectors(kernel, width)
         vectors = table @ _left_singular_vectors(table.T, width)
@@ -118,7 +119,7 @@ class PathHead(nnx.Module):
 
     def logits(self, state: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of the next token of the path, in float32 or better."""
-        return wide(state @ self.output.astype(state.dtype))
+        return upcast(state @ self.output.astype(state.dtype))
 
     def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch K"]) -> Float[Array, "*batch K V"]:
         """Logits of the token after each token of a path that begins with the root."""
@@ -131,9 +132,9 @@ class PathHead(nnx.Module):
         return self.logits(jnp.moveaxis(states, 0, -2))
 
 
-def _wide(parameter: Array) -> np.ndarray:
+def _on_host(parameter: Array) -> np.ndarray:
     """A parameter on the host, in float32 or better."""
-    return np.asarray(wide(parameter))
+    return np.asarray(upcast(parameter))
 
 
 def _left_singular_vectors(matrix: np.ndarray, count: int) -> np.ndarray:

@@ -12,8 +12,8 @@ class PreNormBlock(nnx.Module):
     """One layer, in the forms of its token mixer (a `causal.CausalBlock`).
 
     Args:
-        attention: projections around a mixer: `project(x, context)` to queries, keys and values, `merge(outputs)`.
-        feed_forward: what follows it.
+        attention: projections around a mixer: `project(x, context)` to `QKV`, `merge(outputs)`.
+        feed_forward: the feed-forward layer.
         norms: of the input of either.
     """
 
@@ -31,15 +31,15 @@ class PreNormBlock(nnx.Module):
         return self.finish(x, attended), state
 
     def attend(self, x: Array, context: Any, layout: Layout, state: Any = None) -> tuple[Array, Any]:
-        """What attention adds to whole rows `[B, T, E]`, and the new state."""
-        projected = self.attention.project(self.attention_norm(x), context)
-        mixed, state = self.attention.mixer.parallel(*projected, layout, state)
+        """The output of attention for whole rows `[B, T, E]`, before it is added to them, and the new state."""
+        qkv = self.attention.project(self.attention_norm(x), context)
+        mixed, state = self.attention.mixer.parallel(qkv, layout, state)
         return self.attention.merge(mixed), state
 
     def verify(self, x: Array, context: Any, tree: TreeArrays, state: Any) -> tuple[Array, Any]:
         """Tree nodes `[B, N, E]` on top of a state."""
-        projected = self.attention.project(self.attention_norm(x), context)
-        mixed, nodes = self.attention.mixer.verify(*projected, tree, state)
+        qkv = self.attention.project(self.attention_norm(x), context)
+        mixed, nodes = self.attention.mixer.verify(qkv, tree, state)
         return self.finish(x, self.attention.merge(mixed)), nodes
 
     def commit(self, state: Any, path: Any, length: Int[Array, " B"]) -> Any:
@@ -47,6 +47,6 @@ class PreNormBlock(nnx.Module):
         return self.attention.mixer.commit(state, path, length)
 
     def finish(self, x: Array, attended: Array) -> Array:
-        """What leaves the layer `[B, T, E]`, from what entered it and what attention adds to that."""
+        """The layer's output `[B, T, E]`, from its input and the output of attention."""
         x = x + attended
         return x + self.feed_forward(self.feed_forward_norm(x))

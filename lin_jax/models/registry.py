@@ -1,4 +1,4 @@
-"""Model families by name: the configuration of each, and its models by what they are for."""
+"""Model families by name: the configuration of each, and its models by purpose."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from flax import nnx
 
 from lin_jax.errors import UserError
 from lin_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
-from lin_jax.models.flash import Flash, FlashEncoder
-from lin_jax.models.flash_config import FlashConfig
+from lin_jax.models.flash.config import FlashConfig
+from lin_jax.models.flash.model import Flash, FlashEncoder
 from lin_jax.models.gpt2 import Gpt2, Gpt2Classifier, Gpt2Config
 from lin_jax.models.llama import Llama, LlamaConfig
-from lin_jax.models.t5 import T5, T5Classifier
-from lin_jax.models.t5_config import T5Config
+from lin_jax.models.t5.config import T5Config
+from lin_jax.models.t5.model import T5, T5Classifier
 
 CAUSAL_LM = "causal_lm"
 CLASSIFIER = "classifier"

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
+from pallas_kernels.precision import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RotaryConfig:
     Attributes:
         theta: base of the frequencies.
         scaling: default, linear, dynamic, yarn, longrope, llama3 or proportional.
-        factor: how many times longer than in pretraining a text may be.
+        factor: length of a text as a multiple of that in pretraining.
         original_context_length: context length in pretraining.
         context_length: length that `dynamic` and `longrope` are set for; None means the pretraining length.
         attention_factor: factor on cos and sin (yarn, longrope); None derives it as the papers do.
@@ -158,7 +159,7 @@ def rotary_table(
 ) -> tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]:
     """Cosines and sines `[B, T, D/2]` of the rotation at each position, in float32 or better."""
     frequencies, factor = SCALINGS[config.scaling](config, head_dim)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = accumulation_dtype(dtype)
     angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 

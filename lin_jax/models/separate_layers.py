@@ -51,7 +51,7 @@ class SeparateLayers(nnx.Module):
 
     @property
     def count(self) -> int:
-        """How many layers there are."""
+        """Number of layers."""
         return len(self.layers)
 
     def __call__(self, apply: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -63,7 +63,7 @@ class SeparateLayers(nnx.Module):
         return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
-        """What `apply(layer, state, input)` makes of every layer's state, as in a stack."""
+        """Applies `apply(layer, state, input)` to every layer's state, as in a stack."""
         graph = nnx.split(self.layers[0])[0]
         # Most parameters have nothing to do with states, and are never stacked.
         return side_by_side(graph, self._stacked_parameters(), apply, state, inputs)
@@ -73,7 +73,7 @@ class SeparateLayers(nnx.Module):
         return SeparateLayers(self.layers[number] for number in numbers)
 
     def stacked(self, make: Callable[[Any], Any]) -> Any:
-        """What `make(layer)` returns for each layer, stacked."""
+        """Results of `make(layer)` for each layer, stacked."""
         return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
 
     def _stacked_parameters(self) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.logical_axes import along_mesh
 
 # Programs outside XLA: attention by kernels, by what JAX calls them.
@@ -20,7 +21,7 @@ def products(primitive: Any, *arguments: Any, **options: Any) -> Any:
     return kept or primitive.name in KERNELS
 
 
-# What is kept of a layer that is recomputed in the backward pass.
+# The policy for each of `compute.REMAT_KEEPS`.
 KEPT: dict[str, Callable[..., Any] | None] = {"nothing": None, "products": products}
 
 
@@ -30,9 +31,7 @@ class LayerStack(nnx.Module):
     Args:
         build: makes one layer from random keys and its number.
         count: number of layers.
-        remat: recompute each layer's activations in the backward pass.
-        keep: which of them are kept all the same, one of KEPT.
-        unroll: layers per step of the loop.
+        compute: how the loop runs: recomputation in the backward pass, and layers per step; None is the defaults.
         rngs: random keys.
     """
 
@@ -41,14 +40,12 @@ class LayerStack(nnx.Module):
         build: Callable[[nnx.Rngs, Array], nnx.Module],
         count: int,
         *,
-        remat: bool = False,
-        keep: str = "nothing",
-        unroll: int = 1,
+        compute: ComputeConfig | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.count = count
-        self.remat, self.keep = remat, keep
-        self.unroll = unroll
+        compute = compute or ComputeConfig()
+        self.remat, self.keep, self.unroll = compute.remat, compute.remat_keeps, compute.unroll
         self.layers = nnx.vmap(build)(rngs.split(count), jnp.arange(count))
 
     def __call__(self, apply: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, inputs: Any) -> tuple[Any, Any]:
@@ -56,7 +53,7 @@ class LayerStack(nnx.Module):
 
         Args:
             apply: one layer's work.
-            carry: what goes from layer to layer.
+            carry: value passed from layer to layer.
             inputs: a tree whose leaves have a leading layer axis, or None.
         """
         graph, parameters = nnx.split(self.layers)
@@ -70,7 +67,7 @@ class LayerStack(nnx.Module):
         return jax.lax.scan(step, along_mesh(carry), (parameters, inputs), length=self.count, unroll=self.unroll)
 
     def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
-        """What `apply(layer, state, input)` makes of every layer's state, as the function of this name says."""
+        """Applies `apply(layer, state, input)` to every layer's state, as the function of this name does."""
         graph, parameters = nnx.split(self.layers)
         return side_by_side(graph, parameters, apply, state, inputs)
 
@@ -83,18 +80,18 @@ class LayerStack(nnx.Module):
         return stack
 
     def stacked(self, make: Callable[[Any], Any]) -> Any:
-        """What `make(layer)` returns for each layer, stacked."""
+        """Results of `make(layer)` for each layer, stacked."""
         return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
 
 
 def side_by_side(graph: Any, parameters: Any, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
-    """What `apply(layer, state, input)` makes of every layer's state, all layers at once.
+    """Applies `apply(layer, state, input)` to every layer's state, all layers at once.
 
     Positions are the same in all layers, so that whatever depends on them alone is decided once, and a state that is
     written to in a few places stays where it is.
 
     Args:
-        graph: what a layer is made of.
+        graph: graph definition of a layer.
         parameters: its parameters, with a leading layer axis.
         apply: one layer's work.
         state: the states, with a leading layer axis.

@@ -1,4 +1,4 @@
-"""What a run reads: its tokenizer, and batches to train and to validate on, of text or of a task."""
+"""Inputs of a run: its tokenizer, and batches to train and to validate on, of text or of a task."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,24 @@ from lin_jax.data import (
     training_batches,
     validation_batches,
 )
-from lin_jax.data.glue import TRAIN, Task, glue_task
-from lin_jax.data.glue_files import Example, read_examples
-from lin_jax.data.task_batches import Reader, Rows, row_length, task_training_batches, task_validation_batches
+from lin_jax.data.glue.batches import (
+    ExampleEncoder,
+    ExampleRows,
+    row_length,
+    task_training_batches,
+    task_validation_batches,
+)
+from lin_jax.data.glue.files import Example, read_examples
+from lin_jax.data.glue.tasks import TRAIN, Task, glue_task
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch
+from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models import BertConfig, ModelConfig, T5Config
 from lin_jax.training.config import RunConfig, TrainingConfig
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads.
+    """Tokenizer and batches of a run.
 
     Attributes:
         config: the run, with every size filled in.
@@ -75,14 +81,15 @@ def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]
 
 def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: tuple[int, int]) -> Inputs:
     (source,) = config.data.sources
-    train, *held_out = (read_examples(source, task, part) for part in (TRAIN, *task.held_out))
+    train, *held_out = (read_examples(source, task, split) for split in (TRAIN, *task.held_out))
     tokenizer = known or _task_tokenizer(config, train)
     config = _with_vocabulary(config, tokenizer)
-    reader = task_reader(config, task, tokenizer)
-    segments = [reader.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]
+    encoder = task_encoder(config, task, tokenizer)
+    segments = [encoder.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]
     length = row_length(segments, config.data.sequence_length)
     rows, *held_out_rows = (
-        Rows(reader, examples, each, length) for examples, each in zip((train, *held_out), segments, strict=True)
+        ExampleRows(encoder, examples, each, length)
+        for examples, each in zip((train, *held_out), segments, strict=True)
     )
     training = _with_steps(config.training, len(train))
     sizes = {"length": length, "batch_size": training.batch_size, "seed": training.seed}
@@ -97,8 +104,8 @@ def _task_tokenizer(config: RunConfig, examples: Sequence[Example]) -> Tokenizer
     return prepare_tokenizer(config.data, [Document(str(number), text) for number, text in enumerate(texts)])
 
 
-def task_reader(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Reader:
-    """How the run's model reads the examples.
+def task_encoder(config: RunConfig, task: Task, tokenizer: Tokenizer) -> ExampleEncoder:
+    """Builds the encoder of a task's examples for the run's model.
 
     Raises:
         UserError: the model's special tokens are not the tokenizer's.
@@ -111,7 +118,9 @@ def task_reader(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Reader:
         )
     pad = tokenizer.special_id("pad_token")
     has_types = isinstance(model, BertConfig) and model.types > 1
-    return Reader(config.family, tokenizer, task, getattr(model, "pad_token", 0) if pad is None else pad, has_types)
+    return ExampleEncoder(
+        config.family, tokenizer, task, getattr(model, "pad_token", 0) if pad is None else pad, has_types
+    )
 
 
 def _with_steps(training: TrainingConfig, examples: int) -> TrainingConfig:

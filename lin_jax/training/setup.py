@@ -1,50 +1,67 @@
-"""A run made ready: tokenizer, text, objective and starting point, from a configuration."""
+"""Resolving a run: its configuration becomes the objects that a trainer works with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from lin_jax.data import Tokenizer, TrainingBatches
-from lin_jax.data.glue import glue_task
+from lin_jax.data import Tokenizer, TrainingBatches, load_tokenizer
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch
+from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models.logical_axes import axes_of
+from lin_jax.models.params import Params, abstract_model, shapes
 from lin_jax.models.registry import family_of_config
-from lin_jax.training.about import About
-from lin_jax.training.base import Base, load_base, with_options_of_base
-from lin_jax.training.checkpoint_files import saved_steps
+from lin_jax.training.checkpoint.files import saved_steps
+from lin_jax.training.checkpoint.metadata import CheckpointMetadata
 from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
-from lin_jax.training.inputs import read_inputs
-from lin_jax.training.mesh import make_mesh
-from lin_jax.training.objectives import OBJECTIVES, Objective, has_teacher, initial_key, keeps_base, objective_of
-from lin_jax.training.objectives.classification import with_labels
+from lin_jax.training.distributed.mesh import make_mesh
+from lin_jax.training.distributed.multihost import broadcast_from_first, is_first
+from lin_jax.training.distributed.partitioning import Shardings
+from lin_jax.training.initialization import (
+    BaseModel,
+    Teacher,
+    check_base,
+    check_teacher,
+    load_base,
+    load_teacher,
+    open_base,
+    with_options_of_base,
+    with_sizes,
+)
+from lin_jax.training.inputs import Inputs, read_inputs
+from lin_jax.training.model_source import TOKENIZER_FOLDER
+from lin_jax.training.objectives import Objective, initial_key
+from lin_jax.training.objectives.registry import (
+    check_run,
+    has_teacher,
+    keeps_base,
+    kind_of,
+    objective_of,
+    task_of,
+)
 from lin_jax.training.optimizer import Optimizer, build_optimizer
-from lin_jax.training.parameters import Params, abstract_model, shapes
-from lin_jax.training.placement import Placement
-from lin_jax.training.processes import agreed, is_first
-from lin_jax.training.step import TrainState, make_step
-from lin_jax.training.teacher import TOKENIZER_FOLDER, load_teacher
+from lin_jax.training.train_step import TrainState, make_step
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the training loop works with.
+class ResolvedRun:
+    """The objects that a trainer works with.
 
     Attributes:
         config: the configuration with every size filled in.
-        objective: what to learn.
+        objective: what is trained.
         step: the jitted step.
         state: the state before the first step; shapes alone if the run is resumed.
-        frozen: parameters that do not learn.
+        frozen: parameters that are not trained.
         batches: training batches, from the first.
         validation: held-out batches.
-        about: what checkpoints of this run say of themselves.
-        placement: where all of this lies on the run's mesh.
+        metadata: what checkpoints of this run say of themselves.
+        shardings: where all of this lies on the run's mesh.
+        tokenizer: of the run.
     """
 
     config: RunConfig
@@ -54,8 +71,9 @@ class Run:
     frozen: Params
     batches: TrainingBatches
     validation: Sequence[Batch]
-    about: About
-    placement: Placement
+    metadata: CheckpointMetadata
+    shardings: Shardings
+    tokenizer: Tokenizer
 
     @property
     def folder(self) -> Path:
@@ -63,79 +81,109 @@ class Run:
         return Path(self.config.output)
 
 
-def prepare(config: RunConfig, *, resume: bool) -> Run:
-    """Makes a run ready, and writes its configuration and tokenizer to its folder.
+def resolve(config: RunConfig, *, resume: bool) -> ResolvedRun:
+    """Reads all that a run needs from the disk, and writes its configuration and tokenizer to its folder.
 
     Everything that can be wrong with the configuration is found out before any text is read.
 
     Raises:
         UserError: something is missing, contradicts something else, or is in the way.
     """
+    check_run(config)
     folder = Path(config.output)
     _check_folder(folder, resume)
-    config = _with_labels(with_options_of_base(config))
+    source = open_base(config, resume=resume)
+    config = _with_labels(with_options_of_base(config, source))
     _check_precision(config)
     mesh = make_mesh(config.mesh)
-    base = load_base(config, resume, _model_placement(config, mesh).parameter)
-    if base is not None and not OBJECTIVES[config.objective].has_model:
+    base = load_base(config, source, resume, _model_shardings(config, mesh).parameter)
+    config, shardings = _laid_out(config, base, mesh)
+    known = load_tokenizer(folder / TOKENIZER_FOLDER) if resume else None if base is None else base.tokenizer
+    inputs = read_inputs(config, known, shardings.rows(config.training.batch_size))
+    teacher = load_teacher(inputs.config, source, base) if has_teacher(config) else None
+    run = _assembled(inputs, base, teacher, shardings, resume)
+    if not resume and is_first():
+        _write_folder(folder, run.config, run.tokenizer)
+    return run
+
+
+def resolve_in_memory(config: RunConfig, base: BaseModel, teacher: Teacher | None = None) -> ResolvedRun:
+    """Prepares a run of a model in memory; only the text is read, and nothing is written.
+
+    Args:
+        config: the run; its model takes its sizes from the base, and `output` and `init_from` are names for messages.
+        base: the model, whose parameters are copied.
+        teacher: for attention transfer and distillation.
+
+    Raises:
+        UserError: something is missing or contradicts something else.
+    """
+    check_run(config)
+    config = _with_labels(with_sizes(config, base.model.config, "the given model"))
+    _check_precision(config)
+    check_base(config, base, "the given model")
+    config, shardings = _laid_out(config, base, make_mesh(config.mesh))
+    inputs = read_inputs(config, base.tokenizer, shardings.rows(config.training.batch_size))
+    return _assembled(inputs, base, teacher, shardings, resume=False)
+
+
+def _laid_out(config: RunConfig, base: BaseModel | None, mesh: Mesh) -> tuple[RunConfig, Shardings]:
+    """Finds out where a run lies on its mesh, and refuses sizes that do not fit it."""
+    if base is not None and not kind_of(config).trains.has_model:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
     _check_length(config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
-    placement = placement_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)
+    shardings = shardings_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)
     training = config.training
-    placement.check(training.batch_size, training.accumulation, config.data.sequence_length)
-    known = Tokenizer.load(folder / TOKENIZER_FOLDER) if resume else None if base is None else base.tokenizer
-    inputs = read_inputs(config, known, placement.rows(training.batch_size))
-    return _ready(inputs.config, inputs.tokenizer, inputs.batches, inputs.validation, base, placement, resume)
+    shardings.check(training.batch_size, training.gradient_accumulation, config.data.sequence_length)
+    return config, shardings
 
 
-def _ready(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    batches: TrainingBatches,
-    validation: Sequence[Batch],
-    base: Base | None,
-    placement: Placement,
-    resume: bool,
-) -> Run:
-    folder, training, model = Path(config.output), config.training, None if base is None else base.model
+def _assembled(
+    inputs: Inputs, base: BaseModel | None, teacher: Teacher | None, shardings: Shardings, resume: bool
+) -> ResolvedRun:
+    config, training = inputs.config, inputs.config.training
     objective = objective_of(config)
-    frozen = placement.place(objective.frozen(model))
+    frozen = shardings.place(objective.frozen(None if base is None else base.model))
     optimizer = build_optimizer(config.optimizer, training.steps, objective.rates)
-    state = _first_state(config, objective, optimizer, base, placement, resume)
-    about = About(
+    state = _first_state(config, objective, optimizer, base, shardings, resume)
+    reference = None
+    if base is not None and base.source is not None and keeps_base(config):
+        reference = base.source.reference(Path(config.output), frozen)
+    metadata = CheckpointMetadata(
         objective=config.objective,
         model=plain(config.model),
-        tokenizer=tokenizer.fingerprint,
+        tokenizer=inputs.tokenizer.fingerprint,
         parameters=shapes(state.params),
-        base=base.reference(folder, frozen) if base is not None and keeps_base(config) else None,
+        base=reference,
     )
-    if has_teacher(config):
-        frozen = {**frozen, "teacher": placement.place(load_teacher(config, tokenizer, model))}
-    if not resume and is_first():
-        _write_folder(folder, config, tokenizer)
-    return Run(
+    if teacher is not None:
+        check_teacher(config, teacher, inputs.tokenizer, base)
+        frozen = {**frozen, "teacher": shardings.place(teacher.model)}
+    count, spikes = training.gradient_accumulation, training.loss_spikes
+    return ResolvedRun(
         config=config,
         objective=objective,
-        step=make_step(objective, optimizer, training.accumulation, training.watch, placement=placement, state=state),
+        step=make_step(objective, optimizer, count, spikes, shardings=shardings, state=state),
         state=state,
         frozen=frozen,
-        batches=batches,
-        validation=[part for batch in validation for part in _parts(batch, training.accumulation)],
-        about=about,
-        placement=placement,
+        batches=inputs.batches,
+        validation=[part for batch in inputs.validation for part in _microbatches(batch, count)],
+        metadata=metadata,
+        shardings=shardings,
+        tokenizer=inputs.tokenizer,
     )
 
 
-def placement_of(config: RunConfig, objective: Objective, mesh: Mesh) -> Placement:
-    """Where all parameters of a run lie, those that learn and those that do not; any vocabulary will do."""
+def shardings_of(config: RunConfig, objective: Objective, mesh: Mesh) -> Shardings:
+    """Shardings of all parameters of a run, trained or not; any vocabulary will do."""
     axes = {path: names for module in objective.modules() for path, names in axes_of(module).items()}
-    return Placement.of(mesh, axes, config.model)
+    return Shardings.of(mesh, axes, config.model)
 
 
-def _model_placement(config: RunConfig, mesh: Mesh) -> Placement:
-    model = abstract_model(_with_vocabulary(config.model), OBJECTIVES[config.objective].purpose)
-    return Placement.of(mesh, axes_of(model), config.model)
+def _model_shardings(config: RunConfig, mesh: Mesh) -> Shardings:
+    model = abstract_model(_with_vocabulary(config.model), kind_of(config).purpose)
+    return Shardings.of(mesh, axes_of(model), config.model)
 
 
 def _with_vocabulary(model: Any) -> Any:
@@ -146,26 +194,30 @@ def _first_state(
     config: RunConfig,
     objective: Objective,
     optimizer: Optimizer,
-    base: Base | None,
-    placement: Placement,
+    base: BaseModel | None,
+    shardings: Shardings,
     resume: bool,
 ) -> TrainState:
-    """The state before the first step, or its shapes, to be filled from a checkpoint; either says where it lies."""
+    """Makes the state before the first step, or its shapes, to be filled from a checkpoint; placed either way."""
     key, _ = jax.random.split(jax.random.key(config.training.seed))
-    window = config.training.watch.window
+    window = config.training.loss_spikes.window
 
     def new(params: Params) -> TrainState:
         return TrainState.new(params, optimizer, key, window)
 
     like = jax.eval_shape(new, objective.shapes())
-    where = placement.tree(like)
+    where = shardings.tree(like)
     if resume:
         return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), like, where)
     begin = initial_key(config.training.seed)
     if base is None:
         # Born where they lie: no device ever holds more than its part.
         return jax.jit(lambda key: new(objective.start(key, None)), out_shardings=where)(begin)
-    return jax.jit(new, out_shardings=where)(placement.place(objective.start(begin, base.model)))
+    params = objective.start(begin, base.model)
+    if base.source is None:
+        # The step donates its state; a model in memory goes on living.
+        params = jax.tree.map(lambda leaf: leaf.copy(), params)
+    return jax.jit(new, out_shardings=where)(shardings.place(params))
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -177,14 +229,14 @@ def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --output") from error
 
 
-def _parts(batch: Batch, count: int) -> list[Batch]:
-    """A batch in as many parts as a step takes it in: what a machine has memory for."""
+def _microbatches(batch: Batch, count: int) -> list[Batch]:
+    """Cuts a batch into as many microbatches as a step takes it in: what a machine has memory for."""
     columns = {name: np.split(rows, count) for name, rows in batch.items()}
     return [{name: parts[index] for name, parts in columns.items()} for index in range(count)]
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    steps = agreed(lambda: saved_steps(folder))
+    steps = broadcast_from_first(lambda: saved_steps(folder))
     if resume and not steps:
         raise UserError(f"there is no checkpoint in {folder} to resume from; leave --resume out to start the run")
     if steps and not resume:
@@ -211,7 +263,6 @@ def _check_length(config: RunConfig) -> None:
 
 
 def _with_labels(config: RunConfig) -> RunConfig:
-    """The configuration with as many labels as its task has, if it has one."""
-    if config.data.task is None:
-        return config
-    return replace(config, model=with_labels(config.model, glue_task(config.data.task)))
+    """Gives the model as many labels as its task has, if there is one."""
+    task, model = task_of(config), cast(Any, config.model)
+    return config if task is None else replace(config, model=replace(model, num_labels=task.outputs))

@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, ProblemGradients, Result
-from pallas_kernels.gpu_launch import kernels_of, launch
-from pallas_kernels.gpu_memories import Memories, Rows, Scan, scan_memories
+from pallas_kernels.augmented_attention.problem import (
+    AugmentedGradients,
+    AugmentedPlan,
+    AugmentedProblem,
+    AugmentedResult,
+    PackedWindows,
+)
+from pallas_kernels.gpu.launch import kernels_of, launch
+from pallas_kernels.gpu.memories import Memories, Scan, SummedRows, scan_memories
 from pallas_kernels.tiles import Tiles, block_rows, next_power, tiles_for
 
 KERNELS = "pallas_kernels.augmented_attention.gpu_kernels"
@@ -21,14 +27,16 @@ KERNELS = "pallas_kernels.augmented_attention.gpu_kernels"
 TILED = ("memories", "outputs", "query_gradients", "key_gradients")
 
 
-def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
+def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) -> AugmentedPlan:
     """Blocks of whole tiles."""
     multiple = max(_tiles(problem, kernel).rows for kernel in TILED)
     rows = block_rows("augmented_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
-    return Plan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=multiple)
+    return AugmentedPlan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=multiple)
 
 
-def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: bool = False) -> Result:
+def forward(
+    problem: AugmentedProblem, plan: AugmentedPlan, *, differentiated: bool = False, interpret: bool = False
+) -> AugmentedResult:
     """Outputs, and the memory after the rows; to be differentiated, also what `backward` goes on from."""
     call = _Call.of(problem, plan, interpret)
     before, after = call.memories()
@@ -46,30 +54,30 @@ def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, inter
         PART_E=tiles.part,
         PARTS=parts,
     )[0]
-    return Result(outputs, before if differentiated else None, after)
+    return AugmentedResult(outputs, before if differentiated else None, after)
 
 
 def backward(
-    problem: Problem,
-    plan: Plan,
+    problem: AugmentedProblem,
+    plan: AugmentedPlan,
     before: Float[Array, "B n K D E"],
     outputs: Float[Array, "B T H E"],
     after: Float[Array, "B K D E"],
     *,
     interpret: bool = False,
-) -> ProblemGradients:
+) -> AugmentedGradients:
     """Gradients, given the memory before every block, and gradients of the outputs and of the memory after the rows."""
     call = _Call.of(problem, plan, interpret)
     memory_gradients, memory = call.memory_gradients(outputs, after)
     queries, alpha, taps = _query_gradients(call, before, outputs)
     keys, values, *first = _key_gradients(call, memory_gradients, outputs)
-    return ProblemGradients(
+    return AugmentedGradients(
         queries=queries,
         keys=keys,
         values=values,
         alpha=None if problem.alpha is None else alpha,
         taps=taps,
-        start=(memory, first[0], first[1]) if problem.start is not None else None,
+        prior=(memory, first[0], first[1]) if problem.prior is not None else None,
     )
 
 
@@ -107,7 +115,7 @@ def _key_gradients(call: "_Call", memory_gradients: Array, cotangents: Array) ->
     problem, plan = call.problem, call.plan
     batch, length, kv_heads, _ = problem.keys.shape
     tiles = _tiles(problem, "key_gradients")
-    early = plan.before if problem.start is not None else 0
+    early = plan.before if problem.prior is not None else 0
     parts = -(-problem.values.shape[3] // tiles.part)
     key_dtype = problem.keys.dtype if parts == 1 else jnp.float32
     first = (batch, max(early, 1), kv_heads)
@@ -131,32 +139,32 @@ def _key_gradients(call: "_Call", memory_gradients: Array, cotangents: Array) ->
 
 
 class _Call(NamedTuple):
-    """A problem made ready for kernels; what it has not got is there as a number that nobody reads."""
+    """A problem made ready for kernels; absent arrays are single numbers that no kernel reads."""
 
-    problem: Problem
-    plan: Plan
+    problem: AugmentedProblem
+    plan: AugmentedPlan
     interpret: bool
     places: Array  # [B, 3, P + T]
     carried: Array  # [B, n + 1]
     folded: Array  # [B, P + T] float32, rows that join the memory
-    reads: Array  # [B, T] float32, queries of the document that the memory speaks of
+    reads: Array  # [B, T] float32, queries of the memory's document
     keep: Array  # [B, n] float32, whether the memory survives a block
     scales: tuple[Array, Array]  # [B, H, T] and [B, K, T] float32, what queries and keys are multiplied by
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, interpret: bool) -> "_Call":
+    def of(cls, problem: AugmentedProblem, plan: AugmentedPlan, interpret: bool) -> "_Call":
         scales = _unit_scales(problem.queries, plan), _unit_scales(problem.keys, plan)
-        if problem.placement is None:
+        if problem.packed is None:
             whole, number = jnp.zeros((1,), jnp.int32), jnp.zeros((1,))
             return cls(problem, plan, interpret, whole, whole, number, number, number, scales)
-        placed = Placed.of(problem.placement, problem.start, plan)
-        places = jnp.concatenate([placed.first, placed.rows], axis=2)
-        document, position, known = places[:, 0], places[:, 1], places[:, 2]
-        carried = placed.carried
+        packed = PackedWindows.of(problem.packed, problem.prior, plan)
+        places = jnp.concatenate([packed.first, packed.rows], axis=2)
+        segment, position, known = places[:, 0], places[:, 1], places[:, 2]
+        carried = packed.carried
         joins = jnp.minimum(jnp.arange(places.shape[2]) // plan.block, plan.blocks - 1)
-        complete = (document != carried[:, -1:]) | (position < placed.finished[:, None])
-        folded = (document > 0) & (document == carried[:, joins + 1]) & (known == 0) & complete
-        own = document[:, plan.before :]
+        complete = (segment != carried[:, -1:]) | (position < packed.finished[:, None])
+        folded = (segment > 0) & (segment == carried[:, joins + 1]) & (known == 0) & complete
+        own = segment[:, plan.before :]
         reads = (own > 0) & (own == carried[:, jnp.arange(plan.length) // plan.block])
         folded, reads, keep = (each.astype(jnp.float32) for each in (folded, reads, carried[:, :-1] == carried[:, 1:]))
         return cls(problem, plan, interpret, places, carried, folded, reads, keep, scales)
@@ -179,9 +187,9 @@ class _Call(NamedTuple):
     def first(self) -> tuple[Array, Array]:
         """Keys and values before the row."""
         problem = self.problem
-        if problem.start is None:
+        if problem.prior is None:
             return problem.keys, problem.values
-        return problem.start.keys.astype(problem.keys.dtype), problem.start.values.astype(problem.values.dtype)
+        return problem.prior.keys.astype(problem.keys.dtype), problem.prior.values.astype(problem.values.dtype)
 
     def launch(
         self, name: str, more: tuple[Any, ...], outputs: Any, tiles: Tiles, *, grid: Any, **more_constants: Any
@@ -202,8 +210,8 @@ class _Call(NamedTuple):
             "LOCAL": plan.local,
             "GROUPED": problem.alpha is not None,
             "UNIT": plan.unit,
-            "PLACED": problem.placement is not None,
-            "STARTED": problem.start is not None,
+            "PLACED": problem.packed is not None,
+            "STARTED": problem.prior is not None,
         }
         return launch(
             getattr(kernels_of(KERNELS, self.interpret), name),
@@ -219,19 +227,19 @@ class _Call(NamedTuple):
     def memories(self) -> tuple[Array, Array]:
         """The memory before every block, and after the last."""
         problem = self.problem
-        start = problem.start
-        initial = jnp.zeros(self._memory_shape) if start is None else start.memory.astype(jnp.float32)
-        rows = Rows(
+        prior = problem.prior
+        initial = jnp.zeros(self._memory_shape) if prior is None else prior.memory.astype(jnp.float32)
+        rows = SummedRows(
             problem.keys, problem.values, *self.first, jnp.zeros((1,)), self.folded, self.keep, scales=self.scales[1]
         )
-        return self._scan(rows, initial, self.plan.before, start is not None, reverse=False)
+        return self._scan(rows, initial, self.plan.before, prior is not None, reverse=False)
 
     def memory_gradients(self, cotangents: Array, after: Array) -> tuple[Array, Array]:
         """The gradient of the memory after every block, and of the memory before the row."""
         problem = self.problem
         factors = jnp.zeros((problem.queries.shape[2],)) if problem.alpha is None else self.factors[0]
         own = problem.queries, cotangents
-        rows = Rows(*own, *own, factors, self.reads, self.keep, scales=self.scales[0])
+        rows = SummedRows(*own, *own, factors, self.reads, self.keep, scales=self.scales[0])
         return self._scan(rows, after.astype(jnp.float32), 0, False, reverse=True)
 
     @property
@@ -239,7 +247,9 @@ class _Call(NamedTuple):
         keys, values = self.problem.keys, self.problem.values
         return keys.shape[0], keys.shape[2], keys.shape[3], values.shape[3]
 
-    def _scan(self, rows: Rows, initial: Array, shift: int, started: bool, *, reverse: bool) -> tuple[Array, Array]:
+    def _scan(
+        self, rows: SummedRows, initial: Array, shift: int, started: bool, *, reverse: bool
+    ) -> tuple[Array, Array]:
         problem, plan = self.problem, self.plan
         nothing = jnp.zeros((1,))
         found = scan_memories(
@@ -250,14 +260,14 @@ class _Call(NamedTuple):
             interpret=self.interpret,
             UNIT=plan.unit,
             FACTORS=reverse,
-            WEIGHTS=problem.placement is not None,
+            WEIGHTS=problem.packed is not None,
             STARTED=started,
         )
         return found[0].values, found[1].values
 
 
-def _unit_scales(rows: Float[Array, "B T H D"], plan: Plan) -> Float[Array, "B H T"]:
-    """What rows are multiplied by to have length one, zero for zero rows; anything if they are not scaled."""
+def _unit_scales(rows: Float[Array, "B T H D"], plan: AugmentedPlan) -> Float[Array, "B H T"]:
+    """Factors that scale rows to length one, zero for zero rows; anything if rows are not scaled."""
     if not plan.unit:
         return jnp.zeros((1,))
     square = jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=3)
@@ -265,9 +275,9 @@ def _unit_scales(rows: Float[Array, "B T H D"], plan: Plan) -> Float[Array, "B H
     return scale.transpose(0, 2, 1)
 
 
-def _tiles(problem: Problem, kernel: str) -> Tiles:
+def _tiles(problem: AugmentedProblem, kernel: str) -> Tiles:
     sizes = problem.keys.shape[3], problem.values.shape[3]
-    return tiles_for(f"augmented_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.placement is not None)
+    return tiles_for(f"augmented_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.packed is not None)
 
 
 def _summed(parts: Array, dtype: Any) -> Array:

@@ -10,7 +10,7 @@ docstrings name what is read and written.
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu_parts import (
+from pallas_kernels.gpu.blocks import (
     load_joined,
     load_memory,
     load_rows,
@@ -24,20 +24,20 @@ from pallas_kernels.gpu_parts import (
 
 
 @triton.jit
-def placed(places, batch, rows, length, BEFORE: tl.constexpr, PLACED: tl.constexpr):
-    """Documents (0: nothing there), positions, and whether the memory holds the token already."""
+def load_segments(places, batch, rows, length, BEFORE: tl.constexpr, PLACED: tl.constexpr):
+    """Segment ids (0: padding), positions, and whether the memory holds the token already."""
     if PLACED:
         inside = (rows < length) & (rows >= -BEFORE)
         whole = length + BEFORE
         base = places + batch * 3 * whole + rows + BEFORE
-        document = tl.load(base, mask=inside, other=0)
+        segment = tl.load(base, mask=inside, other=0)
         position = tl.load(base + whole, mask=inside, other=0)
         known = tl.load(base + 2 * whole, mask=inside, other=0)
     else:
-        document = ((rows >= 0) & (rows < length)).to(tl.int32)
+        segment = ((rows >= 0) & (rows < length)).to(tl.int32)
         position = rows
         known = tl.zeros_like(rows)
-    return document, position, known
+    return segment, position, known
 
 
 @triton.jit
@@ -64,14 +64,14 @@ def near_queries(begin, GROUP: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def met(document, other_document, known):
-    """Which queries and keys are of one document, and the memory does not hold the key."""
-    return (document == other_document) & (other_document > 0) & (known == 0)
+def met(segment, other_segment, known):
+    """Mask of pairs of one document whose key is not in the memory yet."""
+    return (segment == other_segment) & (other_segment > 0) & (known == 0)
 
 
 @triton.jit
-def pairs(document, position, other_document, other_position, known, GROUP: tl.constexpr, PLACED: tl.constexpr):
-    """Which queries and keys are near each other, in the same group, and in different groups.
+def pairs(segment, position, other_segment, other_position, known, GROUP: tl.constexpr, PLACED: tl.constexpr):
+    """Masks of pairs of one document, of pairs in the same group, and of pairs in different groups.
 
     In whole rows, those that are not there are zero and need no mask.
     """
@@ -80,7 +80,7 @@ def pairs(document, position, other_document, other_position, known, GROUP: tl.c
     earlier = other_group < group
     near = position == position
     if PLACED:
-        near = (document == other_document) & (other_document > 0)
+        near = (segment == other_segment) & (other_segment > 0)
         both = near & (known == 0)
         local = local & both
         earlier = earlier & both
@@ -193,8 +193,8 @@ def outputs_kernel(
     block = begin // BLOCK
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
-    document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    query = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
+    segment, position, known = load_segments(places, batch, asked, length, BEFORE, PLACED)
+    query = load_rows(queries, batch, begin, inner, segment > 0, length, head, HEADS, D)
     scale = load_scales(query_scales, batch, asked, length, head, HEADS, UNIT)
 
     found = tl.zeros([TILE, PART_E], tl.float32)
@@ -206,17 +206,17 @@ def outputs_kernel(
     if GROUPED:
         factor = tl.load(alpha + head)
         index = (batch * blocks + block) * KV_HEADS + kv_head
-        reads = document > 0
+        reads = segment > 0
         if PLACED:
-            reads = reads & (document == tl.load(carried + batch * (blocks + 1) + block))
+            reads = reads & (segment == tl.load(carried + batch * (blocks + 1) + block))
         for piece in range(0, WIDE_D, PART_D):
             chosen = piece + tl.arange(0, PART_D)
             some = load_rows(queries, batch, begin, chosen, reads, length, head, HEADS, D)
             found += memory_product(some, load_memory(memories, index, chosen, columns, D, E))
         for key_begin in range(lowest, near_begin, TILE):
             rows = key_begin + tl.arange(0, TILE)
-            other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-            there = other_document > 0
+            other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
+            there = other_segment > 0
             key, key_scale = window_keys(
                 keys,
                 first_keys,
@@ -238,14 +238,14 @@ def outputs_kernel(
             )
             scores = product(query, tl.trans(key)) * key_scale[None, :]
             if PLACED:
-                scores = tl.where(met(document[:, None], other_document[None, :], known[None, :]), scores, 0.0)
+                scores = tl.where(met(segment[:, None], other_segment[None, :], known[None, :]), scores, 0.0)
             found += product(narrowed(scores, value.dtype), value)
         found *= (factor * scale)[:, None]
 
     for key_begin in range(near_begin, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
-        other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-        there = other_document > 0
+        other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
+        there = other_segment > 0
         key, key_scale = window_keys(
             keys,
             first_keys,
@@ -266,9 +266,9 @@ def outputs_kernel(
             values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
         near, local, earlier = pairs(
-            document[:, None],
+            segment[:, None],
             position[:, None],
-            other_document[None, :],
+            other_segment[None, :],
             other_position[None, :],
             known[None, :],
             GROUP,
@@ -334,10 +334,10 @@ def query_gradients_kernel(
     block = begin // BLOCK
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
-    document, position, known = placed(places, batch, asked, length, BEFORE, PLACED)
-    query = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
+    segment, position, known = load_segments(places, batch, asked, length, BEFORE, PLACED)
+    query = load_rows(queries, batch, begin, inner, segment > 0, length, head, HEADS, D)
     scale = load_scales(query_scales, batch, asked, length, head, HEADS, UNIT)
-    cotangent = load_rows(cotangents, batch, begin, columns, document > 0, length, head, HEADS, E)
+    cotangent = load_rows(cotangents, batch, begin, columns, segment > 0, length, head, HEADS, E)
 
     found = tl.zeros([TILE, WIDE_D], tl.float32)
     change = tl.zeros([TILE], tl.float32)
@@ -351,17 +351,17 @@ def query_gradients_kernel(
     if GROUPED:
         factor = tl.load(alpha + head)
         index = (batch * blocks + block) * KV_HEADS + kv_head
-        reads = document > 0
+        reads = segment > 0
         if PLACED:
-            reads = reads & (document == tl.load(carried + batch * (blocks + 1) + block))
+            reads = reads & (segment == tl.load(carried + batch * (blocks + 1) + block))
         for piece in range(0, PART_E, PIECE_E):
             chosen = part * PART_E + piece + tl.arange(0, PIECE_E)
             some = load_rows(cotangents, batch, begin, chosen, reads, length, head, HEADS, E)
             found += memory_product(some, tl.trans(load_memory(memories, index, inner, chosen, D, E)))
         for key_begin in range(lowest, near_begin, TILE):
             rows = key_begin + tl.arange(0, TILE)
-            other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-            there = other_document > 0
+            other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
+            there = other_segment > 0
             key, key_scale = window_keys(
                 keys,
                 first_keys,
@@ -383,7 +383,7 @@ def query_gradients_kernel(
             )
             upstream = product(cotangent, tl.trans(value)) * key_scale[None, :]
             if PLACED:
-                upstream = tl.where(met(document[:, None], other_document[None, :], known[None, :]), upstream, 0.0)
+                upstream = tl.where(met(segment[:, None], other_segment[None, :], known[None, :]), upstream, 0.0)
             found += product(narrowed(upstream, key.dtype), key)
         # What is linear in scores adds to alpha's gradient its own scores.
         change = tl.sum(found * query.to(tl.float32), axis=1) * scale
@@ -391,8 +391,8 @@ def query_gradients_kernel(
 
     for key_begin in range(near_begin, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
-        other_document, other_position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-        there = other_document > 0
+        other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
+        there = other_segment > 0
         key, key_scale = window_keys(
             keys,
             first_keys,
@@ -413,9 +413,9 @@ def query_gradients_kernel(
             values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
         near, local, earlier = pairs(
-            document[:, None],
+            segment[:, None],
             position[:, None],
-            other_document[None, :],
+            other_segment[None, :],
             other_position[None, :],
             known[None, :],
             GROUP,
@@ -497,8 +497,8 @@ def key_gradients_kernel(
         begin -= BEFORE
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     rows = begin + tl.arange(0, TILE)
-    document, position, known = placed(places, batch, rows, length, BEFORE, PLACED)
-    there = document > 0
+    segment, position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
+    there = segment > 0
     key, scale = window_keys(
         keys, first_keys, key_scales, batch, begin, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
     )
@@ -532,14 +532,14 @@ def key_gradients_kernel(
             factor = tl.load(alpha + own)
             for query_begin in range(far_begin, end, TILE):
                 asked = query_begin + tl.arange(0, TILE)
-                own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
-                query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
-                cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
+                own_segment, own_position, own_known = load_segments(places, batch, asked, length, BEFORE, PLACED)
+                query = load_rows(queries, batch, query_begin, inner, own_segment > 0, length, own, HEADS, D)
+                cotangent = load_rows(cotangents, batch, query_begin, columns, own_segment > 0, length, own, HEADS, E)
                 weight = factor * load_scales(query_scales, batch, asked, length, own, HEADS, UNIT)
                 scores = product(key, tl.trans(query)) * weight[None, :]
                 upstream = product(value, tl.trans(cotangent)) * weight[None, :]
                 if PLACED:
-                    both = met(own_document[None, :], document[:, None], known[:, None])
+                    both = met(own_segment[None, :], segment[:, None], known[:, None])
                     scores = tl.where(both, scores, 0.0)
                     upstream = tl.where(both, upstream, 0.0)
                 value_found += product(narrowed(scores, cotangent.dtype), cotangent)
@@ -553,14 +553,14 @@ def key_gradients_kernel(
             factor = tl.load(alpha + own)
         for query_begin in range(tl.maximum(begin, 0), tl.minimum(far_begin, end), TILE):
             asked = query_begin + tl.arange(0, TILE)
-            own_document, own_position, own_known = placed(places, batch, asked, length, BEFORE, PLACED)
-            query = load_rows(queries, batch, query_begin, inner, own_document > 0, length, own, HEADS, D)
-            cotangent = load_rows(cotangents, batch, query_begin, columns, own_document > 0, length, own, HEADS, E)
+            own_segment, own_position, own_known = load_segments(places, batch, asked, length, BEFORE, PLACED)
+            query = load_rows(queries, batch, query_begin, inner, own_segment > 0, length, own, HEADS, D)
+            cotangent = load_rows(cotangents, batch, query_begin, columns, own_segment > 0, length, own, HEADS, E)
             query_scale = load_scales(query_scales, batch, asked, length, own, HEADS, UNIT)
             near, local, earlier = pairs(
-                own_document[None, :],
+                own_segment[None, :],
                 own_position[None, :],
-                document[:, None],
+                segment[:, None],
                 position[:, None],
                 known[:, None],
                 GROUP,

@@ -1,4 +1,4 @@
-"""What augmented linear attention is computed from, and how its rows are cut into blocks."""
+"""Inputs and results of augmented linear attention, and the plan by which its rows are cut into blocks."""
 
 import math
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Placement(NamedTuple):
-    """Where tokens stand in rows that hold several documents or padding, or that go on from a state.
+class PackedRows(NamedTuple):
+    """Rows that hold several documents or padding, or that continue a state: segment ids and positions.
 
     Attributes:
-        documents: `[B, T]` document of each token, equal numbers side by side, 0 for padding.
+        segment_ids: `[B, T]` number of each token's document, equal numbers side by side, 0 for padding.
         positions: `[B, T]` position of each token in its document.
-        first: `[B]` the document that the row begins with, of which the memory before the row speaks.
-        last: `[B]` the document that the row ends with, of which the memory after the row speaks.
-        tokens: `[B]` how many of the last document there are so far.
+        first: `[B]` segment id that the row begins with, to which the memory before the row belongs.
+        last: `[B]` segment id that the row ends with, to which the memory after the row belongs.
+        tokens: `[B]` tokens of the last document so far.
     """
 
-    documents: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
     positions: Int[Array, "B T"]
     first: Int[Array, " B"]
     last: Int[Array, " B"]
     tokens: Int[Array, " B"]
 
 
-class Start(NamedTuple):
-    """What came before the rows.
+class PriorContext(NamedTuple):
+    """Context before the rows: the memory of finished groups, and the tokens just before.
 
     Attributes:
         memory: `[B, K, D, E]` `sum k v^T` over finished groups, float32 or better.
@@ -45,7 +45,7 @@ class Start(NamedTuple):
     positions: Int[Array, "B P"]
     known: Bool[Array, "B P"]
 
-    def of_length(self, length: int) -> "Start":
+    def of_length(self, length: int) -> "PriorContext":
         """The same with `length` tokens before the row: the last ones, or with absent ones before them."""
         have = self.positions.shape[1]
         missing, extra = max(length - have, 0), max(have - length, 0)
@@ -54,11 +54,11 @@ class Start(NamedTuple):
             pad = ((0, 0), (missing, 0), *((0, 0),) * (rows.ndim - 2))
             return jnp.pad(rows[:, extra:], pad, constant_values=value)
 
-        return Start(self.memory, fit(self.keys), fit(self.values), fit(self.positions, -1), fit(self.known))
+        return PriorContext(self.memory, fit(self.keys), fit(self.values), fit(self.positions, -1), fit(self.known))
 
 
-class Problem(NamedTuple):
-    """What every implementation reads.
+class AugmentedProblem(NamedTuple):
+    """Inputs of every implementation.
 
     Attributes:
         queries: `[B, T, H, D]`.
@@ -66,8 +66,8 @@ class Problem(NamedTuple):
         values: `[B, T, K, E]`.
         alpha: `[H]` factor of the grouped branch, None to leave it out.
         taps: `[H, W]` convolution filter, lag 0 first, None to leave it out.
-        placement: where tokens stand; None where every row is one document from its start.
-        start: what came before the rows; None for nothing. It needs a placement.
+        packed: segment ids and positions; None where every row is one document from its beginning.
+        prior: context before the rows; None for nothing. It needs `packed`.
     """
 
     queries: Float[Array, "B T H D"]
@@ -75,32 +75,32 @@ class Problem(NamedTuple):
     values: Float[Array, "B T K E"]
     alpha: Float[Array, " H"] | None
     taps: Float[Array, "H W"] | None
-    placement: Placement | None = None
-    start: Start | None = None
+    packed: PackedRows | None = None
+    prior: PriorContext | None = None
 
 
-class Result(NamedTuple):
-    """Outputs, the memory `[B, n, K, D, E]` before every block (None if nobody asks), and after the rows; float32."""
+class AugmentedResult(NamedTuple):
+    """Outputs, the memory before every block (None if not asked for) and the memory after the rows; float32."""
 
     outputs: Float[Array, "B T H E"]
     before: Float[Array, "B n K D E"] | None
     after: Float[Array, "B K D E"]
 
 
-class ProblemGradients(NamedTuple):
-    """Gradients of a problem's arrays; those of the start are of its memory, keys and values."""
+class AugmentedGradients(NamedTuple):
+    """Gradients of a problem's arrays; those of the prior context are of its memory, keys and values."""
 
     queries: Float[Array, "B T H D"]
     keys: Float[Array, "B T K D"]
     values: Float[Array, "B T K E"]
     alpha: Float[Array, " H"] | None
     taps: Float[Array, "H W"] | None
-    start: tuple[Float[Array, "B K D E"], Float[Array, "B P K D"], Float[Array, "B P K E"]] | None
+    prior: tuple[Float[Array, "B K D E"], Float[Array, "B P K D"], Float[Array, "B P K E"]] | None
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is fixed when a program is compiled.
+class AugmentedPlan:
+    """Compile-time constants of a program.
 
     A window is the P rows before a block and the block's C rows, so many that whatever lies before it is in a finished
     group for every query of the block, and beyond the convolution's reach.
@@ -122,7 +122,9 @@ class Plan:
     local: bool
 
     @classmethod
-    def of(cls, problem: Problem, *, group: int, unit: bool, local: bool, block: int, multiple: int) -> "Plan":
+    def of(
+        cls, problem: AugmentedProblem, *, group: int, unit: bool, local: bool, block: int, multiple: int
+    ) -> "AugmentedPlan":
         """Blocks of about `block` rows, with windows whose sizes are multiples of a number.
 
         In whole rows, blocks begin where groups do: the window need not hold a group before them, only what the
@@ -130,7 +132,7 @@ class Plan:
         """
         length = problem.queries.shape[1]
         reach = 0 if problem.taps is None else problem.taps.shape[1] - 1
-        if problem.placement is not None:
+        if problem.packed is not None:
             before = _rounded(max(group, reach), multiple)
             return cls(group, before, _rounded(min(block, length), before), length, unit, local)
         size = _rounded(min(block, length), math.lcm(group, multiple))
@@ -140,7 +142,7 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a row has."""
+        """Number of blocks of a row."""
         return -(-self.length // self.block)
 
     @property
@@ -149,13 +151,13 @@ class Plan:
         return self.before + self.block
 
 
-class Placed(NamedTuple):
-    """A placement cut up for windows.
+class PackedWindows(NamedTuple):
+    """Packed rows cut up for windows.
 
     Attributes:
-        rows: `[B, 3, T]` documents, positions, and whether the memory before the row holds the token.
+        rows: `[B, 3, T]` segment ids, positions, and whether the memory before the row holds the token.
         first: `[B, 3, P]` the same of the rows before.
-        carried: `[B, n + 1]` the document that the memory speaks of before each block, and after the row.
+        carried: `[B, n + 1]` segment id of the memory's document before each block, and after the row.
         finished: `[B]` tokens of the last document that are in finished groups.
     """
 
@@ -165,44 +167,44 @@ class Placed(NamedTuple):
     finished: Int[Array, " B"]
 
     @classmethod
-    def of(cls, placement: Placement, start: Start | None, plan: Plan) -> "Placed":
-        """Cuts a placement up."""
-        documents = placement.documents
-        rows = jnp.stack([documents, placement.positions, jnp.zeros_like(documents)], axis=1).astype(jnp.int32)
+    def of(cls, packed: PackedRows, prior: PriorContext | None, plan: AugmentedPlan) -> "PackedWindows":
+        """Cuts packed rows up."""
+        segment_ids = packed.segment_ids
+        rows = jnp.stack([segment_ids, packed.positions, jnp.zeros_like(segment_ids)], axis=1).astype(jnp.int32)
         first = jnp.zeros((rows.shape[0], 3, plan.before), jnp.int32)
-        if start is not None:
-            there = start.positions >= 0
-            named = jnp.where(there, placement.first[:, None], 0)
-            first = jnp.stack([named, jnp.maximum(start.positions, 0), start.known], axis=1).astype(jnp.int32)
-        index = jax.lax.cummax(jnp.where(documents > 0, jnp.arange(plan.length), -1), axis=1)
+        if prior is not None:
+            there = prior.positions >= 0
+            named = jnp.where(there, packed.first[:, None], 0)
+            first = jnp.stack([named, jnp.maximum(prior.positions, 0), prior.known], axis=1).astype(jnp.int32)
+        index = jax.lax.cummax(jnp.where(segment_ids > 0, jnp.arange(plan.length), -1), axis=1)
         left = jnp.arange(1, plan.blocks) * plan.block - plan.before - 1
-        # The first window may begin with the row: then only the start has joined the memory.
+        # The first window may begin with the row: then only the prior context has joined the memory.
         index = jnp.where(left >= 0, index[:, jnp.maximum(left, 0)], -1)
-        found = jnp.take_along_axis(documents, jnp.maximum(index, 0), axis=1)
-        middle = jnp.where(index >= 0, found, placement.first[:, None])
-        carried = jnp.concatenate([placement.first[:, None], middle, placement.last[:, None]], axis=1)
-        finished = placement.tokens // plan.group * plan.group
+        found = jnp.take_along_axis(segment_ids, jnp.maximum(index, 0), axis=1)
+        middle = jnp.where(index >= 0, found, packed.first[:, None])
+        carried = jnp.concatenate([packed.first[:, None], middle, packed.last[:, None]], axis=1)
+        finished = packed.tokens // plan.group * plan.group
         return cls(rows, first, carried.astype(jnp.int32), finished.astype(jnp.int32))
 
 
-def convolution_matrix(taps: Float[Array, "H W"], plan: Plan) -> Float[Array, "H C M"]:
+def convolution_matrix(taps: Float[Array, "H W"], plan: AugmentedPlan) -> Float[Array, "H C M"]:
     """The convolution of a block's rows as a matrix over its window."""
     lag, inside = _lags(taps.shape[1], plan)
     return jnp.where(inside, taps[:, jnp.clip(lag, 0, taps.shape[1] - 1)], 0)
 
 
-def taps_gradient(matrix: Float[Array, "H C M"], width: int, plan: Plan) -> Float[Array, "H W"]:
+def taps_gradient(matrix: Float[Array, "H C M"], width: int, plan: AugmentedPlan) -> Float[Array, "H W"]:
     """The gradient of the taps, given that of the matrix."""
     lag, inside = _lags(width, plan)
-    place = jnp.where(inside, lag, width)
-    return jax.vmap(lambda part: jnp.zeros((width + 1,), part.dtype).at[place].add(part))(matrix)[:, :width]
+    index = jnp.where(inside, lag, width)
+    return jax.vmap(lambda part: jnp.zeros((width + 1,), part.dtype).at[index].add(part))(matrix)[:, :width]
 
 
 def _rounded(number: int, multiple: int) -> int:
-    """The number, or the next one that is a multiple."""
+    """The smallest multiple that is not below a number."""
     return -(-number // multiple) * multiple
 
 
-def _lags(width: int, plan: Plan) -> tuple[Array, Array]:
+def _lags(width: int, plan: AugmentedPlan) -> tuple[Array, Array]:
     lag = jnp.arange(plan.block)[:, None] + plan.before - jnp.arange(plan.width)
     return lag, (lag >= 0) & (lag < width)

@@ -1,11 +1,11 @@
-"""The definition of augmented linear attention, as slow and plain as it can be said: loops over tokens, in float64."""
+"""Reference of augmented linear attention: plain loops over tokens, in float64."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 
-def relu_squared(score: float) -> float:
+def _relu_squared(score: float) -> float:
     """`relu(s)^2`."""
     return max(score, 0.0) ** 2
 
@@ -18,7 +18,7 @@ def augmented_attention_reference(
     group_size: int,
     alpha: float | None,
     taps: np.ndarray | None,
-    local: Callable[[float], float] | None = relu_squared,
+    local: Callable[[float], float] | None = _relu_squared,
     parents: np.ndarray | None = None,
 ) -> np.ndarray:
     """Outputs `[T, H, E]` of one sequence, token by token, straight from the formula (You et al. 2024, section 4).

@@ -14,35 +14,37 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.problem import (
-    Placed,
-    Plan,
-    Problem,
-    ProblemGradients,
-    Result,
+    AugmentedGradients,
+    AugmentedPlan,
+    AugmentedProblem,
+    AugmentedResult,
+    PackedWindows,
     convolution_matrix,
     taps_gradient,
 )
 from pallas_kernels.augmented_attention.tpu_kernels import (
+    AugmentedGradientOutputs,
+    AugmentedInputs,
+    AugmentedScalars,
     Carried,
-    Gradients,
-    Inputs,
-    Scalars,
     forward_kernel,
     gradient_kernel,
 )
 from pallas_kernels.tiles import block_rows
-from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
+from pallas_kernels.tpu.heads import LANES, SUBLANES, VMEM_BYTES, ProgramHeads, flatten_heads
 
 Order = Callable[[Any], Any]
 
 
-def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
+def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) -> AugmentedPlan:
     """Blocks and windows of whole lanes."""
     rows = block_rows("augmented_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
-    return Plan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=LANES)
+    return AugmentedPlan.of(problem, group=group, unit=unit, local=local, block=rows, multiple=LANES)
 
 
-def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
+def forward(
+    problem: AugmentedProblem, plan: AugmentedPlan, *, differentiated: bool = False, interpret: Any = False
+) -> AugmentedResult:
     """Outputs, and the memory after the rows; to be differentiated, also what `backward` goes on from."""
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, _ = problem.queries.shape
@@ -61,24 +63,24 @@ def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, inter
         interpret=interpret,
         name="augmented_attention",
     )
-    return Result(outputs.reshape(batch, length, heads, size), before, after)
+    return AugmentedResult(outputs.reshape(batch, length, heads, size), before, after)
 
 
 def backward(
-    problem: Problem,
-    plan: Plan,
+    problem: AugmentedProblem,
+    plan: AugmentedPlan,
     before: Float[Array, "B n K D E"],
     outputs: Float[Array, "B T H E"],
     after: Float[Array, "B K D E"],
     *,
     interpret: Any = False,
-) -> ProblemGradients:
+) -> AugmentedGradients:
     """Gradients, given the memory before every block, and gradients of the outputs and of the memory after the rows."""
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
     heads = call.heads
     found = call(
         gradient_kernel,
-        (side_by_side(outputs), before, after),
+        (flatten_heads(outputs), before, after),
         in_specs=(call.rows(call.query_heads * heads.value_size), call.block_memory, call.memory),
         out_specs=(_gradient_specs(problem, plan, call),),
         out=(_gradient_structs(problem, plan, call),),
@@ -92,28 +94,28 @@ def backward(
         interpret=interpret,
         name="augmented_attention_gradients",
     )[0]
-    taps, start = problem.taps, None
-    if problem.start is not None:
-        start = (
+    taps, prior = problem.taps, None
+    if problem.prior is not None:
+        prior = (
             found.memory,
-            found.first_keys.reshape(problem.start.keys.shape),
-            found.first_values.reshape(problem.start.values.shape),
+            found.first_keys.reshape(problem.prior.keys.shape),
+            found.first_values.reshape(problem.prior.values.shape),
         )
-    return ProblemGradients(
+    return AugmentedGradients(
         queries=found.queries.reshape(problem.queries.shape),
         keys=found.keys.reshape(problem.keys.shape),
         values=found.values.reshape(problem.values.shape),
         alpha=None if found.alpha is None else found.alpha[:, 0, 0],
         taps=None if taps is None else taps_gradient(found.matrix, taps.shape[1], plan),
-        start=start,
+        prior=prior,
     )
 
 
-def _gradient_specs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
-    """How the gradients are cut."""
-    heads, first = call.heads, problem.start is not None
+def _gradient_specs(problem: AugmentedProblem, plan: AugmentedPlan, call: "_Call") -> AugmentedGradientOutputs:
+    """Block specs of the gradients."""
+    heads, first = call.heads, problem.prior is not None
     key, value = heads.together * heads.key_size, heads.together * heads.value_size
-    return Gradients(
+    return AugmentedGradientOutputs(
         queries=call.rows(heads.share * key),
         keys=call.rows(key),
         values=call.rows(value),
@@ -125,10 +127,10 @@ def _gradient_specs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
     )
 
 
-def _gradient_structs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
+def _gradient_structs(problem: AugmentedProblem, plan: AugmentedPlan, call: "_Call") -> AugmentedGradientOutputs:
     """Shapes and types of the gradients."""
     arrays, heads = call.arrays, problem.queries.shape[2]
-    return Gradients(
+    return AugmentedGradientOutputs(
         queries=_struct(arrays.queries.shape, arrays.queries.dtype),
         keys=_struct(arrays.keys.shape, arrays.keys.dtype),
         values=_struct(arrays.values.shape, arrays.values.dtype),
@@ -143,27 +145,29 @@ def _gradient_structs(problem: Problem, plan: Plan, call: "_Call") -> Gradients:
 class _Call(NamedTuple):
     """A problem made ready for a kernel whose steps visit blocks in some order."""
 
-    plan: Plan
+    plan: AugmentedPlan
     order: Order
     grid: tuple[int, int, int]
-    heads: Heads
-    scalars: Scalars
-    arrays: Inputs
+    heads: ProgramHeads
+    scalars: AugmentedScalars
+    arrays: AugmentedInputs
     memory_struct: jax.ShapeDtypeStruct
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, order: Order) -> "_Call":
+    def of(cls, problem: AugmentedProblem, plan: AugmentedPlan, order: Order) -> "_Call":
         batch, kv_heads = problem.values.shape[0], problem.values.shape[2]
-        heads = Heads.of(problem.queries, problem.values)
-        placed = None if problem.placement is None else Placed.of(problem.placement, problem.start, plan)
+        heads = ProgramHeads.of(problem.queries, problem.values)
+        packed = None if problem.packed is None else PackedWindows.of(problem.packed, problem.prior, plan)
         alpha = None if problem.alpha is None else problem.alpha.astype(jnp.float32)
         return cls(
             plan,
             order,
             (kv_heads // heads.together, batch, plan.blocks),
             heads,
-            Scalars(alpha, None, None) if placed is None else Scalars(alpha, placed.carried, placed.finished),
-            _arrays(problem, placed, plan),
+            AugmentedScalars(alpha, None, None)
+            if packed is None
+            else AugmentedScalars(alpha, packed.carried, packed.finished),
+            _arrays(problem, packed, plan),
             _struct((batch, kv_heads, heads.key_size, heads.value_size), jnp.float32),
         )
 
@@ -214,12 +218,12 @@ class _Call(NamedTuple):
     def _spec(shape: tuple[int | None, ...], index: Callable[[Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda k, b, i, *scalars: index(b, k, i))
 
-    def specs(self) -> Inputs:
-        """How the arrays are cut."""
+    def specs(self) -> AugmentedInputs:
+        """Block specs of the arrays."""
         plan, heads, arrays = self.plan, self.heads, self.arrays
         key, value = heads.together * heads.key_size, heads.together * heads.value_size
         ratio = plan.block // plan.before
-        specs = Inputs(
+        specs = AugmentedInputs(
             queries=self.rows(heads.share * key),
             keys=self.rows(key),
             previous_keys=self.previous(key),
@@ -229,10 +233,10 @@ class _Call(NamedTuple):
             first_values=self.whole(plan.before, value),
             matrix=self.of_heads(plan.block, plan.width),
             memory=self.memory,
-            placed=self._spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))),
-            previous_placed=self._spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio)),
+            segments=self._spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))),
+            previous_segments=self._spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio)),
         )
-        return Inputs(*(None if array is None else spec for array, spec in zip(arrays, specs, strict=True)))
+        return AugmentedInputs(*(None if array is None else spec for array, spec in zip(arrays, specs, strict=True)))
 
     def __call__(
         self,
@@ -271,31 +275,31 @@ class _Call(NamedTuple):
         )(*leaves, self.arrays, *more)
 
 
-def _arrays(problem: Problem, placed: Placed | None, plan: Plan) -> Inputs:
-    start = problem.start
-    keys, values = side_by_side(problem.keys), side_by_side(problem.values)
+def _arrays(problem: AugmentedProblem, packed: PackedWindows | None, plan: AugmentedPlan) -> AugmentedInputs:
+    prior = problem.prior
+    keys, values = flatten_heads(problem.keys), flatten_heads(problem.values)
     matrix = None if problem.taps is None else convolution_matrix(problem.taps.astype(values.dtype), plan)
     rows = previous = None
-    if placed is not None:
-        rows = _sublanes(placed.rows)
-        previous = _sublanes(jnp.concatenate([placed.first, placed.rows], axis=2))
-    return Inputs(
-        queries=side_by_side(problem.queries),
+    if packed is not None:
+        rows = _sublanes(packed.rows)
+        previous = _sublanes(jnp.concatenate([packed.first, packed.rows], axis=2))
+    return AugmentedInputs(
+        queries=flatten_heads(problem.queries),
         keys=keys,
         previous_keys=keys,
-        first_keys=None if start is None else side_by_side(start.keys).astype(keys.dtype),
+        first_keys=None if prior is None else flatten_heads(prior.keys).astype(keys.dtype),
         values=values,
         previous_values=values,
-        first_values=None if start is None else side_by_side(start.values).astype(values.dtype),
+        first_values=None if prior is None else flatten_heads(prior.values).astype(values.dtype),
         matrix=matrix,
-        memory=None if start is None else start.memory.astype(jnp.float32),
-        placed=rows,
-        previous_placed=previous,
+        memory=None if prior is None else prior.memory.astype(jnp.float32),
+        segments=rows,
+        previous_segments=previous,
     )
 
 
-def _sublanes(placed: Array) -> Array:
-    return jnp.pad(placed, ((0, 0), (0, SUBLANES - placed.shape[1]), (0, 0)))
+def _sublanes(rows: Array) -> Array:
+    return jnp.pad(rows, ((0, 0), (0, SUBLANES - rows.shape[1]), (0, 0)))
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

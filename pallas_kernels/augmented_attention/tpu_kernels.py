@@ -11,28 +11,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.augmented_attention.blocks import (
-    Place,
+    WindowMasks,
     block_outputs,
     joining,
-    pair_weights,
-    place_by_document,
-    place_in_row,
-    score_gradient,
-    unit,
-    unit_gradient,
+    unit_rows,
+    unit_rows_gradient,
+    window_masks_by_segment,
+    window_masks_in_row,
+    window_score_gradient,
+    window_weights,
 )
-from pallas_kernels.augmented_attention.problem import Plan
-from pallas_kernels.products import memory_product, present, product
-from pallas_kernels.tpu_heads import Heads, Ref
+from pallas_kernels.augmented_attention.problem import AugmentedPlan
+from pallas_kernels.products import matmul, memory_matmul, zero_absent
+from pallas_kernels.tpu.heads import ProgramHeads, Ref
 
 
-class Scalars(NamedTuple):
-    """Numbers that are known before a program begins.
+class AugmentedScalars(NamedTuple):
+    """Scalars prefetched before a program begins.
 
     Attributes:
         alpha: `[H]` float32, None without a grouped branch.
-        carried: `[B, n + 1]` the document that the memory speaks of before each block and after the last; None where
-            every row is one document from its start.
+        carried: `[B, n + 1]` segment id of the memory's document before each block and after the last; None where
+            every row is one document from its beginning.
         finished: `[B]` tokens of the row's last document that are in finished groups; None likewise.
     """
 
@@ -41,8 +41,8 @@ class Scalars(NamedTuple):
     finished: Ref
 
 
-class Inputs(NamedTuple):
-    """What a program reads; `first_*` are the rows before the row, None without a state.
+class AugmentedInputs(NamedTuple):
+    """Inputs of a program; `first_*` are the rows before the row, None without a state.
 
     Attributes:
         queries: `[C, k R D]`.
@@ -50,8 +50,8 @@ class Inputs(NamedTuple):
         values: `[C, k E]`, previous_values and first_values: `[P, k E]`.
         matrix: `[k R, C, P + C]` the convolution as a matrix, None without one.
         memory: `[k, D, E]` float32, before the row; None if there was nothing.
-        placed: `[8, C]` documents, positions and whether the memory holds a token already; None for whole rows.
-        previous_placed: `[8, P]`.
+        segments: `[8, C]` segment ids, positions and whether the memory holds a token already; None for whole rows.
+        previous_segments: `[8, P]`.
     """
 
     queries: Ref
@@ -63,18 +63,20 @@ class Inputs(NamedTuple):
     first_values: Ref
     matrix: Ref
     memory: Ref
-    placed: Ref
-    previous_placed: Ref
+    segments: Ref
+    previous_segments: Ref
 
 
-def place_of(scalars: Scalars, inputs: Inputs, block: jax.Array, plan: Plan) -> Place:
+def window_masks_of(
+    scalars: AugmentedScalars, inputs: AugmentedInputs, block: jax.Array, plan: AugmentedPlan
+) -> WindowMasks:
     """The masks of a block."""
-    if inputs.placed is None:
-        return place_in_row(block, plan)
+    if inputs.segments is None:
+        return window_masks_in_row(block, plan)
     row = pl.program_id(1)
-    window = jnp.concatenate([inputs.previous_placed[...], inputs.placed[...]], axis=1)
+    window = jnp.concatenate([inputs.previous_segments[...], inputs.segments[...]], axis=1)
     carried = tuple(scalars.carried[row, each] for each in (block, block + 1, plan.blocks))
-    return place_by_document(block, window, carried, scalars.finished[row], plan)
+    return window_masks_by_segment(block, window, carried, scalars.finished[row], plan)
 
 
 class Window(NamedTuple):
@@ -85,30 +87,32 @@ class Window(NamedTuple):
     values: jax.Array  # [P + C, E]
 
 
-def window_of(inputs: Inputs, head: int, block: jax.Array, place: Place, plan: Plan, heads: Heads) -> Window:
+def window_of(
+    inputs: AugmentedInputs, head: int, block: jax.Array, masks: WindowMasks, plan: AugmentedPlan, heads: ProgramHeads
+) -> Window:
     """The window of one key/value head."""
 
     def joined(previous: Ref, own: Ref, part: slice) -> jax.Array:
-        return present(jnp.concatenate([previous[:, part], own[:, part]], axis=0), place.held)
+        return zero_absent(jnp.concatenate([previous[:, part], own[:, part]], axis=0), masks.keys)
 
     key_part, value_part = heads.keys(head), heads.values(head)
     raw = joined(inputs.previous_keys, inputs.keys, key_part)
-    keys = unit(raw) if plan.unit else raw
+    keys = unit_rows(raw) if plan.unit else raw
     values = joined(inputs.previous_values, inputs.values, value_part)
     if inputs.first_keys is not None:
         begins = block == 0
         keys = _begun(keys, inputs.first_keys[:, key_part], begins, plan)
         values = _begun(values, inputs.first_values[:, value_part], begins, plan)
-        keys, values = present(keys, place.held), present(values, place.held)
+        keys, values = zero_absent(keys, masks.keys), zero_absent(values, masks.keys)
     return Window(raw, keys, values)
 
 
-def _begun(rows: jax.Array, first: jax.Array, begins: jax.Array, plan: Plan) -> jax.Array:
+def _begun(rows: jax.Array, first: jax.Array, begins: jax.Array, plan: AugmentedPlan) -> jax.Array:
     """A window whose rows before the block are those before the row, if it begins the row."""
     return jnp.concatenate([jnp.where(begins, first, rows[: plan.before]), rows[plan.before :]], axis=0)
 
 
-class Asked(NamedTuple):
+class QueryRows(NamedTuple):
     """A query head: its rows as they came and as they are scored, its factor and its convolution."""
 
     raw: jax.Array  # [C, D]
@@ -117,25 +121,40 @@ class Asked(NamedTuple):
     matrix: jax.Array | None  # [C, P + C]
 
 
-def asked_by(scalars: Scalars, inputs: Inputs, head: int, place: Place, plan: Plan, heads: Heads) -> Asked:
-    """What one query head asks."""
-    raw = present(inputs.queries[:, heads.keys(head)], place.asked)
+def query_rows_of(
+    scalars: AugmentedScalars,
+    inputs: AugmentedInputs,
+    head: int,
+    masks: WindowMasks,
+    plan: AugmentedPlan,
+    heads: ProgramHeads,
+) -> QueryRows:
+    """The rows, factor and convolution of one query head."""
+    raw = zero_absent(inputs.queries[:, heads.keys(head)], masks.queries)
     first = pl.program_id(0) * heads.together * heads.share
-    return Asked(
+    return QueryRows(
         raw,
-        unit(raw) if plan.unit else raw,
+        unit_rows(raw) if plan.unit else raw,
         None if scalars.alpha is None else scalars.alpha[first + head],
         None if inputs.matrix is None else inputs.matrix[head],
     )
 
 
-def begin(inputs: Inputs, memory: Ref) -> None:
+def begin(inputs: AugmentedInputs, memory: Ref) -> None:
     """Puts the memory before the row into scratch."""
     memory[...] = jnp.zeros_like(memory) if inputs.memory is None else inputs.memory[...]
 
 
 def forward_kernel(
-    scalars: Scalars, inputs: Inputs, outputs: Ref, before: Ref, after: Ref, memory: Ref, *, plan: Plan, heads: Heads
+    scalars: AugmentedScalars,
+    inputs: AugmentedInputs,
+    outputs: Ref,
+    before: Ref,
+    after: Ref,
+    memory: Ref,
+    *,
+    plan: AugmentedPlan,
+    heads: ProgramHeads,
 ) -> None:
     """Outputs `[C, k R E]` of a block, and the memory `[k, D, E]` after the row.
 
@@ -145,24 +164,24 @@ def forward_kernel(
     pl.when(block == 0)(lambda: begin(inputs, memory))
     if before is not None:
         before[...] = memory[...]
-    place = place_of(scalars, inputs, block, plan)
+    masks = window_masks_of(scalars, inputs, block, plan)
     for head in range(heads.together):
-        window = window_of(inputs, head, block, place, plan, heads)
+        window = window_of(inputs, head, block, masks, plan, heads)
         for query_head in heads.queries(head):
-            asked = asked_by(scalars, inputs, query_head, place, plan, heads)
+            asked = query_rows_of(scalars, inputs, query_head, masks, plan, heads)
             result = block_outputs(
-                asked.queries, window.keys, window.values, asked.alpha, asked.matrix, memory[head], place, plan
+                asked.queries, window.keys, window.values, asked.alpha, asked.matrix, memory[head], masks, plan
             )
             outputs[:, heads.values(query_head)] = result.astype(outputs.dtype)
-        memory[head] = jnp.where(place.keep, memory[head], 0) + joining(window.keys, window.values, place)
+        memory[head] = jnp.where(masks.keep, memory[head], 0) + joining(window.keys, window.values, masks)
 
     @pl.when(block == plan.blocks - 1)
     def _() -> None:
         after[...] = memory[...]
 
 
-class Gradients(NamedTuple):
-    """What the pass in reverse writes.
+class AugmentedGradientOutputs(NamedTuple):
+    """Outputs of the pass in reverse.
 
     Attributes:
         queries: `[C, k R D]`.
@@ -200,16 +219,16 @@ class Carried(NamedTuple):
 
 
 def gradient_kernel(
-    scalars: Scalars,
-    inputs: Inputs,
+    scalars: AugmentedScalars,
+    inputs: AugmentedInputs,
     cotangents: Ref,
     before: Ref,
     after: Ref,
-    gradients: Gradients,
+    gradients: AugmentedGradientOutputs,
     carried: Carried,
     *,
-    plan: Plan,
-    heads: Heads,
+    plan: AugmentedPlan,
+    heads: ProgramHeads,
 ) -> None:
     """All gradients, from the last block to the first.
 
@@ -229,34 +248,34 @@ def gradient_kernel(
             if total is not None:
                 total[...] = jnp.zeros_like(total)
 
-    place = place_of(scalars, inputs, block, plan)
+    masks = window_masks_of(scalars, inputs, block, plan)
     for head in range(heads.together):
-        window = window_of(inputs, head, block, place, plan, heads)
+        window = window_of(inputs, head, block, masks, plan, heads)
         memory = carried.memory[head]
-        key_gradient = memory_product(present(window.values, place.folded), memory, (1, 1))
-        value_gradient = memory_product(present(window.keys, place.folded), memory, (1, 0))
-        memory = jnp.where(place.keep, memory, 0)
+        key_gradient = memory_matmul(zero_absent(window.values, masks.folded), memory, (1, 1))
+        value_gradient = memory_matmul(zero_absent(window.keys, masks.folded), memory, (1, 0))
+        memory = jnp.where(masks.keep, memory, 0)
         for query_head in heads.queries(head):
-            asked = asked_by(scalars, inputs, query_head, place, plan, heads)
-            cotangent = present(cotangents[:, heads.values(query_head)], place.asked)
-            scores = product(asked.queries, window.keys, (1, 1))
-            weights = pair_weights(scores, asked.alpha, asked.matrix, place, plan)
-            value_gradient += product(weights.astype(cotangent.dtype), cotangent, (0, 0))
-            upstream = product(cotangent, window.values, (1, 1))
-            slope = score_gradient(scores, upstream, asked.alpha, place, plan)
-            key_gradient += product(slope.astype(asked.queries.dtype), asked.queries, (0, 0))
-            query_gradient = product(slope.astype(window.keys.dtype), window.keys, (1, 0))
+            asked = query_rows_of(scalars, inputs, query_head, masks, plan, heads)
+            cotangent = zero_absent(cotangents[:, heads.values(query_head)], masks.queries)
+            scores = matmul(asked.queries, window.keys, (1, 1))
+            weights = window_weights(scores, asked.alpha, asked.matrix, masks, plan)
+            value_gradient += matmul(weights.astype(cotangent.dtype), cotangent, (0, 0))
+            upstream = matmul(cotangent, window.values, (1, 1))
+            slope = window_score_gradient(scores, upstream, asked.alpha, masks, plan)
+            key_gradient += matmul(slope.astype(asked.queries.dtype), asked.queries, (0, 0))
+            query_gradient = matmul(slope.astype(window.keys.dtype), window.keys, (1, 0))
             if asked.alpha is not None:
-                read = jnp.where(place.reads, memory_product(cotangent, before[head], (1, 1)), 0)
+                read = jnp.where(masks.reads, memory_matmul(cotangent, before[head], (1, 1)), 0)
                 query_gradient += asked.alpha * read
-                change = jnp.sum(jnp.where(place.earlier, scores * upstream, 0))
+                change = jnp.sum(jnp.where(masks.earlier, scores * upstream, 0))
                 change += jnp.sum(read * asked.queries.astype(jnp.float32))
                 gradients.alpha[query_head] += jnp.full(gradients.alpha.shape[1:], change)
-                memory += asked.alpha * product(present(asked.queries, place.reads), cotangent, (0, 0))
+                memory += asked.alpha * matmul(zero_absent(asked.queries, masks.reads), cotangent, (0, 0))
             if gradients.matrix is not None:
-                gradients.matrix[query_head] += jnp.where(place.near, upstream, 0)
+                gradients.matrix[query_head] += jnp.where(masks.near, upstream, 0)
             if plan.unit:
-                query_gradient = unit_gradient(asked.raw, query_gradient)
+                query_gradient = unit_rows_gradient(asked.raw, query_gradient)
             gradients.queries[:, heads.keys(query_head)] = query_gradient.astype(gradients.queries.dtype)
         carried.memory[head] = memory
         _write(gradients, carried, head, (key_gradient, value_gradient), window, plan, heads)
@@ -269,13 +288,13 @@ def gradient_kernel(
 
 
 def _write(
-    gradients: Gradients,
+    gradients: AugmentedGradientOutputs,
     carried: Carried,
     head: int,
     found: tuple[jax.Array, jax.Array],
     window: Window,
-    plan: Plan,
-    heads: Heads,
+    plan: AugmentedPlan,
+    heads: ProgramHeads,
 ) -> None:
     """Writes a block's rows, to which the block after it has added; leaves the rows before it for the next visit."""
     late = plan.block - plan.before
@@ -287,12 +306,12 @@ def _write(
     key_rows, value_rows = own(found[0], carried.keys[head]), own(found[1], carried.values[head])
     carried.keys[head], carried.values[head] = (each[: plan.before] for each in found)
     if plan.unit:
-        key_rows = unit_gradient(window.raw_keys[plan.before :], key_rows)
+        key_rows = unit_rows_gradient(window.raw_keys[plan.before :], key_rows)
     gradients.keys[:, heads.keys(head)] = key_rows.astype(gradients.keys.dtype)
     gradients.values[:, heads.values(head)] = value_rows.astype(gradients.values.dtype)
 
 
-def _write_first(gradients: Gradients, carried: Carried, heads: Heads) -> None:
+def _write_first(gradients: AugmentedGradientOutputs, carried: Carried, heads: ProgramHeads) -> None:
     for head in range(heads.together):
         gradients.first_keys[:, heads.keys(head)] = carried.keys[head].astype(gradients.first_keys.dtype)
         gradients.first_values[:, heads.values(head)] = carried.values[head].astype(gradients.first_values.dtype)

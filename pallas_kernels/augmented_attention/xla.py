@@ -7,43 +7,48 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.blocks import (
-    Place,
+    WindowMasks,
     block_outputs,
     joining,
-    place_by_document,
-    place_in_row,
-    unit,
+    unit_rows,
+    window_masks_by_segment,
+    window_masks_in_row,
 )
-from pallas_kernels.augmented_attention.problem import Placed, Plan, Problem, convolution_matrix
-from pallas_kernels.products import accumulation_dtype
+from pallas_kernels.augmented_attention.problem import (
+    AugmentedPlan,
+    AugmentedProblem,
+    PackedWindows,
+    convolution_matrix,
+)
+from pallas_kernels.precision import accumulation_dtype
 
 
-def plan_for(problem: Problem, *, group: int, unit: bool, local: bool) -> Plan:
+def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) -> AugmentedPlan:
     """Blocks and windows of a group, or of the convolution's reach where that is longer."""
-    return Plan.of(problem, group=group, unit=unit, local=local, block=group, multiple=1)
+    return AugmentedPlan.of(problem, group=group, unit=unit, local=local, block=group, multiple=1)
 
 
-def forward(problem: Problem, plan: Plan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
+def forward(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
     """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients."""
     batch, length, heads, key_size = problem.queries.shape
     kv_heads, value_size = problem.values.shape[2:]
-    start, placement = problem.start, problem.placement
+    prior, packed = problem.prior, problem.packed
     queries, keys, values = problem.queries, problem.keys, problem.values
-    if placement is not None:
-        there = (placement.documents > 0)[:, :, None, None]
+    if packed is not None:
+        there = (packed.segment_ids > 0)[:, :, None, None]
         keys, values = (jnp.where(there, each, 0) for each in (keys, values))
-    first_keys, first_values = (None, None) if start is None else (start.keys, start.values)
+    first_keys, first_values = (None, None) if prior is None else (prior.keys, prior.values)
     if plan.unit:
-        queries, keys = unit(queries), unit(keys)
+        queries, keys = unit_rows(queries), unit_rows(keys)
     windows = _windows(keys, first_keys, plan), _windows(values, first_values, plan)
-    place, by_row = _places(problem, plan)
+    masks, by_row = _masks(problem, plan)
 
     over_heads = jax.vmap(joining, in_axes=(1, 1, None))
-    updates = jax.vmap(jax.vmap(over_heads), in_axes=(0, 0, by_row))(*windows, place)
+    updates = jax.vmap(jax.vmap(over_heads), in_axes=(0, 0, by_row))(*windows, masks)
     initial = jnp.zeros(updates.shape[:1] + updates.shape[2:], accumulation_dtype(values.dtype))
-    if start is not None:
-        initial = start.memory.astype(initial.dtype)
-    before, after = _memories(updates, jnp.broadcast_to(place.keep, updates.shape[:2]), initial)
+    if prior is not None:
+        initial = prior.memory.astype(initial.dtype)
+    before, after = _memories(updates, jnp.broadcast_to(masks.keep, updates.shape[:2]), initial)
 
     over_share = jax.vmap(partial(block_outputs, plan=plan), in_axes=(1, None, None, 0, 0, None, None), out_axes=1)
     over_heads = jax.vmap(over_share, in_axes=(1, 1, 1, 0, 0, 0, None), out_axes=1)
@@ -56,13 +61,13 @@ def forward(problem: Problem, plan: Plan) -> tuple[Float[Array, "B T H E"], Floa
         None if problem.alpha is None else problem.alpha.astype(before.dtype).reshape(kv_heads, -1),
         _matrices(problem, plan),
         before,
-        place,
+        masks,
     )
     outputs = outputs.reshape(batch, -1, heads, value_size)[:, :length]
     return outputs.astype(problem.values.dtype), after
 
 
-def _windows(rows: Float[Array, "B T K D"], first: Float[Array, "B P K D"] | None, plan: Plan) -> Array:
+def _windows(rows: Float[Array, "B T K D"], first: Float[Array, "B P K D"] | None, plan: AugmentedPlan) -> Array:
     """Windows `[B, n, M, K, D]` of rows, with `first` or zeros before them."""
     pad = ((0, 0), (plan.before if first is None else 0, plan.blocks * plan.block - plan.length), (0, 0), (0, 0))
     rows = rows if first is None else jnp.concatenate([first.astype(rows.dtype), rows], axis=1)
@@ -72,18 +77,18 @@ def _windows(rows: Float[Array, "B T K D"], first: Float[Array, "B P K D"] | Non
     return jnp.concatenate([pieces[:, shift : shift + ends : ratio] for shift in range(ratio + 1)], axis=2)
 
 
-def _places(problem: Problem, plan: Plan) -> tuple[Place, int | None]:
-    """The places `[n]` of all blocks, or `[B, n]` by row, and the axis of the rows."""
+def _masks(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[WindowMasks, int | None]:
+    """Masks `[n]` of all blocks, or `[B, n]` by row, and the axis of the rows."""
     blocks = jnp.arange(plan.blocks, dtype=jnp.int32)
-    if problem.placement is None:
-        return jax.vmap(partial(place_in_row, plan=plan))(blocks), None
-    placed = Placed.of(problem.placement, problem.start, plan)
-    tokens = jnp.moveaxis(placed.rows, 1, 2)[..., None]
-    windows = _windows(tokens, jnp.moveaxis(placed.first, 1, 2)[..., None], plan)[..., 0]
-    over_blocks = jax.vmap(partial(place_by_document, plan=plan), in_axes=(0, 0, (0, 0, None), None))
+    if problem.packed is None:
+        return jax.vmap(partial(window_masks_in_row, plan=plan))(blocks), None
+    packed = PackedWindows.of(problem.packed, problem.prior, plan)
+    tokens = jnp.moveaxis(packed.rows, 1, 2)[..., None]
+    windows = _windows(tokens, jnp.moveaxis(packed.first, 1, 2)[..., None], plan)[..., 0]
+    over_blocks = jax.vmap(partial(window_masks_by_segment, plan=plan), in_axes=(0, 0, (0, 0, None), None))
     over_rows = jax.vmap(over_blocks, in_axes=(None, 0, (0, 0, 0), 0))
-    carried = placed.carried[:, :-1], placed.carried[:, 1:], placed.carried[:, -1]
-    return over_rows(blocks, jnp.swapaxes(windows, 2, 3), carried, placed.finished), 0
+    carried = packed.carried[:, :-1], packed.carried[:, 1:], packed.carried[:, -1]
+    return over_rows(blocks, jnp.swapaxes(windows, 2, 3), carried, packed.finished), 0
 
 
 def _memories(
@@ -99,7 +104,7 @@ def _memories(
     return jnp.moveaxis(before, 0, 1), after
 
 
-def _matrices(problem: Problem, plan: Plan) -> Float[Array, "K R C M"] | None:
+def _matrices(problem: AugmentedProblem, plan: AugmentedPlan) -> Float[Array, "K R C M"] | None:
     if problem.taps is None:
         return None
     matrix = convolution_matrix(problem.taps.astype(problem.values.dtype), plan)

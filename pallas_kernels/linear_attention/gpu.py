@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu_launch import kernels_of, launch
-from pallas_kernels.gpu_memories import Memories, Rows, Scan, scan_memories
+from pallas_kernels.gpu.launch import kernels_of, launch
+from pallas_kernels.gpu.memories import Memories, Scan, SummedRows, scan_memories
 from pallas_kernels.linear_attention.blocks import divisor
-from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem, ProblemGradients
+from pallas_kernels.linear_attention.problem import LinearGradients, LinearPlan, LinearProblem, Memory, PackedBlocks
 from pallas_kernels.tiles import Tiles, block_rows, next_power, tiles_for
 
 KERNELS = "pallas_kernels.linear_attention.gpu_kernels"
@@ -21,8 +21,8 @@ KERNELS = "pallas_kernels.linear_attention.gpu_kernels"
 TILED = ("memories", "outputs", "query_gradients", "key_gradients")
 
 
-class Result(NamedTuple):
-    """What the forward programs leave.
+class LinearGpuResult(NamedTuple):
+    """Results of the forward programs.
 
     Attributes:
         outputs: `[B, T, H, E]`.
@@ -37,19 +37,21 @@ class Result(NamedTuple):
     after: Memory
 
 
-def plan_for(problem: Problem, floor: float | None) -> Plan:
+def plan_for(problem: LinearProblem, floor: float | None) -> LinearPlan:
     """Blocks of whole tiles."""
     multiple = max(_tiles(problem, kernel).rows for kernel in TILED)
     length = problem.queries.shape[1]
     rows = block_rows("linear_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
-    return Plan(min(rows, -(-length // multiple) * multiple), length, floor)
+    return LinearPlan(min(rows, -(-length // multiple) * multiple), length, floor)
 
 
-def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: bool = False) -> Result:
+def forward(
+    problem: LinearProblem, plan: LinearPlan, *, differentiated: bool = False, interpret: bool = False
+) -> LinearGpuResult:
     """Outputs, and the memory after the rows in float32, and what `backward` goes on from."""
     call = _Call.of(problem, plan, interpret)
     ages = call.ages
-    rows = Rows(problem.keys, problem.values, problem.keys, problem.values, ages.none, ages.folds, ages.keep)
+    rows = SummedRows(problem.keys, problem.values, problem.keys, problem.values, ages.none, ages.folds, ages.keep)
     before, after = call.scan(rows, Memories(*problem.start), reverse=False)
     batch, length, heads, _ = problem.queries.shape
     size, tiles = problem.values.shape[3], _tiles(problem, "outputs")
@@ -68,31 +70,33 @@ def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, inter
         PARTS=parts,
         FLOOR=plan.floor or 0.0,
     )
-    return Result(outputs, totals, before, Memory(*after))
+    return LinearGpuResult(outputs, totals, before, Memory(*after))
 
 
 def backward(
-    problem: Problem,
-    plan: Plan,
-    result: Result,
+    problem: LinearProblem,
+    plan: LinearPlan,
+    result: LinearGpuResult,
     cotangents: Float[Array, "B T H E"],
     after: Memory,
     *,
     interpret: bool = False,
-) -> ProblemGradients:
+) -> LinearGradients:
     """Gradients of the problem's arrays, given those of the outputs and of the memory after the rows."""
     call = _Call.of(problem, plan, interpret)
     ages = call.ages
     cotangents, totals = _cotangents(plan, result, cotangents)
-    rows = Rows(problem.queries, cotangents, problem.queries, cotangents, ages.none, ages.reads, ages.keep, totals)
+    rows = SummedRows(
+        problem.queries, cotangents, problem.queries, cotangents, ages.none, ages.reads, ages.keep, totals
+    )
     memories, start = call.scan(rows, Memories(*(each.astype(jnp.float32) for each in after)), reverse=True)
     queries = _query_gradients(call, result.before, cotangents, totals)
     keys, values = _key_gradients(call, memories, cotangents, totals)
-    return ProblemGradients(queries, keys, values, Memory(*start))
+    return LinearGradients(queries, keys, values, Memory(*start))
 
 
-def _cotangents(plan: Plan, result: Result, cotangents: Array) -> tuple[Array, Array]:
-    """Gradients of the sums and of what they were divided by (one number if by nothing), given those of the outputs."""
+def _cotangents(plan: LinearPlan, result: LinearGpuResult, cotangents: Array) -> tuple[Array, Array]:
+    """Gradients of the sums and of their divisors (one number without division), given those of the outputs."""
     if plan.floor is None:
         return cotangents, jnp.zeros((1,))
     wide = cotangents.astype(jnp.float32) / divisor(result.totals, plan.floor)[..., None]
@@ -144,7 +148,7 @@ def _key_gradients(call: "_Call", memories: Memories, cotangents: Array, totals:
 
 
 class _Ages(NamedTuple):
-    """What rows and memories count for; one number each if everything counts the same."""
+    """Decay weights of rows and memories; one number each if everything counts the same."""
 
     folds: Array  # [B, K, T] rows in the memory after their block
     reads: Array  # [B, K, T] the memory before a block in its rows
@@ -155,29 +159,29 @@ class _Ages(NamedTuple):
 class _Call(NamedTuple):
     """A problem made ready for kernels."""
 
-    problem: Problem
-    plan: Plan
+    problem: LinearProblem
+    plan: LinearPlan
     interpret: bool
     places: Array  # [B, 2, T] documents and clock
     log_decay: Array  # [K]
     ages: _Ages
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, interpret: bool) -> "_Call":
+    def of(cls, problem: LinearProblem, plan: LinearPlan, interpret: bool) -> "_Call":
         nothing = jnp.zeros((1,))
         log_decay = nothing if problem.log_decay is None else problem.log_decay.astype(jnp.float32)
-        if problem.documents is None and problem.log_decay is None:
+        if problem.segment_ids is None and problem.log_decay is None:
             ages = _Ages(nothing, nothing, nothing, nothing)
             return cls(problem, plan, interpret, jnp.zeros((1,), jnp.int32), log_decay, ages)
         batch, length = problem.queries.shape[:2]
-        documents = problem.documents
-        whole = jnp.ones((batch, length), jnp.int32) if documents is None else documents
-        placed = Placed.of(whole, plan)
-        return cls(problem, plan, interpret, placed.rows, log_decay, _ages(placed, problem, plan))
+        segment_ids = problem.segment_ids
+        whole = jnp.ones((batch, length), jnp.int32) if segment_ids is None else segment_ids
+        packed = PackedBlocks.of(whole, plan)
+        return cls(problem, plan, interpret, packed.rows, log_decay, _ages(packed, problem, plan))
 
     @property
     def _flags(self) -> dict[str, bool]:
-        decays, placed = self.problem.log_decay is not None, self.problem.documents is not None
+        decays, placed = self.problem.log_decay is not None, self.problem.segment_ids is not None
         return {"DECAY": decays, "PLACED": placed, "AGED": decays or placed, "DIVIDED": self.plan.floor is not None}
 
     def launch(self, name: str, more: Any, outputs: Any, tiles: Tiles, *, grid: Any, **constants: Any) -> list[Array]:
@@ -204,7 +208,7 @@ class _Call(NamedTuple):
             interpret=self.interpret,
         )
 
-    def scan(self, rows: Rows, initial: Memories, *, reverse: bool) -> tuple[Memories, Memories]:
+    def scan(self, rows: SummedRows, initial: Memories, *, reverse: bool) -> tuple[Memories, Memories]:
         """Memories before blocks, and after all."""
         plan, aged = self.plan, self._flags["AGED"]
         return scan_memories(
@@ -221,9 +225,9 @@ class _Call(NamedTuple):
         )
 
 
-def _ages(placed: Placed, problem: Problem, plan: Plan) -> _Ages:
-    """What documents and decay make of rows and memories."""
-    document, time = placed.rows[:, 0], placed.rows[:, 1]
+def _ages(packed: PackedBlocks, problem: LinearProblem, plan: LinearPlan) -> _Ages:
+    """Weights of rows and memories, from segment ids and decay."""
+    segment, time = packed.rows[:, 0], packed.rows[:, 1]
     block = jnp.arange(plan.length) // plan.block
     log_decay = jnp.zeros((1,)) if problem.log_decay is None else problem.log_decay.astype(jnp.float32)
 
@@ -231,14 +235,14 @@ def _ages(placed: Placed, problem: Problem, plan: Plan) -> _Ages:
         found = jnp.where(counts[:, None], jnp.exp(log_decay[:, None] * tokens[:, None]), 0)
         return jnp.broadcast_to(found, (found.shape[0], problem.keys.shape[2], found.shape[2]))
 
-    before, after = placed.carried[:, block], placed.carried[:, block + 1]
-    folds = aged((document > 0) & (document == after), placed.clock[:, block + 1] - time)
-    reads = aged((document > 0) & (document == before), time - placed.clock[:, block])
-    kept = placed.carried[:, :-1] == placed.carried[:, 1:]
-    keep = aged(kept, placed.clock[:, 1:] - placed.clock[:, :-1])
+    before, after = packed.carried[:, block], packed.carried[:, block + 1]
+    folds = aged((segment > 0) & (segment == after), packed.clock[:, block + 1] - time)
+    reads = aged((segment > 0) & (segment == before), time - packed.clock[:, block])
+    kept = packed.carried[:, :-1] == packed.carried[:, 1:]
+    keep = aged(kept, packed.clock[:, 1:] - packed.clock[:, :-1])
     return _Ages(folds, reads, keep, jnp.zeros((1,)))
 
 
-def _tiles(problem: Problem, kernel: str) -> Tiles:
+def _tiles(problem: LinearProblem, kernel: str) -> Tiles:
     sizes = problem.keys.shape[3], problem.values.shape[3]
-    return tiles_for(f"linear_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.documents is not None)
+    return tiles_for(f"linear_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.segment_ids is not None)

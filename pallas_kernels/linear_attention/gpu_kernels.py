@@ -7,27 +7,27 @@ constants; docstrings name what is read and written.
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu_parts import load_memory, load_rows, memory_product, narrowed, product, store_rows
+from pallas_kernels.gpu.blocks import load_memory, load_rows, memory_product, narrowed, product, store_rows
 
 
 @triton.jit
-def placed(places, batch, rows, length, PLACED: tl.constexpr):
-    """Documents (0: nothing there) and the clock, which counts the tokens that are there."""
+def load_clock(places, batch, rows, length, PLACED: tl.constexpr):
+    """Segment ids (0: padding) and the clock, which counts the tokens that are there."""
     inside = (rows >= 0) & (rows < length)
     if PLACED:
         base = places + batch * 2 * length + rows
-        document = tl.load(base, mask=inside, other=0)
+        segment = tl.load(base, mask=inside, other=0)
         time = tl.load(base + length, mask=inside, other=0)
     else:
-        document = inside.to(tl.int32)
+        segment = inside.to(tl.int32)
         time = rows
-    return document, time
+    return segment, time
 
 
 @triton.jit
-def ages(document, time, asked, other_document, other_time, rows, log_decay, DECAY: tl.constexpr):
-    """What becomes of a pair's weight by its distance; zero where a query and a key do not meet."""
-    met = (document[:, None] == other_document[None, :]) & (other_document > 0)[None, :]
+def ages(segment, time, asked, other_segment, other_time, rows, log_decay, DECAY: tl.constexpr):
+    """Decay of a pair's weight by its distance; zero where a query and a key do not meet."""
+    met = (segment[:, None] == other_segment[None, :]) & (other_segment > 0)[None, :]
     met = met & (rows[None, :] <= asked[:, None])
     if DECAY:
         lag = tl.maximum(time[:, None] - other_time[None, :], 0)
@@ -85,26 +85,26 @@ def outputs_kernel(
     block = begin // BLOCK
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
-    document, time = placed(places, batch, asked, length, PLACED)
-    query = load_rows(queries, batch, begin, inner, document > 0, length, head, HEADS, D)
+    segment, time = load_clock(places, batch, asked, length, PLACED)
+    query = load_rows(queries, batch, begin, inner, segment > 0, length, head, HEADS, D)
     log_decay = tl.load(log_decays + kv_head) if DECAY else 0.0
 
     found = tl.zeros([TILE, PART_E], tl.float32)
     total = tl.zeros([TILE], tl.float32)
     for key_begin in range(block * BLOCK, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
-        other_document, other_time = placed(places, batch, rows, length, PLACED)
-        key = load_rows(keys, batch, key_begin, inner, other_document > 0, length, kv_head, KV_HEADS, D)
-        value = load_rows(values, batch, key_begin, columns, other_document > 0, length, kv_head, KV_HEADS, E)
+        other_segment, other_time = load_clock(places, batch, rows, length, PLACED)
+        key = load_rows(keys, batch, key_begin, inner, other_segment > 0, length, kv_head, KV_HEADS, D)
+        value = load_rows(values, batch, key_begin, columns, other_segment > 0, length, kv_head, KV_HEADS, E)
         weights = product(query, tl.trans(key))
-        weights *= ages(document, time, asked, other_document, other_time, rows, log_decay, DECAY)
+        weights *= ages(segment, time, asked, other_segment, other_time, rows, log_decay, DECAY)
         found += product(narrowed(weights, value.dtype), value)
         total += tl.sum(weights, axis=1)
 
     index = (batch * blocks + block) * KV_HEADS + kv_head
-    age = (document > 0).to(tl.float32)
+    age = (segment > 0).to(tl.float32)
     if AGED:
-        age = lane_of(reads, batch * KV_HEADS + kv_head, asked, length, document > 0)
+        age = lane_of(reads, batch * KV_HEADS + kv_head, asked, length, segment > 0)
     reading = age != 0
     read = tl.zeros([TILE, PART_E], tl.float32)
     for piece in range(0, WIDE_D, PART_D):
@@ -167,28 +167,28 @@ def query_gradients_kernel(
     block = begin // BLOCK
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     asked = begin + tl.arange(0, TILE)
-    document, time = placed(places, batch, asked, length, PLACED)
-    cotangent = load_rows(cotangents, batch, begin, columns, document > 0, length, head, HEADS, E)
+    segment, time = load_clock(places, batch, asked, length, PLACED)
+    cotangent = load_rows(cotangents, batch, begin, columns, segment > 0, length, head, HEADS, E)
     log_decay = tl.load(log_decays + kv_head) if DECAY else 0.0
     total = tl.zeros([TILE], tl.float32)
     if DIVIDED:
         place = (batch * length + asked) * HEADS + head
-        total = tl.load(total_cotangents + place, mask=document > 0, other=0.0) * (part == 0)
+        total = tl.load(total_cotangents + place, mask=segment > 0, other=0.0) * (part == 0)
 
     found = tl.zeros([TILE, WIDE_D], tl.float32)
     for key_begin in range(block * BLOCK, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
-        other_document, other_time = placed(places, batch, rows, length, PLACED)
-        key = load_rows(keys, batch, key_begin, inner, other_document > 0, length, kv_head, KV_HEADS, D)
-        value = load_rows(values, batch, key_begin, columns, other_document > 0, length, kv_head, KV_HEADS, E)
+        other_segment, other_time = load_clock(places, batch, rows, length, PLACED)
+        key = load_rows(keys, batch, key_begin, inner, other_segment > 0, length, kv_head, KV_HEADS, D)
+        value = load_rows(values, batch, key_begin, columns, other_segment > 0, length, kv_head, KV_HEADS, E)
         slope = product(cotangent, tl.trans(value)) + total[:, None]
-        slope *= ages(document, time, asked, other_document, other_time, rows, log_decay, DECAY)
+        slope *= ages(segment, time, asked, other_segment, other_time, rows, log_decay, DECAY)
         found += product(narrowed(slope, key.dtype), key)
 
     index = (batch * blocks + block) * KV_HEADS + kv_head
-    age = (document > 0).to(tl.float32)
+    age = (segment > 0).to(tl.float32)
     if AGED:
-        age = lane_of(reads, batch * KV_HEADS + kv_head, asked, length, document > 0)
+        age = lane_of(reads, batch * KV_HEADS + kv_head, asked, length, segment > 0)
     normaliser = tl.load(normalisers + index * D + inner, mask=inner < D, other=0.0)
     read = total[:, None] * normaliser[None, :]
     for piece in range(0, PART_E, PIECE_E):
@@ -244,9 +244,9 @@ def key_gradients_kernel(
     block = begin // BLOCK
     inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
     rows = begin + tl.arange(0, TILE)
-    document, time = placed(places, batch, rows, length, PLACED)
-    key = load_rows(keys, batch, begin, inner, document > 0, length, head, KV_HEADS, D)
-    value = load_rows(values, batch, begin, columns, document > 0, length, head, KV_HEADS, E)
+    segment, time = load_clock(places, batch, rows, length, PLACED)
+    key = load_rows(keys, batch, begin, inner, segment > 0, length, head, KV_HEADS, D)
+    value = load_rows(values, batch, begin, columns, segment > 0, length, head, KV_HEADS, E)
     log_decay = tl.load(log_decays + head) if DECAY else 0.0
 
     key_found = tl.zeros([TILE, WIDE_D], tl.float32)
@@ -255,11 +255,11 @@ def key_gradients_kernel(
         own = head * SHARE + share
         for query_begin in range(begin, tl.minimum((block + 1) * BLOCK, length), TILE):
             asked = query_begin + tl.arange(0, TILE)
-            own_document, own_time = placed(places, batch, asked, length, PLACED)
-            there = own_document > 0
+            own_segment, own_time = load_clock(places, batch, asked, length, PLACED)
+            there = own_segment > 0
             query = load_rows(queries, batch, query_begin, inner, there, length, own, HEADS, D)
             cotangent = load_rows(cotangents, batch, query_begin, columns, there, length, own, HEADS, E)
-            age = ages(own_document, own_time, asked, document, time, rows, log_decay, DECAY)
+            age = ages(own_segment, own_time, asked, segment, time, rows, log_decay, DECAY)
             weights = product(query, tl.trans(key)) * age
             value_found += product(tl.trans(narrowed(weights, cotangent.dtype)), cotangent)
             slope = product(cotangent, tl.trans(value))
@@ -269,9 +269,9 @@ def key_gradients_kernel(
             key_found += product(tl.trans(narrowed(slope * age, query.dtype)), query)
 
     index = (batch * blocks + block) * KV_HEADS + head
-    joins = (document > 0).to(tl.float32)
+    joins = (segment > 0).to(tl.float32)
     if AGED:
-        joins = lane_of(folds, batch * KV_HEADS + head, rows, length, document > 0)
+        joins = lane_of(folds, batch * KV_HEADS + head, rows, length, segment > 0)
     joining = joins != 0
     normaliser = tl.load(normaliser_gradients + index * D + inner, mask=inner < D, other=0.0) * (part == 0)
     joined = tl.zeros([TILE, WIDE_D], tl.float32) + normaliser[None, :]

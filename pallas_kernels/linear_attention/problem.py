@@ -1,4 +1,4 @@
-"""What linear attention is computed from, and how its rows are cut into blocks."""
+"""Inputs and results of linear attention, and the plan by which its rows are cut into blocks."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Memory(NamedTuple):
-    """What is left of the tokens so far, float32 or better.
+    """Memory and normaliser after the tokens so far, float32 or better.
 
     Attributes:
         values: `[B, K, D, E]` `sum decay^age k v^T`.
@@ -19,27 +19,27 @@ class Memory(NamedTuple):
     keys: Float[Array, "B K D"]
 
 
-class Problem(NamedTuple):
-    """What every implementation reads.
+class LinearProblem(NamedTuple):
+    """Inputs of every implementation.
 
     Attributes:
         queries: `[B, T, H, D]`.
         keys: `[B, T, K, D]`, H a multiple of K.
         values: `[B, T, K, E]`.
         log_decay: `[K]` float32, None for no decay.
-        documents: `[B, T]` document of each token, equal numbers side by side, 0 for padding; None for whole rows.
-        start: what came before the rows; it belongs to their first document.
+        segment_ids: `[B, T]` number of each token's document, side by side, 0 for padding; None for whole rows.
+        start: memory before the rows, of their first document.
     """
 
     queries: Float[Array, "B T H D"]
     keys: Float[Array, "B T K D"]
     values: Float[Array, "B T K E"]
     log_decay: Float[Array, " K"] | None
-    documents: Int[Array, "B T"] | None
+    segment_ids: Int[Array, "B T"] | None
     start: Memory
 
 
-class ProblemGradients(NamedTuple):
+class LinearGradients(NamedTuple):
     """Gradients of a problem's arrays."""
 
     queries: Float[Array, "B T H D"]
@@ -49,13 +49,13 @@ class ProblemGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is fixed when a program is compiled.
+class LinearPlan:
+    """Compile-time constants of a program.
 
     Attributes:
         block: rows C of a block.
         length: tokens T of a row.
-        floor: what sums are divided by at least, None to leave them.
+        floor: least divisor of sums, None to leave them undivided.
     """
 
     block: int
@@ -64,18 +64,18 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a row has."""
+        """Number of blocks of a row."""
         return -(-self.length // self.block)
 
 
-class Placed(NamedTuple):
-    """Documents cut up for blocks.
+class PackedBlocks(NamedTuple):
+    """Packed rows cut up for blocks.
 
     A row's clock counts the tokens that are there, so that padding does not age what came before it.
 
     Attributes:
-        rows: `[B, 2, T]` documents, and the clock at each token, from 1.
-        carried: `[B, n + 1]` the document that the memory speaks of before each block, and after the row.
+        rows: `[B, 2, T]` segment ids, and the clock at each token, from 1.
+        carried: `[B, n + 1]` segment id of the memory's document before each block, and after the row.
         clock: `[B, n + 1]` the clock before each block, and after the row.
     """
 
@@ -84,16 +84,16 @@ class Placed(NamedTuple):
     clock: Int[Array, "B n_1"]
 
     @classmethod
-    def of(cls, documents: Int[Array, "B T"], plan: Plan) -> "Placed":
-        """Cuts documents up."""
-        there = documents > 0
+    def of(cls, segment_ids: Int[Array, "B T"], plan: LinearPlan) -> "PackedBlocks":
+        """Cuts packed rows up."""
+        there = segment_ids > 0
         index = jnp.arange(plan.length)
-        first = jnp.take_along_axis(documents, jnp.argmax(there, axis=1)[:, None], axis=1)
+        first = jnp.take_along_axis(segment_ids, jnp.argmax(there, axis=1)[:, None], axis=1)
         ends = jnp.minimum(jnp.arange(1, plan.blocks + 1) * plan.block, plan.length) - 1
         last = jnp.max(jnp.where(there[:, None] & (index <= ends[:, None]), index, -1), axis=2)
-        found = jnp.take_along_axis(documents, jnp.maximum(last, 0), axis=1)
+        found = jnp.take_along_axis(segment_ids, jnp.maximum(last, 0), axis=1)
         carried = jnp.concatenate([first, jnp.where(last < 0, first, found)], axis=1)
         time = jnp.cumsum(there, axis=1)
         clock = jnp.concatenate([jnp.zeros_like(first), time[:, ends]], axis=1)
-        rows = jnp.stack([documents, time], axis=1)
+        rows = jnp.stack([segment_ids, time], axis=1)
         return cls(rows.astype(jnp.int32), carried.astype(jnp.int32), clock.astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""The definition of linear attention with a decay, as slow and plain as it can be said: a loop in float64."""
+"""Reference of linear attention with a decay: a plain loop over tokens, in float64."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ def linear_attention_reference(
         keys: `[T, K, D]`; head h of the queries uses head `h // (H / K)` of keys and values.
         values: `[T, K, E]`.
         decay: `[K]` what a token's weight is multiplied with for each token that comes after it; None for one.
-        floor: what sums are divided by at least; 0 divides by the sum of the weights whatever it is, unless it is zero;
+        floor: least divisor of sums; 0 divides by the sum of the weights whatever it is, unless it is zero;
             None does not divide.
         memory: `[K, D, E]` before the first token.
         normaliser: `[K, D]` before the first token.

@@ -14,25 +14,25 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.linear_attention.blocks import divisor
-from pallas_kernels.linear_attention.problem import Memory, Placed, Plan, Problem, ProblemGradients
+from pallas_kernels.linear_attention.problem import LinearGradients, LinearPlan, LinearProblem, Memory, PackedBlocks
 from pallas_kernels.linear_attention.tpu_kernels import (
     Cotangents,
-    Gradients,
-    Inputs,
-    Memories,
-    Scalars,
+    LinearGradientOutputs,
+    LinearInputs,
+    LinearScalars,
+    MemoryPair,
     forward_kernel,
     gradient_kernel,
 )
 from pallas_kernels.tiles import block_rows
-from pallas_kernels.tpu_heads import LANES, SUBLANES, VMEM_BYTES, Heads, side_by_side
+from pallas_kernels.tpu.heads import LANES, SUBLANES, VMEM_BYTES, ProgramHeads, flatten_heads
 
 Outputs = Float[Array, "B T H E"]
 Totals = Float[Array, "B H 1 T"]
 
 
-class Result(NamedTuple):
-    """What the forward program leaves.
+class LinearTpuResult(NamedTuple):
+    """Results of the forward program.
 
     Attributes:
         outputs: `[B, T, H, E]`.
@@ -43,19 +43,21 @@ class Result(NamedTuple):
 
     outputs: Outputs
     totals: Totals | None
-    before: Memories | None
+    before: MemoryPair | None
     after: Memory
 
 
-def plan_for(problem: Problem, floor: float | None) -> Plan:
+def plan_for(problem: LinearProblem, floor: float | None) -> LinearPlan:
     """Blocks of whole lanes."""
     length = problem.queries.shape[1]
     rows = block_rows("linear_attention", problem.keys.shape[3], problem.values.shape[3], problem.keys.dtype)
     block = min(rows, -(-length // LANES) * LANES)
-    return Plan(block, length, floor)
+    return LinearPlan(block, length, floor)
 
 
-def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, interpret: Any = False) -> Result:
+def forward(
+    problem: LinearProblem, plan: LinearPlan, *, differentiated: bool = False, interpret: Any = False
+) -> LinearTpuResult:
     """Outputs, and the memory after the rows in float32; to be differentiated, also what `backward` goes on from."""
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, _ = problem.queries.shape
@@ -80,12 +82,18 @@ def forward(problem: Problem, plan: Plan, *, differentiated: bool = False, inter
         name="linear_attention",
     )
     outputs = outputs.reshape(batch, length, heads, size)
-    return Result(outputs, totals, before, Memory(after.values, after.keys[:, :, 0]))
+    return LinearTpuResult(outputs, totals, before, Memory(after.values, after.keys[:, :, 0]))
 
 
 def backward(
-    problem: Problem, plan: Plan, result: Result, cotangents: Outputs, after: Memory, *, interpret: Any = False
-) -> ProblemGradients:
+    problem: LinearProblem,
+    plan: LinearPlan,
+    result: LinearTpuResult,
+    cotangents: Outputs,
+    after: Memory,
+    *,
+    interpret: Any = False,
+) -> LinearGradients:
     """Gradients of the problem's arrays, given those of the outputs and of the memory after the rows."""
     slopes = _cotangents(plan, result, cotangents)
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
@@ -95,15 +103,17 @@ def backward(
         (slopes, result.before, _memories(after)),
         in_specs=(call.slopes(slopes), call.block_memories, call.memories),
         out_specs=(
-            Gradients(
+            LinearGradientOutputs(
                 call.rows(call.heads.share * call.keys), call.rows(call.keys), call.rows(call.values), call.memories
             ),
         ),
-        out=(Gradients(_like(arrays.queries), _like(arrays.keys), _like(arrays.values), call.memory_structs),),
+        out=(
+            LinearGradientOutputs(_like(arrays.queries), _like(arrays.keys), _like(arrays.values), call.memory_structs),
+        ),
         interpret=interpret,
         name="linear_attention_gradients",
     )
-    return ProblemGradients(
+    return LinearGradients(
         found.queries.reshape(problem.queries.shape),
         found.keys.reshape(problem.keys.shape),
         found.values.reshape(problem.values.shape),
@@ -111,39 +121,41 @@ def backward(
     )
 
 
-def _cotangents(plan: Plan, result: Result, cotangents: Outputs) -> Cotangents:
-    """Gradients of the sums and of what they were divided by, given those of the outputs."""
+def _cotangents(plan: LinearPlan, result: LinearTpuResult, cotangents: Outputs) -> Cotangents:
+    """Gradients of the sums and of their divisors, given those of the outputs."""
     totals = result.totals
     if totals is None or plan.floor is None:
-        return Cotangents(side_by_side(cotangents), None)
+        return Cotangents(flatten_heads(cotangents), None)
     divided = jnp.moveaxis(divisor(totals, plan.floor)[:, :, 0], 1, 2)
     wide = cotangents.astype(jnp.float32) / divided[..., None]
     slope = -jnp.sum(wide * result.outputs.astype(jnp.float32), axis=3)
     slope = jnp.moveaxis(slope, 2, 1)[:, :, None]
     moves = totals > plan.floor if plan.floor else totals != 0
-    return Cotangents(side_by_side(wide.astype(cotangents.dtype)), jnp.where(moves, slope, 0))
+    return Cotangents(flatten_heads(wide.astype(cotangents.dtype)), jnp.where(moves, slope, 0))
 
 
 class _Call(NamedTuple):
     """A problem made ready for a kernel whose steps visit blocks in some order."""
 
-    plan: Plan
+    plan: LinearPlan
     order: Callable[[Any], Any]
     grid: tuple[int, int, int]
-    heads: Heads
-    scalars: Scalars
-    arrays: Inputs
+    heads: ProgramHeads
+    scalars: LinearScalars
+    arrays: LinearInputs
 
     @classmethod
-    def of(cls, problem: Problem, plan: Plan, order: Callable[[Any], Any]) -> "_Call":
-        heads = Heads.of(problem.queries, problem.values)
+    def of(cls, problem: LinearProblem, plan: LinearPlan, order: Callable[[Any], Any]) -> "_Call":
+        heads = ProgramHeads.of(problem.queries, problem.values)
         batch, kv_heads = problem.values.shape[0], problem.values.shape[2]
-        placed = None if problem.documents is None else Placed.of(problem.documents, plan)
-        rows = None if placed is None else jnp.pad(placed.rows, ((0, 0), (0, SUBLANES - 2), (0, 0)))
+        packed = None if problem.segment_ids is None else PackedBlocks.of(problem.segment_ids, plan)
+        rows = None if packed is None else jnp.pad(packed.rows, ((0, 0), (0, SUBLANES - 2), (0, 0)))
         decay = None if problem.log_decay is None else problem.log_decay.astype(jnp.float32)
-        queries, keys, values = (side_by_side(each) for each in (problem.queries, problem.keys, problem.values))
-        arrays = Inputs(queries, keys, values, _memories(problem.start), rows)
-        scalars = Scalars(decay, None, None) if placed is None else Scalars(decay, placed.carried, placed.clock)
+        queries, keys, values = (flatten_heads(each) for each in (problem.queries, problem.keys, problem.values))
+        arrays = LinearInputs(queries, keys, values, _memories(problem.start), rows)
+        scalars = (
+            LinearScalars(decay, None, None) if packed is None else LinearScalars(decay, packed.carried, packed.clock)
+        )
         return cls(plan, order, (batch, kv_heads // heads.together, plan.blocks), heads, scalars, arrays)
 
     @property
@@ -162,28 +174,28 @@ class _Call(NamedTuple):
         return self.heads.together * self.heads.share
 
     @property
-    def memory_structs(self) -> Memories:
-        return Memories(*(_struct(each.shape) for each in self.arrays.start))
+    def memory_structs(self) -> MemoryPair:
+        return MemoryPair(*(_struct(each.shape) for each in self.arrays.start))
 
     @property
-    def memories(self) -> Memories:
-        return Memories(*(self._fixed(*each.shape[2:]) for each in self.arrays.start))
+    def memories(self) -> MemoryPair:
+        return MemoryPair(*(self._fixed(*each.shape[2:]) for each in self.arrays.start))
 
     @property
-    def block_memory_structs(self) -> Memories:
+    def block_memory_structs(self) -> MemoryPair:
         """Memories before every block."""
         batch, *shapes = (self.grid[0], *(each.shape[1:] for each in self.arrays.start))
-        return Memories(*(_struct((batch, self.plan.blocks, *shape)) for shape in shapes))
+        return MemoryPair(*(_struct((batch, self.plan.blocks, *shape)) for shape in shapes))
 
     @property
-    def block_memories(self) -> Memories:
+    def block_memories(self) -> MemoryPair:
         """The program's part of the memory before the block."""
 
         def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
             size = (None, None, self.heads.together, *shape)
             return _spec(size, lambda b, k, i: (b, self.order(i), k) + (0,) * len(shape))
 
-        return Memories(*(spec(each.shape[2:]) for each in self.arrays.start))
+        return MemoryPair(*(spec(each.shape[2:]) for each in self.arrays.start))
 
     @property
     def totals(self) -> pl.BlockSpec:
@@ -201,12 +213,16 @@ class _Call(NamedTuple):
         """The program's key/value heads of an array `[B, K, ...]`."""
         return _spec((None, self.heads.together, *shape), lambda b, k, i: (b, k) + (0,) * len(shape))
 
-    def _specs(self) -> Inputs:
-        placed = None
-        if self.arrays.placed is not None:
-            placed = _spec((None, SUBLANES, self.plan.block), lambda b, k, i: (b, 0, self.order(i)))
-        return Inputs(
-            self.rows(self.heads.share * self.keys), self.rows(self.keys), self.rows(self.values), self.memories, placed
+    def _specs(self) -> LinearInputs:
+        segments = None
+        if self.arrays.segments is not None:
+            segments = _spec((None, SUBLANES, self.plan.block), lambda b, k, i: (b, 0, self.order(i)))
+        return LinearInputs(
+            self.rows(self.heads.share * self.keys),
+            self.rows(self.keys),
+            self.rows(self.values),
+            self.memories,
+            segments,
         )
 
     def __call__(
@@ -227,7 +243,7 @@ class _Call(NamedTuple):
             scalars = jax.tree.unflatten(tree, refs[: len(leaves)])
             kernel(scalars, *refs[len(leaves) :], plan=self.plan, heads=self.heads)
 
-        scratch = Memories(
+        scratch = MemoryPair(
             *(pltpu.VMEM((self.heads.together, *each.shape[2:]), jnp.float32) for each in self.arrays.start)
         )
         return pl.pallas_call(
@@ -248,8 +264,8 @@ class _Call(NamedTuple):
         )(*leaves, self.arrays, *more)
 
 
-def _memories(memory: Memory) -> Memories:
-    return Memories(memory.values.astype(jnp.float32), memory.keys.astype(jnp.float32)[:, :, None])
+def _memories(memory: Memory) -> MemoryPair:
+    return MemoryPair(memory.values.astype(jnp.float32), memory.keys.astype(jnp.float32)[:, :, None])
 
 
 def _spec(shape: tuple[int | None, ...], index: Callable[[Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:

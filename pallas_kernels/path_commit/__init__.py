@@ -1,3 +1,3 @@
 """Committing an accepted path to the state of augmented linear attention, as one operation."""
 
-from pallas_kernels.path_commit.operation import commit_path as commit_path
+from pallas_kernels.path_commit.api import commit_path as commit_path

@@ -4,42 +4,36 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from pallas_kernels.gpu_launch import kernels_of, launch
+from pallas_kernels.gpu.launch import kernels_of, launch
 from pallas_kernels.path_commit.xla import join, shift_window
 from pallas_kernels.tiles import next_power, tiles_for
-from pallas_kernels.tree_verify.problem import Held
+from pallas_kernels.types import AugmentedState, Nodes
 
 KERNELS = "pallas_kernels.path_commit.gpu_kernels"
 
 
-def commit(
-    held: Held,
-    keys: Float[Array, "B P K D"],
-    values: Float[Array, "B P K E"],
-    length: Int[Array, " B"],
-    *,
-    interpret: bool = False,
-) -> Held:
-    """The state after the first `length` tokens of the path."""
-    batch, kv_heads, key_size, value_size = held.memory.shape
-    group = held.keys.shape[1]
-    tiles = tiles_for("path_commit", key_size, value_size, held.keys.dtype)
+def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"], *, interpret: bool = False) -> AugmentedState:
+    """The state after the first `length` nodes of the path."""
+    assert state.memory is not None, "there is a memory to fold groups into"
+    batch, kv_heads, key_size, value_size = state.memory.shape
+    group = state.keys.shape[1]
+    tiles = tiles_for("path_commit", key_size, value_size, state.keys.dtype)
     tiles = replace(tiles, rows=min(tiles.rows, next_power(group)))
-    path = keys.astype(held.keys.dtype), values.astype(held.values.dtype)
+    nodes = Nodes(path.keys.astype(state.keys.dtype), path.values.astype(state.values.dtype))
     (memory,) = launch(
         kernels_of(KERNELS, interpret).fold_kernel,
         (
-            held.memory,
-            held.keys,
-            held.values,
-            *path,
-            held.position.astype(jnp.int32),
+            state.memory,
+            state.keys,
+            state.values,
+            *nodes,
+            state.position.astype(jnp.int32),
             length.astype(jnp.int32),
-            keys.shape[1],
+            path.keys.shape[1],
         ),
-        (jax.ShapeDtypeStruct(held.memory.shape, held.memory.dtype),),
+        (jax.ShapeDtypeStruct(state.memory.shape, state.memory.dtype),),
         grid=(-(-value_size // tiles.part), kv_heads, batch),
         constants={
             "HEADS": kv_heads,
@@ -55,6 +49,6 @@ def commit(
         interpret=interpret,
         aliases={0: 0},
     )
-    joined = join((held.keys, held.values), held.position, path, length)
-    window = None if held.window is None else shift_window(held.window, values, length)
-    return Held(memory, *joined.buffer, window, joined.position)
+    joined = join((state.keys, state.values), state.position, nodes, length)
+    window = None if state.window is None else shift_window(state.window, path.values, length)
+    return AugmentedState(memory, *joined.buffer, window, joined.position)

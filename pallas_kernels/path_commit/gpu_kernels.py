@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu_parts import load_memory, load_rows, product, store_memory
+from pallas_kernels.gpu.blocks import load_memory, load_rows, product, store_memory
 
 
 @triton.jit

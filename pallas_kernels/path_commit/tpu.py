@@ -9,64 +9,68 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from pallas_kernels.products import present, product
-from pallas_kernels.tpu_heads import VMEM_BYTES, Heads, Ref, side_by_side
-from pallas_kernels.tree_verify.problem import Held
+from pallas_kernels.products import matmul, zero_absent
+from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, flatten_heads
+from pallas_kernels.types import AugmentedState, Nodes
 
 
-def commit(
-    held: Held,
-    keys: Float[Array, "B P K D"],
-    values: Float[Array, "B P K E"],
-    length: Int[Array, " B"],
-    *,
-    interpret: Any = False,
-) -> Held:
-    """The state after the first `length` tokens of the path."""
-    batch, path, kv_heads, _ = keys.shape
-    heads = Heads.of(keys, values)
+def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"], *, interpret: Any = False) -> AugmentedState:
+    """The state after the first `length` nodes of the path."""
+    assert state.memory is not None, "there is a memory to fold groups into"
+    batch, nodes, kv_heads, _ = path.keys.shape
+    heads = ProgramHeads.of(path.keys, path.values)
     key, value = heads.together * heads.key_size, heads.together * heads.value_size
-    window = None if held.window is None or held.window.shape[1] == 0 else side_by_side(held.window)
-    state = [side_by_side(held.keys), side_by_side(held.values), held.memory, *([] if window is None else [window])]
+    window = None if state.window is None or state.window.shape[1] == 0 else flatten_heads(state.window)
+    arrays = [
+        flatten_heads(state.keys),
+        flatten_heads(state.values),
+        state.memory,
+        *([] if window is None else [window]),
+    ]
     specs = [
-        _columns(held.keys.shape[1], key),
-        _columns(held.values.shape[1], value),
+        _columns(state.keys.shape[1], key),
+        _columns(state.values.shape[1], value),
         pl.BlockSpec(memory_space=pl.ANY),
         *([] if window is None else [_columns(window.shape[1], value)]),
     ]
-    scalars = [held.position.astype(jnp.int32), length.astype(jnp.int32)]
+    scalars = [state.position.astype(jnp.int32), length.astype(jnp.int32)]
     found = pl.pallas_call(
         lambda *refs: _kernel(*refs, heads=heads, windowed=window is not None),
-        out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in state],
+        out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in arrays],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, kv_heads // heads.together),
-            in_specs=[_columns(path, key), _columns(path, value), *specs],
+            in_specs=[_columns(nodes, key), _columns(nodes, value), *specs],
             out_specs=specs,
             scratch_shapes=[
-                pltpu.VMEM((heads.together, heads.key_size, heads.value_size), held.memory.dtype),
+                pltpu.VMEM((heads.together, heads.key_size, heads.value_size), state.memory.dtype),
                 pltpu.SemaphoreType.DMA,
             ],
         ),
         # The state begins behind the scalars and the path.
-        input_output_aliases={4 + index: index for index in range(len(state))},
+        input_output_aliases={4 + index: index for index in range(len(arrays))},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="commit_path",
-    )(*scalars, side_by_side(keys).astype(held.keys.dtype), side_by_side(values).astype(held.values.dtype), *state)
-    return Held(
+    )(
+        *scalars,
+        flatten_heads(path.keys).astype(state.keys.dtype),
+        flatten_heads(path.values).astype(state.values.dtype),
+        *arrays,
+    )
+    return AugmentedState(
         memory=found[2],
-        keys=found[0].reshape(held.keys.shape),
-        values=found[1].reshape(held.values.shape),
-        window=held.window if window is None or held.window is None else found[3].reshape(held.window.shape),
-        position=held.position + length.astype(held.position.dtype),
+        keys=found[0].reshape(state.keys.shape),
+        values=found[1].reshape(state.values.shape),
+        window=state.window if window is None or state.window is None else found[3].reshape(state.window.shape),
+        position=state.position + length.astype(state.position.dtype),
     )
 
 
 def _kernel(
-    positions: Ref, lengths: Ref, path_keys: Ref, path_values: Ref, *refs: Ref, heads: Heads, windowed: bool
+    positions: Ref, lengths: Ref, path_keys: Ref, path_values: Ref, *refs: Ref, heads: ProgramHeads, windowed: bool
 ) -> None:
     count = 4 if windowed else 3
     before, after, (fetched, arrived) = refs[:count], refs[count : 2 * count], refs[2 * count :]
@@ -74,7 +78,7 @@ def _kernel(
     group, length = before[0].shape[0], lengths[row]
     slot = jax.lax.rem(positions[row], jnp.int32(group))
     steps = jax.lax.broadcasted_iota(jnp.int32, (path_keys.shape[0], 1), 0)
-    new = [present(each[...], steps < length) for each in (path_keys, path_values)]
+    new = [zero_absent(each[...], steps < length) for each in (path_keys, path_values)]
     begun = [_placed(rows, old[...], slot, length) for rows, old in zip(new, before[:2], strict=True)]
 
     @pl.when(slot + length >= group)
@@ -85,7 +89,7 @@ def _kernel(
         fetch.wait()
         for head in range(heads.together):
             keys, values = begun[0][:, heads.keys(head)], begun[1][:, heads.values(head)]
-            fetched[head] += product(keys, values, (0, 0))
+            fetched[head] += matmul(keys, values, (0, 0))
         send = pltpu.make_async_copy(fetched, after[2].at[row, own], arrived)
         send.start()
         send.wait()
@@ -100,15 +104,15 @@ def _kernel(
 
 
 def _placed(path: jax.Array, old: jax.Array, slot: jax.Array, length: jax.Array) -> jax.Array:
-    """Rows with those of a path from a slot on; what does not fit is left out."""
+    """Rows with those of a path written from a slot on; rows that do not fit are left out."""
     step = jax.lax.broadcasted_iota(jnp.int32, (old.shape[0], 1), 0) - slot
     return jnp.where((step >= 0) & (step < length), _picked(path, step), old)
 
 
 def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """The rows of a column of numbers, zero where there is none: a product with zeros and ones rounds nothing."""
+    """Rows picked by a column of numbers, zero where there is none: a product with zeros and ones rounds nothing."""
     chosen = jax.lax.broadcasted_iota(jnp.int32, (index.shape[0], rows.shape[0]), 1) == index
-    return product(chosen.astype(rows.dtype), rows, (1, 0)).astype(rows.dtype)
+    return matmul(chosen.astype(rows.dtype), rows, (1, 0)).astype(rows.dtype)
 
 
 def _columns(rows: int, columns: int) -> pl.BlockSpec:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.products import accumulation_dtype
-from pallas_kernels.tree_verify.problem import Held
+from pallas_kernels.precision import accumulation_dtype
+from pallas_kernels.types import AugmentedState, Nodes
 
 Buffer = tuple[Float[Array, "B G K D"], Float[Array, "B G K E"]]
 Fold = Callable[[Float[Array, "B G K D"], Float[Array, "B G K E"]], Float[Array, "B K M E"]]
@@ -86,21 +86,27 @@ def shift_window(
     return jnp.take_along_axis(extended, index[:, :, None, None], axis=1)
 
 
-def commit(
-    held: Held, keys: Float[Array, "B P K D"], values: Float[Array, "B P K E"], length: Int[Array, " B"]
-) -> Held:
-    """The state after the first `length` tokens of the path."""
+def advance_by_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"], fold: Fold) -> AugmentedState:
+    """The state after the first `length` (at most G) nodes of the path, row by row.
+
+    A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
+    that plain decoding uses, so that both leave the same bits. `fold(keys, values)` is what a group adds to the memory.
+    """
+    buffer = state.keys, state.values
+    joined = join(buffer, state.position, path, length)
+    memory = state.memory
+    if memory is not None:
+        memory = fold_finished(memory, buffer, state.position, path, joined.finished, fold)
+    window = None if state.window is None else shift_window(state.window, path.values, length)
+    return AugmentedState(memory, *joined.buffer, window, joined.position)
+
+
+def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
+    """The state after the first `length` nodes of the path, where the memory is `sum k v^T`."""
 
     def fold(keys: Array, values: Array) -> Array:
         wide = accumulation_dtype(keys.dtype)
         exact = "highest" if keys.dtype == wide else None
         return jnp.einsum("bgkd,bgke->bkde", keys, values, preferred_element_type=wide, precision=exact)
 
-    buffer, path = (held.keys, held.values), (keys, values)
-    joined = join(buffer, held.position, path, length)
-    return Held(
-        fold_finished(held.memory, buffer, held.position, path, joined.finished, fold),
-        *joined.buffer,
-        None if held.window is None else shift_window(held.window, values, length),
-        joined.position,
-    )
+    return advance_by_path(state, path, length, fold)

@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu_launch import kernels_of, launch
+from pallas_kernels.gpu.launch import kernels_of, launch
 from pallas_kernels.tiles import next_power, tiles_for
-from pallas_kernels.tree_verify.problem import Problem, branches, convolution_matrices
+from pallas_kernels.tree_verify.problem import VerifyProblem, branches, convolution_matrices
 
 KERNELS = "pallas_kernels.tree_verify.gpu_kernels"
 
 
-def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: bool = False) -> Float[Array, "B N H E"]:
+def verify(
+    problem: VerifyProblem, *, unit_inputs: bool, local: bool, interpret: bool = False
+) -> Float[Array, "B N H E"]:
     """Outputs of the nodes."""
-    held, values = problem.held, problem.values
+    state, values = problem.state, problem.values
     batch, nodes, heads, size = problem.queries.shape
     kv_heads, value_size = values.shape[2:]
     tiles = tiles_for("tree_verify", size, value_size, values.dtype)
@@ -23,18 +25,20 @@ def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: bool 
     width = 0
     if problem.taps is not None:
         into, among = convolution_matrices(problem.taps.astype(values.dtype), problem.tree)
-        if held.window is not None and held.window.shape[1] > 0:
-            window, width = held.window.astype(values.dtype), held.window.shape[1]
-    alpha = jnp.zeros((1,)) if problem.alpha is None else problem.alpha.astype(jnp.float32)
+        if state.window is not None and state.window.shape[1] > 0:
+            window, width = state.window.astype(values.dtype), state.window.shape[1]
+    alpha, memory = (
+        jnp.zeros((1,)) if each is None else each.astype(jnp.float32) for each in (problem.alpha, state.memory)
+    )
     (outputs,) = launch(
         kernels_of(KERNELS, interpret).verify_kernel,
         (
             problem.queries,
             problem.keys,
             values,
-            held.keys.astype(problem.keys.dtype),
-            held.values.astype(values.dtype),
-            held.memory.astype(jnp.float32),
+            state.keys.astype(problem.keys.dtype),
+            state.values.astype(values.dtype),
+            memory,
             alpha,
             branches(problem),
             window,
@@ -53,10 +57,10 @@ def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: bool 
             "PART_D": tiles.piece,
             "PART_E": tiles.part,
             "PARTS": parts,
-            "GROUP": held.keys.shape[1],
+            "GROUP": state.keys.shape[1],
             "WINDOW": width,
             "WIDE_WINDOW": next_power(width),
-            "TILE": min(tiles.rows, next_power(held.keys.shape[1])),
+            "TILE": min(tiles.rows, next_power(state.keys.shape[1])),
             "NODES": together,
             "LOCAL": local,
             "GROUPED": problem.alpha is not None,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from pallas_kernels.gpu_parts import (
+from pallas_kernels.gpu.blocks import (
     load_memory,
     load_rows,
     memory_product,
@@ -53,8 +53,8 @@ def verify_kernel(
     queries,
     keys,
     values,
-    held_keys,
-    held_values,
+    group_keys,
+    group_values,
     memory,
     alpha,
     branches,
@@ -109,8 +109,8 @@ def verify_kernel(
 
     for first in range(0, GROUP, TILE):
         slots = first + tl.arange(0, TILE)
-        key = load_rows(held_keys, batch, first, inner, slots < GROUP, GROUP, kv_head, KV_HEADS, D)
-        value = load_rows(held_values, batch, first, columns, slots < GROUP, GROUP, kv_head, KV_HEADS, E)
+        key = load_rows(group_keys, batch, first, inner, slots < GROUP, GROUP, kv_head, KV_HEADS, D)
+        value = load_rows(group_values, batch, first, columns, slots < GROUP, GROUP, kv_head, KV_HEADS, E)
         weights = branch_weights(
             product(query, tl.trans(key)),
             pairs,

@@ -8,22 +8,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.augmented_attention.blocks import unit
-from pallas_kernels.products import memory_product, product
-from pallas_kernels.tpu_heads import VMEM_BYTES, Heads, Ref, side_by_side
-from pallas_kernels.tree_verify.problem import EARLIER, LOCAL, Problem, branches, convolution_matrices
+from pallas_kernels.augmented_attention.blocks import unit_rows
+from pallas_kernels.products import matmul, memory_matmul
+from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, flatten_heads
+from pallas_kernels.tree_verify.problem import EARLIER, LOCAL, VerifyProblem, branches, convolution_matrices
 
 
-class Inputs(NamedTuple):
-    """What a program reads.
+class VerifyInputs(NamedTuple):
+    """Inputs of a program.
 
     Attributes:
         queries: `[N, k R D]`.
         keys: `[N, k D]`.
         values: `[N, k E]`.
-        held_keys: `[G, k D]`.
-        held_values: `[G, k E]`.
-        memory: `[k, D, E]`.
+        group_keys: `[G, k D]` of the unfinished group.
+        group_values: `[G, k E]`.
+        memory: `[k, D, E]`, None without a grouped branch.
         branch: `[N, G + N]` the branch of each pair.
         window: `[W - 1, k E]`, None without a convolution.
         into_window: `[k R, N, W - 1]` the convolution over the window, None without one.
@@ -33,8 +33,8 @@ class Inputs(NamedTuple):
     queries: Ref
     keys: Ref
     values: Ref
-    held_keys: Ref
-    held_values: Ref
+    group_keys: Ref
+    group_values: Ref
     memory: Ref
     branch: Ref
     window: Ref
@@ -42,14 +42,16 @@ class Inputs(NamedTuple):
     among: Ref
 
 
-def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: Any = False) -> Float[Array, "B N H E"]:
+def verify(
+    problem: VerifyProblem, *, unit_inputs: bool, local: bool, interpret: Any = False
+) -> Float[Array, "B N H E"]:
     """Outputs of the nodes."""
     batch, nodes, query_heads, _ = problem.queries.shape
     kv_heads, value_size = problem.values.shape[2:]
-    heads = Heads.of(problem.queries, problem.values)
+    heads = ProgramHeads.of(problem.queries, problem.values)
     alpha = problem.alpha
 
-    def kernel(factors: Ref, inputs: Inputs, outputs: Ref) -> None:
+    def kernel(factors: Ref, inputs: VerifyInputs, outputs: Ref) -> None:
         _kernel(None if alpha is None else factors, inputs, outputs, heads=heads, unit_inputs=unit_inputs, local=local)
 
     arrays = _arrays(problem)
@@ -70,18 +72,20 @@ def verify(problem: Problem, *, unit_inputs: bool, local: bool, interpret: Any =
     )
 
 
-def _kernel(factors: Ref, inputs: Inputs, outputs: Ref, *, heads: Heads, unit_inputs: bool, local: bool) -> None:
+def _kernel(
+    factors: Ref, inputs: VerifyInputs, outputs: Ref, *, heads: ProgramHeads, unit_inputs: bool, local: bool
+) -> None:
     first = pl.program_id(1) * heads.together * heads.share
     branch = inputs.branch[...]
     for head in range(heads.together):
-        own, held = inputs.keys[:, heads.keys(head)], inputs.held_keys[:, heads.keys(head)]
-        keys = jnp.concatenate([held, unit(own) if unit_inputs else own], axis=0)
+        own, group = inputs.keys[:, heads.keys(head)], inputs.group_keys[:, heads.keys(head)]
+        keys = jnp.concatenate([group, unit_rows(own) if unit_inputs else own], axis=0)
         part = heads.values(head)
-        values = jnp.concatenate([inputs.held_values[:, part], inputs.values[:, part]], axis=0)
+        values = jnp.concatenate([inputs.group_values[:, part], inputs.values[:, part]], axis=0)
         for query_head in heads.queries(head):
             queries = inputs.queries[:, heads.keys(query_head)]
-            queries = unit(queries) if unit_inputs else queries
-            scores = product(queries, keys, (1, 1))
+            queries = unit_rows(queries) if unit_inputs else queries
+            scores = matmul(queries, keys, (1, 1))
             weights = jnp.zeros_like(scores)
             if local:
                 weights += jnp.where(branch == LOCAL, jnp.square(jnp.maximum(scores, 0)), 0)
@@ -89,31 +93,33 @@ def _kernel(factors: Ref, inputs: Inputs, outputs: Ref, *, heads: Heads, unit_in
                 weights += jnp.where(branch == EARLIER, factors[first + query_head] * scores, 0)
             if inputs.among is not None:
                 weights += inputs.among[query_head].astype(jnp.float32)
-            result = product(weights.astype(values.dtype), values, (1, 0))
+            result = matmul(weights.astype(values.dtype), values, (1, 0))
             if factors is not None:
-                result += factors[first + query_head] * memory_product(queries, inputs.memory[head], (1, 0))
+                result += factors[first + query_head] * memory_matmul(queries, inputs.memory[head], (1, 0))
             if inputs.window is not None:
-                result += product(inputs.into_window[query_head], inputs.window[:, part], (1, 0))
+                result += matmul(inputs.into_window[query_head], inputs.window[:, part], (1, 0))
             outputs[:, heads.values(query_head)] = result.astype(outputs.dtype)
 
 
-def _arrays(problem: Problem) -> Inputs:
-    held, values = problem.held, problem.values
+def _arrays(problem: VerifyProblem) -> VerifyInputs:
+    state, values = problem.state, problem.values
     window = into = among = None
     if problem.taps is not None:
         into, among = convolution_matrices(problem.taps.astype(values.dtype), problem.tree)
         into, among = (each if each.ndim == 4 else each[None] for each in (into, among))
-        among = jnp.pad(among, ((0, 0), (0, 0), (0, 0), (held.keys.shape[1], 0)))
+        among = jnp.pad(among, ((0, 0), (0, 0), (0, 0), (state.keys.shape[1], 0)))
         window = (
-            None if held.window is None or held.window.shape[1] == 0 else side_by_side(held.window.astype(values.dtype))
+            None
+            if state.window is None or state.window.shape[1] == 0
+            else flatten_heads(state.window.astype(values.dtype))
         )
-    return Inputs(
-        queries=side_by_side(problem.queries),
-        keys=side_by_side(problem.keys),
-        values=side_by_side(values),
-        held_keys=side_by_side(held.keys.astype(problem.keys.dtype)),
-        held_values=side_by_side(held.values.astype(values.dtype)),
-        memory=held.memory.astype(jnp.float32),
+    return VerifyInputs(
+        queries=flatten_heads(problem.queries),
+        keys=flatten_heads(problem.keys),
+        values=flatten_heads(values),
+        group_keys=flatten_heads(state.keys.astype(problem.keys.dtype)),
+        group_values=flatten_heads(state.values.astype(values.dtype)),
+        memory=None if problem.alpha is None or state.memory is None else state.memory.astype(jnp.float32),
         branch=branches(problem),
         window=window,
         into_window=None if window is None else into,
@@ -121,8 +127,12 @@ def _arrays(problem: Problem) -> Inputs:
     )
 
 
-def _specs(arrays: Inputs, heads: Heads) -> Inputs:
+def _specs(arrays: VerifyInputs, heads: ProgramHeads) -> VerifyInputs:
     key, value = heads.together * heads.key_size, heads.together * heads.value_size
+
+    memory = None
+    if arrays.memory is not None:
+        memory = pl.BlockSpec((None, heads.together, *arrays.memory.shape[2:]), lambda b, k, _: (b, k, 0, 0))
 
     def matrix(array: Array | None) -> pl.BlockSpec | None:
         if array is None:
@@ -131,13 +141,13 @@ def _specs(arrays: Inputs, heads: Heads) -> Inputs:
         together = heads.together * heads.share
         return pl.BlockSpec((None, together, *shape), lambda b, k, _: (b if rows > 1 else 0, k, 0, 0))
 
-    return Inputs(
+    return VerifyInputs(
         queries=_columns(arrays.queries.shape[1], heads.share * key),
         keys=_columns(arrays.keys.shape[1], key),
         values=_columns(arrays.values.shape[1], value),
-        held_keys=_columns(arrays.held_keys.shape[1], key),
-        held_values=_columns(arrays.held_values.shape[1], value),
-        memory=pl.BlockSpec((None, heads.together, *arrays.memory.shape[2:]), lambda b, k, _: (b, k, 0, 0)),
+        group_keys=_columns(arrays.group_keys.shape[1], key),
+        group_values=_columns(arrays.group_values.shape[1], value),
+        memory=memory,
         branch=pl.BlockSpec((None, *arrays.branch.shape[1:]), lambda b, k, _: (b, 0, 0)),
         window=None if arrays.window is None else _columns(arrays.window.shape[1], value),
         into_window=matrix(arrays.into_window),

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oracle import Oracle
+from support.oracle import Oracle
 
 from lin_jax.attention import (
+    QKV,
     REGISTRY,
     AttentionConfig,
     Conventions,
@@ -46,9 +47,9 @@ def mixer_of(name: str, form: Any, layer: int = 1, **options: Any) -> Any:
     return mixer
 
 
-def inputs_of(seed: int, batch: int, length: int) -> tuple[np.ndarray, ...]:
+def inputs_of(seed: int, batch: int, length: int) -> QKV:
     rng = np.random.default_rng(seed)
-    return tuple(rng.normal(size=(batch, length, heads, SIZE)) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    return QKV(*(rng.normal(size=(batch, length, heads, SIZE)) for heads in (HEADS, KV_HEADS, KV_HEADS)))
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -63,12 +64,12 @@ def names(form: str) -> list[Any]:
 
 
 @partial(jax.jit, static_argnames="length")
-def encode(mixer: Any, inputs: tuple[jax.Array, ...], mask: jax.Array, documents: jax.Array, length: int) -> Any:
+def encode(mixer: Any, inputs: QKV, mask: jax.Array, segment_ids: jax.Array, length: int) -> Any:
     """Whole rows, rows under a mask, and rows of documents, in one program."""
     return (
-        mixer.bidirectional(*(part[:, :length] for part in inputs), whole_rows(len(mask), length)),
-        mixer.bidirectional(*inputs, masked_rows(mask)),
-        mixer.bidirectional(*inputs, packed_rows(documents)),
+        mixer.bidirectional(QKV(*(part[:, :length] for part in inputs)), whole_rows(len(mask), length)),
+        mixer.bidirectional(inputs, masked_rows(mask)),
+        mixer.bidirectional(inputs, packed_rows(segment_ids)),
     )
 
 
@@ -80,8 +81,8 @@ def test_encoders(name: str, layer: int) -> None:
     inputs = inputs_of(1, 1, 21)
     first, second = 13, 6
     mask = np.arange(21) < first
-    documents = np.where(mask, 3, np.where(np.arange(21) < first + second, 2, 0))
-    whole, masked, packed = encode(mixer, inputs, mask[None], documents[None].astype(np.int32), first)
+    segment_ids = np.where(mask, 3, np.where(np.arange(21) < first + second, 2, 0))
+    whole, masked, packed = encode(mixer, inputs, mask[None], segment_ids[None].astype(np.int32), first)
     expected = oracle.bidirectional(*(part[0, :first] for part in inputs))
     for outputs in (whole, masked, packed):
         close(outputs[0, :first], expected)
@@ -108,19 +109,19 @@ def test_readers_of_an_encoder(name: str, layer: int) -> None:
 @pytest.mark.parametrize("name", ["softmax", "flash", "relu", "yoso", "linformer", "square"])
 def test_bfloat16(name: str) -> None:
     """Encoders and readers within 0.03 of the largest output of float64 on the same, rounded inputs."""
-    inputs = [jnp.asarray(part, jnp.bfloat16) for part in inputs_of(12, 1, 21)]
+    inputs = QKV(*(jnp.asarray(part, jnp.bfloat16) for part in inputs_of(12, 1, 21)))
     wide = [np.asarray(part[0], np.float64) for part in inputs]
     mixer = mixer_of(name, "bidirectional")
     oracle = Oracle(config_of(name), mixer, 1, tables=False)
-    found = jax.jit(lambda mixer, inputs: mixer.bidirectional(*inputs, whole_rows(1, 21)))(mixer, inputs)
+    found = jax.jit(lambda mixer, inputs: mixer.bidirectional(inputs, whole_rows(1, 21)))(mixer, inputs)
     pairs = [(found, oracle.bidirectional(*wide))]
     if "cross" in REGISTRY[name].forms:
         reader = mixer_of(name, "cross")
 
         @jax.jit
-        def read(mixer: Any, inputs: list[jax.Array]) -> jax.Array:
-            memory = mixer.condense(*inputs[1:], whole_rows(1, 21))
-            return mixer.read(inputs[0], jnp.arange(21)[None], memory)
+        def read(mixer: Any, inputs: QKV) -> jax.Array:
+            memory = mixer.condense(inputs.keys, inputs.values, whole_rows(1, 21))
+            return mixer.read(inputs.queries, jnp.arange(21)[None], memory)
 
         pairs.append((read(reader, inputs), Oracle(config_of(name), reader, 1).cross(*wide)))
     for outputs, expected in pairs:
@@ -137,8 +138,8 @@ def test_causal_rows_under_a_mask(name: str) -> None:
     mask = np.ones((1, 17), bool)
     mask[0, [3, 4, 11]] = False
     outputs = [
-        jax.jit(lambda mixer, inputs: mixer.parallel(*inputs, masked_rows(mask))[0])(mixer, changed)
-        for changed in (inputs, tuple(np.where(mask[..., None, None], part, 1e3) for part in inputs))
+        jax.jit(lambda mixer, inputs: mixer.parallel(inputs, masked_rows(mask))[0])(mixer, changed)
+        for changed in (inputs, QKV(*(np.where(mask[..., None, None], part, 1e3) for part in inputs)))
     ]
     close(outputs[0][mask], outputs[1][mask])
 
@@ -153,15 +154,15 @@ def test_relative_bias_in_every_causal_form(name: str, where: Any) -> None:
     inputs = inputs_of(6, 1, length)
 
     @jax.jit
-    def forms(mixer: Any, inputs: tuple[jax.Array, ...], table: jax.Array) -> list[jax.Array]:
+    def forms(mixer: Any, inputs: QKV, table: jax.Array) -> list[jax.Array]:
         bias = RelativeBias(table, False, 20)
-        whole = mixer.parallel(*inputs, whole_rows(1, length), None, bias)[0]
-        packed = mixer.parallel(*inputs, packed_rows(jnp.ones((1, length), jnp.int32)), None, bias)[0]
+        whole = mixer.parallel(inputs, whole_rows(1, length), None, bias)[0]
+        packed = mixer.parallel(inputs, packed_rows(jnp.ones((1, length), jnp.int32)), None, bias)[0]
         state = mixer.init_state(1, 32, jnp.float64)
-        part = tuple(part[:, :7] for part in inputs)
-        begin, state = mixer.parallel(*part, padded_rows(jnp.array([7]), 7, state.position), state, bias)
+        part = QKV(*(part[:, :7] for part in inputs))
+        begin, state = mixer.parallel(part, padded_rows(jnp.array([7]), 7, state.position), state, bias)
         tree = tree_arrays(tuple(range(-1, 4)))
-        end, _ = mixer.verify(*(part[:, 7:] for part in inputs), tree, state, bias)
+        end, _ = mixer.verify(QKV(*(part[:, 7:] for part in inputs)), tree, state, bias)
         return [whole, packed, jnp.concatenate([begin, end], axis=1)]
 
     whole, *others = forms(mixer, inputs, table)
@@ -216,7 +217,7 @@ def test_relu_features_that_vanish_give_zero_not_nan() -> None:
     inputs = [-np.abs(part) for part in inputs_of(9, 1, 12)]
     for dtype, scale in ((jnp.float64, 1.0), (jnp.bfloat16, 1.0), (jnp.bfloat16, 1e-30)):
         queries, keys, values = (jnp.asarray(part * scale, dtype) for part in inputs)
-        total = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(mixer.parallel(q, k, v, whole_rows(1, 12))[0])))
+        total = jax.jit(jax.value_and_grad(lambda q, k, v: jnp.sum(mixer.parallel(QKV(q, k, v), whole_rows(1, 12))[0])))
         outputs, gradient = total(queries, keys, values)
         assert outputs == 0
         assert not np.any(np.isnan(gradient))

@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import cells
 from flax import nnx
-from oracle import Oracle
+from support.cells import cells
+from support.oracle import Oracle
 
 from lin_jax.attention import (
+    QKV,
     REGISTRY,
     AttentionConfig,
-    along,
     build_mixer,
+    gather_nodes,
     packed_rows,
     padded_rows,
     tree_arrays,
@@ -79,9 +80,9 @@ class Case:
             parameter[...] = parameter[...] + jnp.asarray(self.rng.normal(size=parameter.shape)) / 2
         return mixer
 
-    def inputs(self, batch: int, length: int) -> tuple[np.ndarray, ...]:
+    def inputs(self, batch: int, length: int) -> QKV:
         shapes = [(batch, length, heads, self.size) for heads in (self.heads, self.kv_heads, self.kv_heads)]
-        return tuple(self.rng.normal(size=shape) for shape in shapes)
+        return QKV(*(self.rng.normal(size=shape) for shape in shapes))
 
     def reference(self, *inputs: np.ndarray, parents: np.ndarray | None = None, tables: bool = True) -> np.ndarray:
         return Oracle(self.config, self.mixer, self.layer, tables=tables).causal(*inputs, parents=parents)
@@ -113,35 +114,33 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 
 @partial(jax.jit, static_argnames="aligned")
-def whole(mixer: Any, inputs: tuple[jax.Array, ...], aligned: bool = True) -> jax.Array:
-    batch, length = inputs[0].shape[:2]
+def whole(mixer: Any, inputs: QKV, aligned: bool = True) -> jax.Array:
+    batch, length = inputs.keys.shape[:2]
     layout = whole_rows(batch, length) if aligned else packed_rows(jnp.ones((batch, length), jnp.int32))
-    return mixer.parallel(*inputs, layout)[0]
+    return mixer.parallel(inputs, layout)[0]
 
 
 @jax.jit
-def piece(mixer: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-    return mixer.parallel(*inputs, padded_rows(lengths, inputs[0].shape[1], state.position), state)
+def piece(mixer: Any, inputs: QKV, lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    return mixer.parallel(inputs, padded_rows(lengths, inputs.keys.shape[1], state.position), state)
 
 
 @jax.jit
-def token_by_token(mixer: Any, inputs: tuple[jax.Array, ...], lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+def token_by_token(mixer: Any, inputs: QKV, lengths: jax.Array, state: Any) -> tuple[jax.Array, Any]:
     """Rows that have come to their end commit nothing more."""
 
-    def step(state: Any, now: tuple[jax.Array, tuple[jax.Array, ...]]) -> tuple[Any, jax.Array]:
+    def step(state: Any, now: tuple[jax.Array, QKV]) -> tuple[Any, jax.Array]:
         place, token = now
-        outputs, nodes = mixer.verify(*(part[:, None] for part in token), tree_arrays((-1,)), state)
+        outputs, nodes = mixer.verify(QKV(*(part[:, None] for part in token)), tree_arrays((-1,)), state)
         return mixer.commit(state, nodes, (place < lengths).astype(int)), outputs[:, 0]
 
-    places = jnp.arange(inputs[0].shape[1])
-    state, outputs = jax.lax.scan(step, state, (places, tuple(jnp.moveaxis(part, 1, 0) for part in inputs)))
+    places = jnp.arange(inputs.keys.shape[1])
+    state, outputs = jax.lax.scan(step, state, (places, QKV(*(jnp.moveaxis(part, 1, 0) for part in inputs))))
     return jnp.moveaxis(outputs, 0, 1), state
 
 
 @jax.jit
-def whole_and_gradients(
-    mixer: Any, inputs: tuple[jax.Array, ...], cotangent: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def whole_and_gradients(mixer: Any, inputs: QKV, cotangent: jax.Array) -> tuple[jax.Array, QKV]:
     outputs, pull = jax.vjp(lambda inputs: whole(mixer, inputs), inputs)
     return outputs, pull(cotangent)[0]
 
@@ -166,6 +165,7 @@ def same_state(size: int, one: Any, other: Any) -> None:
         close(*(jnp.where(mask, getattr(state, part), 0) for state in (one, other)))
 
 
+@pytest.mark.users_settings
 def test_whole_rows_and_their_gradients(case: Case) -> None:
     inputs = case.inputs(2, case.length)
     expected = np.stack([case.reference(*(part[row] for part in inputs), tables=False) for row in range(2)])
@@ -196,7 +196,7 @@ def test_pieces_with_padding_and_single_tokens(case: Case) -> None:
     state, done = case.state(3), np.zeros(3, int)
     while (done < total).any():
         lengths = np.minimum(case.rng.integers(0, width + 1, 3), total - done)
-        garbage = tuple(1e3 * part for part in case.inputs(3, width))
+        garbage = QKV(*(1e3 * part for part in case.inputs(3, width)))
         for row, (begin, count) in enumerate(zip(done, lengths, strict=True)):
             for part, source in zip(garbage, inputs, strict=True):
                 part[row, :count] = source[row, begin : begin + count]
@@ -213,17 +213,17 @@ def test_packed_documents_and_padding(case: Case) -> None:
     lengths.append(lengths[0])
     parts = [case.inputs(1, n) for n in lengths]
     left, right = (case.inputs(1, int(n)) for n in case.rng.integers(1, 5, 2))
-    documents = np.concatenate(
+    segment_ids = np.concatenate(
         [np.zeros(left[0].shape[1]), *(np.full(n, 7 - i) for i, n in enumerate(lengths)), np.zeros(right[0].shape[1])]
     )[None].astype(np.int32)
-    row = tuple(np.concatenate([1e3 * l, *p, 1e3 * r], axis=1) for l, r, *p in zip(left, right, *parts, strict=True))  # noqa: E741
-    valid = jnp.asarray(documents > 0)[..., None, None]
+    row = QKV(*(np.concatenate([1e3 * l, *p, 1e3 * r], axis=1) for l, r, *p in zip(left, right, *parts, strict=True)))  # noqa: E741
+    valid = jnp.asarray(segment_ids > 0)[..., None, None]
     mixer = case.mixer
 
     @jax.jit
-    def packed(inputs: tuple[jax.Array, ...], cotangent: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        def outputs(inputs: tuple[jax.Array, ...]) -> jax.Array:
-            return jnp.where(valid, mixer.parallel(*inputs, packed_rows(jnp.asarray(documents)))[0], 0)
+    def packed(inputs: QKV, cotangent: jax.Array) -> tuple[jax.Array, QKV]:
+        def outputs(inputs: QKV) -> jax.Array:
+            return jnp.where(valid, mixer.parallel(inputs, packed_rows(jnp.asarray(segment_ids)))[0], 0)
 
         result, pull = jax.vjp(outputs, inputs)
         return result, pull(cotangent)[0]
@@ -260,7 +260,7 @@ def test_tree_on_a_state(case: Case) -> None:
     nodes = case.inputs(batch, size)
     state = piece(case.mixer, before, jnp.asarray(consumed), case.state(batch))[1]
     untouched = jax.tree.map(np.asarray, state)
-    outputs, _ = jax.jit(lambda mixer, inputs, state: mixer.verify(*inputs, tree_arrays(parents), state))(
+    outputs, _ = jax.jit(lambda mixer, inputs, state: mixer.verify(inputs, tree_arrays(parents), state))(
         case.mixer, nodes, state
     )
     for row, count in enumerate(consumed):
@@ -275,32 +275,33 @@ def test_commit_is_plain_decoding_to_the_bit(case: Case) -> None:
     batch, width = 5, case.group_size
     commit = jax.jit(lambda mixer, state, path, length: mixer.commit(state, path, length))
     start = case.rng.integers(0, 2 * case.group_size, batch)
-    narrow = [part.astype(np.float32) for part in case.inputs(batch, int(start.max()) + 1)]
+    narrow = QKV(*(part.astype(np.float32) for part in case.inputs(batch, int(start.max()) + 1)))
     state = case.mixer.init_state(batch, 128, jnp.float32)
     tree = tree_arrays(tuple(range(-1, width - 1)))
-    needs = jax.jit(lambda mixer, inputs, state: mixer.verify(*inputs, tree, state)[1])
+    needs = jax.jit(lambda mixer, inputs, state: mixer.verify(inputs, tree, state)[1])
     for t in range(int(start.max())):
         step = jax.tree.map(lambda part, t=t: part[:, :1], needs(case.mixer, chain(narrow, t, width), state))
         state = commit(case.mixer, state, step, jnp.asarray(t < start, int))
     once = stepped = state
     for _ in range(4):
         lengths = case.rng.integers(0, width + 1, batch)
-        path = needs(case.mixer, [jnp.asarray(part.astype(np.float32)) for part in case.inputs(batch, width)], once)
+        inputs = QKV(*(jnp.asarray(part.astype(np.float32)) for part in case.inputs(batch, width)))
+        path = needs(case.mixer, inputs, once)
         once = commit(case.mixer, once, path, jnp.asarray(lengths))
         for t in range(width):
-            single = along(path, jnp.full((batch, 1), t))
+            single = gather_nodes(path, jnp.full((batch, 1), t))
             stepped = commit(case.mixer, stepped, single, jnp.asarray(t < lengths, int))
         jax.tree.map(np.testing.assert_array_equal, once, stepped)
 
 
-def chain(inputs: list[np.ndarray], begin: int, width: int) -> list[np.ndarray]:
+def chain(inputs: QKV, begin: int, width: int) -> QKV:
     """`width` tokens from `begin` on, repeating the last one at the end."""
-    return [part[:, np.minimum(np.arange(begin, begin + width), part.shape[1] - 1)] for part in inputs]
+    return QKV(*(part[:, np.minimum(np.arange(begin, begin + width), part.shape[1] - 1)] for part in inputs))
 
 
 def test_bfloat16_is_close_and_its_state_float32(case: Case) -> None:
     """Within 0.03 of the largest output of float64 on the same, rounded inputs."""
-    narrow = tuple(jnp.asarray(part, jnp.bfloat16) for part in case.inputs(1, case.length))
+    narrow = QKV(*(jnp.asarray(part, jnp.bfloat16) for part in case.inputs(1, case.length)))
     exact = case.reference(*(np.asarray(part[0], np.float64) for part in narrow))[None]
     state = case.mixer.init_state(1, 64, jnp.bfloat16)
     outputs, state = piece(case.mixer, narrow, jnp.asarray([case.length]), state)

@@ -1,5 +1,5 @@
 import pytest
-from corpora import write_tables
+from support.corpora import write_tables
 
 
 @pytest.fixture(scope="session")

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import cells
 from flax import nnx
-from samples import GROUP, NEW, TREE, VOCABULARY, KnowingDrafter, build_model, padded
+from support.cells import cells
+from support.samples import GROUP, NEW, TREE, VOCABULARY, KnowingDrafter, build_model, padded
 
 from lin_jax.decoding import (
     DraftTree,
@@ -18,12 +18,12 @@ from lin_jax.decoding import (
     PathDrafter,
     Sampling,
     SelfDrafter,
+    TokenOrigin,
     UnionDrafter,
     chain,
 )
-from lin_jax.decoding.draft import Drafter
-from lin_jax.decoding.generator import Tree
-from lin_jax.decoding.loop import DRAFT, TARGET
+from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.models import Llama, MedusaHeads, PathHead
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -40,7 +40,7 @@ def prompts() -> list[list[int]]:
     return [rng.integers(0, VOCABULARY, n).tolist() for n in (1, GROUP - 1, GROUP, 2 * GROUP + 3, 30)]
 
 
-def knowing(truth: np.ndarray) -> dict[str, tuple[Drafter, Tree]]:
+def knowing(truth: np.ndarray) -> dict[str, tuple[Drafter, AnyTree]]:
     """Drafters of all qualities."""
     return {
         "always wrong": (KnowingDrafter(truth, 0, 0.0), TREE),
@@ -50,7 +50,7 @@ def knowing(truth: np.ndarray) -> dict[str, tuple[Drafter, Tree]]:
     }
 
 
-def guessing(model: Llama) -> dict[str, tuple[Drafter, Tree]]:
+def guessing(model: Llama) -> dict[str, tuple[Drafter, AnyTree]]:
     """Every drafter of the package, none of them trained."""
     medusa = MedusaDrafter(MedusaHeads.on(model, 4), width=2)
     path = PathDrafter(PathHead.on(model, 8, nnx.Rngs(1)), width=3)
@@ -68,6 +68,7 @@ def guessing(model: Llama) -> dict[str, tuple[Drafter, Tree]]:
     }
 
 
+@pytest.mark.users_settings
 @pytest.mark.parametrize(
     ("attention", "mode"),
     cells([("augmented", "greedy"), ("augmented", "penalised"), ("softmax", "filtered")], [("augmented", "filtered")]),
@@ -75,19 +76,19 @@ def guessing(model: Llama) -> dict[str, tuple[Drafter, Tree]]:
 def test_equals_plain_decoding(attention: str, prompts: list[list[int]], mode: str) -> None:
     """Drafts of all qualities, five prompts in three slots, against plain decoding of all of them at once."""
     model, sampling = build_model(attention), SAMPLINGS[mode]
-    plain = Generator(model, piece=32).generate(prompts, NEW, sampling=sampling, seed=3)
+    plain = Generator(model, prefill_chunk_size=32).generate(prompts, NEW, sampling=sampling, seed=3)
     assert plain.mean_accepted_tokens == 1
     if sampling.temperature:
-        other = Generator(model, piece=32).generate(prompts, NEW, sampling=sampling, seed=4)
+        other = Generator(model, prefill_chunk_size=32).generate(prompts, NEW, sampling=sampling, seed=4)
         assert other.tokens != plain.tokens
     for name, (drafter, tree) in knowing(padded(prompts, plain.tokens)).items():
-        generator = Generator(model, drafter=drafter, tree=tree, piece=32)
+        generator = Generator(model, drafter=drafter, tree=tree, prefill_chunk_size=32)
         found = generator.generate(prompts, NEW, sampling=sampling, seed=3, slots=3)
         assert found.tokens == plain.tokens, name
         for row, steps in zip(found.origins, found.steps, strict=True):
             # Every step adds one token of the target's own, but the limit may cut the last one off.
-            assert steps + 1 - row.count(TARGET) in (0, 1)
-            assert row.count(TARGET) + row.count(DRAFT) == NEW
+            assert steps + 1 - row.count(TokenOrigin.TARGET) in (0, 1)
+            assert row.count(TokenOrigin.TARGET) + row.count(TokenOrigin.DRAFT) == NEW
         if name == "always wrong":
             assert found.mean_accepted_tokens == 1
             assert found.useful_share < 1 / (TREE.size - 1)
@@ -97,9 +98,9 @@ def test_equals_plain_decoding(attention: str, prompts: list[list[int]], mode: s
 
 def test_every_drafter_leaves_the_output(prompts: list[list[int]]) -> None:
     model, sampling = build_model(), SAMPLINGS["penalised"]
-    plain = Generator(model, piece=32).generate(prompts, NEW, sampling=sampling, seed=3).tokens
+    plain = Generator(model, prefill_chunk_size=32).generate(prompts, NEW, sampling=sampling, seed=3).tokens
     for name, (drafter, tree) in guessing(model).items():
-        generator = Generator(model, drafter=drafter, tree=tree, piece=32)
+        generator = Generator(model, drafter=drafter, tree=tree, prefill_chunk_size=32)
         found = generator.generate(prompts, NEW, sampling=sampling, seed=3)
         assert found.tokens == plain, name
         assert (found.mean_accepted_tokens > 1) == (name != "no guess"), name
@@ -109,7 +110,7 @@ def test_a_model_drafts_for_itself(prompts: list[list[int]]) -> None:
     """A draft model that is the target, and all of the target's own layers, are always right, whatever the groups."""
     model = build_model()
     for drafter in (ModelDrafter(model), SelfDrafter(model, range(2))):
-        generator = Generator(model, drafter=drafter, tree=chain(3), piece=32)
+        generator = Generator(model, drafter=drafter, tree=chain(3), prefill_chunk_size=32)
         found = generator.generate(prompts, 1 + 4 * 9)
         assert found.mean_accepted_tokens == 4
         assert found.useful_share == pytest.approx(len(prompts) / 8)
@@ -120,7 +121,7 @@ def test_rows_do_not_depend_on_the_batch(prompts: list[list[int]]) -> None:
     """A prompt gives the same tokens alone, in a batch, and at another place of it."""
     model = build_model()
     sampling = SAMPLINGS["filtered"]
-    generator = Generator(model, drafter=NgramDrafter(depth=3), piece=32)
+    generator = Generator(model, drafter=NgramDrafter(depth=3), prefill_chunk_size=32)
     together = generator.generate(prompts, 12, sampling=sampling, seed=1).tokens
     for row, prompt in list(enumerate(prompts))[:3]:
         assert generator.generate([prompt], 12, sampling=sampling, seed=1, first_row=row).tokens == [together[row]]
@@ -129,15 +130,15 @@ def test_rows_do_not_depend_on_the_batch(prompts: list[list[int]]) -> None:
 def test_state_is_that_of_plain_decoding(prompts: list[list[int]]) -> None:
     """When rows have written as much, their states are equal, whatever was accepted on the way."""
     model = build_model()
-    plain = Generator(model, piece=32)
+    plain = Generator(model, prefill_chunk_size=32)
     truth = padded(prompts, plain.generate(prompts, NEW).tokens)
     for right in (0.0, 0.5, 1.0):
-        speculative = Generator(model, drafter=KnowingDrafter(truth, 11, right), tree=TREE, piece=32)
+        speculative = Generator(model, drafter=KnowingDrafter(truth, 11, right), tree=TREE, prefill_chunk_size=32)
         states = []
         for generator in (plain, speculative):
-            decoding = generator.stream(prompts, NEW)
-            decoding.advance(NEW)
-            states.append(decoding.state.reading.model)
+            scheduler = generator.stream(prompts, NEW)
+            scheduler.advance(NEW)
+            states.append(scheduler.state.decode_state.model)
         one, other = states
         np.testing.assert_array_equal(one.position, other.position)
         np.testing.assert_allclose(one.memory, other.memory, rtol=1e-12, atol=1e-12)
@@ -152,7 +153,7 @@ def test_log_probabilities_are_the_models(prompts: list[list[int]]) -> None:
     """Of every token, drafted or not, given the whole text before it, without temperature or filters."""
     model = build_model()
     path = PathDrafter(PathHead.on(model, 8, nnx.Rngs(1)))
-    generator = Generator(model, drafter=path, tree=chain(3), piece=32)
+    generator = Generator(model, drafter=path, tree=chain(3), prefill_chunk_size=32)
     found = generator.generate(prompts, 9, sampling=SAMPLINGS["filtered"], log_probs=True)
     assert found.log_probs is not None
     for prompt, tokens, told in zip(prompts, found.tokens, found.log_probs, strict=True):
@@ -165,9 +166,11 @@ def test_typical_acceptance_is_another_text(prompts: list[list[int]]) -> None:
     """It accepts more than the exact rule, and every token it emits is likely or the target's choice."""
     model = build_model()
     path = PathDrafter(PathHead.on(model, 16, nnx.Rngs(1)))
-    plain = Generator(model, piece=32).generate(prompts, NEW)
-    lossy = Generator(model, drafter=path, tree=chain(3), acceptance="typical", piece=32).generate(prompts, NEW)
-    exact = Generator(model, drafter=path, tree=chain(3), piece=32).generate(prompts, NEW)
+    plain = Generator(model, prefill_chunk_size=32).generate(prompts, NEW)
+    lossy = Generator(model, drafter=path, tree=chain(3), acceptance="typical", prefill_chunk_size=32).generate(
+        prompts, NEW
+    )
+    exact = Generator(model, drafter=path, tree=chain(3), prefill_chunk_size=32).generate(prompts, NEW)
     assert exact.tokens == plain.tokens != lossy.tokens
     assert lossy.mean_accepted_tokens > exact.mean_accepted_tokens
 
@@ -181,9 +184,9 @@ def test_rejection_has_the_targets_distribution() -> None:
     drafter = PathDrafter(PathHead.on(model, 12, nnx.Rngs(1)))
     tree = DraftTree(((0,), (1,), (0, 0), (0, 1), (1, 0)))
     prompts = [[3, 1, 4, 1, 5]] * rows
-    drawn = Generator(model, drafter=drafter, tree=tree, acceptance="rejection", piece=32)
+    drawn = Generator(model, drafter=drafter, tree=tree, acceptance="rejection", prefill_chunk_size=32)
     found = drawn.generate(prompts, 4, sampling=sampling, seed=1, slots=rows)
-    plain = Generator(model, piece=32).generate(prompts, 4, sampling=sampling, seed=2, slots=rows)
+    plain = Generator(model, prefill_chunk_size=32).generate(prompts, 4, sampling=sampling, seed=2, slots=rows)
     assert found.mean_accepted_tokens > 1.1
     for place in range(1, 4):
         table = np.array(

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 from lin_jax.data import Tokenizer
-from lin_jax.decoding import Generation
-from lin_jax.decoding.loop import DRAFT, TARGET
-from lin_jax.decoding.plan import Plan
-from lin_jax.decoding.tree import DraftTree, tree_text
+from lin_jax.decoding import Generation, TokenOrigin
+from lin_jax.decoding.autotune.plan import SpeculationPlan
+from lin_jax.decoding.drafting.tree import DraftTree, tree_text
 from lin_jax.demo.measure import DrafterFigures
 from lin_jax.demo.report import choose_samples, coloured_spans, visible, write_report
 
@@ -35,14 +34,14 @@ def tokenizer() -> Tokenizer:
 
 def generation(tokens: list[int], drafted: int = 2) -> Generation:
     """As if all but every third token came from drafts."""
-    origins = [DRAFT if (place + 1) % (drafted + 1) else TARGET for place in range(len(tokens))]
-    yields = np.array([0] * drafted + [origins.count(TARGET)])
-    steps = [origins.count(TARGET)]
-    return Generation([tokens], [origins], None, ["length"], steps, yields, 3 * steps[0], 0, 0.1, 0.3, 4096)
+    origins = [TokenOrigin.DRAFT if (place + 1) % (drafted + 1) else TokenOrigin.TARGET for place in range(len(tokens))]
+    accepted_histogram = np.array([0] * drafted + [origins.count(TokenOrigin.TARGET)])
+    steps = [origins.count(TokenOrigin.TARGET)]
+    return Generation([tokens], [origins], None, ["length"], steps, accepted_histogram, 3 * steps[0], 0, 0.1, 0.3, 4096)
 
 
 def figures(kind: str, generations: list[Generation], speedup: float) -> DrafterFigures:
-    plan = Plan(kind, 1, tree_text(DraftTree(TREES[kind])), "cpu, 2 processors", 2.5, 1.5)
+    plan = SpeculationPlan(kind, 1, tree_text(DraftTree(TREES[kind])), "cpu, 2 processors", 2.5, 1.5)
     equal = len(generations)
     return DrafterFigures(plan, 100.0, 100 * speedup, speedup, 2.4, equal, equal, 0, [5, 3, 1], generations)
 
@@ -75,7 +74,7 @@ def report_of(drafters: list[DrafterFigures], **changes: Any) -> dict[str, Any]:
                 "tree": each.plan.tree,
                 "expected_tokens": each.plan.expected_tokens,
                 "expected_speedup": each.plan.expected_speedup,
-                "yields": each.yields,
+                "accepted_histogram": each.accepted_histogram,
             }
             for each in drafters
         },
@@ -149,12 +148,13 @@ def test_shows_exactly_the_generated_text(tmp_path, tokenizer):
 
 def test_spans_follow_origins_and_join_neighbours(tokenizer):
     prompt, tokens = tokenizer.encode("ab").tolist(), tokenizer.encode("return 0; 你 import 🎉").tolist()
-    origins = [TARGET, *[DRAFT] * (len(tokens) - 1)]
+    target, draft = TokenOrigin.TARGET, TokenOrigin.DRAFT
+    origins = [target, *[draft] * (len(tokens) - 1)]
     spans = coloured_spans(tokenizer, prompt, tokens, origins)
     assert [kind for kind, _ in spans] == ["prompt", "target", "draft"]
     assert spans[1][1] == tokenizer.decode(tokens[:1])
     mixed = coloured_spans(
-        tokenizer, prompt, tokens, [TARGET, DRAFT] * (len(tokens) // 2) + [TARGET] * (len(tokens) % 2)
+        tokenizer, prompt, tokens, [target, draft] * (len(tokens) // 2) + [target] * (len(tokens) % 2)
     )
     assert "".join(text for _, text in mixed) == "abreturn 0; 你 import 🎉"
     assert all(one[0] != other[0] for one, other in pairwise(mixed))
@@ -162,7 +162,7 @@ def test_spans_follow_origins_and_join_neighbours(tokenizer):
 
 def test_text_that_ends_inside_a_character(tokenizer):
     tokens = tokenizer.encode("a𝄞").tolist()[:-1]
-    spans = coloured_spans(tokenizer, tokens[:1], tokens[1:], [DRAFT] * (len(tokens) - 1))
+    spans = coloured_spans(tokenizer, tokens[:1], tokens[1:], [TokenOrigin.DRAFT] * (len(tokens) - 1))
     assert "".join(text for _, text in spans) == tokenizer.decode(tokens)
     assert coloured_spans(tokenizer, [], [], []) == []
 
@@ -178,7 +178,7 @@ def test_prefers_text_that_repeats_itself_least(tokenizer):
 def test_charts_are_xml_with_ids_of_their_own(tmp_path, tokenizer):
     page = write(tmp_path, tokenizer, tuple(TREES))
     drawings = svgs(page)
-    # Two widths of the speed chart, three drafters' yields, tree, heads, loss, perplexity.
+    # Two widths of the speed chart, three drafters' accepted_histogram, tree, heads, loss, perplexity.
     assert len(drawings) == 9
     for drawing in drawings:
         ElementTree.fromstring(drawing)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +8,9 @@ from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.evaluation.flops import attention_flops, forward_flops, peak_flops, step_flops
-from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models import Gpt2Config, Llama, LlamaConfig
+from lin_jax.models.adapters import AdapterConfig, adapted
+from lin_jax.models.params import abstract_heads, abstract_model, params_of
 
 HEADS, KV_HEADS, SIZE = 4, 2, 16
 
@@ -41,11 +44,47 @@ class TestAttention:
         assert short == long
 
 
-def test_a_step_by_hand():
-    config = llama(AttentionConfig("softmax"))
+def shapes(config, purpose="causal_lm"):
+    return params_of(abstract_model(config, purpose))
+
+
+class TestStep:
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160
-    token = 2 * (2 * layer + 64 * 96)
-    assert step_flops(config, 3, 10) == 3 * 3 * (10 * token + 2 * 4 * HEADS * SIZE * 55)
+
+    @pytest.mark.parametrize("name", ["softmax", "augmented", "performer+local+convolution", "linformer", "yoso"])
+    @pytest.mark.parametrize(
+        "options", [{}, {"tie_embeddings": True}, {"query_key_norm": True, "attention_bias": True, "output_bias": True}]
+    )
+    def test_a_llama_by_hand(self, name, options):
+        """Whatever norms, biases and mixers have of their own, and whether the embedding is the head, too."""
+        config = replace(llama(AttentionConfig(name)), **options)
+        token = 2 * (2 * self.layer + 64 * 96)
+        mixing = 2 * attention_flops(config.attention, HEADS, KV_HEADS, SIZE, 10)
+        assert step_flops(config, shapes(config), {}, 3, 10) == 3 * 3 * (10 * token + mixing)
+        assert forward_flops(config, shapes(config), 10) == 10 * token + mixing
+
+    def test_what_is_frozen_goes_forward_only(self):
+        config = llama(AttentionConfig("softmax"))
+        params, teacher = shapes(config), abstract_model(config)
+        once = step_flops(config, params, {}, 3, 10)
+        token = 2 * (2 * self.layer + 64 * 96)
+        assert step_flops(config, params, {"teacher": teacher}, 3, 10) == once + 3 * 10 * token
+        assert step_flops(config, {}, params, 3, 10) == once - 2 * 3 * 10 * token
+
+    def test_adapters_and_heads_are_matrices(self):
+        config = llama(AttentionConfig("softmax"))
+        heads = params_of(abstract_heads(config, 3))
+        adapters = params_of(adapted(abstract_model(config), AdapterConfig(rank=4, target_modules=("query",))))
+        found = [
+            step_flops(config, params, {}, 1, 1) - step_flops(config, {}, {}, 1, 1) for params in (heads, adapters)
+        ]
+        assert found[0] == 6 * 3 * (64 * 64 + 64 * 96)
+        assert found[1] == 6 * (2 * (self.layer + 2 * 4 * 64) + 64 * 96)
+
+    def test_a_classifier_has_no_head_over_the_vocabulary(self):
+        config = Gpt2Config(vocab_size=96, hidden_size=64, num_layers=2, num_heads=HEADS, num_labels=3)
+        model, classifier = (forward_flops(config, shapes(config, each), 1) for each in ("causal_lm", "classifier"))
+        assert model - classifier == 2 * 64 * (96 - 3)
 
 
 def test_little_is_missing_of_what_the_compiler_counts():
@@ -55,7 +94,7 @@ def test_little_is_missing_of_what_the_compiler_counts():
     compiled = jax.jit(lambda model, tokens: model(tokens)).lower(model, jnp.zeros((1, length), jnp.int32)).compile()
     masked = config.num_layers * 4 * HEADS * SIZE * (length * length - length * (length + 1) // 2)
     counted = compiled.cost_analysis()["flops"]
-    assert 0.85 * counted < forward_flops(config, length) + masked <= counted
+    assert 0.85 * counted < forward_flops(config, shapes(config), length) + masked <= counted
 
 
 def test_peaks_by_the_name_of_the_device():

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from lin_jax.evaluation.classification import Answers, confusion, f1, matthews, pearson, scored, spearman
-from lin_jax.evaluation.targets import Sums, total
+from lin_jax.losses.cross_entropy import Sums, sum_over_batches
 
 
 def by_definition(labels: list[int], guesses: list[int]) -> dict[str, float]:
@@ -77,7 +77,7 @@ def test_batches_join_exactly(size: int) -> None:
         sums = np.array([float(real)]), np.array([1]), np.array([real])
         return Answers(*sums, said, known, np.pad(part[start : start + size], (0, fill), constant_values=-1))
 
-    joined = total(answers, range(0, 10, size))
+    joined = sum_over_batches(answers, range(0, 10, size))
     assert joined.tokens.tolist() == [10]
     assert joined.loss.dtype == np.float64
     for number in range(2):

@@ -3,6 +3,8 @@
 Rows are padded on either side, so positions, groups and convolutions of the rows of a batch do not stand side by side.
 """
 
+import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,15 +20,18 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from golden_files import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
+from support.golden_files import assert_close
+from support.try_export import try_folder, write_exports
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, dynamic_module_utils
 
 from lin_jax.attention import REGISTRY, AttentionConfig, parse_name
+from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.decoding import Generator
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.hub.export import architectures, auto_map, write_remote_code
-from lin_jax.hub.families import family_of_model
+from lin_jax.hub.export.torch_source import versions_lin_jax as versions
+from lin_jax.hub.families.registry import family_of_model
 from lin_jax.hub.tensors import named
 from lin_jax.models import Gpt2, Gpt2Config, Llama, LlamaConfig, RotaryConfig
 from lin_jax.models.rotary import rotary_table
@@ -49,7 +54,7 @@ class Case:
         return "-".join([self.family, self.attention, *self.options])
 
     @property
-    def grows(self) -> bool:
+    def has_growing_state(self) -> bool:
         return REGISTRY[parse_name(self.attention).base].growing
 
     def model(self, dtype: str = "float64") -> Any:
@@ -191,7 +196,7 @@ def test_every_attention_is_compared() -> None:
     assert {parse_name(case.attention).base for case in CASES} == set(REGISTRY)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.grows], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if not case.has_growing_state], ids=str)
 def test_the_state_does_not_grow(case: Case, tmp_path: Path) -> None:
     theirs = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32)
     tokens = torch.randint(0, SIZES["vocab_size"], (1, 64))
@@ -207,7 +212,7 @@ def test_generators_agree(tmp_path: Path, x64: None) -> None:
     prompts, real = batch()
     texts = [row[mask].tolist() for row, mask in zip(prompts, real, strict=True)]
     found = continued(theirs, prompts, real).sequences[:, PROMPT:].tolist()
-    assert found == Generator(ours, piece=16).generate(texts, LENGTH - PROMPT).tokens
+    assert found == Generator(ours, prefill_chunk_size=16).generate(texts, LENGTH - PROMPT).tokens
     for text, expected in zip(texts, found, strict=True):
         row = np.array([text])
         assert continued(theirs, row, np.ones_like(row)).sequences[0, len(text) :].tolist() == expected
@@ -234,6 +239,162 @@ def test_beams_and_samples(tmp_path: Path) -> None:
         samples.append(continued(theirs, *batch(), do_sample=True, num_return_sequences=2).sequences)
     assert samples[0].shape == (6, LENGTH)
     assert torch.equal(*samples)
+
+
+WAYS = {
+    "greedy": {},
+    "sampled": {"do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", [FLAGSHIP, AUGMENTED], ids=str)
+def test_every_step_sees_the_text(case: Case, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step of `generate` after the first gives one token, on a state that has consumed all before it."""
+    theirs = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32)
+    steps, run = [], type(theirs.base_model)._run
+
+    def counted(model: Any, padding: Any, x: torch.Tensor, state: Any) -> Any:
+        consumed = torch.zeros(len(x), dtype=torch.int) if state.position is None else state.position
+        steps.append((state.length, x.shape[1], consumed.tolist()))
+        return run(model, padding, x, state)
+
+    monkeypatch.setattr(type(theirs.base_model), "_run", counted)
+    tokens, real = batch()
+    continued(theirs, tokens, real, **WAYS[way])
+    assert [step[:2] for step in steps] == [(0, PROMPT), *((length, 1) for length in range(PROMPT, LENGTH - 1))]
+    for length, _, consumed in steps[1:]:
+        rows = np.repeat(real.sum(1) + length - PROMPT, len(consumed) // len(real))
+        assert consumed == rows.tolist()
+
+
+def test_the_state_under_any_name(tmp_path: Path) -> None:
+    """`forward` takes it by the names of old and of new versions of transformers, and of those to come."""
+    theirs = opened(save_pretrained(FLAGSHIP.model("float32"), tmp_path / "model"), torch.float32)
+    tokens, real = batch()
+    expected = their_logits(theirs, tokens, real, use_cache=False)[:, 9:]
+
+    def first() -> Any:
+        with torch.no_grad():
+            return theirs(torch.tensor(tokens[:, :9]), attention_mask=torch.tensor(real[:, :9]), use_cache=True)
+
+    found = []
+    for name in ("cache", "past_key_values", "a_name_to_come"):
+        state = first().past_key_values
+        found.append(their_logits(theirs, tokens[:, 9:], real, **{name: state}))
+        assert state.length == PROMPT
+    for each in found:
+        assert np.array_equal(each, found[0])
+        assert_close(each, expected, "float32")
+    state = first().past_key_values
+    assert np.array_equal(their_logits(theirs, tokens[:, 9:], real, cache=state, past_key_values=state), found[0])
+    with pytest.raises(ValueError, match="two states were given; give one"):
+        their_logits(theirs, tokens[:, 9:], real, cache=state, past_key_values=first().past_key_values)
+    with pytest.raises(TypeError, match="the state is a DynamicCache; give the one that an earlier call returned"):
+        their_logits(theirs, tokens, real, past_key_values=DynamicCache())
+
+
+def test_a_state_that_is_not_handed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No text comes of it but an error, in `generate` and in `forward`."""
+    theirs = opened(save_pretrained(FLAGSHIP.model("float32"), tmp_path / "model"), torch.float32)
+    update = type(theirs)._update_model_kwargs_for_generation
+
+    def forgetful(model: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
+        updated = update(model, *arguments, **options)
+        return {name: value for name, value in updated.items() if name not in ("cache", "past_key_values")}
+
+    monkeypatch.setattr(type(theirs), "_update_model_kwargs_for_generation", forgetful)
+    tokens, real = batch()
+    for inputs in ((tokens, real), (tokens[:1], real[:1])):  # padded, and without a mask
+        with pytest.raises(
+            RuntimeError, match=r"1 of 15 tokens and a state of 0: transformers .* install one of 4\.57 to"
+        ):
+            continued(theirs, *inputs)
+    continued(theirs, tokens, real, use_cache=False)
+    with pytest.raises(
+        ValueError, match="attention_mask is of 14 tokens, but 1 came with a state of 0; give the state"
+    ):
+        their_logits(theirs, tokens[:, -1:], real)
+
+
+def test_a_text_is_continued_on_its_state(tmp_path: Path) -> None:
+    """`generate` takes what it returned, with the whole text."""
+    theirs = opened(save_pretrained(AUGMENTED.model("float32"), tmp_path / "model"), torch.float32)
+    tokens, real = batch()
+    expected = continued(theirs, tokens, real).sequences
+    first = continued(theirs, tokens, real, max_new_tokens=4)
+    longer = np.pad(real, ((0, 0), (0, 4)), constant_values=True)
+    state = {name: first[name] for name in ("cache", "past_key_values") if name in first.keys()}  # noqa: SIM118
+    second = continued(theirs, first.sequences.numpy(), longer, **state, max_new_tokens=6)
+    assert torch.equal(second.sequences, expected)
+
+
+def test_versions_of_transformers() -> None:
+    """Too old ones are refused in one line, newer ones than were tried are warned about."""
+    for installed in ("4.57.6", "5.0.0", "5.24.0", "6.0.0.dev0"):
+        versions.require_version(installed)
+    with pytest.raises(
+        ImportError, match=r"^this model needs transformers 4\.57 or newer, not 4\.56\.2; install one of .*$"
+    ):
+        versions.require_version("4.56.2")
+    newest = versions.NEWEST
+    versions.warn_if_untried(f"{newest}.9")
+    major, minor = newest.split(".")
+    for installed in (f"{major}.{int(minor) + 1}.0.dev0", f"{int(major) + 1}.0"):
+        with pytest.warns(
+            UserWarning, match=f"never tried with transformers {re.escape(installed)}, only with 4.57 to"
+        ):
+            versions.warn_if_untried(installed)
+
+
+def test_an_untried_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = opened(save_pretrained(FLAGSHIP.model("float32"), tmp_path / "model"), torch.float32)
+    monkeypatch.setattr("transformers.__version__", "99.1")
+    with pytest.warns(UserWarning, match=r"never tried with transformers 99\.1"):
+        continued(theirs, *batch())
+
+
+@pytest.mark.parametrize("name", ["llama-augmented", "gpt2-softmax"])
+def test_a_folder_is_tried_in_any_environment(name: str, tmp_path: Path, x64: None) -> None:
+    """The script that compares ways to generate finds none that differs."""
+    cells = try_folder(*write_exports(tmp_path, [name]))
+    assert len(cells) == 10
+    if "softmax" not in name:
+        assert "not supported with stateful models" in cells.pop("assistant")
+    assert set(cells.values()) == {"equal"}
+
+
+def test_a_linearized_assistant_is_refused(tmp_path: Path) -> None:
+    assistant = opened(save_pretrained(FLAGSHIP.model("float32"), tmp_path / "assistant"))
+    theirs = opened(save_pretrained(Case("softmax").model("float32"), tmp_path / "model"))
+    with pytest.raises(NotImplementedError, match="a linearized model cannot be an assistant"):
+        continued(theirs, *(part[:1] for part in batch()), assistant_model=assistant)
+
+
+def small_tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the wind and the sea, the sun and the rain. "] * 20, 270)
+
+
+def test_the_tokenizer_of_old_versions(tmp_path: Path) -> None:
+    """transformers 4 knows its class and its special tokens; 5 reads the same; written anew and copied."""
+    first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+    small_tokenizer().save(first)
+    pretrained = AutoTokenizer.from_pretrained(first)
+    pretrained.add_special_tokens({"extra_special_tokens": ["<|user|>"]})
+    pretrained.save_pretrained(first)
+    save_pretrained(FLAGSHIP.model("float32"), second, tokenizer=load_tokenizer(first))
+    save_pretrained(FLAGSHIP.model("float32"), third, tokenizer=first)
+    text = "the wind<|user|> and the sea"
+    for folder in (second, third):
+        written = json.loads((folder / "tokenizer_config.json").read_text())
+        assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert written["additional_special_tokens"] == ["<|user|>"]
+        assert not {"extra_special_tokens", "is_local", "local_files_only"} & set(written)
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+        assert again(text).input_ids == pretrained(text).input_ids == load_tokenizer(folder).encode(text).tolist()
+        assert again.all_special_tokens == pretrained.all_special_tokens
 
 
 def test_gradients(tmp_path: Path, x64: None) -> None:
@@ -327,6 +488,8 @@ def test_rotary_scalings(scaling: str, tmp_path: Path) -> None:
     rotary = RotaryConfig(1000.0, scaling, original_context_length=64, context_length=length, **SCALED[scaling])
     ours = Case("flash_local", options={"rotary": rotary}).model("float32")
     theirs = opened(save_pretrained(ours, tmp_path / "model"), torch.float32)
+    # Where transformers 4 looks for it, and 5 as well.
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rope_scaling"]["rope_type"] == scaling
     positions = np.arange(100)[None]
     found = sys.modules[type(theirs).__module__].rotations_at(torch.tensor(positions), theirs.config, torch.float32)
     for part, expected in zip(found, rotary_table(jnp.asarray(positions), 4, rotary, jnp.float32), strict=True):
@@ -341,5 +504,8 @@ def test_the_files(tmp_path: Path) -> None:
     for place in auto_map("gpt2").values():
         module, name = place.split(".")
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+        if module.startswith("modeling"):  # From a folder, transformers 4.57 copies what this file names, no more.
+            named = re.findall(r"^from \.(\w+) import", (tmp_path / f"{module}.py").read_text(), flags=re.MULTILINE)
+            assert {*named, module} == {path.stem for path in tmp_path.glob("*.py")}
     with pytest.raises(UserError, match="of the family 'bert' cannot be opened in PyTorch; llama and gpt2 can"):
         write_remote_code(tmp_path, "bert")

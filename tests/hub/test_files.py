@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from lin_jax.errors import UserError
-from lin_jax.hub.files import generation_ends, read_checkpoint, read_config, resolve
+from lin_jax.hub.files import find_checkpoint, generation_ends, read_checkpoint, read_config
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -80,14 +80,14 @@ def broken(folder: Path, how: str) -> Path:
     ("how", "message"),
     [
         ("shard missing", f"lacks {SHARDS[1]}, of the 2 shards"),
-        ("shard torn", f"{SHARDS[1]} is truncated or no safetensors file"),
+        ("shard torn", f"{SHARDS[1]} is truncated or not a safetensors file"),
         ("tensor twice", f"a is in {SHARDS[0]} and in {SHARDS[1]}"),
         ("tensor not in its shard", f"names z, which {SHARDS[1]}"),
         ("index empty", "has no weight_map"),
         ("index torn", "cannot be read as JSON"),
-        ("file torn", "is truncated or no safetensors file"),
-        ("pointer of git", "is truncated or no safetensors file"),
-        ("file empty", "is truncated or no safetensors file"),
+        ("file torn", "is truncated or not a safetensors file"),
+        ("pointer of git", "is truncated or not a safetensors file"),
+        ("file empty", "is truncated or not a safetensors file"),
         ("pickle", "pytorch_model.bin, a pickle"),
         ("nothing", "holds no model.safetensors"),
     ],
@@ -101,7 +101,11 @@ def test_broken_folders(tmp_path: Path, how: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "holds no config.json"), ("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")],
+    [
+        (None, "holds no config.json"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "does not hold a JSON object; restore it"),
+    ],
 )
 def test_broken_configurations(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
@@ -137,7 +141,7 @@ class TestNames:
 
     @pytest.mark.parametrize("name", ["meta-llama/Llama-3.2-1B", "hub:owner/name.v1"])
     def test_fetched(self, name: str, asked: list[tuple[str, list[str]]], tmp_path: Path) -> None:
-        assert resolve(name) == tmp_path
+        assert find_checkpoint(name) == tmp_path
         [(fetched, patterns)] = asked
         assert fetched == name.removeprefix("hub:")
         assert "*.safetensors" in patterns
@@ -146,17 +150,17 @@ class TestNames:
     def test_folders_come_first(self, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "owner" / "name").mkdir(parents=True)
         monkeypatch.chdir(tmp_path)
-        assert resolve("owner/name") == Path("owner/name")
+        assert find_checkpoint("owner/name") == Path("owner/name")
         assert not asked
 
     @pytest.mark.parametrize("name", ["nowhere", "./runs/x", "/no/where", "a/b/c", "-x/y"])
     def test_other_words_are_folders(self, name: str, asked: list[Any]) -> None:
         with pytest.raises(UserError, match="there is no folder"):
-            resolve(name)
+            find_checkpoint(name)
         assert not asked
 
     def test_not_there(self, asked: list[Any]) -> None:
         with pytest.raises(
             UserError, match=r"cannot be fetched from the Hub: 404: no such repository; check the name$"
         ):
-            resolve("nobody/nothing")
+            find_checkpoint("nobody/nothing")

@@ -12,35 +12,24 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from vocabularies import write_vocab
+from support.llama2c_files import HEADER, UNTIED, write_file
+from support.vocabularies import write_vocab
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import DataConfig
-from lin_jax.data.llama2c_tokenizer import SPECIAL, Piece, load_tokenizer
+from lin_jax.data.tokenizers.sentencepiece import SPECIAL, VocabularyPiece, read_sentencepiece
 from lin_jax.decoding.generator import Generator
-from lin_jax.decoding.session import Session
 from lin_jax.errors import UserError
 from lin_jax.evaluation.perplexity import evaluate
 from lin_jax.hub import from_pretrained, save_pretrained
-from lin_jax.hub.llama2c import Header
+from lin_jax.hub.llama2c import Llama2cHeader
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models.adapters import AdapterConfig
+from lin_jax.session import Session
 from lin_jax.training import RunConfig, TrainingConfig, load_model
-from lin_jax.training.adapters import AdapterConfig
-from lin_jax.training.loop import train
-from lin_jax.training.setup import prepare
-from lin_jax.training.teacher import load_tokenizer_of
-
-HEADER = Header(16, 24, 2, 4, 2, 11, 32)
-UNTIED = replace(HEADER, vocab_size=-11)
-
-
-def write_file(path: Path, header: Header) -> dict[str, np.ndarray]:
-    """A file of random weights; returns its parts."""
-    rng = np.random.default_rng(0)
-    parts = {name: rng.normal(0, 0.3, shape).astype("<f4") for name, shape in header.parts()}
-    content = struct.pack("<7i", *vars(header).values()) + b"".join(part.tobytes() for part in parts.values())
-    path.write_bytes(content)
-    return {name.removeprefix("model.layers.*."): part.astype(np.float64) for name, part in parts.items()}
+from lin_jax.training.model_source import ModelSource
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -54,7 +43,7 @@ def turned(x: np.ndarray) -> np.ndarray:
     return np.stack([pairs.real, pairs.imag], axis=-1).reshape(x.shape)
 
 
-def forward(parts: dict[str, np.ndarray], header: Header, tokens: np.ndarray) -> np.ndarray:
+def forward(parts: dict[str, np.ndarray], header: Llama2cHeader, tokens: np.ndarray) -> np.ndarray:
     """Logits `[T, V]`, as run.c calculates them."""
     embedding = parts["model.embed_tokens.weight"]
     x, heads, size = embedding[tokens], header.num_heads, header.head_dim
@@ -83,7 +72,7 @@ def logits_of(model: Llama, tokens: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("header", [HEADER, UNTIED], ids=["tied", "untied"])
-def test_forward_pass(header: Header, tmp_path: Path, x64: None) -> None:
+def test_forward_pass(header: Llama2cHeader, tmp_path: Path, x64: None) -> None:
     parts = write_file(tmp_path / "model.bin", header)
     model = from_pretrained(tmp_path / "model.bin", param_dtype="float64")
     tokens = np.random.default_rng(1).integers(0, 11, 13)
@@ -120,11 +109,11 @@ def damaged(path: Path, how: str) -> Path:
     [
         ("truncated", "it is truncated or of another format"),
         ("longer", "it is truncated or of another format"),
-        ("a text", "is no checkpoint in llama2.c's first format"),
-        ("header torn", "is no checkpoint in llama2.c's first format"),
-        ("empty", "is no checkpoint in llama2.c's first format"),
+        ("a text", "is not in llama2.c's first format"),
+        ("header torn", "is not in llama2.c's first format"),
+        ("empty", "is not in llama2.c's first format"),
         ("later", "is in a later format of llama2.c"),
-        ("odd heads", "is no checkpoint in llama2.c's first format"),
+        ("odd heads", "is not in llama2.c's first format"),
     ],
 )
 def test_damaged_files(how: str, message: str, tmp_path: Path) -> None:
@@ -166,7 +155,7 @@ def published(
     """A published model: its name, the Hugging Face folder that was made of it, and the model that went in."""
     model_file, tokenizer_file, *_ = PUBLISHED[request.param]
     model = from_pretrained(shared_data / "checkpoints" / model_file)
-    tokenizer = load_tokenizer(shared_data / "checkpoints" / tokenizer_file, model.config.vocab_size)
+    tokenizer = read_sentencepiece(shared_data / "checkpoints" / tokenizer_file, model.config.vocab_size)
     folder = tmp_path_factory.mktemp("published") / request.param
     return request.param, save_pretrained(model, folder, tokenizer=tokenizer), model
 
@@ -197,19 +186,19 @@ def test_losses_as_training_measures_them(published: tuple[str, Path, Llama], sh
     name, _, model = published
     model_file, tokenizer_file, *_ = PUBLISHED[name]
     checkpoints = shared_data / "checkpoints"
-    tokenizer = load_tokenizer_of(checkpoints / model_file, str(checkpoints / tokenizer_file))
+    tokenizer = ModelSource.open(checkpoints / model_file).tokenizer(str(checkpoints / tokenizer_file))
     rows = [tokenizer.encode_document(story[:240]) for story in stories(shared_data)[:12]]
-    tokens, documents = np.zeros((2, 12, max(map(len, rows))), np.int32)
+    tokens, segment_ids = np.zeros((2, 12, max(map(len, rows))), np.int32)
     for number, row in enumerate(rows):
-        tokens[number, : len(row)], documents[number, : len(row)] = row, 1
-    found = evaluate(model, [{"tokens": tokens, "documents": documents}])
+        tokens[number, : len(row)], segment_ids[number, : len(row)] = row, 1
+    found = evaluate(model, [{"tokens": tokens, "segment_ids": segment_ids}])
     assert round(found.loss, 3) == PUBLISHED[name][2][0]
 
 
 def test_a_run_on_a_file(tmp_path: Path) -> None:
     """Its sizes and weights, another attention, and the tokenizer that the run names; loaded again, and refused."""
     write_file(tmp_path / "model.bin", HEADER)
-    pieces = [*(Piece(text, 0.0) for text in SPECIAL), *(Piece(text, -1.0) for text in " abcdefg")]
+    pieces = [*(VocabularyPiece(text, 0.0) for text in SPECIAL), *(VocabularyPiece(text, -1.0) for text in " abcdefg")]
     write_vocab(tmp_path / "letters.vocab", pieces)
     (tmp_path / "text.txt").write_text(
         "\n<|>\n".join(f"{'abcdefg'[n % 7 :]} dad {'fab ' * (n % 5)}" for n in range(60))
@@ -229,7 +218,7 @@ def test_a_run_on_a_file(tmp_path: Path) -> None:
         training=TrainingConfig(steps=1, batch_size=2),
     )
     with pytest.raises(UserError, match=r"model.bin holds no tokenizer; say where it is with --data.tokenizer FILE"):
-        prepare(replace(run, data=replace(run.data, tokenizer=None)), resume=False)
+        resolve(replace(run, data=replace(run.data, tokenizer=None)), resume=False)
     assert train(run).status == 0
     model, config, _ = load_model(tmp_path / "run")
     base = from_pretrained(tmp_path / "model.bin")

@@ -13,11 +13,11 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from golden_files import assert_close
+from support.golden_files import assert_close
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.hub.bert import config_from_huggingface, config_to_huggingface, entries, read_bert
+from lin_jax.hub.families.bert import config_from_huggingface, config_to_huggingface, entries, read_bert
 from lin_jax.hub.tensors import named, uncovered
 from lin_jax.models import Bert, BertClassifier, BertConfig, BertMaskedLM
 

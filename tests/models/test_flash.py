@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_forms import (
+from support.model_forms import (
     assert_documents_are_apart,
     assert_drafts_change_nothing,
     assert_forms_agree,
@@ -21,7 +21,7 @@ from model_forms import (
 
 from lin_jax.attention import REGISTRY, AttentionConfig
 from lin_jax.errors import UserError
-from lin_jax.hub.flash import config_from_huggingface, config_to_huggingface, entries, ignored, read_flash
+from lin_jax.hub.families.flash import config_from_huggingface, config_to_huggingface, entries, ignored, read_flash
 from lin_jax.hub.tensors import named, uncovered
 from lin_jax.models import Flash, FlashConfig, FlashEncoder
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from golden_files import assert_close
-from model_forms import (
+from support.golden_files import assert_close
+from support.model_forms import (
     assert_documents_are_apart,
     assert_drafts_change_nothing,
     assert_forms_agree,
@@ -25,7 +25,7 @@ from model_forms import (
 from lin_jax.attention import AttentionConfig
 from lin_jax.decoding import Generator
 from lin_jax.errors import UserError
-from lin_jax.hub.gpt2 import config_from_huggingface, config_to_huggingface, entries, ignored, read_gpt2
+from lin_jax.hub.families.gpt2 import config_from_huggingface, config_to_huggingface, entries, ignored, read_gpt2
 from lin_jax.hub.tensors import named
 from lin_jax.models import Gpt2, Gpt2Classifier, Gpt2Config
 

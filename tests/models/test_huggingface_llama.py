@@ -16,17 +16,17 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from golden_files import assert_close
+from support.golden_files import assert_close
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, modeling_rope_utils
 from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
-from lin_jax.hub.llama import config_from_huggingface, read_llama, write_llama
+from lin_jax.hub.families.llama import config_from_huggingface, read_llama, write_llama
 from lin_jax.models import Llama
+from lin_jax.models.params import abstract_model
 from lin_jax.models.rotary import SCALINGS, rotary_table
-from lin_jax.training.parameters import abstract_model
 
 LENGTH = 24
 SIZES = {
@@ -142,11 +142,11 @@ def draw_tokens(batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, SIZES["vocab_size"], (batch, LENGTH))
 
 
-def positions_of(documents: np.ndarray) -> np.ndarray:
+def positions_of(segment_ids: np.ndarray) -> np.ndarray:
     """Positions inside each document, by a loop; 0 in padding."""
-    positions = np.zeros_like(documents)
-    for row, t in np.ndindex(*documents.shape):
-        if t and documents[row, t] and documents[row, t] == documents[row, t - 1]:
+    positions = np.zeros_like(segment_ids)
+    for row, t in np.ndindex(*segment_ids.shape):
+        if t and segment_ids[row, t] and segment_ids[row, t] == segment_ids[row, t - 1]:
             positions[row, t] = positions[row, t - 1] + 1
     return positions
 
@@ -154,15 +154,15 @@ def positions_of(documents: np.ndarray) -> np.ndarray:
 Results = tuple[Any, Any, dict[str, np.ndarray]]
 
 
-def their_results(model: PreTrainedModel, tokens: np.ndarray, documents: np.ndarray | None) -> Results:
+def their_results(model: PreTrainedModel, tokens: np.ndarray, segment_ids: np.ndarray | None) -> Results:
     """Logits, loss and gradients; a document's first token is nobody's target."""
     labels, options = torch.tensor(tokens), {}
-    if documents is not None:
-        positions = positions_of(documents)
+    if segment_ids is not None:
+        positions = positions_of(segment_ids)
         labels[torch.tensor(positions == 0)] = -100
         options["position_ids"] = torch.tensor(positions)
-        if not documents.all():  # Without a mask, transformers tells packed documents by their positions.
-            options["attention_mask"] = torch.tensor(documents > 0).long()
+        if not segment_ids.all():  # Without a mask, transformers tells packed documents by their positions.
+            options["attention_mask"] = torch.tensor(segment_ids > 0).long()
     outputs = model(torch.tensor(tokens), labels=labels, use_cache=False, **options)
     outputs.loss.backward()
     gradients = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
@@ -172,24 +172,24 @@ def their_results(model: PreTrainedModel, tokens: np.ndarray, documents: np.ndar
 # Compilation is what takes time here, so the compiler is told to optimise little.
 @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 @nnx.value_and_grad(has_aux=True)
-def loss_and_logits(model: Llama, tokens: jax.Array, documents: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    logits = model(tokens, documents)
+def loss_and_logits(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    logits = model(tokens, segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    where = None if documents is None else (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] > 0)
+    where = None if segment_ids is None else (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     return losses.mean(where=where), logits
 
 
-def our_results(model: Llama, tokens: np.ndarray, documents: np.ndarray | None) -> Results:
-    documents = None if documents is None else jnp.asarray(documents)
-    (loss, logits), gradients = loss_and_logits(model, jnp.asarray(tokens), documents)
+def our_results(model: Llama, tokens: np.ndarray, segment_ids: np.ndarray | None) -> Results:
+    segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
+    (loss, logits), gradients = loss_and_logits(model, jnp.asarray(tokens), segment_ids)
     return logits, loss, write_llama(gradients, model)
 
 
-def assert_same(ours: Llama, theirs: PreTrainedModel, dtype: str, documents: np.ndarray | None = None) -> None:
+def assert_same(ours: Llama, theirs: PreTrainedModel, dtype: str, segment_ids: np.ndarray | None = None) -> None:
     tokens = draw_tokens(2)
-    logits, loss, gradients = our_results(ours, tokens, documents)
-    their_logits, their_loss, their_gradients = their_results(theirs, tokens, documents)
-    real = np.s_[:] if documents is None else documents > 0
+    logits, loss, gradients = our_results(ours, tokens, segment_ids)
+    their_logits, their_loss, their_gradients = their_results(theirs, tokens, segment_ids)
+    real = np.s_[:] if segment_ids is None else segment_ids > 0
     assert logits.dtype == loss.dtype == dtype == str(their_logits.dtype)
     assert_close(logits[real], their_logits[real], dtype)
     assert_close(loss, np.asarray(their_loss), dtype)
@@ -215,19 +215,19 @@ def test_relatives(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("side", ["right", "left", "both", "packed"])
 def test_padding_and_packing(side: str, dtype: str) -> None:
     """Padding on either side, where transformers is given the positions, and several documents in a row."""
-    documents = np.ones((2, LENGTH), int)
+    segment_ids = np.ones((2, LENGTH), int)
     if side == "right":
-        documents[0, -5:] = documents[1, -11:] = 0
+        segment_ids[0, -5:] = segment_ids[1, -11:] = 0
     elif side == "left":
-        documents[0, :5] = documents[1, :11] = 0
+        segment_ids[0, :5] = segment_ids[1, :11] = 0
     elif side == "both":
-        documents[0, -5:] = documents[1, :11] = 0
+        segment_ids[0, -5:] = segment_ids[1, :11] = 0
     else:
-        documents[0, 7:] += 1
-        documents[1, 13:] += 1
-        documents[1, 20:] += 1
+        segment_ids[0, 7:] += 1
+        segment_ids[1, 13:] += 1
+        segment_ids[1, 20:] += 1
     theirs = their_model(**ARCHITECTURES["grouped"])
-    assert_same(our_model(theirs, dtype), theirs, dtype, documents)
+    assert_same(our_model(theirs, dtype), theirs, dtype, segment_ids)
 
 
 @pytest.mark.parametrize("name", [name for name in ROTARY if name not in ALIKE])

@@ -14,8 +14,8 @@ from flax import nnx
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, LlamaConfig, RotaryConfig
+from lin_jax.models.params import abstract_model
 from lin_jax.models.rotary import rotary_table
-from lin_jax.training.parameters import abstract_model
 
 VOCABULARY = 19
 SINGLE = {"dtype": "float32", "param_dtype": "float32"}
@@ -46,18 +46,18 @@ def draw_tokens(*shape: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, VOCABULARY, shape)
 
 
-def loss_sum(model: Llama, tokens: jax.Array, documents: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def loss_sum(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """The sum of the next tokens' cross entropies inside documents, and the logits."""
-    logits = model(tokens, documents)
+    logits = model(tokens, segment_ids)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
-    where = None if documents is None else (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] > 0)
+    where = None if segment_ids is None else (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
     return losses.sum(where=where), logits
 
 
 @jit
 @nnx.value_and_grad(has_aux=True)
-def packed_loss(model: Llama, tokens: jax.Array, documents: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return loss_sum(model, tokens, documents)
+def packed_loss(model: Llama, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return loss_sum(model, tokens, segment_ids)
 
 
 @jit
@@ -77,16 +77,16 @@ def test_packed_documents_are_separate_documents(attention: str, x64: None) -> N
     short, long = 9, 14
     starts = {(0, 2): short, (0, 11): long, (1, 0): long, (1, 14): short, (2, 0): short, (2, 9): short}
     tokens = draw_tokens(3, 27)
-    documents = np.zeros_like(tokens)
+    segment_ids = np.zeros_like(tokens)
     for number, ((row, start), length) in enumerate(starts.items(), start=1):
-        documents[row, start : start + length] = number
+        segment_ids[row, start : start + length] = number
     slices = {
         length: [np.s_[row, start : start + length] for (row, start), size in starts.items() if size == length]
         for length in (short, long)
     }
 
     model = random_model(config(attention))
-    (loss, logits), gradients = packed_loss(model, jnp.asarray(tokens), jnp.asarray(documents))
+    (loss, logits), gradients = packed_loss(model, jnp.asarray(tokens), jnp.asarray(segment_ids))
     batches = [jnp.asarray([tokens[where] for where in found]) for found in slices.values()]
     (expected_loss, expected_logits), expected_gradients = separate_loss(model, batches)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
@@ -97,11 +97,11 @@ def test_packed_documents_are_separate_documents(attention: str, x64: None) -> N
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_remat_and_unroll_change_nothing(attention: str, x64: None) -> None:
-    tokens, documents = jnp.asarray(draw_tokens(1, 11)), jnp.asarray([[1] * 6 + [2] * 5])
+    tokens, segment_ids = jnp.asarray(draw_tokens(1, 11)), jnp.asarray([[1] * 6 + [2] * 5])
     results = []
     for remat, unroll in ((False, 1), (True, 1), (False, 3)):
         model = random_model(config(attention, remat=remat, unroll=unroll))
-        result, gradients = packed_loss(model, tokens, documents)
+        result, gradients = packed_loss(model, tokens, segment_ids)
         results.append((result, nnx.to_pure_dict(gradients)))
     for other in results[1:]:
         assert_trees_close(other, results[0], 1e-12)

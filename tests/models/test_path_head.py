@@ -126,5 +126,5 @@ def test_narrow_numbers(dtype):
 
 @pytest.mark.parametrize("width", [0, E + 1])
 def test_a_width_that_does_not_fit(width):
-    with pytest.raises(UserError, match=f"path_width {width} does not fit a model of width {E}; give 1 to {E}"):
+    with pytest.raises(UserError, match=f"heads.width {width} does not fit a model of width {E}; give 1 to {E}"):
         PathHead.on(model("float32"), width, nnx.Rngs(0))

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cells import cells
 from flax import nnx
+from support.cells import cells
 
 from lin_jax.attention import AttentionConfig, TreeArrays
 from lin_jax.hub import from_pretrained, save_pretrained

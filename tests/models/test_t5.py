@@ -16,13 +16,13 @@ import pytest
 import torch
 import transformers
 from flax import nnx
-from golden_files import assert_close
+from support.golden_files import assert_close
 from transformers.models.t5 import modeling_t5
 
 from lin_jax.attention import AttentionConfig, tree_arrays
 from lin_jax.decoding import Generator, NgramDrafter
 from lin_jax.errors import UserError
-from lin_jax.hub.t5 import config_from_huggingface, config_to_huggingface, entries, read_t5
+from lin_jax.hub.families.t5 import config_from_huggingface, config_to_huggingface, entries, read_t5
 from lin_jax.hub.tensors import named, uncovered
 from lin_jax.models import T5, T5Classifier, T5Config
 
@@ -187,7 +187,7 @@ def test_greedy_generation(double: None) -> None:
         torch.tensor(tokens), attention_mask=torch.tensor(mask).long(), max_new_tokens=20, do_sample=False
     )
     decoder = condition(our_model(T5, theirs), jnp.asarray(tokens), jnp.asarray(mask))
-    generation = Generator(decoder, drafter=NgramDrafter(depth=3), piece=8).generate([[0]] * 3, 20)
+    generation = Generator(decoder, drafter=NgramDrafter(depth=3), prefill_chunk_size=8).generate([[0]] * 3, 20)
     assert generation.tokens == expected[:, 1:].tolist()
 
 
@@ -266,9 +266,9 @@ def test_speculation_is_lossless(x64: None) -> None:
     tokens, mask = (jnp.asarray(part) for part in sources())
     model = random_model(config("augmented"))
     decoder = condition(model, tokens, mask)
-    plain = Generator(decoder, piece=8).generate([[0]] * 3, 30)
+    plain = Generator(decoder, prefill_chunk_size=8).generate([[0]] * 3, 30)
     assert len({tuple(row) for row in plain.tokens}) == 3
-    drafted = Generator(decoder, drafter=NgramDrafter(depth=3), piece=8).generate([[0]] * 3, 30)
+    drafted = Generator(decoder, drafter=NgramDrafter(depth=3), prefill_chunk_size=8).generate([[0]] * 3, 30)
     assert drafted.tokens == plain.tokens
     assert drafted.mean_accepted_tokens > 1
 

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import IMPLEMENTATIONS
-from cells import cells
+from support.backends import IMPLEMENTATIONS
+from support.cells import cells
 
 from pallas_kernels.augmented_attention import (
-    Placement,
-    Start,
+    PackedRows,
+    PriorContext,
     augmented_attention,
     augmented_attention_reference,
 )
-from pallas_kernels.implementations import UnsupportedError, choose, compiling_for
+from pallas_kernels.implementations import UnsupportedError, choose_implementation, compiling_for
 
 # Of the largest number, for float32 inputs and float32 sums of a few hundred terms.
 TOLERANCE = 2e-6
@@ -44,24 +44,24 @@ class Case:
         self.alpha = rng.normal(size=heads)
         self.taps = 0.3 * rng.normal(size=(heads, width))
         self.cotangents = rng.normal(size=(batch, length, heads, value_size))
-        self.documents = np.ones((batch, length), int)
+        self.segment_ids = np.ones((batch, length), int)
         if packed:
-            self.documents = np.sort(rng.integers(1, 4, size=(batch, length)), axis=1)
-            self.documents[:, length - length // 8 :] = 0
-        self.there = self.documents > 0
+            self.segment_ids = np.sort(rng.integers(1, 4, size=(batch, length)), axis=1)
+            self.segment_ids[:, length - length // 8 :] = 0
+        self.there = self.segment_ids > 0
         self.cotangents = np.where(self.there[..., None, None], self.cotangents, 0)
-        begins = [[np.flatnonzero(row == row[t])[0] for t in range(length)] for row in self.documents]
+        begins = [[np.flatnonzero(row == row[t])[0] for t in range(length)] for row in self.segment_ids]
         self.positions = np.arange(length) - np.array(begins)
         self.packed = packed
 
     @property
-    def placement(self):
+    def packed_rows(self):
         if not self.packed:
             return None
-        last = np.array([row[row > 0][-1] for row in self.documents])
-        tokens = np.sum(self.documents == last[:, None], axis=1)
-        parts = (self.documents, self.positions, self.documents[:, 0], last, tokens)
-        return Placement(*(jnp.asarray(part, jnp.int32) for part in parts))
+        last = np.array([row[row > 0][-1] for row in self.segment_ids])
+        tokens = np.sum(self.segment_ids == last[:, None], axis=1)
+        parts = (self.segment_ids, self.positions, self.segment_ids[:, 0], last, tokens)
+        return PackedRows(*(jnp.asarray(part, jnp.int32) for part in parts))
 
     @property
     def arrays(self):
@@ -76,7 +76,7 @@ class Case:
             group_size=self.group,
             alpha=alpha,
             taps=taps,
-            placement=self.placement,
+            packed=self.packed_rows,
             implementation=implementation,
             **options,
         )
@@ -84,8 +84,8 @@ class Case:
     def expected(self):
         outputs = np.zeros_like(self.cotangents)
         for row in range(len(outputs)):
-            for document in set(self.documents[row]) - {0}:
-                at = self.documents[row] == document
+            for document in set(self.segment_ids[row]) - {0}:
+                at = self.segment_ids[row] == document
                 rows = [each[row, at] for each in self.arrays[:3]]
                 grouped, others = (
                     augmented_attention_reference(*rows, group_size=self.group, **part)
@@ -101,7 +101,7 @@ class Case:
         keys, values = jnp.repeat(unit(keys), share, 2), jnp.repeat(values, share, 2)
         scores = jnp.einsum("bthd,bshd->bhts", unit(queries), keys)
         lag = np.arange(self.positions.shape[1])[:, None] - np.arange(self.positions.shape[1])
-        same = (self.documents[:, :, None] == self.documents[:, None]) & self.there[:, None] & (lag >= 0)
+        same = (self.segment_ids[:, :, None] == self.segment_ids[:, None]) & self.there[:, None] & (lag >= 0)
         group = self.positions // self.group
         local = same & (group[:, :, None] == group[:, None])
         filtered = jnp.where((lag >= 0) & (lag < taps.shape[1]), taps[:, np.clip(lag, 0, taps.shape[1] - 1)], 0)
@@ -165,23 +165,23 @@ class TestImplementation:
         arrays = [jnp.asarray(each, jnp.float32) for each in case.arrays]
         weight = jnp.asarray(case.cotangents, jnp.float32)
 
-        def placement(begin, end):
+        def packed(begin, end):
             ones = jnp.ones((1, end - begin), jnp.int32)
-            return Placement(
+            return PackedRows(
                 ones, begin + jnp.arange(end - begin)[None], *jnp.ones((2, 1), jnp.int32), jnp.array([end])
             )
 
-        def piece(queries, keys, values, alpha, taps, begin, end, start):
+        def piece(queries, keys, values, alpha, taps, begin, end, prior):
             rows = [each[:, begin:end] for each in (queries, keys, values)]
             options = {"group_size": 16, "alpha": alpha, "taps": taps, "implementation": implementation}
-            return augmented_attention(*rows, placement=placement(begin, end), start=start, **options)
+            return augmented_attention(*rows, packed=packed(begin, end), prior=prior, **options)
 
         def in_pieces(queries, keys, values, alpha, taps):
             first, memory = piece(queries, keys, values, alpha, taps, 0, cut, None)
             scored = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
             before = jnp.arange(cut - 24, cut)[None]
-            start = Start(memory, scored[:, cut - 24 : cut], values[:, cut - 24 : cut], before, before < 32)
-            second, after = piece(queries, keys, values, alpha, taps, cut, 150, start)
+            prior = PriorContext(memory, scored[:, cut - 24 : cut], values[:, cut - 24 : cut], before, before < 32)
+            second, after = piece(queries, keys, values, alpha, taps, cut, 150, prior)
             return jnp.sum(jnp.concatenate([first, second], axis=1) * weight) + jnp.sum(after**2)
 
         def whole(queries, keys, values, alpha, taps):
@@ -218,19 +218,19 @@ class TestImplementation:
 
 def test_choice_by_platform_and_by_name(caplog):
     free, taken = {"xla": None, "tpu": None}, {"xla": None, "tpu": "it is too wide"}
-    assert choose("it", None, free) == "xla"
-    assert choose("it", None, free, platform="tpu") == "tpu"
+    assert choose_implementation("it", None, free) == "xla"
+    assert choose_implementation("it", None, free, platform="tpu") == "tpu"
     with compiling_for("tpu"):
-        assert choose("it", None, free) == "tpu"
-        assert choose("it", None, taken) == choose("it", None, taken) == "xla"
+        assert choose_implementation("it", None, free) == "tpu"
+        assert choose_implementation("it", None, taken) == choose_implementation("it", None, taken) == "xla"
     assert [record.message for record in caplog.records] == ["it: 'xla' instead of 'tpu' (it is too wide)"]
-    assert choose("it", ["tpu", "xla"], free) == "xla"
+    assert choose_implementation("it", ["tpu", "xla"], free) == "xla"
     with pytest.raises(
         UnsupportedError, match="'tpu' \\(it runs on tpu, this is cpu\\); choose among xla, tpu, or None"
     ):
-        choose("it", "tpu", free)
+        choose_implementation("it", "tpu", free)
     with pytest.raises(UnsupportedError, match=r"'cuda' \(there is no such implementation\)"):
-        choose("it", "cuda", free)
+        choose_implementation("it", "cuda", free)
 
 
 def test_inputs_that_do_not_fit():

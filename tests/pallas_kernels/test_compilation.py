@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cells import cells
-from processes import ROOT, printed
+from support.cells import cells
+from support.processes import IMPORTED, printed
 
 # Where `make test` puts the TPU compiler.
 COMPILER = Path(sys.prefix) / "libtpu"
@@ -21,8 +21,8 @@ ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="libtpu is not installed")
 @pytest.mark.parametrize(("topology", "cases"), cells([("v5e:2x2", 2)], [("v5e:2x2", 5), ("v6e:2x2", 5)]))
 def test_the_tpu_compiler_takes_every_kernel(topology, cases):
-    path = f"{ROOT}{os.pathsep}{COMPILER}"
-    lines = printed("pallas_kernels/compile_for_tpu.py", topology, str(cases), **ALONE, PYTHONPATH=path)
+    path = f"{IMPORTED}{os.pathsep}{COMPILER}"
+    lines = printed("compile_for_tpu.py", topology, str(cases), **ALONE, PYTHONPATH=path)
     # Forward is one program, backward another one; a tree takes one, and so does a path.
     kernels = {"forward": 1, "backward": 2, "verify": 1, "commit": 1}
     counted = [(line.split()[-3].rstrip(":"), int(line.split()[-2])) for line in lines]
@@ -33,7 +33,7 @@ def test_the_tpu_compiler_takes_every_kernel(topology, cases):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_gpu_kernels_keep_to_their_registers():
     """A few rows of the table; `compile_for_gpu.py --all` compiles every one."""
-    lines = printed("pallas_kernels/compile_for_gpu.py")
+    lines = printed("compile_for_gpu.py")
     pattern = re.compile(r"sm_(\d+) (\w+) (\w+) .*: (\d+) registers, (\d+) bytes spilled, (\d+) bytes shared")
     seen = [pattern.fullmatch(line).groups() for line in lines]
     assert {capability for capability, *_ in seen} == {"80", "90"}

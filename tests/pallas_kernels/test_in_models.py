@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import KERNELS
-from cells import cells
 from flax import nnx
+from support.backends import KERNELS
+from support.cells import cells
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.decoding import Generator, NgramDrafter, chain
@@ -35,8 +35,8 @@ def build(implementation: str, name: str = "augmented") -> Llama:
     return model
 
 
-def loss(model: Llama, tokens: jax.Array, documents: jax.Array | None) -> jax.Array:
-    return jnp.mean(jnp.square(model(tokens, documents)))
+def loss(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    return jnp.mean(jnp.square(model(tokens, segment_ids)))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -46,8 +46,8 @@ class TestImplementation:
         """Logits and gradients, of whole rows and of documents side by side."""
         rng = np.random.default_rng(1)
         tokens = jnp.asarray(rng.integers(0, VOCABULARY, (2, 40)))
-        documents = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [19, 14, 7], axis=1))
-        for layout in (None, documents) if name == "augmented" else (documents,):
+        segment_ids = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [19, 14, 7], axis=1))
+        for layout in (None, segment_ids) if name == "augmented" else (segment_ids,):
             found = jax.jit(nnx.value_and_grad(loss))(build(implementation, name), tokens, layout)
             expected = jax.jit(nnx.value_and_grad(loss))(build("xla", name), tokens, layout)
             np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
@@ -60,9 +60,9 @@ class TestImplementation:
         """Prompts are read in pieces, drafts verified and committed, across groups."""
         prompts = [[1, 2, 3, 4] * 9, [5, 6] * 3, [7] * 17]
         found, expected = (
-            Generator(build(each), drafter=NgramDrafter(depth=3, lookback=32), tree=chain(3), piece=32).generate(
-                prompts, 12, slots=2
-            )
+            Generator(
+                build(each), drafter=NgramDrafter(depth=3, lookback=32), tree=chain(3), prefill_chunk_size=32
+            ).generate(prompts, 12, slots=2)
             for each in (implementation, "xla")
         )
         assert found.tokens == expected.tokens

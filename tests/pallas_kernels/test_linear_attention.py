@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import IMPLEMENTATIONS
-from cells import cells
+from support.backends import IMPLEMENTATIONS
+from support.cells import cells
 
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.linear_attention import Memory, linear_attention, linear_attention_reference
@@ -32,12 +32,12 @@ class Case:
         # Numbers of float32: what is rounded of them counts as often as there are tokens.
         self.decay = np.linspace(0.5, 0.999, kv_heads).astype(np.float32).astype(float) if decay else None
         self.floor = floor
-        self.documents = None
+        self.segment_ids = None
         self.there = np.ones((batch, length), bool)
         if packed:
-            self.documents = 9 - np.sort(rng.integers(1, 4, size=(batch, length)), axis=1)
-            self.documents[:, : length // 9] = self.documents[:, length - length // 8 :] = 0
-            self.there = self.documents > 0
+            self.segment_ids = 9 - np.sort(rng.integers(1, 4, size=(batch, length)), axis=1)
+            self.segment_ids[:, : length // 9] = self.segment_ids[:, length - length // 8 :] = 0
+            self.there = self.segment_ids > 0
         self.cotangents = np.where(self.there[..., None, None], self.cotangents, 0)
 
     @property
@@ -56,7 +56,7 @@ class Case:
             values,
             decay=None if self.decay is None else jnp.asarray(self.decay),
             floor=self.floor,
-            documents=None if self.documents is None else jnp.asarray(self.documents),
+            segment_ids=None if self.segment_ids is None else jnp.asarray(self.segment_ids),
             start=Memory(*memory),
             implementation=implementation,
         )
@@ -65,7 +65,7 @@ class Case:
         """Outputs, and the memory after the last document of each row."""
         outputs, after = np.zeros_like(self.cotangents), []
         for row in range(len(outputs)):
-            named = self.there[row].astype(int) if self.documents is None else self.documents[row]
+            named = self.there[row].astype(int) if self.segment_ids is None else self.segment_ids[row]
             memory, normaliser = self.memory[row], self.normaliser[row]
             for document in dict.fromkeys(named[named > 0].tolist()):
                 at = named == document
@@ -79,7 +79,7 @@ class Case:
     def dense(self, queries, keys, values, memory, normaliser):
         """All pairs as one matrix, to be differentiated in float64; the sum of everything that comes out, weighted."""
         share = queries.shape[2] // keys.shape[2]
-        named = self.there.astype(int) if self.documents is None else self.documents
+        named = self.there.astype(int) if self.segment_ids is None else self.segment_ids
         time = np.cumsum(named > 0, axis=1)
         first = np.array([row[row > 0][0] for row in named])
         last = np.array([row[row > 0][-1] for row in named])

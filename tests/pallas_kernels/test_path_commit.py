@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import IMPLEMENTATIONS
+from support.backends import IMPLEMENTATIONS
 
 from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.path_commit import commit_path
-from pallas_kernels.tree_verify import Held
+from pallas_kernels.types import AugmentedState, Nodes
 
 GROUP, WINDOW = 16, 7
 POSITIONS = [0, 3, 10, 15, 16, 31, 40]
@@ -34,9 +34,10 @@ class Case:
 
     def run(self, implementation):
         window = None if self.window is None else jnp.asarray(self.window)
-        state = [jnp.asarray(each) for each in (self.memory, self.keys, self.values)]
-        held = Held(*state, window, jnp.asarray(POSITIONS))
-        return commit_path(held, *map(jnp.asarray, self.path), jnp.asarray(LENGTHS), implementation=implementation)
+        state = [None if each is None else jnp.asarray(each) for each in (self.memory, self.keys, self.values)]
+        state = AugmentedState(*state, window, jnp.asarray(POSITIONS))
+        path = Nodes(*map(jnp.asarray, self.path))
+        return commit_path(state, path, jnp.asarray(LENGTHS), implementation=implementation)
 
     def expected(self):
         """Memory in float64, and what else is held, after one token at a time."""
@@ -96,4 +97,17 @@ def test_what_cannot_be():
         case.run("xla")
     case = Case(dtype=np.float16)
     with pytest.raises(UnsupportedError, match="the state holds float16"):
+        case.run("tpu_interpreted")
+
+
+def test_a_state_without_a_memory():
+    """As local attention keeps it: keys, values and window go on, and there is nothing to fold into."""
+    case = Case()
+    expected = case.run("xla")
+    case.memory = None
+    found = case.run(["tpu_interpreted", "xla"])
+    assert found.memory is None
+    for part in ("keys", "values", "window", "position"):
+        np.testing.assert_array_equal(getattr(found, part), getattr(expected, part))
+    with pytest.raises(UnsupportedError, match="the state has no memory"):
         case.run("tpu_interpreted")

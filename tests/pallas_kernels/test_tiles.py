@@ -5,7 +5,7 @@ import shutil
 
 import jax
 import pytest
-from backends import INTERPRETED, KERNELS
+from support.backends import INTERPRETED, KERNELS
 
 from pallas_kernels import tune
 from pallas_kernels.tiles import (
@@ -14,9 +14,9 @@ from pallas_kernels.tiles import (
     TABLE,
     Tiles,
     block_rows,
-    bucket,
     load_table,
     next_power,
+    tile_bucket,
     tiles_for,
     untiled,
     using,
@@ -48,7 +48,7 @@ def test_tuning_writes_a_line_for_each_row():
 
 def test_a_device_has_its_own():
     mine = {"rows": 16, "part": 16, "piece": 16, "warps": 8, "stages": 3}
-    table = {**load_table(), "toaster": {"tree_verify": {bucket(64, 64, "bfloat16"): mine}}}
+    table = {**load_table(), "toaster": {"tree_verify": {tile_bucket(64, 64, "bfloat16"): mine}}}
     with using(table):
         assert tiles_for("tree_verify", 64, 64, "bfloat16", device="toaster") == Tiles(**mine)
         assert tiles_for("tree_verify", 64, 64, "float32", device="toaster") != Tiles(**mine)

@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from backends import IMPLEMENTATIONS
+from support.backends import IMPLEMENTATIONS
 
 from pallas_kernels.augmented_attention import augmented_attention_reference
 from pallas_kernels.implementations import UnsupportedError
-from pallas_kernels.tree_verify import Held, Tree, verify_tree
+from pallas_kernels.tree_verify import verify_tree
+from pallas_kernels.types import AugmentedState, TreeArrays
 
 TOLERANCE = 2e-6
 GROUP, WIDTH = 16, 8
@@ -47,24 +48,25 @@ class Case:
             ancestors.append(above)
             depths.append(above.sum(axis=1) - 1)
         pair = np.stack(depths), np.stack(ancestors)
-        return Tree(*(jnp.asarray(each if self.own_trees else each[0]) for each in pair))
+        return TreeArrays(*(jnp.asarray(each if self.own_trees else each[0]) for each in pair))
 
-    def run(self, implementation, dtype=jnp.float32, **options):
+    def run(self, implementation, dtype=jnp.float32, *, grouped=True, memory=True):
         def unit(rows):
             return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
 
-        memory, keys, values, window = [], [], [], []
+        sums, keys, values, window = [], [], [], []
         for position, (_, row_keys, row_values) in zip(self.positions, self.rows, strict=True):
             begin = position // GROUP * GROUP
             scored = unit(row_keys)
-            memory.append(np.einsum("tkd,tke->kde", scored[:begin], row_values[:begin]))
+            sums.append(np.einsum("tkd,tke->kde", scored[:begin], row_values[:begin]))
             # What slots beyond the end hold does not matter.
             missing = begin + GROUP - position
             keys.append(np.concatenate([scored[begin:position], np.full((missing, *scored.shape[1:]), 7.0)]))
             values.append(np.concatenate([row_values[begin:position], np.full((missing, *row_values.shape[1:]), 7.0)]))
             before = np.concatenate([np.zeros((WIDTH, *row_values.shape[1:])), row_values[:position]])
             window.append(before[-(WIDTH - 1) :])
-        state = [jnp.asarray(np.stack(each), jnp.float32) for each in (memory, keys, values, window)]
+        state = [jnp.asarray(np.stack(each), jnp.float32) for each in (sums, keys, values, window)]
+        state[0] = state[0] if memory else None
         nodes = [
             jnp.asarray(
                 np.stack([row[part][position:] for position, row in zip(self.positions, self.rows, strict=True)])
@@ -74,14 +76,13 @@ class Case:
         return verify_tree(
             *(each.astype(dtype) for each in nodes),
             self.tree,
-            Held(*state, jnp.asarray(self.positions)),
-            alpha=jnp.asarray(self.alpha, jnp.float32),
+            AugmentedState(*state, jnp.asarray(self.positions)),
+            alpha=jnp.asarray(self.alpha, jnp.float32) if grouped else None,
             taps=jnp.asarray(self.taps, jnp.float32),
             implementation=implementation,
-            **options,
         )
 
-    def expected(self):
+    def expected(self, grouped=True):
         outputs = []
         for position, parents, row in zip(self.positions, self.parents, self.rows, strict=True):
             behind = [position - 1 if parent < 0 else position + parent for parent in parents]
@@ -91,7 +92,7 @@ class Case:
                 )
                 for part in ({"alpha": 1.0, "taps": None, "local": None}, {"alpha": None, "taps": self.taps})
             ]
-            outputs.append((self.alpha[:, None] * parts[0] + parts[1])[position:])
+            outputs.append((grouped * self.alpha[:, None] * parts[0] + parts[1])[position:])
         return np.stack(outputs)
 
 
@@ -114,6 +115,13 @@ class TestImplementation:
         case = Case(6, [20], heads=4, kv_heads=1, key_size=64, value_size=64)
         assert difference(case.run(implementation), case.expected()) < TOLERANCE
 
+    def test_without_a_grouped_branch(self, implementation):
+        """The state then needs no memory."""
+        case = Case(6, [20, 3])
+        assert (
+            difference(case.run(implementation, grouped=False, memory=False), case.expected(grouped=False)) < TOLERANCE
+        )
+
     def test_half_precision(self, implementation):
         case = Case(6, [20])
         outputs = case.run(implementation, jnp.bfloat16)
@@ -124,3 +132,8 @@ class TestImplementation:
 def test_types_that_do_not_fit():
     with pytest.raises(UnsupportedError, match=r"verify_tree cannot run as 'tpu_interpreted' .*not all float32"):
         Case(2, [3]).run("tpu_interpreted", jnp.float16)
+
+
+def test_a_grouped_branch_needs_a_memory():
+    with pytest.raises(ValueError, match="reads a memory, which the state lacks; give one, or leave alpha out"):
+        Case(2, [3]).run("xla", memory=False)

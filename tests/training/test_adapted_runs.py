@@ -8,22 +8,22 @@ import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from test_resume_objectives import lines_of, stopping_after
+from support.interrupted import lines_of, stopping_after
 
+from lin_jax.cli.hub.options import main
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
-from lin_jax.hub.__main__ import main
-from lin_jax.hub.adapters import load_adapters
+from lin_jax.hub.peft import load_adapters
+from lin_jax.models.adapters import AdapterConfig
 from lin_jax.models.lora import merge_lora
+from lin_jax.models.params import params_fingerprint, params_of
 from lin_jax.training import load_model, read_base
-from lin_jax.training.adapters import AdapterConfig
-from lin_jax.training.checkpoint_files import read_params, saved_steps
-from lin_jax.training.loop import train
-from lin_jax.training.objectives import objective_of
-from lin_jax.training.parameters import fingerprint, params_of
-from lin_jax.training.setup import prepare
+from lin_jax.training.checkpoint.files import read_params, saved_steps
+from lin_jax.training.objectives.registry import check_run, objective_of
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
-ADAPTERS = AdapterConfig(rank=2, alpha=6.0, also=("norms", "mixer"))
+ADAPTERS = AdapterConfig(rank=2, alpha=6.0, modules_to_save=("norms", "mixer"))
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def test_a_loaded_model_is_the_base_and_the_product(finished, base_run):
 
 
 def test_what_is_frozen_stays_and_is_not_saved(finished, base_run, adapted_run):
-    run = prepare(adapted_run(finished), resume=True)
+    run = resolve(adapted_run(finished), resume=True)
     names = {path[-1] for path in flatten_dict(run.state.params)}
     assert names == {"lora_a", "lora_b", "scale", "alpha", "taps"}
     moments = [leaf for leaf in jax.tree.leaves(run.state.optimizer) if leaf.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(run.state.params))
     assert read_base(finished).folder == base_run
-    assert read_base(finished).fingerprint == fingerprint(run.frozen)
+    assert read_base(finished).fingerprint == params_fingerprint(run.frozen)
 
 
 def test_a_stopped_run_continues_exactly(adapted_run, tmp_path, monkeypatch):
@@ -108,7 +108,7 @@ def test_export_merged_and_alone(finished, base_run, tmp_path, capsys):
     exported = params_of(from_pretrained(tmp_path / "whole"))
     jax.tree.map(np.testing.assert_array_equal, exported, params_of(model))
     assert main(["export", str(finished), str(tmp_path / "alone"), "--adapters"]) == 0
-    assert "mixer, norms learnt in full" in capsys.readouterr().out
+    assert "mixer, norms were trained in full" in capsys.readouterr().out
     config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (2, 6.0)
     base = load_model(base_run)[0]
@@ -122,7 +122,7 @@ def test_export_merged_and_alone(finished, base_run, tmp_path, capsys):
 
 
 def test_heads_on_a_merged_model(finished, tiny_run, tmp_path):
-    from lin_jax.decoding.session import Session
+    from lin_jax.session import Session
 
     train(tiny_run(tmp_path / "heads", objective="medusa", init_from=str(finished), steps=1))
     assert Session.load(finished, tmp_path / "heads").parts.medusa is not None
@@ -132,20 +132,23 @@ def test_heads_on_a_merged_model(finished, tiny_run, tmp_path):
     ("change", "message"),
     [
         (lambda run: replace(run, init_from=None), "adapters need init_from"),
-        (lambda run: replace(run, objective="medusa"), "objective 'medusa' learns heads; leave adapters out"),
+        (lambda run: replace(run, objective="medusa"), "objective 'medusa' trains heads; leave adapters out"),
         (lambda run: replace(run, adapters=AdapterConfig(rank=0)), "adapters.rank is 0; give 1 or more"),
-        (lambda run: replace(run, adapters=AdapterConfig(targets=())), "adapters.targets is empty"),
-        (lambda run: replace(run, adapters=AdapterConfig(also=("tail",))), "adapters.also names 'tail'; choose among"),
+        (lambda run: replace(run, adapters=AdapterConfig(target_modules=())), "adapters.target_modules is empty"),
         (
-            lambda run: prepare(replace(run, adapters=AdapterConfig(targets=("querry",))), resume=False),
-            "adapters.targets names 'querry', which the model has no layer of; choose among down, gate",
+            lambda run: replace(run, adapters=AdapterConfig(modules_to_save=("tail",))),
+            "adapters.modules_to_save names 'tail'; choose among",
+        ),
+        (
+            lambda run: resolve(replace(run, adapters=AdapterConfig(target_modules=("querry",))), resume=False).config,
+            "adapters.target_modules names 'querry', which the model has no layer of; choose among down, gate",
         ),
     ],
 )
 def test_what_is_wrong_is_said(change, message, adapted_run, tmp_path):
     run = adapted_run(tmp_path / "run")
     with pytest.raises(UserError, match=message):
-        change(run)
+        check_run(change(run))
     assert not (tmp_path / "run").exists()
 
 
@@ -154,7 +157,7 @@ def test_a_frozen_model_may_be_narrower_than_what_learns(adapted_run, tmp_path, 
     assert main(["export", str(base_run), str(tmp_path / "hub")]) == 0
     run = adapted_run(tmp_path / "run")
     run = replace(run, init_from=str(tmp_path / "hub"), model=replace(run.model, param_dtype="bfloat16"))
-    prepared = prepare(run, resume=False)
+    prepared = resolve(run, resume=False)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared.state.params)} == {"float32"}
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(prepared.frozen)} == {"bfloat16"}
     objective = prepared.objective

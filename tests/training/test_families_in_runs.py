@@ -8,25 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cells import cells
 from flax import nnx
-from test_resume_objectives import lines_of, stopping_after
+from support.cells import cells
+from support.interrupted import lines_of, stopping_after
+from support.processes import ROOT
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.decoding.command import decode
-from lin_jax.decoding.options import parse
+from lin_jax.cli.decode.command import decode
+from lin_jax.cli.decode.options import parse
+from lin_jax.cli.hub.options import main
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
-from lin_jax.hub.__main__ import main
 from lin_jax.models import BertConfig, Flash, FlashConfig, Gpt2, Gpt2Config, LlamaConfig, T5Config
 from lin_jax.models.registry import CAUSAL_LM, MODELS, model_class
 from lin_jax.training import RunConfig, load_heads, load_model, load_run_config, parse_run_config
-from lin_jax.training.checkpoints import read_about, saved_steps
+from lin_jax.training.checkpoint.manager import read_metadata, saved_steps
 from lin_jax.training.config import plain
-from lin_jax.training.loop import train
-from lin_jax.training.setup import prepare
+from lin_jax.training.objectives.registry import check_run
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
-ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs" / "tiny.yaml")
 ATTENTION = AttentionConfig(group_size=8, kernel_size=7, initial_alpha=0.1)
 MODELS_OF = {
@@ -64,8 +65,8 @@ def test_the_run_is_its_familys(run, family):
     assert type(model) is kind
     assert step == 6
     assert (config.family, config.model) == (family, replace(given, vocab_size=280))
-    about = read_about(Path(run.output), 6)
-    assert about.model == plain(config.model)
+    metadata = read_metadata(Path(run.output), 6)
+    assert metadata.model == plain(config.model)
     assert load_run_config(run.output) == config
 
 
@@ -80,7 +81,7 @@ def test_it_decodes_and_exports(run, tmp_path, capsys):
     assert texts[0] == texts[1]
     # The exported folder is what another run begins with.
     model = load_model(run.output)[0]
-    begun = prepare(replace(run, output=str(tmp_path / "on"), init_from=str(tmp_path / "out")), resume=False)
+    begun = resolve(replace(run, output=str(tmp_path / "on"), init_from=str(tmp_path / "out")), resume=False)
     begun_with = begun.objective.parts(begun.state.params, {})[0]
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(each))) for each in (begun_with, model))
     assert ours.keys() == theirs.keys()
@@ -115,18 +116,18 @@ def test_heads_stand_on_it(run, family, tmp_path):
 )
 def test_what_does_not_fit(family, options, message):
     with pytest.raises(UserError) as refused:
-        RunConfig(output="x", family=family, **options)
+        check_run(RunConfig(output="x", family=family, **options))
     assert message in str(refused.value)
 
 
 def test_what_is_found_out_before_text_is_read(run, family, base_run, tmp_path):
     config = replace(run, output=str(tmp_path))
     with pytest.raises(UserError, match=f"holds a llama, and the family of this run is {family}; give family llama"):
-        prepare(replace(config, init_from=str(base_run)), resume=False)
+        resolve(replace(config, init_from=str(base_run)), resume=False)
     if family == "gpt2":
         longer = replace(config, data=replace(config.data, sequence_length=65))
         with pytest.raises(UserError, match="sequence_length 65 is more than the 64 of"):
-            prepare(longer, resume=False)
+            resolve(longer, resume=False)
 
 
 def test_options_are_those_of_the_family(tmp_path):

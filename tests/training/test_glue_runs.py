@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import tokenizers
 from scipy import stats
-from test_resume_objectives import lines_of, stopping_after
+from support.interrupted import lines_of, stopping_after
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.data import DataConfig, Tokenizer
-from lin_jax.data.glue import glue_task
-from lin_jax.data.glue_files import read_examples
-from lin_jax.data.task_batches import Reader
-from lin_jax.decoding.session import Session
+from lin_jax.cli.glue_predictions import write_predictions
+from lin_jax.cli.hub.options import main
+from lin_jax.data import DataConfig, Tokenizer, load_tokenizer
+from lin_jax.data.glue.batches import ExampleEncoder
+from lin_jax.data.glue.files import read_examples
+from lin_jax.data.glue.tasks import glue_task
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
-from lin_jax.hub.__main__ import main
 from lin_jax.models import BertClassifier, BertConfig, Gpt2Classifier, Gpt2Config, T5Classifier, T5Config
+from lin_jax.models.params import params_of
+from lin_jax.session import Session
 from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig, load_model
-from lin_jax.training.glue_predictions import write_predictions
-from lin_jax.training.loop import train
-from lin_jax.training.objectives import Classification
-from lin_jax.training.parameters import params_of
-from lin_jax.training.setup import prepare
+from lin_jax.training.objectives.registry import check_run, objective_of
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "</s>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 WORDS = {"good": 1, "fine": 1, "bad": 0, "poor": 0}
@@ -111,11 +111,11 @@ def answers_one_by_one(folder):
     model, config, _ = load_model(folder)
     task = glue_task(config.data.task)
     examples = read_examples(config.data.source, task, task.held_out[0])
-    reader = Reader(config.family, Tokenizer.load(Path(folder) / "tokenizer"), task)
+    encoder = ExampleEncoder(config.family, load_tokenizer(Path(folder) / "tokenizer"), task)
     ask, scores = jax.jit(lambda model, *inputs: model(*inputs)), []
-    for segments in reader.segments(examples, config.data.sequence_length):
+    for segments in encoder.segments(examples, config.data.sequence_length):
         tokens = [np.concatenate([segment.ids for segment in segments])[None].astype(np.int32)]
-        kinds = np.repeat([segment.kind for segment in segments], [len(segment.ids) for segment in segments])[None]
+        kinds = np.repeat([segment.type_id for segment in segments], [len(segment.ids) for segment in segments])[None]
         types = [None, kinds] if config.family == "bert" else []
         scores.append(np.asarray(ask(model, *tokens, *types)[0]))
     return np.array(scores), np.array([example.label for example in examples])
@@ -194,7 +194,7 @@ def test_a_stopped_run_continues_exactly(make, tmp_path, monkeypatch):
     model = load_model(tmp_path / "whole")[0]
     for task, same in (("rte", True), ("stsb", False)):
         config = replace(make(tmp_path / task, "bert", task), model=softmax, init_from=str(tmp_path / "out"))
-        run = prepare(config, resume=False)
+        run = resolve(config, resume=False)
         begun = run.state.params
         np.testing.assert_array_equal(begun["bert"]["pooler"]["kernel"], model.bert.pooler.kernel[...])
         assert (begun["head"]["kernel"].shape == model.head.kernel.shape) is same
@@ -206,15 +206,15 @@ def test_a_classifier_on_a_language_model(tiny_run, make, tmp_path):
     model = replace(FAMILIES["gpt2"][1], tie_embeddings=False)
     train(replace(tiny_run(tmp_path / "text", steps=1), family="gpt2", model=model))
     trained = load_model(tmp_path / "text")[0]
-    run = prepare(replace(make(tmp_path / "on", "gpt2"), init_from=str(tmp_path / "text")), resume=False)
+    run = resolve(replace(make(tmp_path / "on", "gpt2"), init_from=str(tmp_path / "text")), resume=False)
     np.testing.assert_array_equal(run.state.params["model"]["embed"]["embedding"], trained.embed.embedding[...])
-    assert run.about.tokenizer == Tokenizer.load(tmp_path / "text" / "tokenizer").fingerprint
+    assert run.metadata.tokenizer == load_tokenizer(tmp_path / "text" / "tokenizer").fingerprint
     assert run.state.params["score"]["kernel"].shape == (16, 2)
 
 
 def test_accumulated_parts_are_the_whole(make, glue, tmp_path):
     """Rows that fill up a batch count for nothing in sums, and a batch without `part` is all texts."""
-    objective = Classification.of(replace(make(tmp_path, "gpt2"), model=replace(FAMILIES["gpt2"][1], vocab_size=300)))
+    objective = objective_of(replace(make(tmp_path, "gpt2"), model=replace(FAMILIES["gpt2"][1], vocab_size=300)))
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 300, (4, 8)).astype(np.int32),
@@ -223,7 +223,7 @@ def test_accumulated_parts_are_the_whole(make, glue, tmp_path):
     }
     params = objective.start(jax.random.key(0), None)
     three = {name: rows[:3] for name, rows in batch.items()}
-    marked = {**batch, "part": np.array([0, 0, 0, -1], np.int32)}
+    marked = {**batch, "split": np.array([0, 0, 0, -1], np.int32)}
     plain, filled = (jax.jit(objective.sums)(params, {}, each) for each in (three, marked))
     assert int(objective.counts(marked)[0]) == int(filled.tokens[0]) == int(plain.tokens[0]) == 3
     np.testing.assert_allclose(filled.loss, plain.loss, rtol=1e-6)
@@ -240,7 +240,7 @@ def test_accumulated_parts_are_the_whole(make, glue, tmp_path):
             "data.task is for objective classification",
         ),
         ({"family": "llama"}, "needs a model of type LlamaConfig"),
-        ({"data": {"source": "nowhere"}}, "data.source 'nowhere' is no folder"),
+        ({"data": {"source": "nowhere"}}, "data.source 'nowhere' is not a folder; give one with GLUE's files"),
         ({"data": {"task": "cola"}}, "there is no CoLA/train.tsv"),
         ({"data": {"tokenizer": None}}, "the tokenizer has no cls_token, which BERT needs"),
         ({"model": T5Config(end_token=7), "family": "t5"}, "model.end_token is 7"),
@@ -256,7 +256,7 @@ def test_what_is_wrong_is_said_before_anything_starts(change, message, make, tmp
             name: replace(getattr(config, name), **value) if isinstance(value, dict) else value
             for name, value in change.items()
         }
-        prepare(replace(config, **parts), resume=False)
+        resolve(replace(config, **parts), resume=False)
 
     with pytest.raises(UserError) as refused:
         start()
@@ -267,4 +267,4 @@ def test_what_is_wrong_is_said_before_anything_starts(change, message, make, tmp
 
 def test_epochs_are_for_tasks():
     with pytest.raises(UserError, match=r"epochs is for data\.task"):
-        RunConfig(output="x", training=TrainingConfig(epochs=1))
+        check_run(RunConfig(output="x", training=TrainingConfig(epochs=1)))

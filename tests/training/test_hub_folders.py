@@ -9,17 +9,17 @@ import pytest
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.decoding.command import decode
-from lin_jax.decoding.options import parse
-from lin_jax.decoding.session import Session
+from lin_jax.cli.decode.command import decode
+from lin_jax.cli.decode.options import parse
+from lin_jax.cli.hub.options import main
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
-from lin_jax.hub.__main__ import main
-from lin_jax.hub.medusa import load_heads as load_published_heads
+from lin_jax.hub.medusa import load_medusa_heads
 from lin_jax.models import LlamaConfig, MedusaHeads
+from lin_jax.session import Session
 from lin_jax.training import load_heads, load_model
-from lin_jax.training.loop import train
-from lin_jax.training.setup import prepare
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
 WORDS = ("the cat", "--max-new-tokens", "20", "--json")
 
@@ -56,7 +56,7 @@ def test_export(exported, base_run, heads_run, capsys):
     """The model, its heads and its tokenizer; it writes the same text."""
     model = load_model(base_run)[0]
     assert_equal(from_pretrained(exported), model)
-    assert_equal(load_published_heads(exported, model), load_heads(heads_run))
+    assert_equal(load_medusa_heads(exported, model), load_heads(heads_run))
     drafted = text_of(exported, capsys, "--drafter", "medusa", "--tree", "0;1;0,0")
     assert drafted == text_of(base_run, capsys, "--drafter", "none", "--tree", "none")
 
@@ -76,7 +76,7 @@ def test_heads_from_another_place(exported, base_run, heads_run):
 
 
 def test_a_folder_without_steps(exported):
-    with pytest.raises(UserError, match="is a Hugging Face folder, which has no steps; leave --step out"):
+    with pytest.raises(UserError, match="is a Hugging Face checkpoint, which has no steps; leave the step out"):
         Session.load(exported, step="best")
 
 
@@ -107,7 +107,7 @@ def test_training_on(exported, tiny_run, tmp_path):
     assert train(run).status == 0
     _, config, _ = load_model(tmp_path / "run")
     assert (config.model.hidden_size, config.model.attention) == (16, model.attention)
-    assert prepare(run, resume=True).config == config
+    assert resolve(run, resume=True).config == config
 
 
 def test_heads_on_an_exported_model(exported, tiny_run, tmp_path):

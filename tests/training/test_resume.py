@@ -4,13 +4,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from lin_jax.training.checkpoint_files import saved_steps, validation_losses
-from lin_jax.training.meter import MACHINE_FIGURES
-from lin_jax.training.tracker import read_metrics
+import pytest
+from support.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
+from lin_jax.training.checkpoint.files import saved_steps, validation_losses
+from lin_jax.training.monitoring.throughput import MACHINE_FIGURES
+from lin_jax.training.monitoring.trackers import read_metrics
+
 STEPS = 30
 
 
@@ -53,6 +54,7 @@ def finish(process):
     return said
 
 
+@pytest.mark.users_settings
 def test_a_stopped_run_continues_exactly(tmp_path, corpus):
     """One that is killed does so too: see benchmarks/kills.py and its test."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"

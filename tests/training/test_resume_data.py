@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from lin_jax.data import Corpus, DataConfig, MixturePart, Tokenizer, merged_positions, training_batches
-from lin_jax.training.checkpoint_files import saved_steps
-from lin_jax.training.loop import train
-from lin_jax.training.meter import MACHINE_FIGURES
-from lin_jax.training.setup import prepare
-from lin_jax.training.tracker import read_metrics
+from lin_jax.data import Corpus, DataConfig, MixturePart, load_tokenizer, merged_positions, training_batches
+from lin_jax.training.checkpoint.files import saved_steps
+from lin_jax.training.monitoring.throughput import MACHINE_FIGURES
+from lin_jax.training.monitoring.trackers import read_metrics
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
 
 def test_a_run_on_a_mixture_without_documents_goes_on_exactly(corpus, tiny_run, tmp_path):
@@ -51,12 +51,12 @@ def test_a_run_on_a_mixture_without_documents_goes_on_exactly(corpus, tiny_run, 
 def test_a_run_hands_its_position_to_more_processes(tiny_run, tmp_path):
     config = tiny_run(tmp_path / "run")
     config = replace(config, data=replace(config.data, shards=4))
-    run = prepare(config, resume=False)
+    run = resolve(config, resume=False)
     for _ in range(5):
         next(run.batches)
     position = merged_positions([run.batches.get_state()])
     train_side, _ = Corpus.open(config.data).split(config.data.validation_fraction)
-    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
     parts = []
     for row in range(4):
         batches = training_batches(train_side, tokenizer, config.data, batch_size=4, seed=0, rows=(row, row + 1))

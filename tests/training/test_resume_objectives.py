@@ -1,58 +1,20 @@
 """Every objective's run, stopped and gone on with, is the run that was never stopped, to the bit."""
 
-import signal
-from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
-from cells import cells
+from support.cells import cells
+from support.interrupted import lines_of, stopping_after
 
 from lin_jax.errors import UserError
 from lin_jax.models import PathHead
+from lin_jax.models.params import params_of
 from lin_jax.training import load_heads, load_model, read_base
-from lin_jax.training.checkpoint_files import saved_steps
-from lin_jax.training.loop import train
-from lin_jax.training.meter import MACHINE_FIGURES
-from lin_jax.training.parameters import params_of
-from lin_jax.training.setup import prepare
-from lin_jax.training.step import make_step
-from lin_jax.training.tracker import read_metrics
-
-
-@contextmanager
-def stopping_after(steps, monkeypatch):
-    """Runs get a SIGTERM while they take the given step."""
-
-    def make(*arguments, **options):
-        step = make_step(*arguments, **options)
-
-        class Counted:
-            def lower(self, *given):
-                compiled = step.lower(*given).compile()
-                taken = []
-
-                def call(*given):
-                    taken.append(None)
-                    if len(taken) == steps:
-                        signal.raise_signal(signal.SIGTERM)
-                    return compiled(*given)
-
-                self.compile = lambda: call
-                return self
-
-        return Counted()
-
-    with monkeypatch.context() as patch:
-        patch.setattr("lin_jax.training.setup.make_step", make)
-        yield
-
-
-def lines_of(folder):
-    return [
-        {name: line[name] for name in line.keys() - MACHINE_FIGURES} for line in read_metrics(folder / "metrics.jsonl")
-    ]
+from lin_jax.training.checkpoint.files import saved_steps
+from lin_jax.training.run import train
+from lin_jax.training.setup import resolve
 
 
 # The joint run is stopped once while only its heads learn, and once after that.
@@ -95,7 +57,7 @@ def test_a_path_head_knows_its_base(path_run, base_run):
 
 
 def test_a_path_head_has_no_published_form(path_run, base_run, tmp_path):
-    from lin_jax.hub.commands import export_run
+    from lin_jax.cli.hub.commands import export_run
 
     with pytest.raises(UserError, match=r"holds a path head, which has no published form; export .*base without it"):
         export_run(str(path_run), str(tmp_path / "out"))
@@ -104,6 +66,7 @@ def test_a_path_head_has_no_published_form(path_run, base_run, tmp_path):
 def test_other_sizes_are_another_head(path_run, base_run, tiny_run):
     run = tiny_run(path_run, objective="path", init_from=str(base_run))
     with pytest.raises(UserError, match=r"embedding is float32\[280,8\] there and float32\[280,4\] here"):
-        train(replace(run, path_width=4), resume=True)
-    with pytest.raises(UserError, match="path_width 17 does not fit a model of width 16"):
-        prepare(replace(run, path_width=17, output=str(path_run.parent / "wide")), resume=False)
+        train(replace(run, heads=replace(run.heads, width=4)), resume=True)
+    wide = replace(run, heads=replace(run.heads, width=17), output=str(path_run.parent / "wide"))
+    with pytest.raises(UserError, match=r"heads\.width 17 does not fit a model of width 16"):
+        resolve(wide, resume=False)

@@ -1,4 +1,4 @@
-"""The PyTorch source that folders of linearized models carry, so that transformers opens them without this package.
+"""PyTorch source that is saved with linearized models, so that transformers opens them without this package.
 
 With `trust_remote_code=True`, `AutoModelForCausalLM` reads it from the folder. It is copied as text: nothing here
 imports PyTorch.
@@ -18,6 +18,7 @@ SHARED = (
     "linear_attention_lin_jax.py",
     "other_attention_lin_jax.py",
     "recurrence_lin_jax.py",
+    "versions_lin_jax.py",
 )
 # By family: configuration, model and model with a head.
 CLASSES = {
@@ -38,7 +39,7 @@ def write_remote_code(folder: Path, family: str) -> None:
 
 
 def auto_map(family: str) -> dict[str, str]:
-    """What `auto_map` of a `config.json` says of the source, by transformers' automatic classes.
+    """The `auto_map` of a `config.json`: classes of the source by transformers' automatic classes.
 
     Raises:
         UserError: there is no such source for this family.
@@ -52,7 +53,7 @@ def auto_map(family: str) -> dict[str, str]:
 
 
 def architectures(family: str) -> list[str]:
-    """What `architectures` of a `config.json` says.
+    """The `architectures` of a `config.json`.
 
     Raises:
         UserError: there is no such source for this family.

@@ -1,8 +1,7 @@
 """Attention transfer: every layer's new attention learns to say what the teacher's attention says there."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,48 +10,17 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, packed_rows, single_rows
 from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch, Sums, inputs_of
+from lin_jax.losses.cross_entropy import Batch, Sums, inputs_of
+from lin_jax.models.adapters import AdapterConfig
+from lin_jax.models.params import Params, filled
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.stack import LayerStack
-from lin_jax.training.adapters import AdapterConfig, check_parts
-from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.training.objectives.next_token import NextToken
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, filled
-
-if TYPE_CHECKING:
-    from lin_jax.training.config import RunConfig
-
-LEARNING = ("mixer", "projections", "norms")
+from pallas_kernels.precision import accumulation_dtype
 
 
-@dataclass(frozen=True)
-class TransferConfig:
-    """What learns in attention transfer, and where.
-
-    Attributes:
-        learns: parts of each layer's attention that learn in full, where the run has no adapters: mixer, projections
-            (query, key, value, out), norms (of queries and keys, where a model has them).
-        layers: the first layer that learns and the one after the last, from 0; null is all layers.
-        blocks: in a stage, learn the layers in so many blocks, one after the other, each for its share of the steps
-            and with an optimiser of its own.
-        progressive: let what enters the layers that learn come from the run's own layers before them, as they are by
-            now, instead of the teacher's.
-    """
-
-    learns: tuple[str, ...] = ("mixer", "projections")
-    layers: tuple[int, int] | None = None
-    blocks: int = 1
-    progressive: bool = False
-
-    def __post_init__(self) -> None:
-        check_parts("transfer.learns", self.learns, LEARNING)
-        if not self.learns:
-            raise UserError(f"transfer.learns is empty; name some of {', '.join(LEARNING)}")
-        if self.blocks < 1:
-            raise UserError(f"transfer.blocks is {self.blocks}; give 1 or more")
-
-
-class AttentionTransfer(LanguageModel):
+class AttentionTransfer(NextToken):
     """Mean squared error between what a layer's attention and the teacher's add to the residual stream.
 
     Both read the same hidden vectors, so that every layer learns on its own and errors do not pile up. These vectors
@@ -93,31 +61,6 @@ class AttentionTransfer(LanguageModel):
         count = self._end - self._first
         self.coefficients = (1.0,) * count + (0.0,) * count
 
-    @classmethod
-    def check(cls, config: "RunConfig") -> None:
-        """Needs a base model, and layers that make sense."""
-        if config.init_from is None:
-            raise UserError("objective 'attention_transfer' needs init_from: the model whose attention is replaced")
-        chosen = config.transfer.layers
-        if chosen is not None and not 0 <= chosen[0] < chosen[1]:
-            raise UserError(f"transfer.layers is {list(chosen)}; give the first layer and the one after the last")
-        if config.transfer.blocks > 1 and chosen is not None:
-            raise UserError(f"transfer.blocks {config.transfer.blocks} and transfer.layers exclude each other")
-
-    @classmethod
-    def of(cls, config: "RunConfig") -> "AttentionTransfer":
-        """The objective of a run; raises a `UserError` if there are no such layers."""
-        model, transfer = config.model, config.transfer
-        if (end := (transfer.layers or (0, 1))[1]) > model.num_layers:
-            raise UserError(f"transfer.layers ends at {end}, and the model has {model.num_layers} layers")
-        if transfer.blocks > model.num_layers:
-            raise UserError(f"transfer.blocks is {transfer.blocks}, and the model has {model.num_layers} layers")
-        if transfer.blocks > 1:
-            raise UserError(
-                f"transfer.blocks is {transfer.blocks}, which takes a run for each block; make this a stage of 'stages'"
-            )
-        return cls(model, config.adapters, layers=transfer.layers, progressive=transfer.progressive)
-
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """Tokens that are no padding, for every layer."""
         return jnp.broadcast_to(jnp.sum(_layout(batch).valid), (len(self.coefficients),))
@@ -143,7 +86,7 @@ class AttentionTransfer(LanguageModel):
         return {"missed": sum(missed) / count, **layers}
 
     def _entering(self, student: Any, teacher: Any, batch: Batch, layout: Layout) -> tuple[Array, tuple[Any, Any]]:
-        """What enters the first layer that learns, and what student's and teacher's layers know of positions."""
+        """Computes the input of the first layer that learns, and the positions of student's and teacher's layers."""
         tokens = jnp.asarray(inputs_of(batch)[0])
         own, own_context = student.begin(tokens, layout.positions)
         theirs, their_context = teacher.begin(tokens, layout.positions)
@@ -170,13 +113,13 @@ class AttentionTransfer(LanguageModel):
             sums = tuple(jnp.sum(jnp.where(included, jnp.mean(part, axis=-1, keepdims=True), 0)) for part in squares)
             return block.finish(x, expected), (sums[0], sums[1])
 
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        wide = accumulation_dtype(hidden.dtype)
         return their_layers(layer, hidden, parameters)[1]
 
 
 def _layout(batch: Batch) -> Layout:
-    tokens, documents = inputs_of(batch)
-    return single_rows(tokens.shape, None) if documents is None else packed_rows(jnp.asarray(documents))
+    tokens, segment_ids = inputs_of(batch)
+    return single_rows(tokens.shape, None) if segment_ids is None else packed_rows(jnp.asarray(segment_ids))
 
 
 def _between(stack: LayerStack, first: int, end: int) -> LayerStack:

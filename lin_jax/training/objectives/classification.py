@@ -1,10 +1,10 @@
-"""What to say of a whole text, or of a pair: a class, or a number."""
+"""Classification and regression of a whole text, or of a pair."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
-from lin_jax.data.glue import Task, glue_task
-from lin_jax.errors import UserError
+from lin_jax.data.glue.tasks import Task
 from lin_jax.evaluation.classification import Answers, confusion, scored
-from lin_jax.evaluation.targets import Batch, Sums, total
+from lin_jax.losses.cross_entropy import Batch, Sums, sum_over_batches
 from lin_jax.models import CausalModel, ModelConfig
+from lin_jax.models.params import Params, abstract_model, filled, initial_params, new_params, params_of
 from lin_jax.models.registry import CLASSIFIER
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_model, filled, initial_params, new_params, params_of
-
-if TYPE_CHECKING:
-    from lin_jax.training.config import RunConfig
 
 REPORT_FILE = "glue.json"
 # Where a causal language model stands in a classifier.
@@ -38,9 +34,6 @@ class Classification:
         task: what is learnt.
     """
 
-    has_model: ClassVar[bool] = True
-    purpose: ClassVar[str] = CLASSIFIER
-    heads_name: ClassVar[str | None] = None
     coefficients: tuple[float, ...] = (1.0,)
     rates: Mapping[str, PartRate] = {}
 
@@ -48,19 +41,6 @@ class Classification:
         self.task = task
         self._config = config
         self._abstract = abstract_model(config, CLASSIFIER)
-
-    @classmethod
-    def check(cls, config: "RunConfig") -> None:
-        """Needs a task."""
-        if config.data.task is None:
-            raise UserError("objective 'classification' needs data.task, such as sst2")
-
-    @classmethod
-    def of(cls, config: "RunConfig") -> "Classification":
-        """The objective of a run."""
-        assert config.data.task is not None, "checked with the configuration"
-        task = glue_task(config.data.task)
-        return cls(with_labels(config.model, task), task)
 
     def shapes(self) -> Params:
         """The model's parameters, without values."""
@@ -113,9 +93,9 @@ class Classification:
             hits = (jnp.argmax(scores, axis=-1) == labels) & included
         each = (jnp.where(included, losses, 0), hits, included)
         loss, correct, texts = (jnp.sum(part)[None] for part in each)
-        if "part" not in batch:
+        if "split" not in batch:
             return Sums(loss, correct, texts)
-        return Answers(loss, correct, texts, scores, labels, jnp.asarray(batch["part"]))
+        return Answers(loss, correct, texts, scores, labels, jnp.asarray(batch["split"]))
 
     def figures(self, sums: Sums | Answers) -> dict[str, float]:
         """The task's metrics on every set; of training batches the accuracy, if there are classes."""
@@ -129,17 +109,19 @@ class Classification:
             return {}
         return {"accuracy": float(sums.correct[0]) / max(int(sums.tokens[0]), 1)}
 
-    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path | None) -> str:
         """The metrics on every set, and how often each class was taken for each: as `glue.json` and as a table."""
         compiled = jax.jit(self.sums)
-        answers = total(lambda batch: compiled(params, frozen, batch), batches)
+        answers = sum_over_batches(lambda batch: compiled(params, frozen, batch), batches)
         sets = {
             each.name or "validation": self._described(*answers.of(part))
             for part, each in enumerate(self.task.held_out)
         }
-        path = folder / REPORT_FILE
-        path.write_text(json.dumps({"task": self.task.name, "sets": sets}, indent=2) + "\n")
-        lines = [f"{self.task.name} ({path}):"]
+        lines = [f"{self.task.name}:"]
+        if folder is not None:
+            path = folder / REPORT_FILE
+            path.write_text(json.dumps({"task": self.task.name, "sets": sets}, indent=2) + "\n")
+            lines = [f"{self.task.name} ({path}):"]
         for name, found in sets.items():
             figures = {**found["metrics"], **({"majority": found["majority"]} if "majority" in found else {})}
             shown = "".join(f"{f'{what} {value:.4f}':>20}" for what, value in figures.items())
@@ -147,7 +129,7 @@ class Classification:
         return "\n".join(lines)
 
     def _described(self, scores: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-        """What the report says of one set. `majority` is the accuracy of always saying the commonest class."""
+        """Formats the report of one set. `majority` is the accuracy of always saying the commonest class."""
         found: dict[str, Any] = {"texts": len(labels), "metrics": scored(scores, labels, self.task.metrics)}
         if self.task.is_regression:
             return found
@@ -170,12 +152,7 @@ class Classification:
         return {path for path, shape in here.items() if there[path] != shape}
 
 
-def with_labels(config: Any, task: Task) -> Any:
-    """A classifier's configuration with as many labels as a task has."""
-    return replace(config, num_labels=task.outputs)
-
-
 def _included(batch: Batch) -> Array:
-    """Which rows `[B]` are texts: all, or those that are of a set."""
-    part = batch.get("part")
-    return jnp.ones(batch["labels"].shape, bool) if part is None else jnp.asarray(part) >= 0
+    """Marks the rows `[B]` that are texts: all, or those that are of a set."""
+    split = batch.get("split")
+    return jnp.ones(batch["labels"].shape, bool) if split is None else jnp.asarray(split) >= 0

@@ -2,23 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lin_jax.errors import UserError
-from lin_jax.evaluation.targets import Batch, Sums, Targets, inputs_of, path_ahead, targets_ahead, token_sums
+from lin_jax.losses.cross_entropy import Batch, Sums, Targets, inputs_of, path_ahead, shifted_targets, token_sums
 from lin_jax.models import CausalModel, MedusaHeads, ModelConfig
-from lin_jax.models.registry import CAUSAL_LM
-from lin_jax.training.adapters import AdapterConfig
-from lin_jax.training.objectives.frozen_base import accuracies, check_heads, report_heads
-from lin_jax.training.objectives.language_model import LanguageModel
+from lin_jax.models.adapters import AdapterConfig
+from lin_jax.models.params import Params, abstract_heads, filled, params_of
+from lin_jax.training.objective_configs import HeadsConfig
+from lin_jax.training.objectives.draft_heads import accuracies, report_heads
+from lin_jax.training.objectives.next_token import NextToken
 from lin_jax.training.objectives.objective import PartRate
-from lin_jax.training.parameters import Params, abstract_heads, filled, params_of
-
-if TYPE_CHECKING:
-    from lin_jax.training.config import RunConfig
 
 
 class MedusaJoint:
@@ -28,62 +24,22 @@ class MedusaJoint:
 
     Args:
         config: the model's.
-        heads: how many heads M.
-        decay: head m weighs `decay^m` among the heads.
-        coefficient: weight of the heads' losses beside the model's.
-        head_factor: learning rate of the heads, as a multiple of the model's.
-        warmup_steps: steps in which only the heads learn.
+        depth: how many heads M.
+        heads: their weights in the loss, their learning rate and warm-up.
         adapters: on the model, or None.
     """
 
-    has_model: ClassVar[bool] = True
-    purpose: ClassVar[str] = CAUSAL_LM
-    heads_name: ClassVar[str | None] = "Medusa heads"
-
     def __init__(
-        self,
-        config: ModelConfig,
-        heads: int,
-        decay: float,
-        coefficient: float,
-        head_factor: float,
-        warmup_steps: int,
-        adapters: AdapterConfig | None = None,
+        self, config: ModelConfig, depth: int, heads: HeadsConfig, adapters: AdapterConfig | None = None
     ) -> None:
-        self.depth = heads
-        self.coefficients = (1.0, *(coefficient * decay**head for head in range(heads)))
+        self.depth = depth
+        self.coefficients = (1.0, *(heads.loss_weight * heads.decay**head for head in range(depth)))
         self.rates: Mapping[str, PartRate] = {
-            "model": PartRate(first_step=warmup_steps),
-            "heads": PartRate(factor=head_factor),
+            "model": PartRate(first_step=heads.warmup_steps),
+            "heads": PartRate(factor=heads.learning_rate_factor),
         }
-        self._language_model = LanguageModel(config, adapters)
-        self._heads = abstract_heads(config, heads)
-
-    @classmethod
-    def check(cls, config: "RunConfig") -> None:
-        """Needs a base model, texts long enough for the last head, and steps for the model to learn in."""
-        check_heads(config, "medusa_heads")
-        for name in ("head_coefficient", "head_learning_rate_factor"):
-            if not getattr(config, name) > 0:
-                raise UserError(f"{name} is {getattr(config, name)}; give a positive number")
-        if not 0 <= config.joint_warmup_steps < config.training.steps:
-            raise UserError(
-                f"joint_warmup_steps is {config.joint_warmup_steps}; give 0 or more, and fewer than the "
-                f"{config.training.steps} of training.steps, so that the model learns, too"
-            )
-
-    @classmethod
-    def of(cls, config: "RunConfig") -> "MedusaJoint":
-        """The objective of a run."""
-        return cls(
-            config.model,
-            config.medusa_heads,
-            config.medusa_decay,
-            config.head_coefficient,
-            config.head_learning_rate_factor,
-            config.joint_warmup_steps,
-            config.adapters,
-        )
+        self._language_model = NextToken(config, adapters)
+        self._heads = abstract_heads(config, depth)
 
     def shapes(self) -> Params:
         """The parameters of both, without values."""
@@ -125,11 +81,11 @@ class MedusaJoint:
         heads = Sums(*(part[1:] for part in sums))
         return {**self._language_model.figures(sums), **accuracies(heads, "head")}
 
-    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path) -> str:
-        """How often each guess of each head is right, as `head_accuracy.json` and as a table."""
+    def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path | None) -> str:
+        """Measures the accuracy of each guess of each head, as `head_accuracy.json` and as a table."""
         return report_heads(*self.parts(params, frozen), self.depth, batches, folder)
 
     def _targets(self, batch: Batch) -> tuple[Targets, Targets]:
         """The next tokens `[B, T, 1]`, and those of the heads `[B, T, M]`."""
-        following = targets_ahead(batch, 1)
+        following = shifted_targets(batch, 1)
         return Targets(*(part[..., None] for part in following)), path_ahead(batch, self.depth)[1]

@@ -1,6 +1,6 @@
 """What a batch of texts leaves behind: the states of all layers, for `generate` and for texts fed in parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class LinJaxCache:
     """
 
     is_compileable = False
+    is_linear = (False,)  # of a linear state, `generate` would not take away the tokens that it has consumed
 
     def __init__(self, layers: int) -> None:
         self.states: list[State] = [{} for _ in range(layers)]
@@ -36,6 +37,16 @@ class LinJaxCache:
         """Notes that `count` `[B]` real tokens were consumed, of rows of `length`."""
         self.position = count if self.position is None else self.position + count
         self.length += length
+
+    def crop(self, *lengths: int) -> None:
+        """Refuses to forget the last tokens, as assisted generation asks of an assistant.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a linearized model cannot be an assistant: its state does not go back to fewer tokens"
+        )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keeps the rows that a beam search goes on with, in this order."""
@@ -59,6 +70,37 @@ class LinJaxCache:
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = _map_tensors(self.states, function)
         self.position = _map_tensors(self.position, function)
+
+
+def state_among(arguments: Iterable[Any]) -> LinJaxCache | None:
+    """The state among arguments, whatever name it has in a version of transformers; there may be others beside it.
+
+    Raises:
+        ValueError: there are two.
+    """
+    # By name: each exported folder brings a copy of the class.
+    states = [value for value in arguments if type(value).__name__ == LinJaxCache.__name__]
+    if any(state is not states[0] for state in states):
+        raise ValueError("two states were given; give one, as cache or as past_key_values")
+    return states[0] if states else None
+
+
+def given_state(named: Iterable[Any], others: Iterable[Any]) -> LinJaxCache | None:
+    """The state among the arguments of `forward`.
+
+    Args:
+        named: those that are for a state.
+        others: those of unknown names.
+
+    Raises:
+        TypeError: something else was given as a state.
+        ValueError: there are two.
+    """
+    named = [value for value in named if value is not None]
+    state = state_among([*named, *others])
+    if named and state is None:
+        raise TypeError(f"the state is a {type(named[0]).__name__}; give the one that an earlier call returned")
+    return state
 
 
 def _map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:

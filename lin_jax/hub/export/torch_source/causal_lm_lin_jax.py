@@ -4,17 +4,23 @@ Padding never enters a state, and positions count real tokens: inside the model 
 front, whatever side the padding was on.
 """
 
+from dataclasses import fields
+from functools import wraps
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache_lin_jax import LinJaxCache
+from .cache_lin_jax import LinJaxCache, given_state, state_among
 from .recurrence_lin_jax import Rows
+from .versions_lin_jax import lost_state_message, warn_if_untried
+
+# What outputs call the state, and `generate` looks for: `past_key_values` until transformers 5.23, then `cache`.
+STATE_FIELD = "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class LinJaxPreTrainedModel(PreTrainedModel):
@@ -22,18 +28,26 @@ class LinJaxPreTrainedModel(PreTrainedModel):
 
     supports_gradient_checkpointing = False
     _is_stateful = True
-    _keep_in_fp32_modules_strict = [r"\.projection$"]  # random directions: rounded ones give other features
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def post_init(self) -> None:
+        """Keeps random directions in float32: rounded ones give other features."""
+        super().post_init()
+        # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.
+        self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if hasattr(module, "initial_values"):
             for name, value in module.initial_values().items():
-                init.copy_(getattr(module, name), value)
+                tensor = getattr(module, name)
+                if not getattr(tensor, "_is_hf_initialized", False):  # it was not read from a file
+                    with torch.no_grad():
+                        tensor.copy_(value)
 
 
 class LinJaxModel(LinJaxPreTrainedModel):
@@ -60,6 +74,7 @@ class LinJaxModel(LinJaxPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: LinJaxCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """What the head reads, `[B, T, E]`.
@@ -67,26 +82,31 @@ class LinJaxModel(LinJaxPreTrainedModel):
         Args:
             input_ids: `[B, T]` tokens that follow those in the cache.
             attention_mask: `[B, T]`, or longer by what is in the cache: zero at padding, on any side.
-            past_key_values: what came before.
+            past_key_values: the state after what came before.
             inputs_embeds: `[B, T, E]` instead of tokens.
             use_cache: whether to return the state. None is what the configuration says, but no state in training, nor
                 for yoso, whose state samples what is an expectation without one.
             output_hidden_states: return what enters every layer, too.
-            kwargs: ignored; positions follow from the mask.
+            cache: the same as `past_key_values`, by its name since transformers 5.24.
+            kwargs: a state is taken from here, too; all else is ignored, as positions follow from the mask.
+
+        Raises:
+            TypeError: the state is none of this model's.
+            ValueError: there are no inputs, or two kinds; or the mask is longer than the state and the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        cache = given_state((cache, past_key_values), kwargs.values())
+        padding = _Padding(x, attention_mask, before=0 if cache is None else cache.length)
         if cache is None and self._keeps_state(use_cache):
             cache = LinJaxCache(len(self.layer_stack()))
-        padding = _Padding(x, attention_mask)
         *entered, left = self._run(padding, x, cache)
         x = padding.restored(self.leave(left))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         hidden_states = (*map(padding.restored, entered), x) if output_hidden_states else None
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache, hidden_states=hidden_states)
+        return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **{STATE_FIELD: cache})
 
     def _keeps_state(self, use_cache: bool | None) -> bool:
         if use_cache is None:
@@ -126,6 +146,7 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: LinJaxCache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits `[B, T, V]` of the next token and, with labels, the mean cross entropy.
@@ -133,18 +154,19 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         Args:
             input_ids: as in `LinJaxModel.forward`, like the arguments that are not named here.
             attention_mask: zero at padding, on any side.
-            past_key_values: what came before.
+            past_key_values: the state after what came before.
             inputs_embeds: `[B, T, E]` instead of tokens.
             labels: `[B, T]` the tokens themselves, -100 where there is no loss; they are shifted here.
             use_cache: whether to return the state.
             output_hidden_states: return what enters every layer, too.
             logits_to_keep: how many positions from the end to compute logits for, or which; 0 is all.
-            kwargs: for the loss.
+            cache: the same as `past_key_values`, by its name since transformers 5.24.
+            kwargs: for the loss; a state is taken from here, too.
         """
         outputs = self.base_model(
             input_ids,
             attention_mask,
-            past_key_values,
+            given_state((cache, past_key_values), kwargs.values()),
             inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -154,9 +176,25 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+        state = {STATE_FIELD: getattr(outputs, STATE_FIELD)}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **state)
+
+    # What it takes differs between versions, and `generate` looks at the names.
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The arguments of `forward` in the next step of `generate`.
+
+        Raises:
+            RuntimeError: they leave out a part of the text that is not in the state.
+        """
+        warn_if_untried(transformers.__version__)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        state, embeddings = state_among(inputs.values()), inputs.get("inputs_embeds")
+        given = (inputs["input_ids"] if embeddings is None else embeddings).shape[1]
+        kept, total = 0 if state is None else state.length, input_ids.shape[1]
+        if given + kept < total:
+            raise RuntimeError(lost_state_message(given, kept, total, transformers.__version__))
+        return inputs
 
 
 class _Padding:
@@ -165,11 +203,20 @@ class _Padding:
     Args:
         x: `[B, T, ...]`.
         attention_mask: as in `LinJaxModel.forward`.
+        before: tokens that the state holds.
+
+    Raises:
+        ValueError: the mask is of more tokens than these, or of fewer.
     """
 
-    def __init__(self, x: Tensor, attention_mask: Tensor | None) -> None:
+    def __init__(self, x: Tensor, attention_mask: Tensor | None, before: int = 0) -> None:
         if attention_mask is not None and (attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]):
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; give [batch, tokens]")
+        if attention_mask is not None and attention_mask.shape[1] > x.shape[1] + before:
+            raise ValueError(
+                f"attention_mask is of {attention_mask.shape[1]} tokens, but {x.shape[1]} came with a state of "
+                f"{before}; give the state that an earlier call returned"
+            )
         if attention_mask is None:
             self.real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         else:

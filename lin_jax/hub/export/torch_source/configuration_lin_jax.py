@@ -2,7 +2,12 @@
 
 from typing import Any
 
+import transformers
 from transformers import GPT2Config, LlamaConfig
+
+from .versions_lin_jax import require_version
+
+require_version(transformers.__version__)
 
 
 class LinJaxLlamaConfig(LlamaConfig):

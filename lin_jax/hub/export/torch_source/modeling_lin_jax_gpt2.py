@@ -1,14 +1,18 @@
 """GPT-2 with linear attention, decoding on a recurrent state."""
 
 from torch import Tensor, nn
-from transformers import initialization as init
+from torch.nn import init
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from .attention_lin_jax import AttentionOptions, Mixer, build_attention, build_convolution, build_factor, mix_tokens
+from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxGPT2Config
+from .linear_attention_lin_jax import LinearAttention  # noqa: F401
+from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows, State
+from .versions_lin_jax import require_version  # noqa: F401
 
 
 class LinJaxGPT2Attention(nn.Module):

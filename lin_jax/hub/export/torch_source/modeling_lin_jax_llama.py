@@ -6,9 +6,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .attention_lin_jax import AttentionOptions, Mixer, build_attention, build_convolution, build_factor, mix_tokens
+from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxLlamaConfig
+from .linear_attention_lin_jax import LinearAttention  # noqa: F401
+from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows, State, wide
+from .versions_lin_jax import require_version  # noqa: F401
 
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines `[B, T, 1, D/2]`."""
@@ -149,7 +153,8 @@ def rotations_at(positions: Tensor, config: LinJaxLlamaConfig, dtype: torch.dtyp
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
         frequencies, scale = config.rope_parameters["rope_theta"] ** -exponents, 1.0
     else:
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, seq_len=config.max_position_embeddings)
+        device, length = torch.device("cpu"), config.max_position_embeddings
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=length)
     angles = positions[..., None, None].to(dtype) * frequencies.to(positions.device, dtype)
     return angles.cos() * scale, angles.sin() * scale
 

@@ -1,0 +1,237 @@
+"""Subject of lossless.py: configurations, model, prompts, and the texts of plain decoding."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from lib.prompts import Prompt, read_prompts
+from tqdm import tqdm
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
+from lin_jax.data.tokenizers.token_bytes import token_bytes
+from lin_jax.decoding import DraftTree, Generator, Sampling, chain
+from lin_jax.decoding.autotune.costs import NullDrafter
+from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.drafters import DraftParts, UnionDrafter, build_drafter
+from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
+from lin_jax.decoding.drafting.tree import MC_SIM_7B_63, AnyTree
+from lin_jax.decoding.engine.stop_strings import stop_automaton
+from lin_jax.hub import from_pretrained
+from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
+from lin_jax.session import Session
+
+SEED = 11
+PIECE = 64
+HEADS = 4
+DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram")
+TREES: dict[str, AnyTree] = {
+    "chain": chain(4),
+    "bushy": DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0, 0))),
+    "dynamic": DynamicTree(12, 4, 3, 3),
+    "mc_sim_7b_63": MC_SIM_7B_63,
+}
+BATCHES = (16, 3, 1)
+MODES = {
+    "greedy": Sampling(),
+    "sampled": Sampling(0.9, top_p=0.95),
+    "penalised": Sampling(0.9, min_p=0.05, repetition_penalty=1.2),
+}
+ENDINGS = ("free", "end tokens", "stop string")
+
+
+class Configuration(NamedTuple):
+    """One way to decode."""
+
+    drafter: str
+    tree: str
+    batch: int
+    mode: str
+    ending: str
+
+    @property
+    def name(self) -> str:
+        """Name by which `--configurations` selects it."""
+        return ":".join(map(str, self))
+
+
+class Ending(NamedTuple):
+    """Tokens and strings that end a text before its limit."""
+
+    tokens: tuple[int, ...] = ()
+    stops: tuple[str, ...] = ()
+
+
+class Subject(NamedTuple):
+    """Model, prompts and expected texts.
+
+    Attributes:
+        parts: the model and the parts of drafters.
+        pieces: the bytes of every token.
+        prompts: the prompts.
+        new_tokens: limit of a text.
+        plain: per mode, plain decoding's texts.
+        endings: per mode, the endings by name.
+    """
+
+    parts: DraftParts
+    pieces: list[bytes]
+    prompts: list[Prompt]
+    new_tokens: int
+    plain: dict[str, list[list[int]]]
+    endings: dict[str, dict[str, Ending]]
+
+    def generator(self, drafter: str, tree: str, ending: Ending | None = None) -> Generator:
+        """Generator with the given drafter, tree and ending."""
+        ending = ending or Ending()
+        built = NullDrafter(width=10, depth=4) if drafter == "silent" else build_drafter(drafter, self.parts)
+        stops = stop_automaton(ending.stops, self.pieces) if ending.stops else None
+        shape = fitting(TREES[tree], built)
+        return Generator(
+            self.parts.target,
+            drafter=built,
+            tree=shape,
+            end_tokens=ending.tokens,
+            stops=stops,
+            prefill_chunk_size=PIECE,
+        )
+
+
+def configurations() -> list[Configuration]:
+    """Each drafter with each tree, and over them Latin squares of batch sizes, modes and endings."""
+    found = []
+    for number, drafter in enumerate(DRAFTERS):
+        trees = [tree for tree in TREES if tree != "mc_sim_7b_63" or drafter.startswith(("medusa", "path"))]
+        for order, tree in enumerate(trees):
+            batch = BATCHES[(order + number) % 3]
+            mode = list(MODES)[(order - number) % 3]
+            found.append(Configuration(drafter, tree, batch, mode, ENDINGS[(order + number // 3) % 3]))
+    return found
+
+
+def fitting(tree: AnyTree, drafter: Drafter) -> AnyTree:
+    """Part of a tree that a drafter can fill; of a union, both drafters in turn, a level and a rank at a time."""
+    if isinstance(tree, DynamicTree):
+        return replace(tree, depth=min(tree.depth, drafter.depth))
+    paths = tree.paths
+    if isinstance(drafter, UnionDrafter) and tree is not MC_SIM_7B_63:
+        second = drafter.drafters[0].width
+        paths = tuple(tuple(r // 2 + second * ((r + depth) % 2) for depth, r in enumerate(path)) for path in paths)
+    return DraftTree(tuple(path for path in paths if len(path) <= drafter.depth and max(path) < drafter.width))
+
+
+def load(options: argparse.Namespace) -> Session:
+    """The model to decode with, in the type asked for, with heads that are trained or are yet to be fitted."""
+    if options.model:
+        session = Session.load(options.model)
+        model = in_type(as_trained(session.model), options.dtype)
+    else:
+        place = options.data / "checkpoints" / "stories260K"
+        attention = AttentionConfig("augmented", 16, 7)
+        types = {"dtype": options.dtype, "param_dtype": options.dtype}
+        model = from_pretrained(place / "stories260K.bin", attention=attention, **types)
+        stir(model)
+        tokenizer = read_sentencepiece(place / "tok512.bin", model.config.vocab_size)
+        session = Session(place, DraftParts(model), tokenizer, ())
+    count = model.layers.count
+    parts = DraftParts(
+        target=model,
+        medusa=session.parts.medusa,
+        path=session.parts.path,
+        model=model.with_layers(range(max(count - 1, 1))),
+        layers=tuple(range(max(count - 2, 1))),
+    )
+    return replace(session, parts=parts)
+
+
+def in_type(model: CausalModel, dtype: str) -> CausalModel:
+    """The same model with parameters and activations of another type."""
+    config = replace(model.config, dtype=dtype, param_dtype=dtype)
+    other = type(model)(config, rngs=nnx.Rngs(0))
+    nnx.update(other, jax.tree.map(lambda old, new: new.astype(old.dtype), nnx.state(other), nnx.state(model)))
+    return other
+
+
+def stir(model: CausalModel) -> None:
+    """Draws factors and taps, which begin at zero, at random, so that every branch contributes."""
+    rng = np.random.default_rng(SEED)
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-1] in ("taps", "alpha"):
+            drawn = jnp.asarray(rng.normal(size=parameter.shape) / 10, parameter.dtype)
+            parameter[...] = parameter[...] + drawn
+
+
+def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 256, steps: int = 60) -> DraftParts:
+    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand."""
+    model, width = parts.target, max(map(len, texts))
+    tokens = np.array([[*text, *[0] * (width - len(text))] for text in texts])
+    every = [(row, index) for row, text in enumerate(texts) for index in range(len(text) - HEADS - 1)]
+    rows, index = np.random.default_rng(SEED).permutation(every)[:places].T
+    hidden = jax.jit(lambda model: model.hidden(jnp.asarray(tokens))[rows, index])(model)
+    ahead = jnp.asarray(tokens[rows[:, None], index[:, None] + np.arange(1, HEADS + 2)])
+    optimizer = optax.adam(1e-2)
+
+    def trained(heads: Any) -> Any:
+        graph, state = nnx.split(heads)
+
+        def loss(state: Any) -> jax.Array:
+            logits = nnx.merge(graph, state).guess(hidden, ahead[:, :-1])
+            return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, ahead[:, 1:]))
+
+        def step(carry: Any, _: None) -> tuple[Any, None]:
+            updates, moments = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+            return (optax.apply_updates(carry[0], updates), moments), None
+
+        fit = jax.jit(lambda state: jax.lax.scan(step, (state, optimizer.init(state)), None, steps)[0][0])
+        return nnx.merge(graph, fit(state))
+
+    return replace(
+        parts,
+        medusa=parts.medusa or trained(MedusaHeads.on(model, HEADS)),
+        path=parts.path or trained(PathHead.on(model, max(model.config.hidden_size // 2, 1), nnx.Rngs(SEED))),
+    )
+
+
+def prepare(options: argparse.Namespace, chosen: Sequence[Configuration]) -> Subject:
+    """Prepares everything but the measurements: model, prompts, and plain decoding's texts in the modes asked for."""
+    session = load(options)
+    prompts = read_prompts(options.data, session.encode_prompt, options.prompts)
+    texts = [prompt.tokens for prompt in prompts]
+    generator = Generator(session.model, prefill_chunk_size=PIECE)
+    plain = {}
+    modes = [mode for mode in MODES if any(each.mode == mode for each in chosen)]
+    for mode in tqdm(modes, desc="plain decoding", unit="mode", disable=None):
+        found = generator.generate(texts, options.new_tokens, sampling=MODES[mode], seed=SEED, slots=16)
+        plain[mode] = found.tokens
+    pieces = token_bytes(session.tokenizer)
+    pieces += [b""] * (session.model.config.vocab_size - len(pieces))
+    parts = session.parts
+    if any(each.drafter.startswith(("medusa", "path")) for each in chosen):
+        whole = [[*text, *rest] for text, rest in zip(texts, plain[modes[0]], strict=True)]
+        parts = fitted(parts, whole[:32])
+    endings = {mode: choose_endings(each, pieces) for mode, each in plain.items()}
+    return Subject(parts, pieces, prompts, options.new_tokens, plain, endings)
+
+
+def choose_endings(texts: Sequence[Sequence[int]], pieces: Sequence[bytes]) -> dict[str, Ending]:
+    """Two tokens, and a string across two tokens, each of which ends about a third of the texts."""
+
+    def suited(found: Iterator[Any]) -> list[Any]:
+        counts = Counter(found)
+        return sorted(counts, key=lambda item: (abs(counts[item] - len(texts) / 3), item))
+
+    def readable(pair: tuple[int, int]) -> str:
+        return b"".join(pieces[token] for token in pair).decode(errors="ignore") if all(pieces[t] for t in pair) else ""
+
+    ends = suited(token for text in texts for token in set(text))[:2]
+    strings = map(readable, suited(pair for text in texts for pair in set(pairwise(text))))
+    stop = next((string for string in strings if len(string) > 1), "\n")
+    return dict(zip(ENDINGS, (Ending(), Ending(tuple(ends)), Ending((), (stop,))), strict=True))

@@ -1,0 +1,352 @@
+"""The package's verbs: load, linearize, train, generate, save, and run a configuration."""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lin_jax.attention import AttentionConfig, parse_name
+from lin_jax.data import Tokenizer, load_tokenizer
+from lin_jax.decoding import Sampling
+from lin_jax.errors import UserError
+from lin_jax.hub.config_json import attentions_of
+from lin_jax.hub.model_card import is_export
+from lin_jax.hub.save import TOKENIZER_FILES
+from lin_jax.hub.save import save_pretrained as save_folder
+from lin_jax.models.params import params_fingerprint, params_of
+from lin_jax.recipe import IN_MEMORY, Recipe, Text, text_data
+from lin_jax.session import Session, check_causal
+from lin_jax.training.checkpoint.files import saved_steps
+from lin_jax.training.checkpoint.selector import CheckpointSelector
+from lin_jax.training.config import RunConfig
+from lin_jax.training.initialization import BaseModel, Teacher
+from lin_jax.training.model_source import ModelSource, with_attention
+from lin_jax.training.run import train as train_run
+from lin_jax.training.run import train_in_memory
+from lin_jax.training.setup import resolve_in_memory
+from lin_jax.training.stages.config import Pipeline, parse_command
+from lin_jax.training.stages.run import run_stages
+
+SOFTMAX = AttentionConfig("softmax")
+DRAFTERS = ("auto", "ngram", "none")
+_BASE = "base"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A model's past: the teacher of its linearized forms, tokens that end its texts, the folder it was trained in."""
+
+    teacher: ModelSource | Any
+    end_tokens: tuple[int, ...]
+    run: Path | None = None
+
+
+# Weak, so that models are freed when nobody else holds them.
+_origins: "weakref.WeakKeyDictionary[Any, _Origin]" = weakref.WeakKeyDictionary()
+_sessions: "weakref.WeakKeyDictionary[Any, tuple[list[Any], Session]]" = weakref.WeakKeyDictionary()
+
+
+def from_pretrained(
+    place: str | Path,
+    *,
+    attention: str | AttentionConfig | None = None,
+    tokenizer: str | Path | Tokenizer | None = None,
+    dtype: str | None = None,
+    step: CheckpointSelector = None,
+) -> tuple[Any, Tokenizer | None]:
+    """Loads a model and its tokenizer.
+
+    Args:
+        place: Hugging Face folder, OWNER/NAME on the Hub, run folder of train.py, or file of llama2.c.
+        attention: another attention than the checkpoint's, by name or in full, such as "augmented"; what it adds is
+            initialized, so that the model is to be trained (`linearize`).
+        tokenizer: for a place that holds none, such as a file of llama2.c: its folder or file.
+        dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored.
+        step: of a run, the checkpoint: None takes the newest, "best" the one with the lowest validation loss.
+
+    Returns:
+        The model, and its tokenizer, or None if the place holds none.
+
+    Raises:
+        UserError: there is no such place, or it cannot be read as a model.
+    """
+    source = ModelSource.open(_named(place), step)
+    config = None if attention is None else AttentionConfig.of(attention)
+    compute = None if dtype is None else replace(source.config.compute, dtype=dtype, param_dtype=dtype)
+    if compute is not None and source.is_run:
+        raise UserError(f"{place} is a run, whose model has the type it was trained in; leave dtype out")
+    model = source.model(attention=config, compute=compute)
+    known = _tokenizer(source, tokenizer)
+    _origins[model] = _Origin(source, () if known is None else source.end_tokens(known))
+    return model, known
+
+
+def linearize(
+    model: Any,
+    tokenizer: Tokenizer,
+    data: Text,
+    *,
+    attention: str | AttentionConfig = "augmented",
+    teacher: Any = None,
+    steps: int = 600,
+    lora: int | None = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> Any:
+    """Trains a linear attention in place of a model's own: attention transfer, then tuning with distillation.
+
+    Args:
+        model: a causal model, of softmax attention, or with a linear one already (`from_pretrained(attention=...)`); it
+            is not changed.
+        tokenizer: its tokenizer.
+        data: text: path, list of paths, `hub:OWNER/NAME`, or a `DataConfig`.
+        attention: the linear attention, for a model of softmax attention.
+        teacher: the model to learn from, or its place; None is the model as it was loaded.
+        steps: optimizer steps, two thirds of them for the transfer.
+        lora: rank of adapters that the tuning trains, with embeddings, norms and mixers; None trains everything.
+        output: folder that keeps checkpoints, metrics and curves; called again, it goes on from there, or loads what is
+            finished. None trains in memory.
+        options: batch_size (16), sequence_length (256), learning_rate (a multiple of the recipe's, 1), seed (0).
+
+    Returns:
+        The linearized model, or after Ctrl-C in memory what it has become by then.
+
+    Raises:
+        UserError: the model, its teacher and the text do not go together.
+        KeyboardInterrupt: with an output, after Ctrl-C; call it again to go on.
+    """
+    check_causal(model, "the given model")
+    origin, place = _origins.get(model), None if output is None else Path(output)
+    if place is not None and origin is not None and origin.run == place:
+        # A cell that is run again gets its own result.
+        return model
+    if _is_softmax(model):
+        teacher, model = teacher or model, with_attention(model, AttentionConfig.of(attention))
+    elif teacher is None:
+        teacher = None if origin is None else origin.teacher
+    if teacher is None:
+        raise UserError("the teacher of this model is not known; give teacher=, the model before it was linearized")
+    learned = _teacher(teacher, model)
+    recipe = _recipe(model, tokenizer, data, options)
+    found = _Origin(teacher, _end_tokens(origin, tokenizer), place)
+    if place is None:
+        runs = recipe.linearize(steps, lora=lora, output=IN_MEMORY)
+        for run, name in zip(runs, ("transfer", "tune"), strict=True):
+            model, stopped = _trained(run, model, tokenizer, learned, name)
+            if stopped:
+                break
+    else:
+        runs = recipe.linearize(steps, lora=lora, output=str(place))
+        before = _kept(place / "teacher", learned, tokenizer)
+        runs = [replace(run, teacher=str(before)) for run in runs]
+        model = _trained_in(place, model, tokenizer, runs)
+    _origins[model] = found
+    return model
+
+
+def train(
+    model: Any,
+    tokenizer: Tokenizer,
+    data: Text,
+    *,
+    steps: int = 100,
+    lora: int | None = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> Any:
+    """Trains a model on text; arguments, result and errors as in `linearize`."""
+    origin, place = _origins.get(model), None if output is None else Path(output)
+    if place is not None and origin is not None and origin.run == place:
+        return model
+    recipe = _recipe(model, tokenizer, data, options)
+    run = recipe.train(steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train"))
+    teacher = None if origin is None else origin.teacher
+    if place is None:
+        trained, _ = _trained(run, model, tokenizer, None, "train")
+    else:
+        trained = _trained_in(place, model, tokenizer, [run])
+    _origins[trained] = _Origin(teacher, _end_tokens(origin, tokenizer), place)
+    return trained
+
+
+def generate(
+    model: Any,
+    tokenizer: Tokenizer,
+    prompts: str | Sequence[str],
+    max_new_tokens: int = 100,
+    *,
+    drafter: str = "auto",
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """Continues prompts; the first call with a model compiles its programs.
+
+    Args:
+        model: a causal model; a copy that is laid out for decoding is kept as long as the model is.
+        tokenizer: its tokenizer.
+        prompts: one prompt or several.
+        max_new_tokens: tokens to write for each at the most.
+        drafter: none decodes token by token; ngram verifies guesses copied from the text so far; auto does so while it
+            pays, by the measured cost of a step. The texts are the same.
+        temperature: 0 is greedy.
+        top_k: sample from the K likeliest tokens; 0 is all.
+        top_p: sample from the likeliest tokens up to this probability.
+        seed: of the samples.
+        stop: strings that end a text.
+
+    Returns:
+        The continuations, without the prompts.
+
+    Raises:
+        UserError: the model is none that writes texts, or an option has a wrong value.
+    """
+    if drafter not in DRAFTERS:
+        raise UserError(f"drafter '{drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
+    session = _session(model, tokenizer)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    plan = session.ngram_plan(len(texts), measured=drafter == "auto") if drafter != "none" else session.plain_plan()
+    generator = session.generator(plan.drafter, plan.shape, break_even_tokens=plan.break_even_tokens, stops=stop)
+    sampling = Sampling(temperature, top_k, top_p)
+    encoded = [session.encode_prompt(text) for text in texts]
+    found = generator.generate(encoded, max_new_tokens, sampling=sampling, seed=seed)
+    return [session.decode(tokens, stop) for tokens in found.tokens]
+
+
+def save_pretrained(
+    model: Any, folder: str | Path, *, tokenizer: Tokenizer | None = None, overwrite: bool = False
+) -> Path:
+    """Writes a model as a Hugging Face folder, which transformers opens, and returns the folder.
+
+    A folder that this package wrote before is replaced; any other one only with `overwrite`.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+    folder = Path(folder)
+    return save_folder(model, folder, tokenizer=tokenizer, overwrite=overwrite or is_export(folder))
+
+
+def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
+    """Trains as a YAML file describes, like train.py.
+
+    Args:
+        config: the file.
+        overrides: options of the command line, such as "--training.steps=100".
+        resume: go on from the newest checkpoint, if there is one; without it, a folder with checkpoints is refused.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: the file or an option is wrong, or the folder is in the way.
+        KeyboardInterrupt: after Ctrl-C; the run is saved.
+    """
+    plan, *_ = parse_command([str(config), *overrides])
+    if isinstance(plan, Pipeline):
+        begun = any(saved_steps(Path(each.output)) for stage in plan.stages for each in stage.runs)
+        status = run_stages(plan, resume=resume and begun)
+    else:
+        status = train_run(plan, resume=resume and bool(saved_steps(Path(plan.output)))).status
+    if status:
+        raise KeyboardInterrupt
+    return Path(plan.output)
+
+
+def _named(place: str | Path) -> str | Path:
+    """OWNER/NAME as `hub:OWNER/NAME`, where there is no such path."""
+    name = str(place)
+    if isinstance(place, str) and name.count("/") == 1 and not Path(name).expanduser().exists():
+        return f"hub:{name}" if not name.startswith(("hub:", ".", "~", "/")) else name
+    return place
+
+
+def _tokenizer(source: ModelSource, named: str | Path | Tokenizer | None) -> Tokenizer | None:
+    if isinstance(named, Tokenizer):
+        return named
+    if source.place.is_file():
+        return None if named is None else source.tokenizer(str(named))
+    if named is not None:
+        return load_tokenizer(named)
+    if source.is_run or any((source.place / name).is_file() for name in TOKENIZER_FILES):
+        return source.tokenizer()
+    return None
+
+
+def _is_softmax(model: Any) -> bool:
+    return all(parse_name(each.name).base == "softmax" for each in attentions_of(model.config).values())
+
+
+def _end_tokens(origin: _Origin | None, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if origin is not None and origin.end_tokens:
+        return origin.end_tokens
+    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+
+def _teacher(teacher: Any, model: Any) -> Any:
+    """The teacher itself, from its place if it is a place."""
+    if isinstance(teacher, str | Path):
+        teacher = ModelSource.open(_named(teacher))
+    return teacher.model(compute=model.config.compute) if isinstance(teacher, ModelSource) else teacher
+
+
+def _recipe(model: Any, tokenizer: Tokenizer | None, data: Text, options: dict[str, Any]) -> Recipe:
+    known = ("batch_size", "sequence_length", "learning_rate", "seed")
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"option {unknown[0]} is unknown; choose among {', '.join(known)}")
+    if tokenizer is None:
+        raise UserError("the tokenizer is None; name the model's with from_pretrained(..., tokenizer=PATH)")
+    length = options.pop("sequence_length", None)
+    return Recipe(model.config, text_data(data, model.config, length), **options)
+
+
+def _trained(run: RunConfig, model: Any, tokenizer: Tokenizer, teacher: Any, name: str) -> tuple[Any, bool]:
+    """Trains in memory; the model, and True if it was stopped before its last step."""
+    taught = None if teacher is None else Teacher(teacher, tokenizer, "the teacher")
+    resolved = resolve_in_memory(run, BaseModel(model, tokenizer), taught)
+    params, outcome = train_in_memory(resolved, name)
+    return resolved.objective.parts(params, resolved.frozen)[0], outcome.stopped_by is not None
+
+
+def _trained_in(place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[RunConfig]) -> Any:
+    """Trains in a folder, each run from where the one before ended; what is finished is left alone."""
+    before = _kept(place / _BASE, model, tokenizer)
+    for run in runs:
+        folder = Path(run.output)
+        steps = saved_steps(folder)
+        if not steps or steps[-1] < run.training.steps:
+            outcome = train_run(replace(run, init_from=str(before)), resume=bool(steps))
+            if outcome.stopped_by is not None:
+                raise KeyboardInterrupt
+        before = folder
+    return ModelSource.open(before).model()
+
+
+def _kept(folder: Path, model: Any, tokenizer: Tokenizer) -> Path:
+    """Writes a model that runs in the same folder begin from; one that is there must be the same."""
+    if not is_export(folder):
+        return save_folder(model, folder, tokenizer=tokenizer)
+    there = ModelSource.open(folder).model(compute=model.config.compute)
+    if params_fingerprint(params_of(there)) != params_fingerprint(params_of(model)):
+        raise UserError(f"{folder.parent} was begun from another model; give another output")
+    return folder
+
+
+def _session(model: Any, tokenizer: Tokenizer) -> Session:
+    """A session with a copy of the model, kept until the model is gone or has other values."""
+    leaves = jax.tree.leaves(nnx.state(model))
+    known = _sessions.get(model)
+    if known is not None and len(known[0]) == len(leaves):
+        same = all(ref() is leaf for ref, leaf in zip(known[0], leaves, strict=True))
+        if same and known[1].tokenizer is tokenizer:
+            return known[1]
+    origin = _origins.get(model)
+    session = Session.of(model, tokenizer, None if origin is None else origin.end_tokens or None)
+    _sessions[model] = ([weakref.ref(leaf) for leaf in leaves], session)
+    return session

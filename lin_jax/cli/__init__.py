@@ -1,0 +1,1 @@
+"""Command lines: the only place that parses arguments. `python -m lin_jax` lists them."""

@@ -1,0 +1,1 @@
+"""Command `decode`: continues prompts with a trained model."""

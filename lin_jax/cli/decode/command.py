@@ -1,0 +1,154 @@
+"""Decodes prompts from a terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lin_jax.cli.decode.streamed_text import StreamedText
+from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
+from lin_jax.decoding.autotune.plan import SpeculationPlan
+from lin_jax.decoding.engine.sampling import Sampling
+from lin_jax.decoding.engine.slots import bucket
+from lin_jax.decoding.engine.stop_strings import check_stops
+from lin_jax.decoding.generator import MAX_SLOTS, Generator, check_new_tokens
+from lin_jax.decoding.results import Generation
+from lin_jax.decoding.scheduler import Scheduler
+from lin_jax.errors import UserError
+from lin_jax.session import Session, check_length, read_prompts
+
+# What a shell expects of a program that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Writes the continuation of every prompt to stdout, and figures to stderr; returns the exit status."""
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
+    if options.acceptance not in ACCEPTANCE_RULES:
+        raise UserError(f"acceptance '{options.acceptance}' is unknown; choose one of {', '.join(ACCEPTANCE_RULES)}")
+    texts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"--batch is {options.batch}; give at least 1")
+    session = Session.load(
+        options.model,
+        options.heads,
+        draft_model=options.draft_model,
+        draft_layers=options.draft_layers,
+        step=options.step,
+        tokenizer=options.tokenizer,
+    )
+    prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
+    # Whatever can be wrong is found out before anything is measured for the plan.
+    check_length(prompts, options.max_prompt_tokens)
+    check_new_tokens(options.max_new_tokens)
+    check_stops(options.stop)
+    if options.save_state and len(prompts) != 1:
+        raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
+    if options.state and not Path(options.state).is_file():
+        raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
+    slots = options.batch or min(bucket(len(texts)), MAX_SLOTS)
+    plan = _drafting(session, options, slots)
+    generator = session.generator(
+        plan.drafter,
+        plan.shape,
+        break_even_tokens=plan.break_even_tokens,
+        stops=options.stop,
+        acceptance=options.acceptance,
+    )
+    if options.save_state:
+        return _save_state(generator, prompts[0], options, sampling, slots)
+    prefix = None
+    if options.state:
+        prefix = generator.load_prefix(options.state, sampling=sampling, slots=slots)
+    scheduler = generator.stream(
+        prompts,
+        options.max_new_tokens,
+        sampling=sampling,
+        seed=options.seed,
+        slots=slots,
+        prefix=prefix,
+        log_probs=options.log_probs,
+        steps_per_sync=8 if len(prompts) == 1 else 32,
+    )
+    write = _print_stream if len(prompts) == 1 and not options.json else _print_all
+    status = write(session, texts, scheduler, options)
+    _note(_figures(scheduler.generation, plan.drafter, scheduler.tree.size))
+    return status
+
+
+def _drafting(session: Session, options: argparse.Namespace, slots: int) -> SpeculationPlan:
+    """Chooses the drafter and the tree: as asked for, or as measured on this machine."""
+    if options.tree != "auto":
+        kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
+        return SpeculationPlan(kind, slots, options.tree)
+    return session.plan(options.drafter, slots, _note)
+
+
+def _save_state(
+    generator: Generator,
+    prompt: Sequence[int],
+    options: argparse.Namespace,
+    sampling: Sampling,
+    slots: int,
+) -> int:
+    prefix = generator.prefix(prompt, sampling=sampling, slots=slots, room=options.max_new_tokens)
+    prefix.save(options.save_state)
+    size = Path(options.save_state).stat().st_size
+    _note(f"read {prefix.length:,} tokens; the state after them is in {options.save_state} ({size / 1024:,.0f} KiB)")
+    return 0
+
+
+def _print_stream(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
+    """Prints one continuation as it comes."""
+    text, status = StreamedText(session.tokenizer, options.stop), 0
+    sys.stdout.write(texts[0])
+    try:
+        for update in scheduler:
+            sys.stdout.write(text.push(update.tokens))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        sys.stdout.write(text.flush() + "\n")
+        sys.stdout.flush()
+    return status
+
+
+def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
+    """Shows how far it is, and prints every continuation at the end."""
+    status = 0
+    with tqdm(total=len(texts), unit="prompt", disable=len(texts) == 1, file=sys.stderr) as progress:
+        try:
+            for update in scheduler:
+                progress.update(update.finished)
+                progress.set_postfix_str(f"{scheduler.tokens_per_second:,.0f} tokens/s", refresh=False)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+    generation = scheduler.generation
+    for row, text in enumerate(texts):
+        tokens = generation.tokens[row]
+        continuation = session.decode(tokens, options.stop)
+        if not options.json:
+            print(f"{text}{continuation}\n---")
+            continue
+        found = {"prompt": text, "text": continuation, "tokens": tokens, "ending": generation.endings[row]}
+        if generation.log_probs is not None:
+            found["log_probs"] = generation.log_probs[row]
+        print(json.dumps(found))
+    return status
+
+
+def _figures(generation: Generation, kind: str, size: int) -> str:
+    plain = f"; {generation.plain_steps:,} steps without drafts, which did not pay" if generation.plain_steps else ""
+    return (
+        f"{sum(map(len, generation.tokens))} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
+        f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {size} nodes{plain}), "
+        f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
+    )
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

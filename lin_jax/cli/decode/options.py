@@ -1,0 +1,120 @@
+"""Command `decode`: its options."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lin_jax.errors import OptionParser
+from lin_jax.training.checkpoint.selector import parse_selector
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    Args:
+        argv: the command line; None takes the process's own.
+    """
+    options = parse(sys.argv[1:] if argv is None else argv)
+    # Help and wrong options need not wait for JAX.
+    from lin_jax.cli.decode.command import decode
+
+    return decode(options)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses the options of a command line.
+
+    Raises:
+        UserError: an option is unknown or has a wrong value.
+        SystemExit: help was asked for.
+    """
+    parser = OptionParser(
+        prog="decode.py",
+        description="Goes on from prompts with a trained model, plainly or with lossless speculation: the text is "
+        "the same, only the time differs.",
+        epilog="Ctrl-C ends a text early and shows what there is.",
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="run folder, Hugging Face folder, hub:OWNER/NAME, or file of llama2.c"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer of a file of llama2.c, which holds none")
+    parser.add_argument(
+        "--step",
+        type=parse_selector,
+        metavar="N|best",
+        help="checkpoint of the run: its step, or that of the lowest validation loss (default: the newest)",
+    )
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to go on from")
+    text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")
+    _add_lengths(parser.add_argument_group("how much"))
+    _add_sampling(parser.add_argument_group("how tokens are chosen"))
+    _add_drafting(parser.add_argument_group("how drafts are made (none of it changes the text, but for 'typical')"))
+    _add_output(parser.add_argument_group("what is kept and shown"))
+    return parser.parse_args(argv)
+
+
+def _add_lengths(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to write at the most (default: 200)"
+    )
+    group.add_argument(
+        "--max-prompt-tokens", type=int, default=2**20, metavar="N", help="longest prompt allowed (default: 1048576)"
+    )
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end a text before this; may be given several times"
+    )
+    group.add_argument(
+        "--batch", type=int, metavar="N", help="prompts decoded at a time; the others wait (default: up to 64)"
+    )
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
+    group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens up to P")
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="keep tokens at least P times as likely as the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1, avoid tokens that were there"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the random numbers (default: 0)")
+
+
+def _add_drafting(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--drafter",
+        help="none, ngram, medusa, path, model or self, also joined as in path+ngram (default: what is measured to be "
+        "the fastest here)",
+    )
+    group.add_argument(
+        "--heads", metavar="DIR", action="append", default=[], help="run folder of draft heads; may be given twice"
+    )
+    group.add_argument("--draft-model", metavar="DIR", help="folder of a small model with the same tokenizer")
+    group.add_argument(
+        "--draft-layers", metavar="N,N,...", type=_numbers, help="layers of the model itself that draft for it"
+    )
+    group.add_argument(
+        "--tree",
+        default="auto",
+        help="auto (measured for this machine), none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH, or paths such as "
+        "'0;1;0,0'",
+    )
+    group.add_argument(
+        "--acceptance",
+        default="exact",
+        help="exact (default: plain decoding's tokens), rejection (drafts are drawn; plain decoding's distribution) or "
+        "typical (whatever is likely enough: another text)",
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save-state", metavar="F", help="read the prompt, write the state after it, and stop there")
+    group.add_argument("--state", metavar="F", help="go on from a saved state; the prompt follows what was read")
+    group.add_argument("--log-probs", action="store_true", help="with --json: log-probabilities of the tokens")
+    group.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))

@@ -1,0 +1,1 @@
+"""Command `hub`: Hugging Face folders in and out."""

@@ -1,0 +1,1 @@
+"""Packed training batches: shuffled, sharded, prefetched and resumable; and validation batches."""

@@ -1,0 +1,125 @@
+"""Tables with one document a row, from local files or the Hugging Face Hub, as streams of their text."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lin_jax.data.config import HUB_PREFIX, DataConfig
+from lin_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+COMPRESSED = (".gz", ".xz")
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+# Inside a folder, .json and .csv files are more often settings and source material than corpora.
+_FORMATS_IN_FOLDERS = (".jsonl", ".parquet", ".arrow")
+
+
+def is_table(path: Path, *, in_folder: bool) -> bool:
+    """True if a file is a table by its name; `in_folder` if a folder was named, not the file itself."""
+    suffix = _suffix(path)
+    return suffix in (_FORMATS_IN_FOLDERS if in_folder else _FORMATS)
+
+
+def open_tables(paths: Sequence[Path], column: str) -> "IterableDataset":
+    """Opens local tables as one stream of rows `{"text": str}`, file after file, without any network access.
+
+    Rows without text are left out.
+
+    Raises:
+        UserError: a file cannot be read, is empty, or lacks the column.
+    """
+    streams = []
+    for path in paths:
+        with readable(str(path)):
+            streams.append(_text_rows(_open_table(path), column, str(path)))
+    return concatenated(streams)
+
+
+def concatenated(streams: Sequence["IterableDataset"]) -> "IterableDataset":
+    """Concatenates one or more streams."""
+    from datasets import concatenate_datasets
+
+    return streams[0] if len(streams) == 1 else concatenate_datasets(list(streams))
+
+
+def open_hub(config: DataConfig) -> "IterableDataset":
+    """Opens a split of a hub data set as a stream of rows `{"text": str}`; downloads it first unless streaming.
+
+    Raises:
+        UserError: the data set cannot be reached, or lacks the configuration, split or column.
+    """
+    from datasets import load_dataset
+
+    name = config.sources[0].removeprefix(HUB_PREFIX)
+    with readable(config.sources[0]):
+        rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
+        if not config.streaming:
+            rows = rows.to_iterable_dataset()
+        return _text_rows(rows, config.text_field, config.sources[0])
+
+
+def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:
+    """Yields the texts of a stream, with the reader's failures as one-line errors.
+
+    Raises:
+        UserError: the source turns out to be damaged.
+    """
+    with readable(source):
+        for row in stream:
+            yield row["text"]
+
+
+def _suffix(path: Path) -> str:
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return name.suffix.lower()
+
+
+def _open_table(path: Path) -> "IterableDataset":
+    """Opens one file by its kind; these readers, unlike `load_dataset`, never report to the hub."""
+    from datasets import IterableDataset
+
+    kind = _FORMATS[_suffix(path)]
+    if kind == "arrow":
+        return IterableDataset.from_file(str(path))
+    reader = {
+        "json": IterableDataset.from_json,
+        "csv": IterableDataset.from_csv,
+        "parquet": IterableDataset.from_parquet,
+    }[kind]
+    return reader(str(path))
+
+
+def _text_rows(rows: "IterableDataset", column: str, source: str) -> "IterableDataset":
+    """Keeps one column, under the name "text", and the rows that have something in it."""
+    first = next(iter(rows), None)
+    if first is None:
+        raise UserError(f"{source} has no rows; give another file or split")
+    if column not in first:
+        columns = ", ".join(sorted(first))
+        raise UserError(f"{source} has no column {column!r}; set text_field to one of its columns: {columns}")
+    if not isinstance(first[column], str | None):
+        kind = type(first[column]).__name__
+        raise UserError(f"column {column!r} of {source} holds {kind}, not text; set text_field to a text column")
+    texts = rows.select_columns([column])
+    if column != "text":
+        texts = texts.rename_column(column, "text")
+    return texts.filter(_has_text)
+
+
+def _has_text(row: dict[str, Any]) -> bool:
+    return bool(row["text"] and row["text"].strip())
+
+
+@contextmanager
+def readable(source: str) -> Iterator[None]:
+    """Turns any exception of a reader into a one-line `UserError`: there are dozens of kinds."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise UserError(f"cannot read {source}: {reason}; check its name and content") from error

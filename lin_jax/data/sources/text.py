@@ -1,0 +1,211 @@
+"""Documents from the standard library's sources, from text files and folders, from tables, or from the Hub."""
+
+import gzip
+import logging
+import lzma
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from lin_jax.data.config import PYTHON_STDLIB, DataConfig
+from lin_jax.data.sources.tables import concatenated, is_table, open_hub, open_tables, read_rows
+from lin_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+log = logging.getLogger(__name__)
+
+# Installed packages, tests (bulky and repetitive) and character tables: not the library's own prose and code.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+_LARGEST_STDLIB_FILE = 200_000
+_BINARY_PROBE = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text that is tokenized as a unit: attention and state never cross from one document to another.
+
+    Attributes:
+        name: of its file or row, for messages.
+        text: the whole text, never blank.
+    """
+
+    name: str
+    text: str
+
+
+def open_documents(config: DataConfig) -> "Sequence[Document] | IterableDataset":
+    """Opens a source as a stream or in memory, as `config.streaming` asks; raises as the two functions below do."""
+    return stream_documents(config) if config.streaming else read_documents(config)
+
+
+def read_documents(config: DataConfig) -> tuple[Document, ...]:
+    """Reads all documents of a source into memory, in an order that depends on names alone.
+
+    Files that are not UTF-8 text are left out, with one logged warning that counts them. Hidden files
+    are not looked at. The parts of a mixture come one after another.
+
+    Raises:
+        UserError: the source is missing, empty, unreadable, of an unsupported kind, or lacks the column.
+    """
+    if config.mixture:
+        return tuple(document for part in config.parts for document in read_documents(part))
+    skipped: list[str] = []
+    documents = tuple(_capped(_each_document(config, skipped), config.max_bytes))
+    if skipped:
+        log.warning("%s: left out %d files that are not UTF-8 text, %s first", config.source, len(skipped), skipped[0])
+    if not documents:
+        raise UserError(f"data source {config.source!r} holds no text; give a file or folder with text in it")
+    return documents
+
+
+def stream_documents(config: DataConfig) -> "IterableDataset":
+    """Opens tables or a hub data set as a stream of rows `{"text": str}`, read as they are asked for.
+
+    The parts of a mixture come one after another.
+
+    Raises:
+        UserError: the source is missing, not made of tables, unreadable, or lacks the column.
+    """
+    if config.mixture:
+        return concatenated([stream_documents(part) for part in config.parts])
+    if config.is_hub:
+        return open_hub(config)
+    roots = [_existing(source) for source in config.sources]
+    tables = [path for root in roots for path in _files(root) if is_table(path, in_folder=root.is_dir())]
+    if not tables:
+        raise UserError(
+            f"data source {config.source!r} cannot be streamed; leave streaming off, "
+            "or give .jsonl, .json, .csv, .parquet or .arrow files"
+        )
+    return open_tables(tables, config.text_field)
+
+
+def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+    if config.is_hub:
+        yield from _numbered(config.sources[0], read_rows(open_hub(config), config.sources[0]))
+    elif config.source == PYTHON_STDLIB:
+        root = Path(sysconfig.get_path("stdlib"))
+        yield from _text_documents(root, _stdlib_files(root), config.document_separator, skipped)
+    else:
+        for root in [_existing(source) for source in config.sources]:
+            yield from _under(root, config, skipped)
+
+
+def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+    files = _files(root)
+    tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
+    texts = [path for path in files if path not in set(tables)]
+    yield from _text_documents(root, texts, config.document_separator, skipped)
+    for path in tables:
+        rows = read_rows(open_tables([path], config.text_field), str(path))
+        yield from _numbered(_name(path, root), rows)
+
+
+def _existing(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserError(
+            f"data source {source!r} does not exist; give a file, a folder, '{PYTHON_STDLIB}', or 'hub:OWNER/NAME'"
+        )
+    return path
+
+
+def _files(root: Path) -> list[Path]:
+    """Lists the files under a folder, sorted, without hidden ones and byte code; a file lists itself."""
+    if not root.is_dir():
+        return [root]
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
+def _stdlib_files(root: Path) -> list[Path]:
+    """Lists the library's modules; not the few huge data tables, nor the build settings of this machine."""
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if _NOT_STDLIB.isdisjoint(path.relative_to(root).parts)
+        and not path.name.startswith("_sysconfigdata")
+        and path.stat().st_size <= _LARGEST_STDLIB_FILE
+    ]
+
+
+def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, skipped: list[str]) -> Iterator[Document]:
+    """Yields each text file, split at the separator; lists others in `skipped`, or raises for a file named itself."""
+    for path in paths:
+        try:
+            text = read_text(path)
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+            if path == root:
+                raise UserError(
+                    f"{path} is not readable as UTF-8 text; give a text file, optionally .gz or .xz, "
+                    "or a .jsonl, .json, .csv, .parquet or .arrow table"
+                ) from error
+            skipped.append(_name(path, root))
+            continue
+        name = _name(path, root)
+        if separator is None:
+            if text.strip():
+                yield Document(name, text)
+        else:
+            # The line breaks beside a marker belong to the marker's own line.
+            yield from _numbered(name, (piece.strip("\r\n") for piece in text.split(separator)))
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file, unpacking .gz and .xz, without the byte-order mark.
+
+    Raises:
+        UnicodeDecodeError: it is not UTF-8, or has a zero byte near its start, as only binary files do.
+        OSError, EOFError, lzma.LZMAError: it cannot be read or unpacked.
+    """
+    with _open(path) as file:
+        data = file.read(_BINARY_PROBE)
+        # Looked at first, so that a large binary file is not read whole just to be left out.
+        if b"\0" in data:
+            raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "zero byte")
+        data += file.read()
+    return data.decode("utf-8-sig")
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    return path.open("rb")
+
+
+def _name(path: Path, root: Path) -> str:
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def _numbered(name: str, texts: Iterator[str]) -> Iterator[Document]:
+    for number, text in enumerate(texts):
+        if text.strip():
+            yield Document(f"{name}:{number}", text)
+
+
+def _capped(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
+    """Yields documents up to `max_bytes` of UTF-8, the last one truncated to fit."""
+    left = max_bytes
+    for document in documents:
+        if left is None:
+            yield document
+            continue
+        data = document.text.encode()
+        if len(data) < left:
+            yield document
+            left -= len(data)
+            continue
+        text = data[:left].decode(errors="ignore")
+        if text.strip():
+            yield Document(document.name, text)
+        return

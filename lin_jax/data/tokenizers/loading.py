@@ -1,0 +1,117 @@
+"""Tokenizers from files, folders and the Hub, and the tokenizer of a data configuration."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from lin_jax.data.config import HUB_PREFIX, DataConfig
+from lin_jax.data.sources.corpus import Corpus, CorpusPart
+from lin_jax.data.sources.text import Document
+from lin_jax.data.tokenizers.formats import original_reader
+from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
+from lin_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+# A vocabulary settles long before this much text; it bounds what is read ahead of a stream.
+_TRAINING_CHARACTERS = 32_000_000
+# Looked for, in this order, in a bare tokenizer.json, which does not say what its special tokens are for.
+_USUAL_SPECIAL_TOKENS = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
+    "eos_token": (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "pad_token": ("[PAD]", "<pad>"),
+}
+
+
+def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
+    """Opens a folder, a tokenizer.json file, or "hub:OWNER/NAME"; only the last uses the network.
+
+    A folder may hold the files that transformers opens, or those that BERT, GPT-2, T5 and LLaMA were first published
+    with.
+
+    Raises:
+        UserError: it does not exist, or no fast tokenizer can be made of it.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if not name.startswith(HUB_PREFIX) and not path.exists():
+        raise UserError(f"tokenizer {name!r} does not exist; give a folder, a tokenizer.json, or 'hub:OWNER/NAME'")
+    try:
+        if path.is_file():
+            return _from_json(path)
+        read = original_reader(path)
+        return _from_transformers(name) if read is None else read(path)
+    except UserError:
+        raise
+    except Exception as error:  # each kind of file fails in a way of its own, mostly with plain Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        raise UserError(
+            f"cannot read a tokenizer from {name!r}: {reason}; give a folder with a tokenizer.json"
+        ) from error
+
+
+def prepare_tokenizer(config: DataConfig, documents: "Corpus | Sequence[Document] | IterableDataset") -> Tokenizer:
+    """Loads the tokenizer that the configuration names, or trains one on (the beginning of) the documents.
+
+    A tokenizer learns from every part of a mixture, by its weight.
+
+    Raises:
+        UserError: the named tokenizer cannot be read.
+    """
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    parts = Corpus.of(documents).parts
+    texts = (text for part in parts for text in _beginning(part, round(_TRAINING_CHARACTERS * part.share)))
+    return Tokenizer.train(texts, config.vocab_size)
+
+
+def _from_json(path: Path) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    found = {
+        name: next((token for token in usual if backend.token_to_id(token) is not None), None)
+        for name, usual in _USUAL_SPECIAL_TOKENS.items()
+    }
+    return Tokenizer(backend, **found)
+
+
+def _from_transformers(name: str) -> Tokenizer:
+    # Imported here because it takes more than a second, and a trained tokenizer does not need it.
+    from transformers import AutoTokenizer
+
+    pretrained = AutoTokenizer.from_pretrained(
+        name.removeprefix(HUB_PREFIX),
+        trust_remote_code=False,
+        local_files_only=not name.startswith(HUB_PREFIX),
+        **_neutral_config(Path(name) / "config.json"),
+    )
+    backend = getattr(pretrained, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(pretrained).__name__} is not a fast tokenizer")
+    named = pretrained.special_tokens_map.items()
+    texts = {name: str(token) for name, token in named if not isinstance(token, list)}
+    return Tokenizer(backend, pretrained=pretrained, **texts)
+
+
+def _neutral_config(path: Path) -> dict[str, Any]:
+    """An empty configuration in place of one of a type that transformers does not know, which it would warn about."""
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("model_type") in CONFIG_MAPPING:
+        return {}
+    return {"config": PretrainedConfig()}
+
+
+def _beginning(part: CorpusPart, characters: int) -> Iterator[str]:
+    """The first characters of a part, text by text."""
+    left = characters
+    for text in part.texts():
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return

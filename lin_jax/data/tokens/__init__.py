@@ -1,0 +1,1 @@
+"""Tokens of documents: in memory, as a stream, or cached on disk."""

@@ -1,0 +1,1 @@
+"""Acceptance rules, which decide which drafted tokens are kept."""

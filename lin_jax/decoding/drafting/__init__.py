@@ -1,0 +1,1 @@
+"""Drafting: the drafter protocol, static and dynamic draft trees, n-gram lookup."""

@@ -1,0 +1,107 @@
+"""Drafters by name, and the parts that each of them needs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.drafters.medusa import MedusaDrafter
+from lin_jax.decoding.drafting.drafters.model import ModelDrafter, SelfDrafter
+from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
+from lin_jax.decoding.drafting.drafters.none import NoDrafter
+from lin_jax.decoding.drafting.drafters.path import PathDrafter
+from lin_jax.decoding.drafting.drafters.union import UnionDrafter
+from lin_jax.errors import UserError
+from lin_jax.models import CausalModel, MedusaHeads, PathHead
+
+NGRAM_MATCHES = 4
+
+
+@dataclass(frozen=True)
+class DraftParts:
+    """Parts from which drafters are built; None for missing ones.
+
+    Attributes:
+        target: the model that is drafted for.
+        medusa: its Medusa heads.
+        path: its path-conditioned head.
+        model: a small model with the same vocabulary.
+        layers: indices of the target's layers that draft for it.
+    """
+
+    target: CausalModel
+    medusa: MedusaHeads | None = None
+    path: PathHead | None = None
+    model: CausalModel | None = None
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        count = self.target.layers.count
+        if self.layers is not None and (not self.layers or not all(0 <= each < count for each in self.layers)):
+            raise UserError(f"draft layers {list(self.layers)} do not exist; give numbers from 0 to {count - 1}")
+        sizes = {"draft model": self.model}
+        for name, part in sizes.items():
+            if part is not None and part.config.vocab_size != self.target.config.vocab_size:
+                raise UserError(
+                    f"the {name} has {part.config.vocab_size} vocabulary entries, the model "
+                    f"{self.target.config.vocab_size}; give one with the same tokenizer"
+                )
+
+
+def _medusa(parts: DraftParts) -> Drafter | None:
+    return None if parts.medusa is None else MedusaDrafter(parts.medusa)
+
+
+def _path(parts: DraftParts) -> Drafter | None:
+    return None if parts.path is None else PathDrafter(parts.path)
+
+
+def _model(parts: DraftParts) -> Drafter | None:
+    return None if parts.model is None else ModelDrafter(parts.model)
+
+
+def _self(parts: DraftParts) -> Drafter | None:
+    return None if parts.layers is None else SelfDrafter(parts.target, parts.layers)
+
+
+DRAFTERS: dict[str, Callable[[DraftParts], Drafter | None]] = {
+    "none": lambda parts: NoDrafter(),
+    "ngram": lambda parts: NgramDrafter(matches=NGRAM_MATCHES),
+    "medusa": _medusa,
+    "path": _path,
+    "model": _model,
+    "self": _self,
+}
+NEEDS = {
+    "medusa": "Medusa heads: train some with objective medusa, and name them with --heads",
+    "path": "a path head: train one with objective path, and name it with --heads",
+    "model": "a small model: name one with --draft-model",
+    "self": "layers to run: name them with --draft-layers",
+}
+
+
+def build_drafter(kind: str, parts: DraftParts) -> Drafter:
+    """Builds a drafter by name, or a union by names joined with `+`; ranks continue from one to the next.
+
+    Args:
+        kind: name or joined names.
+        parts: parts to build from.
+
+    Raises:
+        UserError: a name is unknown, or a part that it needs is missing.
+    """
+    built: list[Drafter] = []
+    for name in kind.split("+"):
+        if name not in DRAFTERS:
+            names = ", ".join(DRAFTERS)
+            raise UserError(f"drafter '{name}' is unknown; choose one of {names}, or several joined as in path+ngram")
+        drafter = DRAFTERS[name](parts)
+        if drafter is None:
+            raise UserError(f"drafter '{name}' needs {NEEDS[name]}; or choose ngram")
+        built.append(drafter)
+    return built[0] if len(built) == 1 else UnionDrafter(*built)
+
+
+def available(parts: DraftParts) -> Sequence[str]:
+    """Names of the drafters that can be built: each alone, and all but the n-gram drafter joined with it."""
+    alone = [name for name, build in DRAFTERS.items() if name != "none" and build(parts) is not None]
+    return [*alone, *(f"{name}+ngram" for name in alone if name != "ngram")]

@@ -1,0 +1,45 @@
+"""Search for earlier occurrences of the last few tokens, on the device."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+class Matches(NamedTuple):
+    """Earlier occurrences of the last tokens, best first: the longest, and of equals the latest.
+
+    Attributes:
+        followers: `[B, M, D]` the tokens that followed each of them.
+        sizes: `[B, M]` number of last tokens that agree, 0 where there is no such occurrence.
+    """
+
+    followers: Int[Array, "B M D"]
+    sizes: Int[Array, "B M"]
+
+
+def find_matches(recent: Int[Array, "B W"], depth: int, max_match: int, count: int) -> Matches:
+    """Finds the best earlier occurrences of the last up to `max_match` tokens of each row.
+
+    Where a copy runs into the end of the text it continues with its own beginning, as a text that repeats itself would.
+
+    Args:
+        recent: `[B, W]` the end of each text, -1 before its beginning.
+        depth: number of tokens D to copy.
+        max_match: largest number of tokens to compare.
+        count: number of occurrences M to return.
+    """
+    width = recent.shape[1]
+    index = jnp.arange(width)
+    agree = (index < width - 1) & (recent >= 0)
+    sizes = jnp.zeros(recent.shape, jnp.int32)
+    for back in range(max_match):
+        shifted = jnp.pad(recent, ((0, 0), (back, 0)), constant_values=-1)[:, :width]
+        agree = agree & (shifted == recent[:, width - 1 - back, None]) & (shifted >= 0)
+        sizes = sizes + agree
+    best, ends = jax.lax.top_k(sizes * width + index, count)
+    period = width - 1 - ends
+    source = ends[:, :, None] + 1 + jnp.arange(depth) % jnp.maximum(period, 1)[:, :, None]
+    followers = jnp.take_along_axis(recent[:, None, :], jnp.minimum(source, width - 1), axis=2)
+    return Matches(followers, best // width)

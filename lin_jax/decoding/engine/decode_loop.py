@@ -1,0 +1,294 @@
+"""Compiled decode loop: draft, verify, accept, commit, for a batch whose rows stand at positions of their own."""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from lin_jax.decoding.acceptance.longest_path import Accepted
+from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES, Verified
+from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing
+from lin_jax.decoding.drafting.tree import AnyTree
+from lin_jax.decoding.engine.prefill import DecodeState, append_recent, mark_seen
+from lin_jax.decoding.engine.sampling import Sampling, choose_tokens, log_probabilities
+from lin_jax.decoding.engine.stop_strings import StopAutomaton
+from lin_jax.models import CausalModel
+
+
+class TokenOrigin(IntEnum):
+    """Source of an output token: the target's own choice, or an accepted draft; unwritten places of an array hold 0."""
+
+    TARGET = 1
+    DRAFT = 2
+
+
+class RowStatus(IntEnum):
+    """State of a row of the batch: it runs, has ended in one of three ways, or holds no sequence."""
+
+    RUNNING = 0
+    END_TOKEN = 1
+    STOP_STRING = 2
+    LENGTH = 3
+    EMPTY = 4
+
+    @property
+    def label(self) -> str:
+        """Name in plain lower-case words, as `Generation.endings` has it."""
+        return self.name.lower().replace("_", " ")
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Static options of the compiled loop.
+
+    Attributes:
+        tree: shape of the drafts.
+        sampling: sampling options.
+        acceptance: name of the acceptance rule, in `ACCEPTANCE_RULES`.
+        end_tokens: tokens that end a row.
+    """
+
+    tree: AnyTree
+    sampling: Sampling
+    acceptance: str = "exact"
+    end_tokens: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoopState:
+    """State of the loop between two steps.
+
+    `slots` finds the leaf without rows by the name `seed`.
+
+    Attributes:
+        decode_state: state after prompt and output; the recurrent states have consumed every token but the root.
+        root: `[B]` newest token.
+        output: `[B, M]` tokens chosen so far.
+        origin: `[B, M]` source of each, a `TokenOrigin`; int8.
+        log_probs: `[B, M]` the model's log-probability of each, or None if not asked for.
+        written: `[B]` number of output tokens.
+        limit: `[B]` largest number of output tokens; 0 for an empty row.
+        rows: `[B]` index of each sequence among all that are decoded; it keys the random numbers.
+        seed: seed of the random numbers.
+        stop: `[B]` state of the automaton of stop strings.
+        status: `[B]` a `RowStatus`; int8.
+        steps: `[B]` target steps taken.
+        accepted_histogram: `[B, P]` number of steps that gave 1, 2, ... tokens.
+    """
+
+    decode_state: DecodeState
+    root: Int[Array, " B"]
+    output: Int[Array, "B M"]
+    origin: Int[Array, "B M"]
+    log_probs: Float[Array, "B M"] | None
+    written: Int[Array, " B"]
+    limit: Int[Array, " B"]
+    rows: Int[Array, " B"]
+    seed: UInt[Array, ""]
+    stop: Int[Array, " B"]
+    status: Int[Array, " B"]
+    steps: Int[Array, " B"]
+    accepted_histogram: Int[Array, "B P"]
+
+    @property
+    def finished(self) -> Bool[Array, " B"]:
+        """Mask of the rows that have ended or are empty."""
+        return self.status != RowStatus.RUNNING
+
+
+@partial(
+    jax.jit,
+    static_argnames=("sampling", "end_tokens", "max_step_tokens", "capacity", "log_probs"),
+    donate_argnames="decode_state",
+)
+def start(
+    model: CausalModel,
+    decode_state: DecodeState,
+    limit: Int[Array, " B"],
+    rows: Int[Array, " B"],
+    seed: UInt[Array, ""],
+    stops: StopAutomaton | None,
+    *,
+    sampling: Sampling,
+    end_tokens: tuple[int, ...],
+    max_step_tokens: int,
+    capacity: int,
+    log_probs: bool,
+) -> LoopState:
+    """Chooses the first token of every row from its prompt; rows with a limit of 0 are empty.
+
+    Args:
+        model: the target.
+        decode_state: state after the prompts; its buffers are donated.
+        limit: `[B]` largest number of output tokens.
+        rows: `[B]` index of each sequence among all that are decoded.
+        seed: seed of the random numbers.
+        stops: automaton of the stop strings, or None.
+        sampling: sampling options.
+        end_tokens: tokens that end a row.
+        max_step_tokens: largest number of tokens P that a step can give.
+        capacity: size M of a row's output.
+        log_probs: whether to keep log-probabilities.
+    """
+    batch = limit.shape[0]
+    logits = model.logits(decode_state.hidden[:, None])
+    positions = model.position(decode_state.model)[:, None]
+    seen = None if decode_state.seen is None else decode_state.seen[:, None]
+    first = choose_tokens(logits, positions, rows, seed, sampling, seen)
+    state = LoopState(
+        decode_state=decode_state,
+        root=first[:, 0],
+        output=jnp.zeros((batch, capacity), jnp.int32),
+        origin=jnp.zeros((batch, capacity), jnp.int8),
+        log_probs=jnp.zeros((batch, capacity), logits.dtype) if log_probs else None,
+        written=jnp.zeros(batch, jnp.int32),
+        limit=limit,
+        rows=rows,
+        seed=seed,
+        stop=jnp.zeros(batch, jnp.int32),
+        status=jnp.where(limit > 0, RowStatus.RUNNING, RowStatus.EMPTY).astype(jnp.int8),
+        steps=jnp.zeros(batch, jnp.int32),
+        accepted_histogram=jnp.zeros((batch, max_step_tokens), jnp.int32),
+    )
+    accepted = Accepted(jnp.zeros((batch, 1), jnp.int32), jnp.ones(batch, jnp.int32), first)
+    token_log_probs = log_probabilities(logits, first) if log_probs else None
+    return _emit(state, accepted, token_log_probs, stops, end_tokens)[0]
+
+
+@partial(jax.jit, static_argnames="options", donate_argnames="state")
+def run(
+    model: CausalModel,
+    drafter: Drafter,
+    state: LoopState,
+    stops: StopAutomaton | None,
+    max_steps: Int[Array, ""],
+    waiting: Bool[Array, ""],
+    *,
+    options: DecodeOptions,
+) -> tuple[LoopState, Int[Array, ""]]:
+    """Takes steps until all rows are finished, or `max_steps` are done, or a row is free while prompts are waiting.
+
+    Args:
+        model: the target.
+        drafter: fills the tree of `options`.
+        state: state of the loop; its buffers are donated.
+        stops: automaton of the stop strings, or None.
+        max_steps: largest number of steps.
+        waiting: whether prompts wait for a free row.
+        options: static options.
+
+    Returns:
+        The new state, and the number of steps taken.
+    """
+
+    def unfinished(carry: tuple[Array, LoopState]) -> Array:
+        finished = carry[1].finished
+        return (carry[0] < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+
+    def body(carry: tuple[Array, LoopState]) -> tuple[Array, LoopState]:
+        return carry[0] + 1, _step(model, drafter, carry[1], stops, options)
+
+    steps, state = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))
+    return state, steps
+
+
+def _step(
+    model: CausalModel, drafter: Drafter, state: LoopState, stops: StopAutomaton | None, options: DecodeOptions
+) -> LoopState:
+    """Takes one target step: grows a tree, verifies it, accepts its longest valid path and commits that."""
+    decode_state = state.decode_state
+    after_root = model.position(decode_state.model) + 1
+    rule = ACCEPTANCE_RULES[options.acceptance]
+    drawing = Drawing(after_root, state.rows, state.seed, options.sampling.temperature) if rule.draws else None
+    context = DraftContext(state.root, decode_state.hidden, decode_state.recent, decode_state.model)
+    draft = options.tree.grow(drafter, context, decode_state.drafter, drawing)
+    hidden, nodes = model.verify(jnp.maximum(draft.tokens, 0), draft.tree, decode_state.model)
+    logits = model.logits(hidden)
+    seen = None if decode_state.seen is None else _seen_on_path(decode_state.seen, draft)
+    verified = Verified(draft, logits, after_root, state.rows, state.seed, seen)
+    accepted = rule.accept(verified, options.tree, options.sampling)
+    token_log_probs = None
+    if state.log_probs is not None:
+        path_logits = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
+        token_log_probs = log_probabilities(path_logits, accepted.emitted)
+    path = jnp.take_along_axis(draft.tokens, accepted.path, axis=1)
+    state, count = _emit(state, accepted, token_log_probs, stops, options.end_tokens)
+    last = jnp.take_along_axis(accepted.path, jnp.maximum(count - 1, 0)[:, None], axis=1)
+    reached = jnp.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0]
+    return replace(
+        state,
+        decode_state=replace(
+            state.decode_state,
+            model=model.commit(decode_state.model, nodes, accepted.path, count),
+            drafter=drafter.commit(decode_state.drafter, path, count),
+            hidden=jnp.where((count > 0)[:, None], reached, decode_state.hidden),
+        ),
+        steps=state.steps + (count > 0),
+        accepted_histogram=state.accepted_histogram.at[jnp.arange(count.shape[0]), jnp.maximum(count - 1, 0)].add(
+            (count > 0).astype(jnp.int32)
+        ),
+    )
+
+
+def _emit(
+    state: LoopState,
+    accepted: Accepted,
+    token_log_probs: Float[Array, "B P"] | None,
+    stops: StopAutomaton | None,
+    end_tokens: tuple[int, ...],
+) -> tuple[LoopState, Int[Array, " B"]]:
+    """Appends the emitted tokens to each row, up to its end; also returns their number."""
+    tokens = accepted.emitted.astype(jnp.int32)
+    order = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    room = jnp.where(state.finished, 0, state.limit - state.written)
+    count = jnp.minimum(accepted.length, room)
+    ends = jnp.isin(tokens, jnp.asarray(end_tokens, jnp.int32)) & (order < count[:, None])
+    ended = jnp.any(ends, axis=1)
+    count = jnp.where(ended, jnp.argmax(ends, axis=1) + 1, count)
+    stop, stopped = state.stop, jnp.zeros_like(ended)
+    if stops is not None:
+        first, stop = stops.find(state.stop, tokens, count)
+        stopped = first < count
+        count = jnp.where(stopped, first + 1, count)
+    count = count.astype(jnp.int32)
+    kept = order < count[:, None]
+    slots = jnp.where(kept, state.written[:, None] + order, state.output.shape[1])
+    rows = jnp.arange(slots.shape[0])[:, None]
+    drafted = order < accepted.length[:, None] - 1
+    origin = jnp.where(drafted, TokenOrigin.DRAFT, TokenOrigin.TARGET).astype(state.origin.dtype)
+    written = state.written + count
+    status = jnp.where(written >= state.limit, RowStatus.LENGTH, RowStatus.RUNNING)
+    status = jnp.where(stopped, RowStatus.STOP_STRING, jnp.where(ended, RowStatus.END_TOKEN, status))
+    newest = jnp.take_along_axis(tokens, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    log_probs = state.log_probs
+    if log_probs is not None and token_log_probs is not None:
+        log_probs = log_probs.at[rows, slots].set(token_log_probs.astype(log_probs.dtype), mode="drop")
+    return replace(
+        state,
+        decode_state=replace(
+            state.decode_state,
+            recent=append_recent(state.decode_state.recent, tokens, count),
+            seen=mark_seen(state.decode_state.seen, tokens, kept),
+        ),
+        root=jnp.where(count > 0, newest, state.root),
+        output=state.output.at[rows, slots].set(tokens, mode="drop"),
+        origin=state.origin.at[rows, slots].set(origin, mode="drop"),
+        log_probs=log_probs,
+        written=written,
+        stop=stop.astype(state.stop.dtype),
+        status=jnp.where(state.finished, state.status, status).astype(state.status.dtype),
+    ), count
+
+
+def _seen_on_path(seen: Bool[Array, "B V"], draft: Draft) -> Bool[Array, "B N V"]:
+    """Mask of the tokens that occur before the token after each node: in the text, or on the path to the node."""
+    batch, size = draft.tokens.shape
+    ancestors = jnp.broadcast_to(draft.tree.ancestors, (batch, size, size))
+    tokens = jnp.where(ancestors & (draft.tokens >= 0)[:, None], draft.tokens[:, None], seen.shape[1])
+    rows, nodes = jnp.arange(batch)[:, None, None], jnp.arange(size)[:, None]
+    before = jnp.broadcast_to(seen[:, None], (batch, size, seen.shape[1]))
+    return before.at[rows, nodes, tokens].set(True, mode="drop")

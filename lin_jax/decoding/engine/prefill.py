@@ -1,0 +1,118 @@
+"""Chunked prefill: prompts are read in chunks of bounded size, so that any length needs the memory of one chunk."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.models import CausalModel
+
+# Smaller chunks than this cost about as much.
+_MIN_CHUNK = 16
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """Decode state after prefill: everything that is kept of the texts read so far.
+
+    `slots` finds batch axes by the names `model` and `drafter`, and saved prefixes name arrays by attribute path.
+
+    Attributes:
+        model: the model's recurrent state, leaves `[L, B, ...]`.
+        drafter: the drafter's state, leaves `[L, B, ...]`.
+        hidden: `[B, E]` hidden vector of each text's last token.
+        recent: `[B, W]` last tokens, newest last; -1 before the beginning.
+        seen: `[B, V]` mask of the tokens that occur, or None if there is no repetition penalty.
+    """
+
+    model: Any
+    drafter: Any
+    hidden: Float[Array, "B E"]
+    recent: Int[Array, "B W"]
+    seen: Bool[Array, "B V"] | None
+
+
+@partial(jax.jit, static_argnames=("batch", "capacity", "seen"))
+def init_decode_state(model: CausalModel, drafter: Drafter, batch: int, capacity: int, *, seen: bool) -> DecodeState:
+    """Decode state before the first token; `capacity` is the longest sequence that a growing state must hold."""
+    config = model.config
+    return DecodeState(
+        model=model.init_state(batch, capacity),
+        drafter=drafter.init_state(batch, capacity),
+        hidden=jnp.zeros((batch, config.hidden_size), config.dtype),
+        recent=jnp.full((batch, drafter.lookback), -1, jnp.int32),
+        seen=jnp.zeros((batch, config.vocab_size), bool) if seen else None,
+    )
+
+
+@partial(jax.jit, donate_argnames="decode_state")
+def prefill_chunk(
+    model: CausalModel,
+    drafter: Drafter,
+    decode_state: DecodeState,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+) -> DecodeState:
+    """Reads one chunk of every text, `lengths` tokens of each row."""
+    outputs, state = model.prefill(tokens, lengths, decode_state.model)
+    last = jnp.take_along_axis(outputs, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+    included = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return DecodeState(
+        model=state,
+        drafter=drafter.prefill(decode_state.drafter, tokens, lengths),
+        hidden=jnp.where((lengths > 0)[:, None], last, decode_state.hidden),
+        recent=append_recent(decode_state.recent, tokens, lengths),
+        seen=mark_seen(decode_state.seen, tokens, included),
+    )
+
+
+def append_recent(recent: Int[Array, "B W"], tokens: Int[Array, "B P"], count: Int[Array, " B"]) -> Int[Array, "B W"]:
+    """Recent tokens after the first `count` of some new ones."""
+    width = recent.shape[1]
+    if not width:
+        return recent
+    extended = jnp.concatenate([recent, tokens.astype(recent.dtype)], axis=1)
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice(row, (start,), (width,)))(extended, count)
+
+
+def mark_seen(
+    seen: Bool[Array, "B V"] | None, tokens: Int[Array, "B P"], included: Bool[Array, "B P"]
+) -> Bool[Array, "B V"] | None:
+    """Mask of the seen tokens after the included ones of some new ones."""
+    if seen is None:
+        return None
+    rows = jnp.arange(seen.shape[0])[:, None]
+    return seen.at[rows, jnp.where(included, tokens, seen.shape[1])].set(True, mode="drop")
+
+
+def prefill(
+    model: CausalModel, drafter: Drafter, decode_state: DecodeState, texts: Sequence[Sequence[int]], chunk_size: int
+) -> DecodeState:
+    """Reads texts, one for each of the first rows, at most `chunk_size` tokens at a time."""
+    batch = decode_state.hidden.shape[0]
+    longest = max((len(text) for text in texts), default=0)
+    for begin, size in chunk_sizes(longest, chunk_size):
+        tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
+        for row, text in enumerate(texts):
+            chunk = text[begin : begin + size]
+            lengths[row] = len(chunk)
+            tokens[row, : len(chunk)] = chunk
+        decode_state = prefill_chunk(model, drafter, decode_state, jnp.asarray(tokens), jnp.asarray(lengths))
+    return decode_state
+
+
+def chunk_sizes(length: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Yields begin and size of each chunk of a text: a few sizes only, so that all lengths share compiled programs."""
+    sizes = [size for size in (largest // 16, largest // 4, largest) if size >= _MIN_CHUNK or size == largest]
+    begin = 0
+    while begin < length:
+        size = next((size for size in sizes if size >= length - begin), largest)
+        yield begin, size
+        begin += size

@@ -1,0 +1,127 @@
+"""Model configurations from and to `config.json`: the family's Hugging Face fields and, if linearized, `attention`.
+
+`attention` holds every field of `AttentionConfig`; in a model with several kinds of attention (T5), one such object for
+each of them: `encoder`, `decoder` and `cross`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any
+
+from flax import nnx
+
+from lin_jax.attention import AttentionConfig, parse_name
+from lin_jax.errors import UserError
+from lin_jax.hub.export import architectures, auto_map
+from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
+
+Attentions = str | AttentionConfig | Mapping[str, AttentionConfig]
+_SUFFIX = "_attention"
+
+
+def attentions_of(config: Any) -> dict[str, AttentionConfig]:
+    """Every attention of a model's configuration by name; if it has but one, the name is empty."""
+    found = {each.name: getattr(config, each.name) for each in fields(config)}
+    return {
+        "" if name == "attention" else name.removesuffix(_SUFFIX): value
+        for name, value in found.items()
+        if isinstance(value, AttentionConfig)
+    }
+
+
+def is_softmax(config: Any) -> bool:
+    """True if a model's configuration has softmax attention alone, as transformers has it."""
+    return all(parse_name(each.name) == ("softmax", False, False) for each in attentions_of(config).values())
+
+
+def model_config(family: Family, hf_config: Mapping[str, Any], attention: Attentions | None = None) -> Any:
+    """The model configuration of the contents of a `config.json`.
+
+    Args:
+        family: the model's.
+        hf_config: contents of the file.
+        attention: replaces that of the file; for a model with several, one for all or some of them by name.
+
+    Raises:
+        UserError: the family has no such model, or an attention is named that it does not have.
+    """
+    if hf_config.get("quantization_config"):
+        raise UserError("the checkpoint is quantized (quantization_config); give one that is not")
+    if isinstance(attention, str | AttentionConfig):
+        return family.config_from_huggingface(hf_config, AttentionConfig.of(attention))
+    stored = _read_attentions(hf_config.get("attention"))
+    if not isinstance(stored, Mapping):
+        config = family.config_from_huggingface(hf_config, stored)
+    else:
+        config = _with_attentions(family, family.config_from_huggingface(hf_config, None), stored)
+    return config if attention is None else _with_attentions(family, config, attention)
+
+
+def _with_attentions(family: Family, config: Any, attentions: Mapping[str, AttentionConfig]) -> Any:
+    known = attentions_of(config)
+    if unknown := [name for name in attentions if name not in known or not name]:
+        names = ", ".join(name for name in known if name) or "only one attention, without a name"
+        raise UserError(f"attention '{unknown[0]}' is unknown for a {family.name}; it has {names}")
+    return replace(config, **{name + _SUFFIX: value for name, value in attentions.items()})
+
+
+def config_json(model: nnx.Module) -> dict[str, Any]:
+    """The contents of a model's `config.json`."""
+    family = family_of_model(model)
+    architecture = family.head_of(model).architectures[0]
+    config = model.config
+    hf_config = family.config_to_huggingface(config, architecture)
+    if family.known and is_softmax(config):
+        return hf_config
+    attentions = {name: _attention_fields(attention) for name, attention in attentions_of(config).items()}
+    hf_config |= {
+        "base_model_type": hf_config["model_type"],
+        "model_type": family.own_type,
+        **family.linearized_options(config),
+        "attention": attentions.get("", attentions),
+    }
+    if has_remote_code(model):
+        hf_config |= {"architectures": architectures(family.name), "auto_map": auto_map(family.name)}
+    return hf_config
+
+
+def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
+    """All fields but `implementation`, which is this machine's choice of kernels."""
+    return {name: value for name, value in asdict(attention).items() if name != "implementation"}
+
+
+def has_remote_code(model: nnx.Module) -> bool:
+    """True if a model is saved with PyTorch code of its own for transformers: linearized language models."""
+    family = family_of_model(model)
+    first = next(iter(family.heads.values())).model
+    return family.remote_code and type(model) is first and not is_softmax(model.config)
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`.
+
+    Raises:
+        UserError: the file names none, or an unknown one.
+    """
+    if "model_type" not in hf_config:
+        raise UserError("config.json has no model_type; give the folder of a Hugging Face checkpoint")
+    return family_of_type(hf_config["model_type"])
+
+
+def _read_attentions(stored: Any) -> AttentionConfig | dict[str, AttentionConfig] | None:
+    if stored is None:
+        return None
+    if isinstance(stored, dict) and stored and all(isinstance(value, dict) for value in stored.values()):
+        return {name: _read_attention(value) for name, value in stored.items()}
+    return _read_attention(stored)
+
+
+def _read_attention(stored: Any) -> AttentionConfig:
+    if not isinstance(stored, dict):
+        raise UserError(f"attention {stored!r} in config.json is not an object; give one with an attention's fields")
+    if unknown := sorted(set(stored) - {each.name for each in fields(AttentionConfig)}):
+        raise UserError(f"attention.{unknown[0]} in config.json is unknown; a newer lin_jax may have written it")
+    try:
+        return AttentionConfig(**stored)
+    except TypeError as error:
+        raise UserError(f"attention in config.json has a value of a wrong type: {error}; correct it") from error

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints, one model family a file: configurations and tensor names."""

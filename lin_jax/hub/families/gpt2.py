@@ -1,0 +1,133 @@
+"""GPT-2 checkpoints: Hugging Face's configuration and tensor names, and the published names of its linear attention.
+
+Linear layers are stored as `[in, out]`, as they are here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.errors import UserError
+from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked, without_copy
+from lin_jax.models import Gpt2, Gpt2Classifier, Gpt2Config
+
+# Checkpoints of the trunk alone have names without it.
+PREFIX = "transformer."
+EMBEDDING, HEAD, SCORE = PREFIX + "wte.weight", "lm_head.weight", "score.weight"
+TRUNK = {
+    EMBEDDING: TensorEntry(("embed", "embedding")),
+    PREFIX + "wpe.weight": TensorEntry(("embed_positions", "embedding")),
+    PREFIX + "ln_f.weight": TensorEntry(("norm", "scale")),
+    PREFIX + "ln_f.bias": TensorEntry(("norm", "bias")),
+}
+LAYER = {
+    f"{name}.{part}": TensorEntry((*path, here))
+    for name, path, parts in (
+        ("ln_1", ("attention_norm",), ("scale", "bias")),
+        ("ln_2", ("feed_forward_norm",), ("scale", "bias")),
+        ("attn.c_attn", ("attention", "qkv"), ("kernel", "bias")),
+        ("attn.c_proj", ("attention", "out"), ("kernel", "bias")),
+        ("mlp.c_fc", ("feed_forward", "up"), ("kernel", "bias")),
+        ("mlp.c_proj", ("feed_forward", "down"), ("kernel", "bias")),
+    )
+    for part, here in zip(("weight", "bias"), parts, strict=True)
+}
+# Buffers of old checkpoints, and a second convolution that the published code has and never calls.
+UNUSED = (".attn.bias", ".attn.masked_bias", ".attn.dconv_ada2.weight")
+REQUIRED = ("vocab_size", "n_embd", "n_layer", "n_head")
+# Options that change the mathematics, and the only value that is supported.
+FIXED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh")
+
+
+def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfig | None = None) -> Gpt2Config:
+    """A GPT-2 configuration from the contents of a `config.json`, with the given attention (default softmax).
+
+    Raises:
+        UserError: a size is missing, or an option is set that this model does not have.
+    """
+    missing = [name for name in REQUIRED if name not in config]
+    if missing:
+        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a GPT-2")
+    activation = config.get("activation_function", ACTIVATIONS[0])
+    if activation not in ACTIVATIONS:
+        raise UserError(
+            f"activation_function '{activation}' is not supported in a GPT-2; only {' and '.join(ACTIVATIONS)} are"
+        )
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise UserError(f"{name} is {config[name]} in the configuration; only a GPT-2 with {value} is supported")
+    return Gpt2Config(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["n_embd"],
+        intermediate_size=config.get("n_inner"),
+        num_layers=config["n_layer"],
+        num_heads=config["n_head"],
+        max_positions=config.get("n_positions", 1024),
+        norm_eps=config.get("layer_norm_epsilon", 1e-5),
+        tie_embeddings=config.get("tie_word_embeddings", True),
+        initializer_range=config.get("initializer_range", 0.02),
+        num_labels=config.get("num_labels") or len(config.get("id2label") or (0, 1)),
+        attention=attention or AttentionConfig(name="softmax"),
+    )
+
+
+def config_to_huggingface(config: Gpt2Config, architecture: str = "GPT2LMHeadModel") -> dict[str, Any]:
+    """The contents of a `config.json`; `architecture` is transformers' name of the model that has the configuration."""
+    return {
+        "model_type": "gpt2",
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "n_embd": config.hidden_size,
+        "n_inner": config.intermediate_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_positions": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": ACTIVATIONS[0],
+        "tie_word_embeddings": config.tie_embeddings,
+        "initializer_range": config.initializer_range,
+        "id2label": {str(label): f"LABEL_{label}" for label in range(config.num_labels)},
+        "label2id": {f"LABEL_{label}": label for label in range(config.num_labels)},
+        "torch_dtype": config.param_dtype,
+    }
+
+
+def entries(model: Gpt2 | Gpt2Classifier) -> Entries:
+    """Entries of all tensors of a model, by name."""
+    within = ("model",) if isinstance(model, Gpt2Classifier) else ()
+    stack = (*within, "layers", "layers")
+    mixer = mixer_entries(model, stack, ("attention", "mixer"), "attn", alpha="alpha", taps="dconv_ada.weight")
+    names = {name: entry.inside(*within) for name, entry in TRUNK.items()}
+    names |= stacked(PREFIX + "h", LAYER | mixer, stack, model.config.num_layers)
+    return present(model, names | {HEAD: kernel("head"), SCORE: kernel("score")})
+
+
+def ignored(name: str) -> bool:
+    """True for tensors that are not read: buffers, and a convolution that is never used."""
+    return name.endswith(UNUSED)
+
+
+def own_tensors(model: Gpt2 | Gpt2Classifier, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Selects the checkpoint's tensors for a model, under its names: those of a trunk alone lack `transformer.`.
+
+    Ignored tensors are left out, and so is a second copy of the embedding as a tied head.
+    """
+    bare = not any(name.startswith(PREFIX) for name in tensors)
+    own = {
+        PREFIX + name if bare and name not in (HEAD, SCORE) else name: tensor
+        for name, tensor in tensors.items()
+        if not ignored(name)
+    }
+    untied = isinstance(model, Gpt2) and model.head is not None
+    return own if untied else without_copy(own, HEAD, EMBEDDING)
+
+
+def read_gpt2(model: Gpt2 | Gpt2Classifier, tensors: Mapping[str, Any]) -> None:
+    """Fills a model, which may be abstract, with named tensors.
+
+    Raises:
+        UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+    """
+    fill(model, entries(model), own_tensors(model, tensors))

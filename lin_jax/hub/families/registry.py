@@ -1,0 +1,171 @@
+"""Model families: their types in a `config.json`, their models, and converters of configurations and tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flax import nnx
+
+from lin_jax.errors import UserError
+from lin_jax.hub.families import bert, flash, gpt2, llama, t5
+from lin_jax.hub.tensors import Entries
+from lin_jax.models import MODELS
+
+PREFIX = "lin_jax_"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model of a family with a head for one purpose.
+
+    Attributes:
+        model: its class.
+        architectures: transformers' names of such models; the first is written into `config.json`.
+    """
+
+    model: type[nnx.Module]
+    architectures: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: names and converters between its models and Hugging Face checkpoints.
+
+    Attributes:
+        name: of the family; linearized models of it are of the type `lin_jax_NAME`.
+        model_types: types in a `config.json` that are this family.
+        heads: its models by purpose; the first is the default.
+        config_from_huggingface: configuration from the contents of a `config.json`, with a given attention.
+        config_to_huggingface: contents of a `config.json` from a configuration and the name of an architecture.
+        entries: every tensor of a model by name.
+        own_tensors: selects a checkpoint's tensors for a model: without buffers and copies, under the model's names.
+        linearized_options: additional fields in the `config.json` of a linearized model.
+        known: whether transformers has such models, with softmax attention.
+        remote_code: whether linearized models are saved with PyTorch code of their own for transformers.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    heads: Mapping[str, Head]
+    config_from_huggingface: Callable[..., Any]
+    config_to_huggingface: Callable[[Any, str], dict[str, Any]]
+    entries: Callable[[Any], Entries]
+    own_tensors: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+    linearized_options: Callable[[Any], dict[str, Any]] = lambda config: {}
+    known: bool = True
+    remote_code: bool = False
+
+    @property
+    def own_type(self) -> str:
+        """Type of linearized models in a `config.json`."""
+        return PREFIX + self.name if self.known else self.model_types[0]
+
+    def head_for(self, name: str | None, architectures: Any) -> Head:
+        """The head with a name, or else the one of a `config.json`'s architectures, or else the first.
+
+        Raises:
+            UserError: there is no head of that name.
+        """
+        if name is not None:
+            if name not in self.heads:
+                raise UserError(f"head '{name}' is unknown for a {self.name}; choose one of {', '.join(self.heads)}")
+            return self.heads[name]
+        for head in self.heads.values():
+            if set(head.architectures) & set(architectures or ()):
+                return head
+        return next(iter(self.heads.values()))
+
+    def head_of(self, model: nnx.Module) -> Head:
+        """The head of a model."""
+        return next(head for head in self.heads.values() if type(model) is head.model)
+
+
+def _heads(family: str, **architectures: tuple[str, ...]) -> dict[str, Head]:
+    """The heads of a family, each with its architectures in transformers."""
+    return {name: Head(MODELS[family].models[name], known) for name, known in architectures.items()}
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="llama",
+            model_types=llama.MODEL_TYPES,
+            heads=_heads("llama", causal_lm=("LlamaForCausalLM", "MistralForCausalLM")),
+            config_from_huggingface=llama.config_from_huggingface,
+            config_to_huggingface=lambda config, _: llama.config_to_huggingface(config),
+            entries=llama.entries,
+            own_tensors=llama.own_tensors,
+            linearized_options=llama.linearized_options,
+            remote_code=True,
+        ),
+        Family(
+            name="gpt2",
+            model_types=("gpt2",),
+            heads=_heads("gpt2", causal_lm=("GPT2LMHeadModel",), classifier=("GPT2ForSequenceClassification",)),
+            config_from_huggingface=gpt2.config_from_huggingface,
+            config_to_huggingface=gpt2.config_to_huggingface,
+            entries=gpt2.entries,
+            own_tensors=gpt2.own_tensors,
+            remote_code=True,
+        ),
+        Family(
+            name="t5",
+            model_types=("t5",),
+            heads=_heads("t5", seq2seq=("T5ForConditionalGeneration",), classifier=("T5ForSequenceClassification",)),
+            config_from_huggingface=t5.config_from_huggingface,
+            config_to_huggingface=t5.config_to_huggingface,
+            entries=t5.entries,
+            own_tensors=t5.own_tensors,
+        ),
+        Family(
+            name="bert",
+            model_types=("bert",),
+            heads=_heads(
+                "bert",
+                masked_lm=("BertForMaskedLM", "BertForPreTraining"),
+                encoder=("BertModel",),
+                classifier=("BertForSequenceClassification",),
+            ),
+            config_from_huggingface=bert.config_from_huggingface,
+            config_to_huggingface=bert.config_to_huggingface,
+            entries=bert.entries,
+            own_tensors=bert.own_tensors,
+        ),
+        Family(
+            name="flash",
+            model_types=(flash.MODEL_TYPE,),
+            heads=_heads("flash", causal_lm=("FlashForCausalLM",), encoder=("FlashEncoder",)),
+            config_from_huggingface=flash.config_from_huggingface,
+            config_to_huggingface=flash.config_to_huggingface,
+            entries=flash.entries,
+            own_tensors=flash.own_tensors,
+            known=False,
+        ),
+    )
+}
+
+
+def family_of_type(model_type: Any) -> Family:
+    """The family of a model type in a `config.json`.
+
+    Raises:
+        UserError: no family has this type.
+    """
+    for family in FAMILIES.values():
+        if model_type in (*family.model_types, family.own_type):
+            return family
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
+    raise UserError(f"model_type '{model_type}' in config.json is not supported; give one of {known}")
+
+
+def family_of_model(model: nnx.Module) -> Family:
+    """The family of a model.
+
+    Raises:
+        UserError: no family has such a model.
+    """
+    for family in FAMILIES.values():
+        if type(model) in (head.model for head in family.heads.values()):
+            return family
+    raise UserError(f"{type(model).__name__} belongs to no family of the hub; give a model of {', '.join(FAMILIES)}")

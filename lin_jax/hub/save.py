@@ -1,0 +1,211 @@
+"""Models to Hugging Face folders: `save_pretrained` writes a folder that is whole or not there at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+
+from lin_jax.data import Tokenizer
+from lin_jax.errors import UserError
+from lin_jax.hub.config_json import config_json, has_remote_code
+from lin_jax.hub.export import write_remote_code
+from lin_jax.hub.export.tokenizer_config import widen_tokenizer_config
+from lin_jax.hub.families.registry import family_of_model
+from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, write_file
+from lin_jax.hub.medusa import save_heads
+from lin_jax.hub.model_card import CARD_FILE, model_card
+from lin_jax.hub.tensors import TensorEntry, stored, uncovered, written, written_shape
+from lin_jax.models import MedusaHeads, as_trained
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+# Fields that a converted model keeps of its source's config.json; all others follow from the model.
+_KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id")
+
+
+def save_pretrained(
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    heads: MedusaHeads | None = None,
+    source: Mapping[str, Any] | None = None,
+    base: str | None = None,
+    figures: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    note: Callable[[int], Any] = lambda size: None,
+) -> Path:
+    """Writes a model as a Hugging Face folder; it appears whole, under its name, at the end.
+
+    A model with softmax attention is written as transformers has it. A linearized LLaMA or GPT-2 brings its own code:
+    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
+
+    Args:
+        model: of a family in `lin_jax.hub.families`.
+        folder: the folder to write.
+        tokenizer: the model's, or a folder with its files.
+        heads: Medusa heads of the model.
+        source: contents of the `config.json` that the model came with; names of labels and special tokens are kept.
+        base: name of the model that it was made from, for the model card.
+        figures: measured figures by name, for the model card.
+        max_shard_bytes: size of a file beyond which the tensors are split over several.
+        overwrite: replace the content of the folder.
+        note: called with the bytes of every tensor that was written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    model = as_trained(model)
+    family = family_of_model(model)
+    if left := uncovered(model, family.entries(model)):
+        raise UserError(f"{', '.join(left)} of the model have no names in a checkpoint; export a model without them")
+    hf_config = config_json(model)
+    hf_config |= {name: value for name, value in (source or {}).items() if name in _KEPT_FIELDS and value is not None}
+    folder = Path(folder)
+    with atomic_folder(folder, overwrite=overwrite) as partial:
+        ids = _write_tokenizer(partial, tokenizer)
+        widen_tokenizer_config(partial)
+        if _is_causal(hf_config):
+            hf_config = {name: value for name, value in ids.items() if value is not None} | hf_config
+        _write_json(partial / CONFIG_FILE, hf_config)
+        _write_generation_config(partial, hf_config)
+        write_tensors(model, family.entries(model), partial, max_shard_bytes=max_shard_bytes, note=note)
+        if has_remote_code(model):
+            write_remote_code(partial, family.name)
+        if heads is not None:
+            save_heads(heads, partial)
+        card = model_card(model, name=folder.resolve().name, base=base, figures=figures, heads=heads)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
+    return folder
+
+
+def check_output_folder(folder: Path, *, overwrite: bool) -> None:
+    """Checks that a folder is empty or may be overwritten.
+
+    Raises:
+        UserError: it is not, or it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give the name of a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"{folder} is not empty; give another folder, or --overwrite to replace what it holds")
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a temporary folder beside the given one, which replaces it on success and is removed on failure.
+
+    Raises:
+        UserError: the folder is not empty, or cannot be written.
+    """
+    check_output_folder(folder, overwrite=overwrite)
+    folder = folder.absolute()
+    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {folder}: {reason}; give another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tensors(
+    model: nnx.Module,
+    entries: Mapping[str, TensorEntry],
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    note: Callable[[int], Any] = lambda size: None,
+) -> None:
+    """Writes the tensors that entries name; the host holds those of one file at a time."""
+    variables = stored(model)
+    shards = _shards(entries, variables, max_shard_bytes)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    total = 0
+    for file, shard in zip(names, shards, strict=True):
+        tensors: dict[str, np.ndarray] = {}
+        for name in shard:
+            tensors[name] = written(variables[entries[name].path], entries[name])
+            total += tensors[name].nbytes
+            note(tensors[name].nbytes)
+        write_file(tensors, folder / file)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _shards(entries: Mapping[str, TensorEntry], variables: Mapping[Any, Any], most: int) -> list[list[str]]:
+    """Names of the tensors of each file, in order; a tensor is never split."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        variable = variables[entry.path]
+        count = int(np.prod(written_shape(entry, variable), dtype=np.int64)) * np.dtype(variable.dtype).itemsize
+        if shards[-1] and size + count > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += count
+    return shards
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | Path | None) -> dict[str, int | None]:
+    """Writes a tokenizer's files, or copies them from a folder; returns its bos and eos ids, if it is at hand."""
+    if tokenizer is None:
+        return {}
+    if not isinstance(tokenizer, Tokenizer):
+        source = Path(tokenizer)
+        for name in (*TOKENIZER_FILES, GENERATION_FILE):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise UserError(f"{source} holds no tokenizer; give the folder of one")
+        return {}
+    tokenizer.save(folder)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+
+
+def _write_generation_config(folder: Path, hf_config: Mapping[str, Any]) -> None:
+    path = folder / GENERATION_FILE
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    if _is_causal(hf_config) and not path.exists():
+        _write_json(path, {name: hf_config[name] for name in names if hf_config.get(name) is not None})
+
+
+def _is_causal(hf_config: Mapping[str, Any]) -> bool:
+    return any(
+        name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration")) for name in hf_config["architectures"]
+    )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

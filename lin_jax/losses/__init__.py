@@ -1,0 +1,1 @@
+"""Losses as sums and counts over tokens, whole or in chunks."""

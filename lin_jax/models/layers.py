@@ -1,0 +1,109 @@
+"""Layers that models share: linear layers, embeddings and norms."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.errors import UserError
+from lin_jax.models.compute import ComputeConfig
+from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes, read_whole
+from pallas_kernels.precision import upcast
+
+
+def linear(
+    config: ComputeConfig,
+    size_in: int,
+    size_out: int,
+    deviation: float,
+    rngs: nnx.Rngs,
+    *,
+    bias: bool = True,
+    axes: Axes = (None, None),
+) -> nnx.Linear:
+    """A linear layer whose weights begin with the given standard deviation.
+
+    Args:
+        config: types of numbers.
+        size_in: features that it reads.
+        size_out: features that it writes.
+        deviation: standard deviation of the first weights.
+        rngs: random keys.
+        bias: whether it has one.
+        axes: logical names of both dimensions of the weights.
+    """
+    layer = nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=bias,
+        kernel_init=nnx.initializers.normal(deviation),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+    layer.kernel.set_metadata("axes", axes)
+    if layer.bias is not None:
+        # The residual stream is whole on every device, and so is what is added to it.
+        layer.bias.set_metadata("axes", (None if axes[1] == EMBED else axes[1],))
+    return layer
+
+
+class Embedding(nnx.Embed):
+    """A table of vectors; on a mesh it is gathered, not what is read from it."""
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
+        """The vectors of tokens."""
+        table = read_whole(self.embedding[...])
+        return jnp.take(table.astype(self.dtype or table.dtype), inputs, axis=0)
+
+
+def embedding(config: ComputeConfig, count: int | None, size: int, deviation: float, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of vectors that begin with the given standard deviation.
+
+    Raises:
+        UserError: the count, that of a vocabulary, is not known.
+    """
+    if count is None:
+        raise UserError("model.vocab_size is not set; give it, or a tokenizer to take it from")
+    table = Embedding(
+        count,
+        size,
+        embedding_init=nnx.initializers.normal(deviation),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        rngs=rngs,
+    )
+    table.embedding.set_metadata("axes", (VOCABULARY, EMBED))
+    return table
+
+
+class RMSNorm(nnx.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale`, in float32 or better (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float, param_dtype: Any) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+        """Normalises the last axis."""
+        exact = upcast(x)
+        normed = exact * jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(exact.dtype)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias`, in float32 or better (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float, param_dtype: Any) -> None:
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch E"]) -> Float[Array, "*batch E"]:
+        """Normalises the last axis."""
+        exact = upcast(x)
+        centred = exact - jnp.mean(exact, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale[...].astype(exact.dtype) + self.bias[...].astype(exact.dtype)).astype(x.dtype)

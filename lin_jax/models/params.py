@@ -1,0 +1,163 @@
+"""Modules and their parameters as plain trees: dictionaries of names down to arrays."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
+
+from lin_jax.errors import UserError
+from lin_jax.models import MedusaHeads, ModelConfig, PathHead, model_class
+from lin_jax.models.registry import CAUSAL_LM
+
+Params = dict[str, Any]
+Module = TypeVar("Module", bound=nnx.Module)
+
+# Differences named in one message; a wholly different model has hundreds.
+_NAMED = 6
+
+
+def new_params(config: ModelConfig, key: Array, wanted: set[Any] | None = None, purpose: str = CAUSAL_LM) -> Params:
+    """Initial parameters of a model for a `purpose` of the registry of models.
+
+    Args:
+        config: the model's.
+        key: a random key.
+        wanted: paths; what is not wanted is not computed either. None wants all.
+        purpose: of the model, such as `causal_lm`.
+    """
+
+    def draw(key: Array) -> Params:
+        params = params_of(model_class(config, purpose)(config, rngs=nnx.Rngs(key)))
+        if wanted is None:
+            return params
+        return unflatten_dict({path: value for path, value in flatten_dict(params).items() if path in wanted})
+
+    return jax.jit(draw)(key)
+
+
+def abstract_model(config: ModelConfig, purpose: str = CAUSAL_LM) -> Any:
+    """A model of shapes, without memory or work behind it, for a `purpose` of the registry of models.
+
+    Raises:
+        UserError: the configuration describes no model, or its family has none for the purpose.
+    """
+    build = model_class(config, purpose)
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+
+
+def abstract_heads(config: ModelConfig, heads: int) -> MedusaHeads:
+    """Medusa heads of shapes, for a model with the given configuration."""
+    assert config.vocab_size is not None, "filled in when a run begins"
+    size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
+    return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
+
+
+def abstract_path_head(config: ModelConfig, width: int) -> PathHead:
+    """A path head of shapes, for a model with the given configuration.
+
+    Raises:
+        UserError: the head would be wider than the model.
+    """
+    assert config.vocab_size is not None, "filled in when a run begins"
+    size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
+    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def params_of(module: nnx.Module) -> Params:
+    """A module's parameters (arrays or shapes) as a plain tree."""
+    return nnx.to_pure_dict(nnx.state(module))
+
+
+def filled(module: Module, params: Params) -> Module:
+    """A copy of a module (which may be one of shapes) with the given parameters."""
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)
+
+
+def shapes(params: Params) -> dict[str, str]:
+    """The type and shape of every parameter by its path: `{"embed/embedding": "float32[2048,256]"}`."""
+    return {
+        name: f"{value.dtype}[{','.join(map(str, value.shape))}]"
+        for name, value in sorted(flatten_dict(params, sep="/").items())
+    }
+
+
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Differences between two tables of names and values, a phrase each."""
+    phrases = []
+    for name in sorted(there.keys() | here.keys()):
+        if name not in here:
+            phrases.append(f"{name} {there[name]} exists only there")
+        elif name not in there:
+            phrases.append(f"{name} {here[name]} exists only here")
+        elif there[name] != here[name]:
+            phrases.append(f"{name} is {there[name]} there and {here[name]} here")
+    return phrases
+
+
+def listed(phrases: list[str]) -> str:
+    """Differences in one line, the first few by name."""
+    more = f"; and {len(phrases) - _NAMED} more" if len(phrases) > _NAMED else ""
+    return "; ".join(phrases[:_NAMED]) + more
+
+
+def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Params] | None = None) -> Params:
+    """A base model's parameters for a model that may mix tokens in another way.
+
+    Token mixers may differ: what the base lacks of them stays fresh, what only the base has is left out. That is how a
+    softmax Transformer becomes a linearized one.
+
+    Args:
+        fresh: parameters that have not learnt anything, or their shapes.
+        base: the base model's.
+        draw: with shapes, draws what stays fresh, given its paths.
+
+    Raises:
+        UserError: anything else differs; the message lists what.
+    """
+    own, given = flatten_dict(fresh), flatten_dict(base)
+    here = {name: kind for name, kind in shapes(fresh).items() if "/mixer/" not in name}
+    there = {name: kind for name, kind in shapes(base).items() if "/mixer/" not in name}
+    if phrases := differences(there, here):
+        raise UserError(f"init_from holds another model: {listed(phrases)}; make the model options equal to its own")
+    missing = {path for path, value in own.items() if path not in given or given[path].shape != value.shape}
+    new = own if draw is None else flatten_dict(draw(missing)) if missing else {}
+    return unflatten_dict({path: (new if path in missing else given)[path] for path in own})
+
+
+def placed(abstract: Any) -> Any:
+    """Shapes with a sharding for each array: its own, or the default device of this process."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+
+    return jax.tree.map(place, abstract)
+
+
+def put_like(values: Any, like: Any) -> Any:
+    """Values, the same on every host, where other arrays (or shapes) lie."""
+    return jax.tree.map(lambda value, other: jax.device_put(value, getattr(other, "sharding", None)), values, like)
+
+
+def params_fingerprint(params: Params) -> str:
+    """Hash of the values, types and names of parameters; the same on every machine."""
+    checksums = {name: int(_checksum(value)) for name, value in flatten_dict(params, sep="/").items()}
+    content = json.dumps([shapes(params), sorted(checksums.items())])
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+@jax.jit
+def _checksum(values: Array) -> Array:
+    """A weighted sum of an array's bits, in integers that wrap around: exact in any order, and fast on any device."""
+    narrow = jnp.uint16 if values.dtype.itemsize == 2 else jnp.uint32
+    bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
+    weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
+    return jnp.sum(bits * weights, dtype=jnp.uint32)

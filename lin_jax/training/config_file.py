@@ -1,0 +1,230 @@
+"""Runs described in YAML, with any field overridden by options; and keys of earlier versions."""
+
+import argparse
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from lin_jax.errors import UserError
+from lin_jax.models.registry import model_family
+from lin_jax.training.config import CONFIG_FILE, RunConfig
+from lin_jax.training.distributed.launch import Launch
+from lin_jax.training.objectives.registry import check_run
+
+# Keys of earlier versions, and the keys that took their place.
+RENAMED = {
+    "adapters.targets": "adapters.target_modules",
+    "adapters.also": "adapters.modules_to_save",
+    "head_targets": "heads.targets",
+    "medusa_heads": "heads.depth",
+    "medusa_decay": "heads.decay",
+    "path_depth": "heads.depth",
+    "path_decay": "heads.decay",
+    "path_width": "heads.width",
+    "head_coefficient": "heads.loss_weight",
+    "head_learning_rate_factor": "heads.learning_rate_factor",
+    "joint_warmup_steps": "heads.warmup_steps",
+    "optimizer.clip_norm": "optimizer.max_grad_norm",
+    "optimizer.final_fraction": "optimizer.min_lr_ratio",
+    "training.accumulation": "training.gradient_accumulation",
+    "training.watch.stall_seconds": "training.monitoring.stall_seconds",
+    "training.watch.hang_seconds": "training.monitoring.hang_seconds",
+    "training.watch": "training.loss_spikes",
+}
+# Of two old keys with one successor, those of objectives that a run does not have are left out.
+_OF_OBJECTIVE = {"medusa_heads": "medusa", "medusa_decay": "medusa", "path_depth": "path", "path_decay": "path"}
+
+
+class Command(NamedTuple):
+    """A run, whether it is resumed, and how its processes find each other."""
+
+    config: RunConfig
+    resume: bool
+    launch: Launch
+
+
+def parse_run_config(argv: Sequence[str]) -> Command:
+    """Parses a run's command line.
+
+    Args:
+        argv: `CONFIG.yaml [--resume] [--launch.option VALUE ...] [--section.field VALUE ...]`.
+
+    Raises:
+        UserError: the file is missing, an option is unknown, or a value is wrong.
+        SystemExit: help was asked for.
+    """
+    argv = list(argv)
+    if argv and not argv[0].startswith("-"):
+        argv.insert(0, "--config")
+    parser = _parser(_family(argv))
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    parser.add_class_arguments(Launch, "launch")
+    command = _parse(parser, argv)
+    check_run(command.config)
+    return command
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """Reads the configuration of a run folder (with `output` as it is given here), or of a YAML file.
+
+    Raises:
+        UserError: there is none, or it is not one that this version understands.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / CONFIG_FILE).exists():
+            raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
+        return replace(load_run_config(path / CONFIG_FILE), output=str(path))
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""  # The parser itself reports what is wrong.
+    return _in_file(path, content)
+
+
+@lru_cache(maxsize=32)
+def _in_file(path: Path, _content: bytes) -> RunConfig:
+    """Reads a file with this content: runs that stand on others read theirs again and again."""
+    argv = ["--config", str(path)]
+    return _parse(_parser(_family(argv)), argv, translated=path.name == CONFIG_FILE).config
+
+
+def _family(argv: Sequence[str]) -> str:
+    """Finds the family that a command line, or else its files, names: it decides which options there are."""
+    quick = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    quick.add_argument("--config", action="append", default=[])
+    quick.add_argument("--family")
+    try:
+        said, _ = quick.parse_known_args(list(argv))
+        contents = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in said.config]
+    except (ArgumentError, OSError, ValueError, yaml.YAMLError):
+        return RunConfig.family  # The parser itself reports what is wrong.
+    named = [content["family"] for content in contents if isinstance(content, dict) and "family" in content]
+    return said.family or str((named or [RunConfig.family])[-1])
+
+
+def _parser(family: str) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="train.py CONFIG.yaml [--resume] [--section.field VALUE ...]",
+        description="Trains a model, or draft heads for one, as a YAML file describes; options override the file.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="the YAML file, when it is not the first argument")
+    parser.add_class_arguments(RunConfig, skip={"model"})
+    parser.add_class_arguments(model_family(family).config, "model")
+    return parser
+
+
+def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False) -> Command:
+    with _present_files(_present_options(argv), translated) as present:
+        try:
+            parsed = parser.instantiate(parser.parse_args(present))
+        except ArgumentError as error:
+            message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", str(error)).split())
+            raise UserError(f"{message}; 'train.py --help' lists every option") from error
+    values = {each.name: getattr(parsed, each.name) for each in fields(RunConfig)}
+    return Command(RunConfig(**values), getattr(parsed, "resume", False), getattr(parsed, "launch", Launch()))
+
+
+def _present_options(argv: Sequence[str]) -> list[str]:
+    """Refuses options of earlier versions; `--model.attention NAME` is short for its field `name`."""
+    options = []
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            if (key := _renamed_key(name[2:])) is not None:
+                raise UserError(f"{name} is now --{key}; give that")
+            if name.startswith("--model.") and name.endswith("attention"):
+                word = f"{name}.name{equals}{value}"
+        options.append(word)
+    return options
+
+
+def _renamed_key(key: str) -> str | None:
+    """Finds the present name of an old key, or of a field inside an old section."""
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(old + "."):
+            return new + key[len(old) :]
+    return None
+
+
+@contextmanager
+def _present_files(argv: Sequence[str], translated: bool) -> Iterator[list[str]]:
+    """Gives options whose files have present keys; others are refused, or with `translated` rewritten in a copy.
+
+    Raises:
+        UserError: a file has a key of an earlier version.
+    """
+    with TemporaryDirectory() as folder:
+        present = list(argv)
+        for index, path in enumerate(argv):
+            if index and argv[index - 1] == "--config":
+                content = _mapping(Path(path))
+                changed = _shortened_attention(content if not translated else _translated(content))
+                _refuse_old_keys(changed, path)
+                if changed != content:
+                    copy = Path(folder) / f"{index}.yaml"
+                    copy.write_text(yaml.safe_dump(changed), encoding="utf-8")
+                    present[index] = str(copy)
+        yield present
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; an empty one where the parser itself will report what is wrong."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the dotted key of every value that is not a mapping."""
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _refuse_old_keys(content: Mapping[str, Any], path: str) -> None:
+    for key, _ in _keys(content):
+        if (new := _renamed_key(key)) is not None:
+            raise UserError(f"{path}: {key} is now {new}; rename it")
+
+
+def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Rewrites the keys of a run folder that an earlier version wrote."""
+    objective = str(content.get("objective", RunConfig.objective))
+    found: dict[str, Any] = {}
+    for key, value in _keys(content):
+        if not objective.startswith(_OF_OBJECTIVE.get(key, "")):
+            continue
+        *sections, name = (_renamed_key(key) or key).split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return found
+
+
+def _shortened_attention(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Expands `attention: NAME` in the model's section to a mapping with that name."""
+    model = content.get("model")
+    if not isinstance(model, dict):
+        return dict(content)
+    expanded = {
+        key: {"name": value} if key.endswith("attention") and isinstance(value, str) else value
+        for key, value in model.items()
+    }
+    return {**content, "model": expanded}

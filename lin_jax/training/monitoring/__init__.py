@@ -1,0 +1,1 @@
+"""Monitoring of a run: metrics, trackers, progress, loss spikes, stalls, profiles, plots."""

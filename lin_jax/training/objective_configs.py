@@ -1,0 +1,110 @@
+"""Options of objectives, one dataclass for each section of a run's configuration."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from lin_jax.errors import UserError
+from lin_jax.models.adapters import check_parts
+
+# Parts of a layer's attention that attention transfer can train.
+TRANSFERRED_PARTS = ("mixer", "projections", "norms")
+# Targets of draft heads: the tokens of the text, or the model's own distribution in their place.
+HEAD_TARGETS = ("text", "model")
+
+
+class Trains(Enum):
+    """The part of a checkpoint that an objective trains: a model, draft heads on a frozen model, or both together."""
+
+    MODEL = "model"
+    HEADS = "heads"
+    MODEL_AND_HEADS = "model_and_heads"
+
+    @property
+    def has_model(self) -> bool:
+        """True if a model is trained, so that a run's checkpoints hold one."""
+        return self is not Trains.HEADS
+
+    @property
+    def has_heads(self) -> bool:
+        """True if draft heads are trained."""
+        return self is not Trains.MODEL
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Layers and parameters that attention transfer trains.
+
+    Attributes:
+        learns: parts of each layer's attention that are trained in full, where the run has no adapters: mixer,
+            projections (query, key, value, out), norms (of queries and keys, where a model has them).
+        layers: the first layer that is trained and the one after the last, from 0; null is all layers.
+        blocks: in a stage, train the layers in so many blocks, one after the other, each for its share of the steps
+            and with an optimizer of its own.
+        progressive: let the input of the trained layers come from the run's own layers before them, as they are by
+            now, instead of the teacher's.
+    """
+
+    learns: tuple[str, ...] = ("mixer", "projections")
+    layers: tuple[int, int] | None = None
+    blocks: int = 1
+    progressive: bool = False
+
+    def __post_init__(self) -> None:
+        check_parts("transfer.learns", self.learns, TRANSFERRED_PARTS)
+        if not self.learns:
+            raise UserError(f"transfer.learns is empty; name some of {', '.join(TRANSFERRED_PARTS)}")
+        if self.blocks < 1:
+            raise UserError(f"transfer.blocks is {self.blocks}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher beside the text, for the objective language_model (Hinton et al. 2015).
+
+    Attributes:
+        weight: of the divergence from the teacher, beside the next-token loss with weight one; 0 is no teacher.
+        temperature: divisor of both models' logits in the divergence.
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise UserError(f"distillation.weight is {self.weight}; give 0 or more")
+        if not self.temperature > 0:
+            raise UserError(f"distillation.temperature is {self.temperature}; give a positive number")
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Draft heads, for the objectives medusa, medusa_joint and path.
+
+    Attributes:
+        targets: what heads on a frozen model learn to predict: text (its tokens: for text of the model's own) or model
+            (the model's own distribution after each prefix: for any text).
+        depth: how many tokens ahead the heads draft: the number of Medusa heads, or the steps that a path head is
+            unrolled for; null is 4 Medusa heads, or 5 steps.
+        decay: depth d (from 0) has weight `decay^d` in the loss.
+        width: width of a path head's state; at most the model's hidden size.
+        loss_weight: weight of all heads beside the model in the loss of medusa_joint.
+        learning_rate_factor: learning rate of the heads of medusa_joint, as a multiple of the model's.
+        warmup_steps: first steps of medusa_joint, in which its heads are trained and its model is not.
+    """
+
+    targets: str = "text"
+    depth: int | None = None
+    decay: float = 0.8
+    width: int = 192
+    loss_weight: float = 0.2
+    learning_rate_factor: float = 4.0
+    warmup_steps: int = 100
+
+    def __post_init__(self) -> None:
+        if self.targets not in HEAD_TARGETS:
+            raise UserError(f"heads.targets is '{self.targets}'; choose one of {', '.join(HEAD_TARGETS)}")
+        if self.depth is not None and self.depth < 1:
+            raise UserError(f"heads.depth is {self.depth}; give 1 or more")
+        for name in ("loss_weight", "learning_rate_factor"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"heads.{name} is {getattr(self, name)}; give a positive number")

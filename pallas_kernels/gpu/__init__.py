@@ -1,0 +1,1 @@
+"""Parts that Triton kernels share: launching, building blocks, memories."""

@@ -1,0 +1,1 @@
+"""Parts that Pallas kernels for TPU share."""

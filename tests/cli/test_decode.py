@@ -1,0 +1,193 @@
+"""decode.py as a user runs it: real text out, one line and exit code 2 for what a user can get wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.processes import ROOT
+
+from lin_jax.cli.decode.command import decode
+from lin_jax.cli.decode.options import parse
+from lin_jax.cli.demo import main as demo
+from lin_jax.data import Tokenizer
+from lin_jax.decoding.autotune.costs import measure_costs
+from lin_jax.errors import UserError
+from lin_jax.session import Session
+from lin_jax.training import load_run_config
+from lin_jax.training.run import train
+
+DRAFTERS = ("medusa+ngram",)
+FEW = (1, 4, 16)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the demo leaves, on a scale of seconds: a tiny model with heads, trained on real text."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    recipes = ("--config", str(ROOT / "configs/tiny.yaml"), "--heads-config", str(ROOT / "configs/tiny_medusa.yaml"))
+    size = ("--prompts", "2", "--new-tokens", "24", "--rounds", "1")
+    with pytest.MonkeyPatch.context() as patch:
+        # Every tree that is timed has to be compiled.
+        patch.setattr("lin_jax.cli.demo.DRAFTERS", DRAFTERS)
+        patch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
+        assert demo(["--output", str(folder), *recipes, *size]) == 0
+    return folder
+
+
+def test_demo_report(run_folder: Path) -> None:
+    report = json.loads((run_folder / "report.json").read_text())
+    assert report["lossless"] is True
+    assert set(report["drafters"]) == set(DRAFTERS)
+    assert report["speedup"] == max(each["speedup"] for each in report["drafters"].values())
+    assert report["perplexity_ratio"] > 1
+    assert report["prompts"] == 2
+    assert report["state_bytes_per_sequence"] > 0
+    assert report["train_tokens"] == 30 * 4 * 32
+    html = (run_folder / "report.html").read_text()
+    assert "<svg" in html
+
+
+def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:
+    capsys.readouterr()
+    assert decode(parse(argv)) == 0
+    return capsys.readouterr()
+
+
+def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for drafter, tree in (
+        ("none", "none"),
+        ("ngram", "chain:3"),
+        ("medusa", "0;1;0,0"),
+        ("medusa+ngram", "0;10;10,10"),
+    ):
+        for options in ((), ("--temperature", "0.9", "--seed", "5", "--top-k", "50")):
+            words = (str(run_folder), "import os\n", "--max-new-tokens", "40", "--drafter", drafter, "--tree", tree)
+            written, figures = output(capsys, *words, *options)
+            assert written.startswith("import os\n")
+            assert "tokens/s" in figures
+            assert "state" in figures
+            texts.setdefault(options, set()).add(written)
+    assert [len(each) for each in texts.values()] == [1, 1]
+
+
+def test_measured_tree_is_kept(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
+    shutil.copytree(run_folder, tmp_path / "run")
+    measured = json.loads((tmp_path / "run" / "speculation.json").read_text())
+    plans = [plan for plan in measured["plans"] if plan["drafter"] != "ngram"]
+    (tmp_path / "run" / "speculation.json").write_text(json.dumps({**measured, "plans": plans}))
+    words = (str(tmp_path / "run"), "x = ", "--max-new-tokens", "10", "--drafter", "ngram")
+    assert "choosing draft trees" in output(capsys, *words)[1]
+    assert "choosing draft trees" not in output(capsys, *words)[1]
+
+
+def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("def f(", "class A:\n    x", "")))
+    words = ("--drafter", "none", "--max-new-tokens", "8", "--json")
+    written, _ = output(capsys, str(run_folder), "--prompt-file", str(lines), *words)
+    rows = [json.loads(line) for line in written.splitlines()]
+    assert [row["prompt"] for row in rows] == ["def f(", "class A:\n    x", ""]
+    assert all(1 <= len(row["tokens"]) <= 8 for row in rows)
+    single = tmp_path / "prompt.txt"
+    single.write_text("def f(")
+    written, _ = output(capsys, str(run_folder), "--prompt-file", str(single), *words)
+    assert json.loads(written)["text"] == rows[0]["text"]
+
+
+def test_a_batch_with_stops_and_chances(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three prompts in two slots: the texts end before the stop string, and every token has its log-probability."""
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("import os\n", "def f(", "class A:\n    x")))
+    words = (str(run_folder), "--prompt-file", str(lines), "--drafter", "ngram", "--tree", "chain:2", "--json")
+    written, _ = output(capsys, *words, "--max-new-tokens", "30", "--batch", "2", "--log-probs")
+    free = [json.loads(line) for line in written.splitlines()]
+    stop = free[0]["text"][5:8]
+    written, _ = output(capsys, *words, "--max-new-tokens", "30", "--stop", stop, "--stop", "never ever")
+    stopped = [json.loads(line) for line in written.splitlines()]
+    for one, other in zip(free, stopped, strict=True):
+        assert other["text"] == one["text"].partition(stop)[0]
+        assert (other["ending"] == "stop string") == (stop in one["text"])
+        assert len(one["log_probs"]) == len(one["tokens"])
+        assert max(one["log_probs"]) <= 0
+    shown, _ = output(
+        capsys, str(run_folder), "import os\n", "--max-new-tokens", "30", "--tree", "none", "--stop", stop
+    )
+    assert shown == f"import os\n{stopped[0]['text']}\n"
+
+
+def test_a_saved_state_goes_on(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = str(tmp_path / "state.safetensors")
+    words = ("--drafter", "ngram", "--tree", "chain:2", "--max-new-tokens", "20")
+    _, said = output(capsys, str(run_folder), "import os\nimport", *words, "--save-state", state)
+    assert "tokens; the state after them is in" in said
+    whole, _ = output(capsys, str(run_folder), "import os\nimport sys", *words)
+    rest, _ = output(capsys, str(run_folder), " sys", *words, "--state", state)
+    assert f"import os\nimport{rest}" == whole
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("nowhere", "x"), "nowhere"),
+        (("RUN", "x", "--tree", "chain:8", "--drafter", "ngram"), "a group holds 8 tokens"),
+        (("RUN", "x", "--tree", "0;2,2"), "has no parent"),
+        (("RUN", "x", "--tree", "0;5", "--drafter", "ngram"), "the drafter offers"),
+        (("RUN", "some long prompt", "--max-prompt-tokens", "2"), "2 are allowed"),
+        (("RUN", "x", "--drafter", "magic"), "magic"),
+        (("RUN", "x", "--sheep"), "--sheep"),
+        (("RUN", "x", "--temperature", "-1"), "temperature"),
+        (("RUN", "x", "--top-p", "0"), "top-p"),
+        (("RUN", "x", "--max-new-tokens", "0", "--drafter", "none"), "new tokens"),
+        (("RUN", "--prompt-file", "missing.txt"), "missing.txt"),
+        (("RUN", "x", "--heads", "RUN"), "no draft heads"),
+        (("RUN", "x", "--drafter", "path", "--tree", "chain:2"), "needs a path head"),
+        (("RUN", "x", "--draft-layers", "0,7"), "do not exist; give numbers from 0 to 1"),
+        (("RUN", "x", "--draft-layers", "first"), "draft-layers"),
+        (("RUN", "x", "--acceptance", "maybe"), "choose one of exact, rejection, typical"),
+        (("RUN", "x", "--state", "missing"), "cannot read a state"),
+        (("RUN", "x", "--stop", ""), "stop string is empty"),
+        (("RUN", "--prompt-file", "TWO", "--save-state", "state"), "for one prompt, and there are 2"),
+        (("RUN", "x", "--batch", "0"), "--batch is 0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors(
+    run_folder: Path, tmp_path: Path, argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong words are found before anything is measured."""
+    two = tmp_path / "two.jsonl"
+    two.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    stands_for = {"RUN": str(run_folder), "TWO": str(two)}
+    with pytest.raises(UserError, match=message) as error:
+        decode(parse([stands_for.get(word, word) for word in argv]))
+    assert "choosing draft trees" not in capsys.readouterr().err
+    assert "\n" not in str(error.value)
+
+
+def test_another_tokenizer_is_refused(run_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    Tokenizer.train(["quite another text"] * 50, 290).save(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer"):
+        Session.load(tmp_path / "run")
+
+
+def test_heads_of_another_model_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    other = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "other"))
+    train(replace(other, training=replace(other.training, steps=1, seed=9)))
+    with pytest.raises(UserError, match="another model"):
+        Session.load(tmp_path / "other", run_folder / "heads")
+
+
+def test_exit_code_and_single_line() -> None:
+    done = subprocess.run([sys.executable, "decode.py", "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,136 @@
+"""`python -m lin_jax.hub`: folders made and shown, and one line and exit code 2 for what a user can get wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from support.llama2c_files import HEADER, write_file
+from support.processes import ROOT
+
+from lin_jax.cli.hub.options import main
+from lin_jax.data import load_tokenizer
+from lin_jax.data.tokenizers.sentencepiece import SPECIAL
+from lin_jax.errors import UserError
+from lin_jax.hub import from_pretrained
+
+LETTERS = " abcdefg"
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of llama2.c and its tokenizer, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    write_file(tmp_path / "model.bin", HEADER)
+    (tmp_path / "letters.vocab").write_text("".join(f"{text}\t0\n" for text in (*SPECIAL, *LETTERS)))
+    return tmp_path
+
+
+IMPORT = ("import", "model.bin", "out", "--tokenizer", "letters.vocab")
+
+
+def run(*words: str) -> int:
+    return main(list(words))
+
+
+def test_import_of_llama2c(files: Path) -> None:
+    (files / "figures.json").write_text('{"nats per token": 1.25, "nested": {"a": 1}}')
+    assert run(*IMPORT, "--dtype", "bfloat16", "--figures", "figures.json") == 0
+    model = from_pretrained("out")
+    assert model.config.param_dtype == "bfloat16"
+    assert load_tokenizer("out").encode("abc").tolist() == [3, 4, 5, 6]
+    said = json.loads(Path("out/config.json").read_text())
+    assert (said["bos_token_id"], said["eos_token_id"]) == (1, 2)
+    card = Path("out/README.md").read_text()
+    assert "made from model.bin" in card
+    assert "| nats per token | 1.25 |" in card
+
+
+def test_import_of_a_folder(files: Path) -> None:
+    """With another attention, and then without a word about it: the folder says it itself."""
+    options = ("--attention", "performer+local", "--attention.group_size", "8", "--attention.features", "6")
+    assert run(*IMPORT) == 0
+    assert run("import", "out", "linear", *options, "--seed", "3", "--max-shard-bytes", "4000") == 0
+    assert run("import", "linear", "again") == 0
+    model, again = from_pretrained("linear"), from_pretrained("again")
+    assert (model.config.attention.name, model.config.attention.features) == ("performer+local", 6)
+    assert load_tokenizer("again").encode("abc").tolist() == [3, 4, 5, 6]
+    for (path, one), (_, other) in zip(
+        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(again)), strict=True
+    ):
+        assert np.array_equal(one[...], other[...]), path
+
+
+def test_inspect(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*IMPORT) == 0
+    capsys.readouterr()
+    assert run("inspect", "out") == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["family"] == "llama (llama), Llama"
+    assert shown["attention"] == "softmax"
+    assert shown["fits"] == "every tensor"
+    assert shown["heads"] == "4 (2 for keys and values)"
+    assert shown["parameters"] == f"{sum(t.size for t in load_file('out/model.safetensors').values()):,}"
+    # Keys and values of 32 tokens: 2 layers, 2 heads of 4 numbers, and the position.
+    assert shown["decode"].startswith(f"state     {(2 * 32 * 2 * 2 * 4 + 2) * 4 / 1024:.1f} KiB per sequence")
+    assert run("inspect", "out", "--attention", "augmented", "--attention.kernel_size", "3") == 0
+    assert "begins anew" in capsys.readouterr().out
+    tensors = load_file("out/model.safetensors")
+    tensors["model.extra"] = tensors.pop("model.norm.weight")
+    save_file(tensors, "out/model.safetensors")
+    assert run("inspect", "out") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["does not fit     model.norm.weight is missing", f"{'':17}model.extra is unknown"]
+    assert run("inspect", "model.bin") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("import", "nowhere", "out"), "there is no folder nowhere"),
+        (("import", "model.bin", "out"), "say where it is with --tokenizer FILE"),
+        (("import", "letters.vocab", "out"), "is not in llama2.c's first format"),
+        (("import", "model.bin", "out", "--tokenizer", "missing.vocab"), "holds no tokenizer"),
+        (("import", "model.bin", "model.bin"), "model.bin is a file"),
+        (("import", "model.bin", "."), "is not empty"),
+        ((*IMPORT, "--attention", "magic"), "attention.name 'magic' is unknown"),
+        ((*IMPORT, "--attention.rank", "3"), "--attention.rank needs --attention NAME"),
+        ((*IMPORT, "--attention", "augmented", "--attention.rank", "x"), "invalid int value: 'x'"),
+        ((*IMPORT, "--attention", "augmented", "--attention.convolve_padding", "x"), "neither true nor false"),
+        ((*IMPORT, "--attention", "augmented", "--attention.kernel_size", "4"), "give an odd number"),
+        ((*IMPORT, "--dtype", "int4"), "invalid choice: 'int4'"),
+        ((*IMPORT, "--sheep"), "--sheep"),
+        ((*IMPORT, "--figures", "model.bin"), "cannot be read as JSON"),
+        (("frobnicate", "model.bin"), "frobnicate"),
+        (("inspect", "."), "holds no config.json"),
+        ((), "required"),
+    ],
+)
+def test_errors(words: tuple[str, ...], message: str, files: Path) -> None:
+    before = sorted(files.iterdir())
+    with pytest.raises(UserError) as caught:
+        run(*words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(files.iterdir()) == before
+
+
+def test_overwriting(files: Path) -> None:
+    assert run(*IMPORT) == 0
+    with pytest.raises(UserError, match="out is not empty; give another folder, or --overwrite"):
+        run(*IMPORT)
+    assert run(*IMPORT, "--overwrite", "--dtype", "float64") == 0
+    assert load_file("out/model.safetensors")["model.norm.weight"].dtype == np.float64
+
+
+def test_exit_code_and_single_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lin_jax.hub", "import", "nowhere", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""

@@ -1,0 +1,59 @@
+"""Tokenizers in their first published files: known token numbers, and the same again after saving."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lin_jax.data import load_tokenizer
+from lin_jax.errors import UserError
+
+# Token numbers that documentation and papers of the models give for these texts.
+KNOWN = {
+    "gpt2": ("Hello world", [15496, 995], 50257),
+    "bert-base-uncased": ("Hello, my dog is cute", [7592, 1010, 2026, 3899, 2003, 10140], 30522),
+    "t5": (
+        "translate English to German: The house is wonderful.",
+        [13959, 1566, 12, 2968, 10, 37, 629, 19, 1627, 5],
+        32100,
+    ),
+    "llama2": ("Hello world", [15043, 3186], 32000),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_published_numbers(name: str, shared_data: Path, tmp_path: Path) -> None:
+    text, ids, size = KNOWN[name]
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / name)
+    assert tokenizer.encode(text).tolist() == ids
+    assert tokenizer.vocab_size == size
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.fingerprint == tokenizer.fingerprint
+    for special in ("bos_token", "eos_token", "cls_token", "sep_token", "pad_token"):
+        assert again.special_id(special) == tokenizer.special_id(special)
+    strange = "Caf\u00e9 \ufb01ne\u3000 \u00bd \u4e2d\u6587 [SEP] it's"
+    assert again.encode(strange).tolist() == tokenizer.encode(strange).tolist()
+
+
+def test_special_tokens(shared_data: Path) -> None:
+    bert, t5 = (load_tokenizer(shared_data / "tokenizers" / name) for name in ("bert-base-uncased", "t5"))
+    assert [bert.special_id(f"{name}_token") for name in ("pad", "cls", "sep")] == [0, 101, 102]
+    assert (t5.eos_id, t5.special_id("pad_token"), t5.bos_id) == (1, 0, None)
+    assert t5.encode("<extra_id_0>").tolist() == [32099]
+    # Uncased: letters are lowered and lose their accents.
+    assert bert.encode("CAF\u00c9").tolist() == bert.encode("cafe").tolist()
+
+
+def test_damaged_files(shared_data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "spiece.model"
+    model.write_bytes((shared_data / "tokenizers" / "t5" / "spiece.model").read_bytes()[:1001])
+    with pytest.raises(UserError, match="it ends within"):
+        load_tokenizer(tmp_path)
+    model.write_bytes((shared_data / "tokenizers" / "llama2" / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError, match="does not hold T5's unigrams"):
+        load_tokenizer(tmp_path)
+    shutil.copyfile(shared_data / "tokenizers" / "gpt2" / "encoder.json", tmp_path / "encoder.json")
+    model.unlink()
+    with pytest.raises(UserError, match="cannot read a tokenizer"):
+        load_tokenizer(tmp_path)

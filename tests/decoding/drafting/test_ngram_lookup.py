@@ -1,0 +1,81 @@
+"""Prompt lookup against a search in plain Python, and the trie that it grows."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lin_jax.decoding import DraftTree, NgramDrafter
+from lin_jax.decoding.drafting.api import DraftContext
+from lin_jax.decoding.drafting.ngram_lookup import find_matches
+
+Path = tuple[int, ...]
+
+
+def occurrences(text: list[int], depth: int, longest: int) -> list[tuple[int, list[int]]]:
+    """All earlier places where the last token occurs: how long the match is, and what follows; best first."""
+    found = []
+    for end in range(len(text) - 1):
+        size = 0
+        while size < longest and size <= end and text[end - size] == text[len(text) - 1 - size]:
+            size += 1
+        if size:
+            copy = list(text)
+            for step in range(depth):
+                copy.append(copy[end + 1 + step])
+            found.append((size, end, copy[len(text) :]))
+    return [(size, followers) for size, _, followers in sorted(found, key=lambda each: (-each[0], -each[1]))]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 4, n).tolist() for n in (1, 2, 3, 5, 9, 17, 30)] + [[7], [1, 1, 1, 1], [3, 1, 2]]
+
+
+@pytest.fixture(scope="module")
+def recent(texts: list[list[int]]) -> jax.Array:
+    return jnp.asarray([[-1] * (32 - len(text)) + text for text in texts])
+
+
+def test_prompt_lookup(texts: list[list[int]], recent: jax.Array) -> None:
+    found = find_matches(recent, 5, 3, 4)
+    for row, text in enumerate(texts):
+        expected = occurrences(text, 5, 3)[:4]
+        sizes = found.sizes[row].tolist()
+        assert sizes == [size for size, _ in expected] + [0] * (4 - len(expected))
+        assert found.followers[row, : len(expected)].tolist() == [followers for _, followers in expected]
+
+
+def test_prompt_lookup_grows_a_trie(texts: list[list[int]], recent: jax.Array) -> None:
+    """At every node the followers of the occurrences that agree with its path, the best supported first."""
+    confidence = (0.3, 0.5, 0.8)
+    drafter = NgramDrafter(depth=3, matches=4, lookback=32, confidence=confidence)
+    tree = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 0)))
+    begun = DraftContext(recent[:, -1], jnp.zeros((len(texts), 1)), recent)
+    draft = tree.grow(drafter, begun, None)
+    for row, text in enumerate(texts):
+        matches = occurrences(text, 3, 3)[:4]
+        children = follow(matches, confidence)
+        tokens = draft.tokens[row].tolist()
+        paths: dict[Path, Path | None] = {(): ()}
+        for node, ranks in enumerate(tree.paths, 1):
+            above = paths[ranks[:-1]]
+            offered = [] if above is None else children(above)
+            paths[ranks] = (*above, offered[ranks[-1]]) if above is not None and len(offered) > ranks[-1] else None
+            assert tokens[node] == (-1 if paths[ranks] is None else paths[ranks][-1])
+
+
+def follow(matches: list[tuple[int, list[int]]], confidence: tuple[float, ...]) -> Callable[[Path], list[int]]:
+    """What may come after a path, best first."""
+
+    def children(path: Path) -> list[int]:
+        votes: dict[int, float] = {}
+        for size, followers in matches:
+            if tuple(followers[: len(path)]) == path:
+                votes[followers[len(path)]] = votes.get(followers[len(path)], 0) + confidence[size - 1]
+        return sorted(votes, key=lambda token: -votes[token])
+
+    return children

@@ -1,0 +1,54 @@
+"""Operations on a mesh of eight devices, in a process of its own; prints the largest difference from one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.augmented_attention import PackedRows, augmented_attention
+from pallas_kernels.linear_attention import linear_attention
+
+ROWS, TOKENS, HEADS, SIZE = 4, 40, 4, 16
+AXES = ("data", "fsdp", "tensor")
+
+
+def main():
+    """Values and gradients of both operations, with documents and without."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), AXES)
+    keys = jax.random.split(jax.random.key(0), 3)
+    rows = [jax.random.normal(key, (ROWS, TOKENS, n, SIZE)) for key, n in zip(keys, (HEADS, 2, 2), strict=True)]
+    alpha, taps = jnp.linspace(0.1, 0.5, HEADS), jnp.linspace(0, 0.2, HEADS * 4).reshape(HEADS, 4)
+    ones = jnp.ones((ROWS, TOKENS), jnp.int32)
+    packed = PackedRows(ones, jnp.cumsum(ones, 1) - 1, ones[:, 0], ones[:, 0], ones.sum(1))
+
+    def augmented(implementation, packed):
+        def total(queries, keys, values, alpha, taps):
+            options = {"group_size": 8, "alpha": alpha, "taps": taps, "packed": packed}
+            outputs = augmented_attention(queries, keys, values, **options, implementation=implementation)[0]
+            return jnp.sum(jnp.square(outputs))
+
+        return total, (*rows, alpha, taps)
+
+    def linear(implementation, segment_ids):
+        def total(*rows):
+            outputs, memory = linear_attention(*rows, decay=jnp.array([0.9, 0.8]), segment_ids=segment_ids, **chosen)
+            return jnp.sum(jnp.square(outputs)) + jnp.sum(memory.values)
+
+        chosen = {"implementation": implementation}
+        return total, rows
+
+    for build, layout in ((augmented, None), (augmented, packed), (linear, None), (linear, ones)):
+        total, arrays = build("xla", layout)
+        expected = jax.tree.leaves(jax.value_and_grad(total, range(len(arrays)))(*arrays))
+        total, arrays = build("tpu_interpreted", layout)
+        with jax.set_mesh(mesh):
+            here = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+            arrays = [jax.device_put(each, here) if each.ndim == 4 else each for each in arrays]
+            found = jax.jit(jax.value_and_grad(total, range(len(arrays))))(*arrays)
+        assert found[1][0].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor"), found[1][0].sharding
+        pairs = zip(jax.tree.leaves(found), expected, strict=True)
+        print(max(float(np.abs(one - other).max() / np.abs(other).max()) for one, other in pairs))
+
+
+if __name__ == "__main__":
+    main()

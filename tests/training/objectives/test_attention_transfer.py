@@ -1,0 +1,222 @@
+"""Attention transfer against a loop over layers, documents, heads and tokens in NumPy; what learns, and from what."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.errors import UserError
+from lin_jax.models import FlashConfig, Llama, LlamaConfig
+from lin_jax.models.adapters import TrainableFilter
+from lin_jax.models.params import params_of
+from lin_jax.training import RunConfig
+from lin_jax.training.objective_configs import TransferConfig
+from lin_jax.training.objectives import AttentionTransfer, PartialTraining
+from lin_jax.training.objectives.registry import check_run, objective_of
+
+GROUP = 3
+CONFIG = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=12,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    initializer_range=0.4,
+    attention=AttentionConfig(group_size=GROUP, kernel_size=5, initial_alpha=0.3),
+    dtype="float64",
+    param_dtype="float64",
+)
+DOCUMENTS = np.array([[1, 1, 1, 1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 2, 0, 0, 0, 0]], np.int32)
+TOKENS = np.random.default_rng(0).integers(0, 11, DOCUMENTS.shape).astype(np.int32)
+BATCH = {"tokens": TOKENS, "segment_ids": DOCUMENTS}
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A student with taps and alphas of its own, and its teacher; their norms and embeddings are the same."""
+    with jax.enable_x64(True):
+        student = Llama(CONFIG, rngs=nnx.Rngs(0))
+        teacher = Llama(replace(CONFIG, attention=AttentionConfig("softmax")), rngs=nnx.Rngs(1))
+        for part in ("embed", "norm"):
+            setattr(student, part, getattr(teacher, part))
+        mixer = student.layers.layers.attention.mixer
+        taps = mixer.convolution.taps
+        taps[...] = jnp.asarray(np.random.default_rng(1).normal(0, 0.3, taps.shape))
+        yield student, teacher
+
+
+def rms_norm(x):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps)
+
+
+def rotated(x):
+    """Heads `[T, H, D]` of one document, turned by their positions."""
+    half = x.shape[-1] // 2
+    turns = np.exp(1j * np.arange(len(x))[:, None] * 10000.0 ** (-np.arange(half) / half))
+    turned = (x[..., :half] + 1j * x[..., half:]) * turns[:, None]
+    return np.concatenate([turned.real, turned.imag], axis=-1)
+
+
+def unit(x):
+    return x / np.linalg.norm(x)
+
+
+def mixed(layer, q, k, v, softmax):
+    """Outputs `[T, H, D]` of one document."""
+    out = np.zeros_like(q)
+    for t, head in np.ndindex(*q.shape[:2]):
+        shared = head // 2
+        if softmax:
+            weights = np.exp([q[t, head] @ k[s, shared] / q.shape[-1] ** 0.5 for s in range(t + 1)])
+            out[t, head] = weights / weights.sum() @ v[: t + 1, shared]
+            continue
+        mixer = layer["mixer"]
+        for s in range(t + 1):
+            cosine = unit(q[t, head]) @ unit(k[s, shared])
+            weight = max(cosine, 0) ** 2 if s // GROUP == t // GROUP else mixer["alpha"][0] * cosine
+            out[t, head] += weight * v[s, shared]
+            if t - s < 3:
+                out[t, head] += mixer["convolution"]["taps"][head, t - s] * v[s, shared]
+    return out
+
+
+def attended(attention, x, softmax):
+    """What attention adds to the residual stream of one document `[T, E]`."""
+    y = rms_norm(x)
+    q, k, v = ((y @ attention[name]["kernel"]).reshape(len(y), -1, 2) for name in ("query", "key", "value"))
+    out = mixed(attention, rotated(q), rotated(k), v, softmax)
+    return out.reshape(len(y), -1) @ attention["out"]["kernel"]
+
+
+def finished(layer, x, added):
+    x = x + added
+    y, part = rms_norm(x), layer["feed_forward"]
+    gate = y @ part["gate"]["kernel"]
+    return x + (gate / (1 + np.exp(-gate)) * (y @ part["up"]["kernel"])) @ part["down"]["kernel"]
+
+
+def slow_sums(student, teacher, first, end, progressive):
+    """Errors and squares `[2 L]`, a document at a time."""
+    own, theirs = (jax.tree.map(np.asarray, params_of(model)) for model in (student, teacher))
+    layers = [
+        [jax.tree.map(lambda part, at=at: part[at], each["layers"]["layers"]) for at in range(3)]
+        for each in (own, theirs)
+    ]
+    errors, squares = np.zeros(end - first), np.zeros(end - first)
+    for row, document in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        x = theirs["embed"]["embedding"][TOKENS[row, :-1][DOCUMENTS[row, :-1] == document]]
+        for number in range(end):
+            mine, taught = (each[number] for each in layers)
+            if number < first and progressive:
+                x = finished(mine, x, attended(mine["attention"], x, softmax=False))
+                continue
+            expected = attended(taught["attention"], x, softmax=True)
+            if number >= first:
+                found = attended(mine["attention"], x, softmax=False)
+                errors[number - first] += np.sum((found - expected) ** 2) / 8
+                squares[number - first] += np.sum(expected**2) / 8
+            x = finished(taught, x, expected)
+    return np.concatenate([errors, squares])
+
+
+@pytest.mark.parametrize(("layers", "progressive"), [((0, 3), False), ((1, 3), False), ((1, 2), True)])
+def test_the_loss_is_that_of_a_loop(models, layers, progressive, x64):
+    student, teacher = models
+    objective = AttentionTransfer(CONFIG, layers=layers, progressive=progressive)
+    sums = jax.jit(objective.sums)(params_of(student), {"teacher": teacher}, BATCH)
+    np.testing.assert_allclose(sums.loss, slow_sums(student, teacher, *layers, progressive), rtol=1e-10)
+    count = layers[1] - layers[0]
+    assert list(sums.tokens) == list(objective.counts(BATCH)) == [8 + 5] * 2 * count
+    assert objective.coefficients == (1.0,) * count + (0.0,) * count
+    figures = objective.figures(jax.device_get(sums))
+    assert figures[f"missed_layer_{layers[0]}"] == pytest.approx(float(sums.loss[0] / sums.loss[count]))
+
+
+def test_only_what_is_named_learns(models, x64):
+    """Gradients of attention's parts in the layers that learn, and of nothing else, exactly zero."""
+    student, teacher = models
+    objective = AttentionTransfer(CONFIG, layers=(1, 2), progressive=True)
+
+    @jax.jit
+    def slopes(params):
+        return jax.grad(lambda params: objective.sums(params, {"teacher": teacher}, BATCH).loss[0])(params)
+
+    every = flatten_dict(slopes(params_of(student)))
+    for path, slope in every.items():
+        inside = "attention" in path or "attention_norm" in path
+        assert inside or not np.any(slope), path
+        if inside:
+            assert np.any(slope[1]), path
+            assert not np.any(slope[0]), path
+            assert not np.any(slope[2]), path
+    partly = PartialTraining(objective, TrainableFilter(("mixer", "projections"), "attention", (1, 2)), 0)
+    learnt = flatten_dict(partly.start(jax.random.key(0), student))
+    assert {path[3] for path in learnt} == {"query", "key", "value", "out", "mixer"}
+    assert all(len(value) == (3 if "mixer" in path else 1) for path, value in learnt.items())
+    frozen = {**partly.frozen(student), "teacher": teacher}
+    parts = jax.jit(jax.grad(lambda params: partly.sums(params, frozen, BATCH).loss[0]))(
+        partly.start(jax.random.key(0), student)
+    )
+    for path, slope in flatten_dict(parts).items():
+        expected = every[path] if "mixer" in path else every[path][1:2]
+        np.testing.assert_allclose(slope, expected, rtol=1e-9, atol=1e-14)
+
+
+def test_a_student_that_is_the_teacher_misses_nothing(models, x64):
+    _, teacher = models
+    objective = AttentionTransfer(teacher.config)
+    sums = jax.jit(objective.sums)(params_of(teacher), {"teacher": teacher}, BATCH)
+    assert not np.any(sums.loss[:3])
+    assert objective.figures(jax.device_get(sums))["missed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init_from": None}, "objective 'attention_transfer' needs init_from"),
+        ({"transfer": {"learns": ("everything",)}}, "transfer.learns names 'everything'; choose among mixer, "),
+        ({"transfer": {"layers": (2, 1)}}, r"transfer.layers is \[2, 1\]; give the first layer and the one after"),
+        ({"transfer": {"blocks": 0}}, "transfer.blocks is 0; give 1 or more"),
+        ({"transfer": {"blocks": 2, "layers": (0, 1)}}, "transfer.blocks 2 and transfer.layers exclude each other"),
+    ],
+)
+def test_contradicting_options(options, message):
+    given = {"init_from": "x", **options}
+
+    def make():
+        transfer = TransferConfig(**given.pop("transfer", {}))
+        check_run(RunConfig(output="x", objective="attention_transfer", transfer=transfer, **given))
+
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("transfer", "message"),
+    [
+        ({"layers": (1, 4)}, "transfer.layers ends at 4, and the model has 3 layers"),
+        ({"blocks": 4}, "transfer.blocks is 4, and the model has 3 layers"),
+        ({"blocks": 3}, "takes a run for each block; make this a stage"),
+    ],
+)
+def test_layers_that_there_are_not(transfer, message):
+    run = RunConfig(
+        output="x",
+        objective="attention_transfer",
+        init_from="x",
+        model=replace(CONFIG, dtype="float32", param_dtype="float32"),
+        transfer=TransferConfig(**transfer),
+    )
+    with pytest.raises(UserError, match=message):
+        objective_of(run)
+
+
+def test_layers_without_an_attention_of_their_own_are_refused():
+    with pytest.raises(UserError, match="is for LLaMA and GPT-2, and the model is a Flash"):
+        AttentionTransfer(FlashConfig(vocab_size=11, hidden_size=8, num_layers=1))
