@@ -33,7 +33,7 @@ def assert_same(one, other):
 def place(corpus, tiny_model, tmp_path_factory):
     """A Hugging Face folder of a LLaMA with softmax attention."""
     tokenizer = Tokenizer.train([corpus.read_text()], 280)
-    config = replace(tiny_model, vocab_size=280, attention="softmax", initializer_range=0.2)
+    config = replace(tiny_model, num_layers=1, vocab_size=280, attention="softmax", initializer_range=0.2)
     folder = tmp_path_factory.mktemp("model") / "llama"
     return save_pretrained(Llama(config, rngs=nnx.Rngs(0)), folder, tokenizer=tokenizer)
 

@@ -25,6 +25,7 @@ def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> 
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.thorough
 def test_decode_speed(tmp_path: Path) -> None:
     """Every cell is right with and without drafts, and the state as large after any context."""
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
@@ -94,6 +95,7 @@ def test_speculation(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_kernels(tmp_path: Path) -> None:
     """What runs here is right and has its times; what the TPU programs move is little more than they must."""
     file = tmp_path / "kernels.json"

@@ -14,7 +14,7 @@ from pallas_kernels.linear_attention import Memory, linear_attention, linear_att
 TOLERANCE = 3e-6
 KINDS = {"sums": {}, "divided": {"floor": 0.0}, "floor": {"floor": 6.0}, "decay": {"decay": True}}
 KINDS["divided decay"] = {"floor": 0.0, "decay": True}
-DIFFERENTIATED = [("sums", True), ("floor", True), ("divided decay", True), ("divided decay", False)]
+DIFFERENTIATED = [("floor", True), ("divided decay", False)]
 REST = [(kind, packed) for kind in KINDS for packed in (True, False) if (kind, packed) not in DIFFERENTIATED]
 
 
@@ -115,7 +115,7 @@ def difference(found, expected):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestImplementation:
-    @pytest.mark.parametrize("length", [1, 63, 64, 65, 300])
+    @pytest.mark.parametrize("length", cells([1, 65], [63, 64, 300]))
     @pytest.mark.parametrize("kind", KINDS)
     def test_whole_rows(self, implementation, kind, length):
         case = Case(length, **KINDS[kind])
@@ -123,14 +123,14 @@ class TestImplementation:
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize(("length", "size"), [(500, 128), (1000, 64)])
+    @pytest.mark.parametrize(("length", "size"), cells([(500, 128)], [(1000, 64)]))
     def test_long_rows_of_large_heads(self, implementation, length, size):
         case = Case(length, heads=1, sizes=(size, size), **KINDS["divided decay"])
         outputs, after = case.run(implementation)
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize("kind", ["divided", "divided decay"])
+    @pytest.mark.parametrize("kind", cells(["divided decay"], ["divided"]))
     def test_documents_and_heads(self, implementation, kind):
         case = Case(290, batch=3, heads=4, kv_heads=2, sizes=(64, 16), packed=True, **KINDS[kind])
         outputs, after = case.run(implementation)

@@ -50,6 +50,7 @@ def run(family, tiny_run, tmp_path_factory):
     return config
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_continues_exactly(run, tmp_path, monkeypatch):
     broken = replace(run, output=str(tmp_path / "broken"))
     with stopping_after(3, monkeypatch):

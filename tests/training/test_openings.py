@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.cells import cells
 
 from lin_jax.cli.hub.options import main
 from lin_jax.hub.load import HubCheckpoint
@@ -32,7 +33,7 @@ def opened(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("kind", ["runs", "folders"])
+@pytest.mark.parametrize("kind", cells(["folders"], ["runs"]))
 def test_base_and_teacher_are_opened_once(kind, base_run, tiny_run, tmp_path, opened):
     base, teacher = Path(base_run), tmp_path / "teacher"
     softmax = replace(load_model(base_run)[0].config, attention="softmax")

@@ -42,6 +42,7 @@ def saved(output, step):
     return (output / "checkpoints" / str(step)).is_dir()
 
 
+@pytest.mark.thorough
 def test_a_pair_of_processes_of_which_one_dies_goes_on_as_one(corpus, tmp_path):
     alone = start(corpus, tmp_path / "alone")
     output = alone.communicate(timeout=300)[0]
