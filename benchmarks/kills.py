@@ -27,7 +27,7 @@ from typing import Any
 from lib.report import header, write
 
 from lin_jax.errors import exit_cleanly
-from lin_jax.models.params import fingerprint, params_of
+from lin_jax.models.params import params_fingerprint, params_of
 from lin_jax.training.checkpoint.files import checkpoint_folder, problem, saved_steps
 from lin_jax.training.checkpoint.manifest import MANIFEST_FILE
 from lin_jax.training.model_source import load_model
@@ -203,7 +203,7 @@ def differences(one: Path, other: Path) -> list[str]:
     ]
     if len(found) != len(expected):
         wrong.append(f"{len(found)} lines of metrics instead of {len(expected)}")
-    weights = [fingerprint(params_of(load_model(run)[0])) for run in (one, other)]
+    weights = [params_fingerprint(params_of(load_model(run)[0])) for run in (one, other)]
     return wrong + (["the weights differ"] if weights[0] != weights[1] else [])
 
 

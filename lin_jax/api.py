@@ -216,7 +216,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     encoded = [session.encode_prompt(text) for text in texts]
     found = generator.generate(encoded, max_new_tokens, sampling=sampling, seed=seed)
-    return [session.decode(tokens, stop) for tokens in found.tokens]
+    return [session.decode(tokens, stop, prompt) for tokens, prompt in zip(found.tokens, encoded, strict=True)]
 
 
 def save_pretrained(

@@ -1,8 +1,8 @@
 """A trained model, ready to decode: tokenizer, drafters, and this machine's plans."""
 
-import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,23 @@ from flax import nnx
 from lin_jax.attention import max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding.autotune.costs import measure_costs
+from lin_jax.decoding.autotune.costs import Costs, measure_costs
 from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans, make_plan, save_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
+from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter
 from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.decoding.engine.slots import bucket
-from lin_jax.decoding.engine.stop_strings import cut_at_stop, stop_automaton
+from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.decoding.generator import MAX_SLOTS, Generator
+from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.errors import UserError
 from lin_jax.hub.medusa import has_heads, load_medusa_heads
 from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
 from lin_jax.training.checkpoint.selector import CheckpointSelector
 from lin_jax.training.model_source import ModelSource, check_tokenizer, holds_heads
+
+log = logging.getLogger(__name__)
 
 # Tokens that n-gram drafts guess ahead where no tree is chosen.
 NGRAM_LENGTH = 7
@@ -123,22 +127,37 @@ class Session:
         return cls(draft_parts(nnx.clone(model)), tokenizer, tuple(end_tokens))
 
     def encode_prompt(self, text: str, *, begins: bool = True) -> list[int]:
-        """Encodes a prompt as token ids; an empty one is the start of a document.
+        """Encodes a prompt as token ids, behind what the tokenizer itself puts in front of a text.
+
+        An empty one is the start of a document: the beginning token, or else the token that ended the one before.
 
         Args:
-            text: the prompt.
+            text: the prompt; half a character (a surrogate on its own) counts as U+FFFD.
             begins: whether nothing comes before it; otherwise it is just its tokens, perhaps none.
+
+        Raises:
+            UserError: the prompt is empty and no token begins a text, or it has a token that the model does not know.
         """
         ids = self.tokenizer.encode(text).tolist()
         if not begins:
-            return ids
-        first = self.tokenizer.bos_id
-        if first is not None and (not ids or first != self.tokenizer.eos_id):
-            ids = [first, *ids]
+            return self._known(ids)
+        ids = [*self.tokenizer.begin_ids, *ids]
         if not ids:
-            ids = list(self.end_tokens)
+            known = (self.tokenizer.bos_id, self.tokenizer.eos_id, *self.end_tokens)
+            ids = [token for token in known if token is not None][:1]
         if not ids:
             raise UserError("the prompt is empty and the tokenizer has no token to start a text with; give a prompt")
+        return self._known(ids)
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, none of which is beyond the model's embedding."""
+        size = self.model.config.vocab_size
+        if beyond := [number for number in ids if number >= size]:
+            token = self.tokenizer.backend.id_to_token(beyond[0])
+            raise UserError(
+                f"the prompt has the token {token!r} of id {beyond[0]}, and the model knows {size}; take it out of "
+                "the prompt, or put the model's own tokenizer there"
+            )
         return ids
 
     def generator(
@@ -151,7 +170,8 @@ class Session:
         acceptance: str = "exact",
     ) -> Generator:
         """Builds a generator with the given drafter and tree, whose texts end at any of some strings."""
-        automaton = stop_automaton(stops, token_bytes(self.tokenizer)) if stops else None
+        named = self.tokenizer.special_tokens_in(stops)
+        automaton = stop_automaton(stops, token_bytes(self.tokenizer, named)) if stops else None
         return Generator(
             self.model,
             drafter=build_drafter(kind, self.parts),
@@ -200,9 +220,16 @@ class Session:
             self._costs[size] = costs.verify(length + 1) / costs.verify(1)
         return replace(plan, break_even_tokens=self._costs[size])
 
-    def decode(self, tokens: Sequence[int], stops: Sequence[str] = ()) -> str:
-        """Decodes new tokens as text, without special tokens, up to a stop string."""
-        return cut_at_stop(self.tokenizer.decode(tokens, skip_special_tokens=True), tuple(stops))
+    def decode(self, tokens: Sequence[int], stops: Sequence[str] = (), after: Sequence[int] = ()) -> str:
+        """Decodes new tokens as text, without special tokens, up to a stop string.
+
+        Args:
+            tokens: the new tokens.
+            stops: stop strings.
+            after: tokens that they follow, such as the prompt's.
+        """
+        text = StreamedText(self.tokenizer, stops, after)
+        return text.push(tokens) + text.flush()
 
     def plans(
         self,
@@ -225,7 +252,7 @@ class Session:
         """
         drafters = {kind: build_drafter(kind, self.parts) for kind in kinds}
         known, costs = ([], []) if self.folder is None else load_plans(self.folder / PLAN_FILE)
-        kept = {(plan.drafter, plan.slots): plan for plan in known}
+        kept = {(plan.drafter, plan.slots): plan for plan in known if self._fits(plan, drafters)}
         if prompts is not None:
             kept, costs = {key: plan for key, plan in kept.items() if key[0] not in kinds or key[1] != slots}, []
         missing = [kind for kind in kinds if kind != "none" and (kind, slots) not in kept]
@@ -242,8 +269,24 @@ class Session:
             for kind in missing:
                 kept[kind, slots] = make_plan(self.model, kind, drafters[kind], prompts, texts, cost)
             if self.folder is not None and os.access(self.folder, os.W_OK):
-                save_plans(self.folder / PLAN_FILE, list(kept.values()), costs)
+                self._keep(list(kept.values()), costs, note)
         return [kept[kind, slots] if kind != "none" else SpeculationPlan(kind, slots, "none") for kind in kinds]
+
+    def _fits(self, plan: SpeculationPlan, drafters: Mapping[str, Drafter]) -> bool:
+        """False for a plan of other heads or another attention, as when a folder's model was trained anew."""
+        try:
+            Generator(self.model, drafter=drafters.get(plan.drafter), tree=plan.shape)
+        except UserError:
+            return plan.drafter not in drafters
+        return True
+
+    def _keep(self, plans: Sequence[SpeculationPlan], costs: Sequence[Costs], note: Callable[[str], None]) -> None:
+        """Keeps plans in the folder; that it cannot be done is said, and costs only time."""
+        assert self.folder is not None, "checked by the caller"
+        try:
+            save_plans(self.folder / PLAN_FILE, plans, costs)
+        except OSError as error:
+            note(f"cannot keep the choice in {self.folder / PLAN_FILE} ({error.strerror}); it is made anew next time")
 
 
 def draft_parts(
@@ -278,9 +321,12 @@ def _check_tokenizer(source: ModelSource, tokenizer: Tokenizer, model: CausalMod
     if source.is_run:
         check_tokenizer(source, tokenizer)
     elif tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {source.place} has {tokenizer.vocab_size} entries, the model "
-            f"{model.config.vocab_size}; put the model's own there"
+        # Often an added token, such as one for padding, that no text holds.
+        log.warning(
+            "the tokenizer in %s has %d entries, the model %d: a prompt with one of those beyond is refused",
+            source.place,
+            tokenizer.vocab_size,
+            model.config.vocab_size,
         )
 
 
@@ -292,27 +338,6 @@ def _load_heads(places: Sequence[str | Path], source: ModelSource, model: Any) -
         inside.insert(0, source)
     sources = [*(ModelSource(Path(place)) for place in places), *inside]
     return [load_medusa_heads(each.place, model) if has_heads(each.place) else each.heads(model) for each in sources]
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Reads prompts from a file: the field `prompt` of each line of a .jsonl file, else the whole file as one.
-
-    Raises:
-        UserError: there is no such file, or it does not hold prompts.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"the prompt file {path} cannot be read ({error.__class__.__name__}); give a text file"
-        ) from None
-    if path.suffix != ".jsonl":
-        return [text]
-    try:
-        return [json.loads(line)["prompt"] for line in text.splitlines() if line.strip()]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: every line must be a JSON object with the field 'prompt'") from None
 
 
 def check_length(prompts: Sequence[Sequence[int]], longest: int) -> None:

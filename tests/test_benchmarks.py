@@ -11,8 +11,9 @@ import pytest
 from support.processes import ROOT
 
 from lin_jax.attention import REGISTRY
-from lin_jax.decoding.autotune.costs import Costs, device_kind
+from lin_jax.decoding.autotune.costs import Costs
 from lin_jax.decoding.autotune.plan import SpeculationPlan, save_plans
+from lin_jax.devices import device_kind
 from lin_jax.session import PLAN_FILE
 from lin_jax.training import load_run_config
 from lin_jax.training.monitoring.trackers import read_metrics

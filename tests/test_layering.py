@@ -10,8 +10,9 @@ from support.processes import ROOT
 
 # From the ground; a file imports from lower floors and from its own wing, lazily or for type checkers alike.
 FLOORS = (
-    ("pallas_kernels", "lin_jax.losses", "lin_jax.errors", "lin_jax.progress_bar"),
-    ("lin_jax.attention", "lin_jax.data"),
+    ("pallas_kernels", "lin_jax.losses", "lin_jax.errors", "lin_jax.files", "lin_jax.progress_bar"),
+    ("lin_jax.json_files",),
+    ("lin_jax.attention", "lin_jax.data", "lin_jax.devices"),
     ("lin_jax.models",),
     ("lin_jax.hub", "lin_jax.decoding", "lin_jax.evaluation"),
     ("lin_jax.training",),

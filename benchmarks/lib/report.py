@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import lin_jax
-from lin_jax.decoding.autotune.costs import device_kind
+from lin_jax.devices import device_kind
 
 
 def header(name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.demo.measure import DrafterFigures, compare
 from lin_jax.demo.report import write_report
+from lin_jax.devices import devices_shown
 from lin_jax.errors import OptionParser
 from lin_jax.evaluation.head_accuracy import HeadAccuracy
 from lin_jax.session import Session
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    _say(f"on {devices_shown()}")
     began = time.perf_counter()
     folder = Path(options.output)
     if options.fresh:

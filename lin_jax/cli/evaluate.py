@@ -1,12 +1,12 @@
 """Command `evaluate`: perplexity of a model on text."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lin_jax.cli.json_line import json_line
 from lin_jax.data import Corpus, DataConfig, validation_batches
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.progress_bar import progress_bar
@@ -23,10 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parse(sys.argv[1:] if argv is None else argv)
     # Help and wrong options need not wait for the checkpoint library.
+    from lin_jax.devices import device_kind
     from lin_jax.evaluation.perplexity import evaluate
     from lin_jax.models import CausalModel
     from lin_jax.training.model_source import ModelSource
 
+    device_kind()
     source = ModelSource.open(options.model, options.step)
     tokenizer = source.tokenizer(options.tokenizer)
     data = _data(options, source.run.data if source.is_run else None)
@@ -37,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = source.model()
     if not isinstance(model, CausalModel):
         raise UserError(f"{options.model} holds a {type(model).__name__}, which predicts no text; give a causal model")
+    # Beyond the embedding, JAX would read its last row.
+    largest = max((int(batch["tokens"].max()) for batch in batches), default=0)
+    if largest >= model.config.vocab_size:
+        raise UserError(
+            f"the text has a token of id {largest}, and the model knows {model.config.vocab_size}; give other text, "
+            "or put the model's own tokenizer there"
+        )
 
     def shown() -> Iterator[dict[str, Any]]:
         with progress_bar(total=len(batches), desc="evaluating", unit="batch") as bar:
@@ -45,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 bar.update()
 
     found = evaluate(model, shown())
-    print(json.dumps({"perplexity": found.perplexity, "loss": found.loss, "tokens": found.tokens, "text": data.name}))
+    print(json_line({"perplexity": found.perplexity, "loss": found.loss, "tokens": found.tokens, "text": data.name}))
     return 0
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from lin_jax.data.glue.batches import ExampleEncoder, ExampleRows, row_length, task_validation_batches
 from lin_jax.data.glue.files import Example, read_examples
 from lin_jax.data.glue.tasks import Task, glue_task
+from lin_jax.devices import device_kind
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.training.inputs import task_encoder
 from lin_jax.training.model_source import ModelSource
@@ -34,6 +35,7 @@ def write_predictions(run: str | Path, *, source: str | None = None, step: int |
         UserError: the run is none of classification, or a test set is not there.
     """
     run = Path(run)
+    device_kind()
     opened = ModelSource(run, step)
     model, config = opened.model(), opened.run
     if config.data.task is None:

@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from lin_jax.data import open_documents, split_documents
 from lin_jax.decoding.engine.sampling import Sampling
-from lin_jax.decoding.generator import Generator
-from lin_jax.errors import OptionParser, UserError
+from lin_jax.decoding.generator import Generator, check_batch
+from lin_jax.devices import devices_shown
+from lin_jax.errors import OptionParser, UserError, check_seed
+from lin_jax.files import replacement
 from lin_jax.session import Session
 
 FIELD = "text"
@@ -31,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line; None takes the process's own.
     """
     options = _parse(argv)
+    devices = devices_shown()
     session = Session.load(options.model)
+    print(f"generating on {devices}", file=sys.stderr)
     prompts = _prompts(session, options)
     generator = Generator(session.model, end_tokens=session.end_tokens)
     sampling = Sampling(options.temperature)
@@ -43,14 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             progress.update(update.finished)
             progress.set_postfix_str(f"{scheduler.tokens_per_second:,.0f} tokens/s", refresh=False)
     output = Path(options.output)
-    partial = output.with_name(f".{output.name}.partial")
     continuations = [before_circles(tokens) for tokens in scheduler.generation.tokens]
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with replacement(output) as partial, partial.open("w", encoding="utf-8") as file:
             for prompt, tokens in zip(prompts, continuations, strict=True):
                 text = session.tokenizer.decode([*prompt, *tokens], skip_special_tokens=True)
                 file.write(json.dumps({FIELD: text}) + "\n")
-        partial.replace(output)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; give another file") from error
     written = sum(map(len, continuations))
@@ -86,6 +88,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _prompts(session: Session, options: argparse.Namespace) -> list[list[int]]:
     """Pieces of the run's training documents, from places chosen at random."""
+    check_seed(options.seed, "--seed")
+    check_batch(options.batch, "--batch")
     if options.texts < 1 or options.prompt_tokens < 1:
         raise UserError(f"--texts is {options.texts}, --prompt-tokens {options.prompt_tokens}; give at least 1 of each")
     if session.data is None:
@@ -104,6 +108,6 @@ def _prompts(session: Session, options: argparse.Namespace) -> list[list[int]]:
         last = max(len(tokens) - options.prompt_tokens, 0)
         begin = int(rng.integers(0, last + 1)) if rng.random() < 0.5 else 0
         piece = tokens[begin : begin + options.prompt_tokens].tolist()
-        first = [session.tokenizer.bos_id] if begin == 0 and session.tokenizer.bos_id is not None else []
+        first = session.tokenizer.begin_ids if begin == 0 else ()
         prompts.append([*first, *piece])
     return [prompt for prompt in prompts if prompt]

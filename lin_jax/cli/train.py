@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported only now: help and wrong options should not wait for the checkpoint library.
     import jax
 
+    from lin_jax.devices import device_kind
     from lin_jax.training.run import train
     from lin_jax.training.stages.run import run_stages
 
@@ -25,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any("float64" in (run.model.dtype, run.model.param_dtype) for run in runs):
         jax.config.update("jax_enable_x64", True)
     launch.join()
+    device_kind()
     if isinstance(plan, Pipeline):
         return run_stages(plan, resume=resume)
     return train(plan, resume=resume).status

@@ -50,9 +50,9 @@ PART_FIELDS = ("source", "subset", "split", "text_field", "document_separator")
 class DataConfig:
     """The text, how it is tokenized and packed into rows, and how much of it is held out.
 
-    In a folder, `.jsonl`, `.parquet` and `.arrow` files are tables with one document a row; any other
-    UTF-8 file is one document. A `.json` or `.csv` file is a table when it is named itself. Files
-    compressed with gzip or xz (`.gz`, `.xz`) are read like the files inside.
+    In a folder, `.jsonl`, `.ndjson`, `.parquet` and `.arrow` files are tables with one document a row; any
+    other UTF-8 file is one document. A `.json`, `.csv` or `.tsv` file is a table when it is named itself.
+    Compressed files (`.gz`, `.xz`, `.bz2`, `.zst`) are read like the files inside; case does not matter.
 
     Attributes:
         source: the text: "python-stdlib" (the sources of this Python's standard library), the path of a

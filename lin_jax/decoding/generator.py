@@ -20,12 +20,14 @@ from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.decoding.results import Generation
 from lin_jax.decoding.scheduler import Scheduler, SchedulerSpec
-from lin_jax.errors import UserError
+from lin_jax.errors import UserError, check_seed
 from lin_jax.models import CausalModel, as_trained
 from lin_jax.models.params import params_fingerprint, params_of
 
 GREEDY = Sampling()
 MAX_SLOTS = 64
+# Largest batch, and largest number of output tokens that are kept for a batch: nine bytes each.
+LARGEST_BATCH, LARGEST_OUTPUT = 2**16, 2**28
 
 
 class Generator:
@@ -135,21 +137,24 @@ class Generator:
 
         Raises:
             UserError: there are no prompts, or an empty one, or nothing to generate, or more tokens than the model has
-                positions, or options that exclude each other.
+                positions or memory holds, or a seed of more than 32 bits, or options that exclude each other.
         """
         check_new_tokens(max_new_tokens)
+        check_seed(seed)
         if not prompts:
             raise UserError("there are no prompts; give at least one")
         if prefix is None and not all(len(prompt) for prompt in prompts):
             raise UserError("a prompt is empty; give at least one token (the end-of-text token will do)")
-        if slots is not None and slots < 1:
-            raise UserError(f"the number of slots is {slots}; give at least 1")
+        if slots is not None:
+            check_batch(slots)
         _check_sampling(self.acceptance, sampling)
+        size = self._slots(len(prompts), slots)
+        check_new_tokens(max_new_tokens, size)
         longest = max(len(prompt) for prompt in prompts) + (0 if prefix is None else prefix.length)
         _check_positions(self.model, longest, max_new_tokens)
         _check_room(self.model, prefix, longest + max_new_tokens)
         return Scheduler(
-            self._spec(self._slots(len(prompts), slots), sampling),
+            self._spec(size, sampling),
             prompts,
             max_new_tokens,
             seed=seed,
@@ -232,10 +237,21 @@ class Generator:
         return bound
 
 
-def check_new_tokens(count: int) -> None:
-    """Refuses a number of new tokens below 1."""
+def check_new_tokens(count: int, batch: int = 1) -> None:
+    """Refuses a number of new tokens below 1, or of more than are kept for a batch."""
     if count < 1:
         raise UserError(f"the number of new tokens is {count}; give at least 1")
+    if count * batch > LARGEST_OUTPUT:
+        raise UserError(
+            f"{count} new tokens of {batch} texts at a time are more than the {LARGEST_OUTPUT} that are kept; "
+            f"give at most {LARGEST_OUTPUT // batch}"
+        )
+
+
+def check_batch(size: int, name: str = "the number of slots") -> None:
+    """Refuses an impossible number of texts at a time."""
+    if not 1 <= size <= LARGEST_BATCH:
+        raise UserError(f"{name} is {size}; give 1 to {LARGEST_BATCH}")
 
 
 def _check_tree(model: CausalModel, drafter: Drafter, tree: AnyTree) -> None:

@@ -14,6 +14,7 @@ from lin_jax.attention import AttentionConfig, parse_name
 from lin_jax.errors import UserError
 from lin_jax.hub.export import architectures, auto_map
 from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
+from lin_jax.json_files import LARGEST_ID, short
 
 Attentions = str | AttentionConfig | Mapping[str, AttentionConfig]
 _SUFFIX = "_attention"
@@ -45,7 +46,7 @@ def model_config(family: Family, hf_config: Mapping[str, Any], attention: Attent
     Raises:
         UserError: the family has no such model, or an attention is named that it does not have.
     """
-    if hf_config.get("quantization_config"):
+    if hf_config.get("quantization_config") is not None and hf_config["quantization_config"] != {}:
         raise UserError("the checkpoint is quantized (quantization_config); give one that is not")
     if isinstance(attention, str | AttentionConfig):
         return family.config_from_huggingface(hf_config, AttentionConfig.of(attention))
@@ -103,7 +104,7 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
     Raises:
         UserError: the file names none, or an unknown one.
     """
-    if "model_type" not in hf_config:
+    if hf_config.get("model_type") is None:
         raise UserError("config.json has no model_type; give the folder of a Hugging Face checkpoint")
     return family_of_type(hf_config["model_type"])
 
@@ -121,7 +122,19 @@ def _read_attention(stored: Any) -> AttentionConfig:
         raise UserError(f"attention {stored!r} in config.json is not an object; give one with an attention's fields")
     if unknown := sorted(set(stored) - {each.name for each in fields(AttentionConfig)}):
         raise UserError(f"attention.{unknown[0]} in config.json is unknown; a newer lin_jax may have written it")
-    try:
-        return AttentionConfig(**stored)
-    except TypeError as error:
-        raise UserError(f"attention in config.json has a value of a wrong type: {error}; correct it") from error
+    _check_types(stored)
+    return AttentionConfig(**stored)
+
+
+def _check_types(stored: Mapping[str, Any]) -> None:
+    plain = asdict(AttentionConfig())
+    for name, value in stored.items():
+        kind = type(plain[name]) if plain[name] is not None else str if name == "implementation" else int
+        if value is None and plain[name] is None:
+            continue
+        fits = isinstance(value, int | float) and not isinstance(value, bool) if kind is float else type(value) is kind
+        if not fits or (isinstance(value, int | float) and not abs(value) <= LARGEST_ID):
+            raise UserError(
+                f"attention in config.json has a value of a wrong type or size: {name} is {short(value)}; "
+                f"give one like {short(plain[name])}"
+            )

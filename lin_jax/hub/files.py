@@ -1,6 +1,5 @@
 """Checkpoint folders of safetensors, local or from the Hub, in one file or in shards, read tensor by tensor."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 
 from lin_jax.data.config import HUB_PREFIX
 from lin_jax.errors import UserError
+from lin_jax.json_files import read_json, short, token_ids, without_nulls
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -104,34 +104,46 @@ def is_checkpoint_folder(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of a folder's `config.json`.
+    """The contents of a folder's `config.json`, without nulls.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: there is no such file, it is damaged, or an end token in it is none.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {CONFIG_FILE}; give the folder of a Hugging Face checkpoint")
-    return _read_json(path)
+    content = without_nulls(read_json(path))
+    for name in ("bos_token_id", "eos_token_id"):
+        token_ids(content, name, str(path))
+    return content
 
 
 def generation_ends(folder: Path) -> tuple[int, ...]:
-    """The end tokens in a folder's `generation_config.json`; empty without them or without the file."""
+    """The end tokens in a folder's `generation_config.json`; empty without them or without the file.
+
+    Raises:
+        UserError: the file is damaged, or an end token in it is none.
+    """
     path = folder / GENERATION_FILE
-    ends = _read_json(path).get("eos_token_id") if path.is_file() else None
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    return token_ids(read_json(path), "eos_token_id", str(path)) if path.is_file() else ()
 
 
 def read_checkpoint(folder: Path) -> Tensors:
     """Opens every tensor of a checkpoint folder, by name; none of them is read yet.
 
+    A single file comes before an index, which may be an older one's, as in transformers; see `unread_index`.
+
     Raises:
-        UserError: there is no safetensors file, a shard is missing or damaged, or two shards hold the same tensor.
+        UserError: there is no safetensors file, a shard is missing, damaged or outside the folder, or two shards hold
+            the same tensor.
     """
-    if (folder / INDEX_FILE).is_file():
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_symlink() and not single.exists():
+        raise UserError(f"{single} is a link to {os.readlink(single)}, which is not there; copy the file itself")
+    if single.is_file() and not _is_shard(folder):
+        return read_tensors([single])
+    if index.is_file():
         return _read_shards(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return read_tensors([folder / SINGLE_FILE])
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         raise UserError(
@@ -139,6 +151,21 @@ def read_checkpoint(folder: Path) -> Tensors:
             "convert it with transformers: from_pretrained, then save_pretrained"
         )
     raise UserError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}; give the folder of a checkpoint")
+
+
+def unread_index(folder: Path) -> str | None:
+    """A line about an index that was not read, since a single file lies beside it; None without one."""
+    if not (folder / SINGLE_FILE).is_file() or not (folder / INDEX_FILE).is_file() or _is_shard(folder):
+        return None
+    return f"{folder} holds {SINGLE_FILE} and {INDEX_FILE} of other files: the former was read; remove one of them"
+
+
+def _is_shard(folder: Path) -> bool:
+    """True if the index names the single file as one of its shards."""
+    try:
+        return (folder / INDEX_FILE).is_file() and SINGLE_FILE in _weight_map(folder).values()
+    except UserError:
+        return False  # A damaged index is not needed beside the single file.
 
 
 def read_tensors(paths: Sequence[Path]) -> Tensors:
@@ -166,20 +193,35 @@ def write_file(tensors: dict[str, np.ndarray], path: Path) -> None:
     path.chmod(0o666 & ~_umask())
 
 
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Lists the first few names, and says how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(each if len(each) <= 120 else f"{each[:117]}..." for each in names[:most]) + more
+
+
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
-def _read_shards(folder: Path) -> Tensors:
-    shards = _read_json(folder / INDEX_FILE).get("weight_map")
+def _weight_map(folder: Path) -> dict[str, str]:
+    shards = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(shards, Mapping) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{folder / INDEX_FILE} has no weight_map of tensors to files; restore it")
+    return dict(shards)
+
+
+def _read_shards(folder: Path) -> Tensors:
+    shards = _weight_map(folder)
     names = sorted(set(shards.values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    for name in names:
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / INDEX_FILE} names {short(name)}, which is outside the folder; restore it")
+    # Unlike Path.is_file, this takes any name, also one too long for a file.
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise UserError(
-            f"{folder} lacks {', '.join(missing)}, of the {len(names)} shards that {INDEX_FILE} names; copy them there"
+            f"{folder} lacks {listed(missing)}, of the {len(names)} shards that {INDEX_FILE} names; copy them there"
         )
     tensors = read_tensors([folder / name for name in names])
     if absent := sorted(set(shards) - set(tensors)):
@@ -204,13 +246,3 @@ def _open(path: Path) -> Iterator[LazyTensor]:
                 f"{name} in {path} has dtype {dtype}, which is not supported; give one of {', '.join(_TYPES)}"
             )
         yield LazyTensor(name, tuple(header.get_shape()), np.dtype(_TYPES[dtype]), file)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}; restore it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; restore it")
-    return content

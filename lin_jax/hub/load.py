@@ -1,7 +1,8 @@
 """Models from Hugging Face folders: `from_pretrained` builds a model, checks it and fills it, tensor by tensor."""
 
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from lin_jax.errors import UserError
+from lin_jax.errors import UserError, check_seed
 from lin_jax.hub.config_json import Attentions, family_of, model_config
+from lin_jax.hub.families.heads import has_own_head, head_remedy, with_shared_head
 from lin_jax.hub.families.registry import Family
-from lin_jax.hub.files import find_checkpoint, read_checkpoint, read_config
+from lin_jax.hub.files import find_checkpoint, read_checkpoint, read_config, unread_index
 from lin_jax.hub.llama2c import read_llama2c
-from lin_jax.hub.tensors import Entries, ShardingFn, fill, mismatches
+from lin_jax.hub.tensors import Entries, Mismatch, ShardingFn, fill, mismatches, summary
 from lin_jax.models.compute import DTYPES, ComputeConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class HubCheckpoint:
         folder: its folder; a file, if it is one of llama2.c.
         hf_config: contents of its `config.json`.
         tensors: tensors that are read when they are used, by name.
+        notes: lines about files that were left out.
     """
 
     folder: Path
     hf_config: dict[str, Any]
     tensors: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, name_or_path: str | Path) -> "HubCheckpoint":
@@ -44,7 +50,8 @@ class HubCheckpoint:
         if path.is_file():
             return cls(path, *read_llama2c(path))
         folder = find_checkpoint(name_or_path)
-        return cls(folder, read_config(folder), read_checkpoint(folder))
+        note = unread_index(folder)
+        return cls(folder, read_config(folder), read_checkpoint(folder), () if note is None else (note,))
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Pretrained:
         entries: the model's tensors that are to be read, by name.
         tensors: the checkpoint's tensors for this model, by name.
         adds: paths of variables that another attention or head than the folder's adds; they are initialised.
+        notes: lines about what is read another way than it stands in the folder; `load` logs them.
     """
 
     folder: Path
@@ -68,6 +76,7 @@ class Pretrained:
     entries: Entries
     tensors: Mapping[str, Any]
     adds: frozenset[tuple[Any, ...]]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -117,11 +126,20 @@ class Pretrained:
         param_dtype = param_dtype or stored_type(tensors)
         config = replace(config, param_dtype=param_dtype, dtype=dtype or param_dtype)
         _check_precision(config)
-        own_head = family.head_for(None, hf_config.get("architectures"))
-        chosen = own_head if head is None else family.head_for(head, None)
+        _check_layers(config, checkpoint)
+        chosen = family.head_for(head, hf_config.get("architectures"))
+        own_head = chosen if head is None else family.own_head(hf_config.get("architectures"))
         model = abstract(chosen.model, config)
         entries = family.entries(model)
-        own: Mapping[str, Any] = family.own_tensors(model, tensors)
+        own: Mapping[str, Any] = with_shared_head(family, hf_config, entries, family.own_tensors(model, tensors))
+        notes = [*checkpoint.notes, *family.remarks(hf_config, config)]
+        if chosen == own_head and has_own_head(family, config, own):
+            model = abstract(chosen.model, replace(config, tie_embeddings=False))
+            entries = family.entries(model)
+            notes.append(
+                f"config.json ties the head to the embedding, but {family.head_name} is another matrix: it is read, as "
+                "if tie_word_embeddings were false"
+            )
         adds: frozenset[tuple[Any, ...]] = frozenset()
         if attention is not None or chosen != own_head:
             there = family.entries(abstract(own_head.model, model_config(family, hf_config)))
@@ -129,10 +147,10 @@ class Pretrained:
             adds = _added(entries, own, expected)
             entries = {name: entry for name, entry in entries.items() if entry.path not in adds}
             own = {name: tensor for name, tensor in own.items() if name in entries or name not in expected}
-        return cls(folder, hf_config, family, model, entries, own, adds)
+        return cls(folder, hf_config, family, model, entries, own, adds, tuple(notes))
 
-    def problems(self) -> list[str]:
-        """Tensors that do not fit the model, a phrase each."""
+    def problems(self) -> list[Mismatch]:
+        """Tensors that do not fit the model."""
         return mismatches(self.model, self.entries, self.tensors)
 
     def load(
@@ -143,17 +161,25 @@ class Pretrained:
         Raises:
             UserError: tensors are missing, unknown or of another shape; all of them are named at once.
         """
+        check_seed(seed)
         if problems := self.problems():
-            raise UserError(f"{self.folder} does not fit its model: {'; '.join(problems)}{self._remedy(problems)}")
+            remedy = self.remedy(problems)
+            raise UserError(f"{self.folder} does not fit its model: {summary(problems)}{remedy and '; '}{remedy}")
+        for line in self.notes:
+            log.warning("%s", line)
         _initialise(self.model, {entry.path for entry in self.entries.values()}, seed, shardings)
         fill(self.model, self.entries, self.tensors, shardings=shardings, note=note)
         return self.model
 
-    def _remedy(self, problems: list[str]) -> str:
-        published = re.compile(r"\.(global_factor|alpha|dwconv\.weight|dconv_ada\.weight) is unknown")
-        if "attention" not in self.hf_config and any(published.search(each) for each in problems):
-            return "; give the attention of the model"
-        return ""
+    def remedy(self, problems: Sequence[Mismatch]) -> str:
+        """Says how to mend tensors that do not fit; empty where that is not known."""
+        published = re.compile(r"\.(global_factor|alpha|dwconv\.weight|dconv_ada\.weight)$")
+        unknown = [each.name for each in problems if each.kind == "is unknown"]
+        if "attention" not in self.hf_config and any(published.search(name) for name in unknown):
+            return "give the attention of the model"
+        if any(".lora_" in name for name in unknown):
+            return "it holds adapters beside the weights; merge them with PEFT: merge_and_unload, then save_pretrained"
+        return head_remedy(self.family, self.hf_config, problems)
 
 
 def from_pretrained(
@@ -197,6 +223,16 @@ def stored_type(tensors: Mapping[str, Any]) -> str:
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     most = max(sizes, key=lambda name: sizes[name], default="float32")
     return most if most in DTYPES else "float32"
+
+
+def _check_layers(config: Any, checkpoint: HubCheckpoint) -> None:
+    """Refuses more layers than there are tensors before a model is built, which takes time for each of them."""
+    layers, count = max(config.num_layers, getattr(config, "decoder_layers", 0)), len(checkpoint.tensors)
+    if layers > count:
+        raise UserError(
+            f"config.json says {layers:,} layers, and the files in {checkpoint.folder} hold {count:,} tensors in all; "
+            "copy both from one checkpoint"
+        )
 
 
 def _check_precision(config: Any) -> None:

@@ -1,6 +1,7 @@
 """LoRA adapters from and to PEFT folders: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,27 +9,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from lin_jax.errors import UserError
 from lin_jax.hub.families.registry import family_of_model
-from lin_jax.hub.files import write_file
+from lin_jax.hub.families.tensor_names import plain_names
+from lin_jax.hub.files import listed, read_tensors, write_file
+from lin_jax.hub.peft_config import CONFIG, read_adapter_config
 from lin_jax.hub.save import atomic_folder
-from lin_jax.hub.tensors import TensorEntry
+from lin_jax.hub.tensors import TensorEntry, is_finite
 from lin_jax.models.lora import LowRankLinear, adapt, adapters
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# PEFT's options that are not supported, with the value that turns each of them off.
-_UNSUPPORTED: dict[str, Any] = {
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "modules_to_save": [],
-}
+# A name without the wrappers; an adapter's own, such as `default`, may stand before its end.
+_NAME = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<layer>.+)\.lora_(?P<letter>[AB])(?:\.[^.]+)?\.weight")
 
 
 def save_adapters(model: nnx.Module, folder: str | Path, *, base: str, overwrite: bool = False) -> Path:
@@ -74,37 +68,51 @@ def save_adapters(model: nnx.Module, folder: str | Path, *, base: str, overwrite
 def load_adapters(model: nnx.Module, folder: str | Path) -> None:
     """Adds the adapters of a PEFT folder to a model, in place; `models.lora.merge_lora` then merges them into it.
 
+    Layers of a stack share a rank and a factor: those of lower rank are filled with zeros, other factors go into B.
+
     Raises:
         UserError: the folder cannot be read, holds another kind of adapter, or does not fit the model.
     """
-    config, tensors = _read(Path(folder))
+    folder = Path(folder)
+    config = read_adapter_config(folder)
     places = {name: (path, layer) for path, names in _modules(model).items() for name, layer in names}
-    named: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        module, _, letter = name.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-        named.setdefault(module, {})[letter] = tensor
-    unknown = sorted(module for module, pair in named.items() if module not in places or set(pair) != {"A", "B"})
-    if unknown:
-        raise UserError(
-            f"{folder}: the model has no layer, or the folder no pair A and B, for {', '.join(unknown)}; give adapters "
-            "of this model"
-        )
+    pairs = _pairs(folder, places)
+    ranks: dict[tuple[Any, ...], int] = {}
+    for module in pairs:
+        path = places[module][0]
+        ranks[path] = max(ranks.get(path, 0), config.rank(module))
     adapted: dict[tuple[Any, ...], LowRankLinear] = {}
-    for module, pair in named.items():
+    for module, pair in pairs.items():
         path, layer = places[module]
+        rank, factor = config.rank(module), config.factor(module)
         if path not in adapted:
-            # Layers of a stack that the folder leaves out keep an update of zero.
-            adapted[path] = adapt(model, path, config["r"], config["lora_alpha"], rngs=nnx.Rngs(0))
-        for letter, part in (("A", adapted[path].update.lora_a), ("B", adapted[path].update.lora_b)):
-            matrix, expected = pair[letter].T, part.shape if layer is None else part.shape[1:]
-            if matrix.shape != expected:
-                found, right = matrix.shape[::-1], expected[::-1]
-                raise UserError(
-                    f"{folder}: lora_{letter} of {module} has shape {found}, the model expects {right}; give adapters "
-                    "of this model"
-                )
-            value = jnp.asarray(matrix, part.dtype)
+            adapted[path] = adapt(model, path, ranks[path], factor * ranks[path], rngs=nnx.Rngs(0))
+            if layer is not None:
+                # Layers of a stack that the folder leaves out keep an update of zero.
+                adapted[path].update.lora_b[...] = jnp.zeros_like(adapted[path].update.lora_b[...])
+        update, own = adapted[path].update, factor / adapted[path].scale
+        for letter, part, scale in (("A", update.lora_a, 1.0), ("B", update.lora_b, own)):
+            shape = part.shape if layer is None else part.shape[1:]
+            matrix = _matrix(folder, module, letter, pair[letter], shape, rank, ranks[path])
+            value = jnp.asarray(matrix if scale == 1 else matrix * np.float64(scale), part.dtype)
             part[...] = value if layer is None else part[...].at[layer].set(value)
+
+
+def _matrix(
+    folder: Path, module: str, letter: str, tensor: Any, shape: tuple[int, ...], rank: int, widest: int
+) -> np.ndarray:
+    """One matrix of an adapter as the model has it, with zeros up to the rank of the widest in its stack."""
+    axis = 1 if letter == "A" else 0
+    expected = tuple(rank if place == axis else size for place, size in enumerate(shape))
+    if tuple(tensor.shape) != expected[::-1]:
+        raise UserError(
+            f"{folder}: lora_{letter} of {module} has shape {tuple(tensor.shape)}, the model expects {expected[::-1]}; "
+            "give adapters of this model"
+        )
+    matrix = np.asarray(tensor).T
+    if not is_finite(matrix):
+        raise UserError(f"{folder}: lora_{letter} of {module} holds NaN or infinity; give the adapters before that")
+    return np.pad(matrix, [(0, widest - rank if place == axis else 0) for place in range(2)])
 
 
 def _modules(model: nnx.Module) -> dict[tuple[Any, ...], list[tuple[str, int | None]]]:
@@ -118,15 +126,38 @@ def _modules(model: nnx.Module) -> dict[tuple[Any, ...], list[tuple[str, int | N
     return found
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be read as adapters ({error}); give a PEFT folder") from None
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{folder}: peft_type '{config.get('peft_type')}' is not supported; give 'LORA' adapters")
-    for option, plain in _UNSUPPORTED.items():
-        if config.get(option) not in (None, plain):
-            raise UserError(f"{folder}: {option} {config[option]!r} is not supported; give plain LoRA")
-    return config, tensors
+def _pairs(folder: Path, places: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Matrices A and B, which are not read yet, by the name of the layer in the model that they belong to."""
+    pairs: dict[str, dict[str, Any]] = {}
+    unknown = set()
+    for name, tensor in plain_names(_open(folder)).items():
+        found = _NAME.fullmatch(name)
+        layer = None if found is None else _layer(found["layer"], places)
+        if found is None or layer is None or found["letter"] in pairs.get(layer, {}):
+            unknown.add(name.removeprefix(PREFIX) if found is None else found["layer"])
+        else:
+            pairs.setdefault(layer, {})[found["letter"]] = tensor
+    unknown |= {layer for layer, pair in pairs.items() if len(pair) < 2}
+    if unknown:
+        raise UserError(
+            f"{folder}: the model has no layer, or the folder no pair A and B, for {listed(sorted(unknown))}; give "
+            "adapters of this model"
+        )
+    return pairs
+
+
+def _layer(name: str, places: Mapping[str, Any]) -> str | None:
+    """The layer of a name that may lack the beginning of ours, or have more in front of it."""
+    if name in places:
+        return name
+    near = [each for each in places if each.endswith(f".{name}") or name.endswith(f".{each}")]
+    return near[0] if len(near) == 1 else None
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds its adapters only as adapter_model.bin, a pickle, which can run code and is never read; "
+            "convert it with PEFT: from_pretrained, then save_pretrained"
+        )
+    return dict(read_tensors([folder / TENSORS]))

@@ -1,8 +1,9 @@
-"""Models to Hugging Face folders: `save_pretrained` writes a folder that is whole or not there at all."""
+"""Models to Hugging Face folders: `save_pretrained` writes a folder that is whole, or else is as it was."""
 
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ def save_pretrained(
     overwrite: bool = False,
     note: Callable[[int], Any] = lambda size: None,
 ) -> Path:
-    """Writes a model as a Hugging Face folder; it appears whole, under its name, at the end.
+    """Writes a model as a Hugging Face folder; its files appear, whole, at the end.
 
     A model with softmax attention is written as transformers has it. A linearized LLaMA or GPT-2 brings its own code:
     `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`.
@@ -101,39 +102,80 @@ def save_pretrained(
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
-    """Checks that a folder is empty or may be overwritten.
+    """Checks that a folder is empty or may be overwritten, and that it can be written.
 
     Raises:
-        UserError: it is not, or it is a file.
+        UserError: it is not, it is a file, or it cannot.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"{folder} is a link that leads nowhere; remove it, or give another folder")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give the name of a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"{folder} is not empty; give another folder, or --overwrite to replace what it holds")
+    place = folder.absolute()
+    if folder.is_dir():
+        if _content(folder) and not overwrite:
+            raise UserError(f"{folder} is not empty; give another folder, or --overwrite to replace what it holds")
+    else:
+        place = next(each for each in place.parents if each.exists())
+    try:
+        # Tried rather than asked: permissions say nothing of file systems that are read-only.
+        os.rmdir(tempfile.mkdtemp(prefix=".lin_jax.", dir=place))
+    except OSError as error:
+        raise UserError(f"cannot write to {place}: {error.strerror}; give another folder") from error
 
 
 @contextmanager
 def atomic_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary folder beside the given one, which replaces it on success and is removed on failure.
+    """Yields a temporary folder, whose files replace those of the given one on success and are removed on failure.
+
+    A folder that exists stays the one that it is: it may be a mount, a link, or where a shell is at work.
 
     Raises:
         UserError: the folder is not empty, or cannot be written.
     """
     check_output_folder(folder, overwrite=overwrite)
     folder = folder.absolute()
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("partial", "old"))
+    exists = folder.is_dir()
+    partial = (
+        folder / f".{os.getpid()}.partial" if exists else folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    )
     try:
         partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        if exists:
+            _replace_content(folder, partial)
+        else:
+            os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write {folder}: {reason}; give another folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _content(folder: Path) -> list[Path]:
+    """Entries of a folder, without the one that every new file system of Linux has."""
+    return [path for path in folder.iterdir() if path.name != "lost+found"]
+
+
+def _replace_content(folder: Path, partial: Path) -> None:
+    """Moves the files of a folder inside another to that one, in place of what it holds; all of them or none."""
+    old = folder / f".{os.getpid()}.old"
+    before = [path for path in _content(folder) if path != partial]
+    # Last what readers look for first.
+    after = sorted(partial.iterdir(), key=lambda path: path.name == CONFIG_FILE)
+    moved: list[tuple[Path, Path]] = []
+    try:
+        old.mkdir()
+        for path, to in [*((path, old) for path in before), *((path, folder) for path in after)]:
+            os.replace(path, to / path.name)
+            moved.append((path, to / path.name))
+    except BaseException:
+        for path, now in reversed(moved):
+            os.replace(now, path)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(

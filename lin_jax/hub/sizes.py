@@ -17,10 +17,10 @@ def parameter_count(model: nnx.Module) -> int:
 
 def context_length(config: Any) -> int | None:
     """Tokens of the longest text that a model was made for; None if its configuration has no such number."""
-    rotary = getattr(config, "rotary", None)
-    if rotary is not None:
-        return rotary.context_length or rotary.original_context_length
-    return getattr(config, "max_positions", None)
+    rotary, bound = getattr(config, "rotary", None), getattr(config, "max_positions", None)
+    if rotary is None or bound is not None:
+        return bound
+    return rotary.context_length or rotary.original_context_length
 
 
 def state_bytes(model: nnx.Module, length: int) -> int | None:

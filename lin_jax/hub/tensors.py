@@ -4,11 +4,13 @@ Convolutions are stored as `[H, 1, K, 1]`, a centred kernel in which tap j sees 
 only the half that looks back is read. The factor of the grouped branch is stored as `[1]`.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -135,10 +137,11 @@ def fill(
         note: called with the bytes of every tensor that was read.
 
     Raises:
-        UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+        UserError: tensors are missing, unknown or of another shape, which is said of all at once; or a number of one is
+            NaN or infinite.
     """
     if problems := mismatches(module, entries, tensors):
-        raise UserError("tensors do not fit the model: " + "; ".join(problems))
+        raise UserError(f"tensors do not fit the model: {summary(problems)}")
     variables = stored(module)
     for path, parts in _by_path(entries).items():
         variable = variables[path]
@@ -146,23 +149,82 @@ def fill(
         for name, entry in parts:
             tensor = np.asarray(tensors[name])
             note(tensor.nbytes)
-            copy_into(buffer if entry.layer is None else buffer[entry.layer], entry.read(tensor))
+            part = buffer[... if entry.layer is None else entry.layer]
+            copy_into(part, entry.read(tensor))
+            if not is_finite(part):
+                raise UserError(
+                    f"{name} holds NaN or infinity as {part.dtype}, so the model writes nothing of use; "
+                    "give the checkpoint before it, or a wider type"
+                )
         array = place(buffer, None if shardings is None else shardings(path, buffer.shape))
         nnx.update(module, nnx.from_flat_state([(path, variable.replace(array))]))
 
 
-def mismatches(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) -> list[str]:
-    """Lists tensors that are missing, unknown or of another shape, a phrase each; reads nothing."""
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor that does not fit a model.
+
+    Attributes:
+        name: of the tensor.
+        kind: `is missing`, `is unknown`, or `has shape`.
+        detail: the shapes.
+    """
+
+    name: str
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.kind}{self.detail}"
+
+
+def mismatches(module: nnx.Module, entries: Entries, tensors: Mapping[str, Any]) -> list[Mismatch]:
+    """Lists tensors that are missing, unknown or of another shape; reads nothing."""
     variables = stored(module)
-    problems = [f"{name} is missing" for name in entries if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in entries]
+    problems = [Mismatch(name, "is missing") for name in entries if name not in tensors]
+    problems += [Mismatch(name, "is unknown") for name in tensors if name not in entries]
     for name, entry in entries.items():
         if name not in tensors:
             continue
         shape, expected = tuple(tensors[name].shape), written_shape(entry, variables[entry.path])
         if shape != expected:
-            problems.append(f"{name} has shape {shape}, the model expects {expected}")
+            problems.append(Mismatch(name, "has shape", f" {shape}, the model expects {expected}"))
     return problems
+
+
+def summary(problems: Sequence[Mismatch], most: int = 3) -> str:
+    """The first few tensors of each kind, how many more there are, and what their names have in common."""
+    parts: list[str] = []
+    for kind in dict.fromkeys(each.kind for each in problems):
+        alike = [each for each in problems if each.kind == kind]
+        # One more takes no more room than the word that there is one.
+        if len(alike) <= most + 1:
+            parts += map(str, alike)
+        else:
+            parts += map(str, alike[:most])
+            common = _common([each.name for each in alike])
+            among = f", all of them {common}" if common else ""
+            what = {"is missing": "missing", "is unknown": "unknown"}.get(kind, "of another shape")
+            parts.append(f"{len(alike) - most:,} more are {what}{among}")
+    return "; ".join(parts)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The parts between dots that all names share at both ends, with a star for the rest; empty if there are none."""
+    split = [re.sub(r"\.\d+(?=\.)", ".*", name).split(".") for name in names]
+    if all(parts == split[0] for parts in split):
+        return ".".join(split[0])
+    first, last = (_shared(split), _shared([parts[::-1] for parts in split])[::-1])
+    return ".".join([*first, "*", *last]) if first or last else ""
+
+
+def _shared(split: Sequence[Sequence[str]]) -> list[str]:
+    """The parts at the beginning that all have; the last part of the shortest is left for the star."""
+    count = 0
+    shortest = min(len(parts) for parts in split) - 1
+    while count < shortest and all(parts[count] == split[0][count] for parts in split):
+        count += 1
+    return list(split[0][:count])
 
 
 def written_shape(entry: TensorEntry, variable: Any) -> tuple[int, ...]:
@@ -180,6 +242,18 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
     for begin in range(0, source.shape[-1], _STRIP):
         strip = np.s_[..., begin : begin + _STRIP]
         target[strip] = source[strip]
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """False if a number is NaN or infinite; by their bits, which takes no memory and is fast for bfloat16 too."""
+    if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+        return True
+    size = array.dtype.itemsize
+    limits = np.array([np.inf, -np.inf], array.dtype)
+    signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
+    # Beyond the bits of infinity, of either sign, there is only NaN.
+    positive, negative = limits.view(signed)[0], limits.view(unsigned)[1]
+    return bool(array.view(signed).max() < positive and array.view(unsigned).max() < negative)
 
 
 def place(buffer: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import QKV, AttentionConfig, build_mixer
+from lin_jax.attention import QKV, AttentionConfig, build_mixer, parse_name
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.compute import ComputeConfig
@@ -41,6 +41,7 @@ class LlamaConfig(ComputeConfig):
         initializer_range: standard deviation of the initial weights.
         attention: the token mixer.
         rotary: rotary positions.
+        window: tokens before which softmax attention saw nothing in pretraining; None is no such bound.
     """
 
     vocab_size: int | None = None
@@ -58,6 +59,7 @@ class LlamaConfig(ComputeConfig):
     initializer_range: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +78,11 @@ class LlamaConfig(ComputeConfig):
     def kv_heads(self) -> int:
         """Key/value heads K."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a text: softmax attention, which has no window here, is the same within one."""
+        return self.window if parse_name(self.attention.name).base == "softmax" else None
 
     @property
     def head_size(self) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from lin_jax.data.config import DataConfig
-from lin_jax.errors import UserError
+from lin_jax.errors import UserError, check_seed
 from lin_jax.models import LlamaConfig, ModelConfig
 from lin_jax.models.adapters import AdapterConfig
 from lin_jax.models.registry import model_family
@@ -67,6 +67,7 @@ class TrainingConfig:
         for name in (each.name for each in fields(self) if each.type is int and each.name not in ("seed", "keep_best")):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; give 1 or more")
+        check_seed(self.seed, "training.seed")
         if self.keep_best < 0:
             raise UserError(f"training.keep_best is {self.keep_best}; give 0 or more")
         if self.epochs is not None and not self.epochs > 0:
@@ -130,8 +131,10 @@ class RunConfig:
         self.data.rows_per_shard(self.training.batch_size)
 
     def save(self, path: Path) -> None:
-        """Writes the configuration as YAML that `load_run_config` reads."""
-        path.write_text(yaml.safe_dump(plain(self), sort_keys=False))
+        """Writes the configuration as YAML that `load_run_config` reads; the file appears whole."""
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(yaml.safe_dump(plain(self), sort_keys=False), encoding="utf-8")
+        partial.replace(path)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from lin_jax.errors import UserError
@@ -19,6 +18,7 @@ from lin_jax.models.registry import model_family
 from lin_jax.training.config import CONFIG_FILE, RunConfig
 from lin_jax.training.distributed.launch import Launch
 from lin_jax.training.objectives.registry import check_run
+from lin_jax.training.settings.yaml_file import read_yaml, write_yaml
 
 # Keys of earlier versions, and the keys that took their place.
 RENAMED = {
@@ -105,11 +105,21 @@ def _family(argv: Sequence[str]) -> str:
     quick.add_argument("--family")
     try:
         said, _ = quick.parse_known_args(list(argv))
-        contents = [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in said.config]
-    except (ArgumentError, OSError, ValueError, yaml.YAMLError):
+    except ArgumentError:
         return RunConfig.family  # The parser itself reports what is wrong.
-    named = [content["family"] for content in contents if isinstance(content, dict) and "family" in content]
+    contents = [read_yaml(Path(path), {"family": str}) for path in said.config]
+    named = [content["family"] for content in contents if "family" in content]
     return said.family or str((named or [RunConfig.family])[-1])
+
+
+def run_hints(family: str) -> dict[str, Any]:
+    """Types of a run's fields and of its options, by name.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    options = {"launch": Launch, "resume": bool}
+    return {**get_type_hints(RunConfig), **options, "model": model_family(family).config}
 
 
 def _parser(family: str) -> ArgumentParser:
@@ -126,7 +136,7 @@ def _parser(family: str) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False) -> Command:
-    with _present_files(_present_options(argv), translated) as present:
+    with _present_files(_present_options(argv), run_hints(_family(argv)), translated) as present:
         try:
             parsed = parser.instantiate(parser.parse_args(present))
         except ArgumentError as error:
@@ -159,33 +169,27 @@ def _renamed_key(key: str) -> str | None:
 
 
 @contextmanager
-def _present_files(argv: Sequence[str], translated: bool) -> Iterator[list[str]]:
-    """Gives options whose files have present keys; others are refused, or with `translated` rewritten in a copy.
+def _present_files(argv: Sequence[str], hints: Mapping[str, Any], translated: bool) -> Iterator[list[str]]:
+    """Gives options with copies of their files, in which text is text and keys are present ones.
+
+    Keys of an earlier version are refused, or with `translated` rewritten.
 
     Raises:
-        UserError: a file has a key of an earlier version.
+        UserError: a file cannot be read, or has a key of an earlier version.
     """
     with TemporaryDirectory() as folder:
         present = list(argv)
         for index, path in enumerate(argv):
             if index and argv[index - 1] == "--config":
-                content = _mapping(Path(path))
+                content = read_yaml(Path(path), hints)
                 changed = _shortened_attention(content if not translated else _translated(content))
                 _refuse_old_keys(changed, path)
-                if changed != content:
-                    copy = Path(folder) / f"{index}.yaml"
-                    copy.write_text(yaml.safe_dump(changed), encoding="utf-8")
-                    present[index] = str(copy)
+                if "config" in changed:
+                    raise UserError(f"{path}: config is for the command line; give further files there")
+                copy = Path(folder) / f"{index}.yaml"
+                write_yaml(changed, copy)
+                present[index] = str(copy)
         yield present
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """Reads a YAML mapping; an empty one where the parser itself will report what is wrong."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,7 +11,7 @@ from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.data.config import HUB_PREFIX
 from lin_jax.data.tokenizers.sentencepiece import SPECIAL, read_sentencepiece
 from lin_jax.errors import UserError
-from lin_jax.hub.files import find_checkpoint, generation_ends, is_checkpoint_folder
+from lin_jax.hub.files import find_checkpoint, generation_ends, is_checkpoint_folder, read_config
 from lin_jax.hub.load import HubCheckpoint, Pretrained
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
 from lin_jax.models.compute import ComputeConfig
@@ -196,12 +196,15 @@ class ModelSource:
         return Tokenizer(found.backend, bos_token=SPECIAL[1])
 
     def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Tokens that end a text: as a Hugging Face folder says, else the tokenizer's own."""
+        """Tokens that end a text: all that `generation_config.json`, `config.json` and the tokenizer name as such."""
         if self.place.is_file():
             # Texts of llama2.c follow each other, and each begins with this token.
             return () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-        said = () if self.is_run else generation_ends(self.place)
-        return said or (() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+        said: list[int] = []
+        if not self.is_run:
+            own = read_config(self.place).get("eos_token_id")
+            said = [*generation_ends(self.place), *(own if isinstance(own, list) else [own])]
+        return tuple(dict.fromkeys(token for token in (*said, tokenizer.eos_id) if token is not None))
 
     def reference(self, run: Path, frozen: Params) -> dict[str, Any]:
         """Refers to this model from the checkpoints of a run; by a relative path, so that runs move together."""

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 
 from lin_jax.data import merged_positions
+from lin_jax.devices import devices_shown
 from lin_jax.evaluation.flops import step_flops
 from lin_jax.training.checkpoint.manager import Checkpoints
 from lin_jax.training.checkpoint.rollback import RollBack, roll_back
 from lin_jax.training.config import RunConfig
-from lin_jax.training.distributed.multihost import all_gather_json
+from lin_jax.training.distributed.multihost import all_gather_json, broadcast_from_first, is_first
 from lin_jax.training.distributed.preemption import StopSignal
 from lin_jax.training.hooks import Hook, Training
 from lin_jax.training.monitoring.input_stalls import InputStalls
@@ -22,6 +23,7 @@ from lin_jax.training.monitoring.throughput import Clock, Throughput
 from lin_jax.training.monitoring.trackers import Trackers, open_trackers
 from lin_jax.training.monitoring.wandb import import_wandb
 from lin_jax.training.monitoring.watchdog import HangWatch, Watchdog
+from lin_jax.training.settings.changes import changes, write_config
 from lin_jax.training.setup import ResolvedRun, resolve
 from lin_jax.training.trainer import Outcome, Trainer
 
@@ -75,11 +77,12 @@ class FinalReport(Hook):
 
 
 def train(config: RunConfig, *, resume: bool = False) -> Outcome:
-    """Runs a configuration to its last step, or until Ctrl-C or SIGTERM; either way there is a checkpoint then.
+    """Runs a configuration to its last step, or until a signal such as Ctrl-C; either way there is a checkpoint then.
 
     Args:
         config: the run.
         resume: go on from the newest checkpoint in the run's folder; the losses are those of a run never interrupted.
+            Settings that are not those of before are said, and written to the folder.
 
     Raises:
         UserError: the configuration or the folder does not allow it, or the loss is no longer a number.
@@ -116,16 +119,21 @@ def _train(run: ResolvedRun, resume: bool) -> Outcome:
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.folder, training.keep_checkpoints, training.keep_best))
         stack.enter_context(checkpoints.full_disk_told())
-        state, start = run.state, None
+        state, start, changed = run.state, None, list[str]()
         if resume:
             restored = checkpoints.restore_latest(run.state, run.metadata)
             run.batches.set_state(restored.data)
             state, start = restored.state, restored.step
+            changed = broadcast_from_first(lambda: changes(run.folder, run.config, restored.step))
+            if changed and is_first():
+                write_config(run.config)
         trackers = open_trackers(run.folder, run.config, start)
         stack.callback(trackers.close)
         progress = stack.enter_context(Progress(training.steps, start or 0))
+        progress.on_note(f"training on {devices_shown()}")
         if start is not None:
-            progress.on_note(f"step {start}: going on from {checkpoints.path(start)}")
+            for line in [f"step {start}: going on from {checkpoints.path(start)}", *changed]:
+                progress.on_note(line)
         watchdog, stop = stack.enter_context(Watchdog()), stack.enter_context(StopSignal())
         profiler = Profiler(training.profile, run.folder)
         stack.callback(profiler.close)

@@ -156,6 +156,16 @@ def test_a_saved_state_goes_on(run_folder: Path, tmp_path: Path, capsys: pytest.
         (("RUN", "x", "--stop", ""), "stop string is empty"),
         (("RUN", "--prompt-file", "TWO", "--save-state", "state"), "for one prompt, and there are 2"),
         (("RUN", "x", "--batch", "0"), "--batch is 0"),
+        (("RUN", "x", "--batch", "100000000"), "--batch is 100000000; give 1 to 65536"),
+        (("RUN", "x", "--max-new-tokens", "3000000000"), "give at most 268435456"),
+        (("RUN", "x", "--max-new-tokens", "3e9"), "invalid int value: '3e9'"),
+        (("RUN", "x", "--seed", "-1"), "--seed is -1; give a number from 0 to 4294967295"),
+        (("RUN", "x", "--seed", "4294967296"), "--seed is 4294967296"),
+        (("RUN", "x", "--tree", "chain:100000"), "no chain of 0 to 1023 guesses"),
+        (("RUN", "x", "--tree", "chain:-1"), "no chain of 0 to 1023 guesses"),
+        (("RUN", "x", "--tree", "dynamic:8:1000000000"), "candidates; give smaller ones"),
+        (("RUN", "x", "--draft-layers", "a"), "'a' names no layers; give numbers such as 0,2"),
+        (("RUN", "--prompt-file", "BLANK"), "has no prompts"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -165,7 +175,9 @@ def test_errors(
     """Wrong words are found before anything is measured."""
     two = tmp_path / "two.jsonl"
     two.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    stands_for = {"RUN": str(run_folder), "TWO": str(two)}
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text("\n \n")
+    stands_for = {"RUN": str(run_folder), "TWO": str(two), "BLANK": str(blank)}
     with pytest.raises(UserError, match=message) as error:
         decode(parse([stands_for.get(word, word) for word in argv]))
     assert "choosing draft trees" not in capsys.readouterr().err

@@ -32,5 +32,14 @@ def test_tree_must_fit_group_and_drafter() -> None:
         Generator(model, acceptance="maybe")
     with pytest.raises(UserError, match="number of slots is 0"):
         Generator(model).generate([[1]], 3, slots=0)
+    with pytest.raises(UserError, match="number of slots is 100000000; give 1 to 65536"):
+        Generator(model).generate([[1]], 3, slots=100_000_000)
+    with pytest.raises(UserError, match=r"3000000000 new tokens of 1 texts .* give at most 268435456"):
+        Generator(model).generate([[1]], 3_000_000_000)
+    with pytest.raises(UserError, match=r"100000000 new tokens of 4 texts .* give at most 67108864"):
+        Generator(model).generate([[1]] * 3, 100_000_000)
+    for seed in (-1, 2**32, 10**20):
+        with pytest.raises(UserError, match=f"seed is {seed}; give a number from 0 to 4294967295"):
+            Generator(model).generate([[1]], 3, seed=seed)
     with pytest.raises(UserError, match="layers"):
         DraftParts(model, layers=(0, 1))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lin_jax.attention import AttentionConfig
@@ -114,6 +115,113 @@ def test_adapters_of_some_layers_that_pytorch_made(tmp_path: Path) -> None:
     assert_merged_alike(model, theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"layers.0.mlp.up_proj": 3}, "alpha_pattern": {"up_proj": 5, "1.mlp.down_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {r"model.layers.\d.mlp.up_proj": 3}, "init_lora_weights": "gaussian"},
+    ],
+)
+def test_ranks_and_factors_of_pytorch(options: dict[str, Any], tmp_path: Path) -> None:
+    """Of each layer by itself, under patterns and by the root of the rank."""
+    save_pretrained(build("llama"), tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    settings = LoraConfig(r=2, lora_alpha=8, target_modules=["up_proj", "down_proj"], **options)
+    theirs = get_peft_model(base, settings).double()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, generator=torch.Generator().manual_seed(0))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = from_pretrained(tmp_path / "base", **DOUBLE)
+    load_adapters(model, tmp_path / "theirs")
+    assert_merged_alike(model, theirs)
+
+
+PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+PAIR = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+def folder_of(folder: Path, config: Any, rename: str = "{}.weight", dtype: Any = np.float32) -> Path:
+    """Adapters as others write them: of one layer, with names after a pattern."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8-sig")
+    shapes = {"A": (2, 16), "B": (16, 2)}
+    rng = np.random.default_rng(0)
+    save_file(
+        {rename.format(PAIR + letter): rng.normal(size=shape).astype(dtype) for letter, shape in shapes.items()},
+        folder / "adapter_model.safetensors",
+    )
+    return folder
+
+
+def change_by(folder: Path) -> np.ndarray:
+    """The update of the first layer's queries."""
+    model = build("llama")
+    before = np.array(model.layers.layers.attention.query.kernel[...])
+    load_adapters(model, folder)
+    merge_lora(model)
+    changed = np.asarray(model.layers.layers.attention.query.kernel[...]) - before
+    assert not changed[1].any()
+    return changed[0].T
+
+
+def test_adapters_of_others_are_read(tmp_path: Path) -> None:
+    """Under an adapter's name or a wrapper's, in half precision, with PEFT's defaults."""
+    folder = folder_of(tmp_path / "plain", PLAIN)
+    pair = load_file(folder / "adapter_model.safetensors")
+    right = 2 * pair[f"{PAIR}B.weight"].astype(float) @ pair[f"{PAIR}A.weight"].astype(float)
+    np.testing.assert_allclose(change_by(folder), right, rtol=1e-9, atol=1e-12)
+    for number, name in enumerate(["{}.default.weight", "module.{}.weight", "_orig_mod.{}.weight"]):
+        np.testing.assert_array_equal(change_by(folder_of(tmp_path / str(number), PLAIN, name)), change_by(folder))
+    half = change_by(folder_of(tmp_path / "half", PLAIN, dtype=jnp.bfloat16))
+    np.testing.assert_allclose(half, right, rtol=0, atol=0.02 * np.abs(right).max())
+    alone = {"peft_type": "LORA", "r": 2, "init_lora_weights": True, "fan_in_fan_out": True, "bias": None}
+    np.testing.assert_allclose(change_by(folder_of(tmp_path / "alone", alone)), right * 2, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"init_lora_weights": start}, "changed the base that the adapters stand on; convert them with PEFT's")
+            for start in ("pissa", "pissa_niter_16", "olora", "loftq", "corda", "lora_ga", "mica", 1, ["pissa"])
+        ),
+        ({"use_qalora": True}, "use_qalora true is not supported"),
+        ({"lora_bias": True}, "lora_bias true is not supported"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices [1, 2] is not supported"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication [[0, 1]] is not supported"),
+        ({"r": None}, "r is null; give the number"),
+        ({"r": "2"}, 'r is "2" in the configuration; give a whole number'),
+        ({"r": 0}, "r is 0 in the configuration; give a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is null; give the number"),
+        ({"lora_alpha": "4"}, 'lora_alpha is "4"'),
+        ({"rank_pattern": {"(": 2}}, 'the pattern "(" is none'),
+        ({"rank_pattern": [2]}, "rank_pattern is [2]"),
+        ({"peft_type": ["LORA"]}, 'peft_type ["LORA"] is not supported'),
+        ({"r": 3}, "lora_A of model.layers.0.self_attn.q_proj has shape (2, 16), the model expects (3, 16)"),
+        (None, "does not hold a JSON object"),
+    ],
+)
+def test_adapters_of_others_are_refused(change: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "adapters", [] if change is None else PLAIN | change)
+    with pytest.raises(UserError) as caught:
+        load_adapters(build("llama"), folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_adapters_that_are_no_numbers_or_a_pickle(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "adapters", PLAIN)
+    pair = load_file(folder / "adapter_model.safetensors")
+    save_file({name: np.full_like(part, np.nan) for name, part in pair.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        load_adapters(build("llama"), folder)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="a pickle, which can run code"):
+        load_adapters(build("llama"), folder)
+
+
 def test_only_adapters_learn() -> None:
     gradients = slopes(adapted("llama", "query", "down"))
     paths = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(gradients)}
@@ -137,5 +245,5 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
         load_adapters(build("gpt2"), tmp_path / "adapters")
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     (tmp_path / "adapters" / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
-    with pytest.raises(UserError, match="use_dora True is not supported"):
+    with pytest.raises(UserError, match="use_dora true is not supported"):
         load_adapters(build("llama"), tmp_path / "adapters")

@@ -16,6 +16,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from support.cells import cells
 from support.golden_files import assert_close
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel, modeling_rope_utils
 from transformers.models.llama import modeling_llama
@@ -105,7 +106,7 @@ class DoubleTorch:
         return getattr(torch, name)
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture(params=cells(["float64"], ["float32"]))
 def dtype(request: pytest.FixtureRequest, x64: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The type of both models; transformers calculates in it throughout."""
     if request.param == "float64":

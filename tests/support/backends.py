@@ -4,8 +4,11 @@ from typing import Any
 
 import jax
 import pytest
+from support.cells import cells
 
 INTERPRETED: list[Any] = ["tpu_interpreted", "gpu_interpreted"]
 # A process with a GPU compiles Triton kernels and cannot interpret them too.
 KERNELS = {"gpu": [pytest.param("gpu", marks=pytest.mark.gpu)], "tpu": ["tpu"]}.get(jax.default_backend(), INTERPRETED)
 IMPLEMENTATIONS = ["xla", *KERNELS]
+# For cells that need not be tried with each of them every time: the last of several is for `make test-all`.
+FEWER = cells(IMPLEMENTATIONS[:2], IMPLEMENTATIONS[2:])

@@ -75,6 +75,7 @@ def test_what_is_frozen_stays_and_is_not_saved(finished, base_run, adapted_run):
     assert read_base(finished).fingerprint == params_fingerprint(run.frozen)
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_continues_exactly(adapted_run, tmp_path, monkeypatch):
     """Of a model with draft heads, which learn in full beside its adapters."""
     whole, broken = (adapted_run(tmp_path / name, objective="medusa_joint") for name in ("whole", "broken"))

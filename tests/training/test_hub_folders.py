@@ -87,7 +87,7 @@ def test_a_folder_without_steps(exported):
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "is truncated"),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'),
-            "'vit' in config.json is not supp",
+            '"vit" in config.json is not supp',
         ),
     ],
 )

@@ -1,24 +1,28 @@
 """Decodes prompts from a terminal."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from lin_jax.cli.decode.streamed_text import StreamedText
+from lin_jax.cli.decode.prompts import given_prompts
+from lin_jax.cli.json_line import json_line
+from lin_jax.data.tokenizers.tokenizer import whole_characters
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
 from lin_jax.decoding.autotune.plan import SpeculationPlan
+from lin_jax.decoding.drafting.tree import parse_tree
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import check_stops
-from lin_jax.decoding.generator import MAX_SLOTS, Generator, check_new_tokens
+from lin_jax.decoding.generator import MAX_SLOTS, Generator, check_batch, check_new_tokens
 from lin_jax.decoding.results import Generation
 from lin_jax.decoding.scheduler import Scheduler
-from lin_jax.errors import UserError
-from lin_jax.session import Session, check_length, read_prompts
+from lin_jax.decoding.streamed_text import StreamedText
+from lin_jax.devices import devices_shown
+from lin_jax.errors import UserError, check_seed
+from lin_jax.session import Session, check_length
 
 # What a shell expects of a program that Ctrl-C ended.
 INTERRUPTED = 130
@@ -27,11 +31,9 @@ INTERRUPTED = 130
 def decode(options: argparse.Namespace) -> int:
     """Writes the continuation of every prompt to stdout, and figures to stderr; returns the exit status."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
-    if options.acceptance not in ACCEPTANCE_RULES:
-        raise UserError(f"acceptance '{options.acceptance}' is unknown; choose one of {', '.join(ACCEPTANCE_RULES)}")
-    texts = [options.prompt] if options.prompt_file is None else read_prompts(options.prompt_file)
-    if options.batch is not None and options.batch < 1:
-        raise UserError(f"--batch is {options.batch}; give at least 1")
+    _check(options)
+    texts = _whole(given_prompts(options.prompt, options.prompt_file))
+    devices = devices_shown()
     session = Session.load(
         options.model,
         options.heads,
@@ -40,16 +42,14 @@ def decode(options: argparse.Namespace) -> int:
         step=options.step,
         tokenizer=options.tokenizer,
     )
+    _note(f"decoding on {devices}")
     prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
     # Whatever can be wrong is found out before anything is measured for the plan.
     check_length(prompts, options.max_prompt_tokens)
-    check_new_tokens(options.max_new_tokens)
-    check_stops(options.stop)
     if options.save_state and len(prompts) != 1:
         raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
-    if options.state and not Path(options.state).is_file():
-        raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
     slots = options.batch or min(bucket(len(texts)), MAX_SLOTS)
+    check_new_tokens(options.max_new_tokens, slots)
     plan = _drafting(session, options, slots)
     generator = session.generator(
         plan.drafter,
@@ -79,6 +79,33 @@ def decode(options: argparse.Namespace) -> int:
     return status
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Refuses wrong values before a model is read.
+
+    Raises:
+        UserError: there is one.
+    """
+    if options.acceptance not in ACCEPTANCE_RULES:
+        raise UserError(f"acceptance '{options.acceptance}' is unknown; choose one of {', '.join(ACCEPTANCE_RULES)}")
+    if options.batch is not None:
+        check_batch(options.batch, "--batch")
+    check_seed(options.seed, "--seed")
+    check_new_tokens(options.max_new_tokens)
+    check_stops(options.stop)
+    if options.tree != "auto":
+        parse_tree(options.tree)
+    if options.state and not Path(options.state).is_file():
+        raise UserError(f"cannot read a state from {options.state}: there is no such file; save one with --save-state")
+
+
+def _whole(texts: Sequence[str]) -> list[str]:
+    """The prompts without halves of characters; says how many had any."""
+    whole = [whole_characters(text) for text in texts]
+    if mended := sum(one != other for one, other in zip(texts, whole, strict=True)):
+        _note(f"{mended} of {len(texts)} prompts had half a character (a surrogate on its own), now U+FFFD")
+    return whole
+
+
 def _drafting(session: Session, options: argparse.Namespace, slots: int) -> SpeculationPlan:
     """Chooses the drafter and the tree: as asked for, or as measured on this machine."""
     if options.tree != "auto":
@@ -103,7 +130,7 @@ def _save_state(
 
 def _print_stream(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
     """Prints one continuation as it comes."""
-    text, status = StreamedText(session.tokenizer, options.stop), 0
+    text, status = StreamedText(session.tokenizer, options.stop, scheduler.prompts[0]), 0
     sys.stdout.write(texts[0])
     try:
         for update in scheduler:
@@ -130,14 +157,14 @@ def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, opt
     generation = scheduler.generation
     for row, text in enumerate(texts):
         tokens = generation.tokens[row]
-        continuation = session.decode(tokens, options.stop)
+        continuation = session.decode(tokens, options.stop, scheduler.prompts[row])
         if not options.json:
             print(f"{text}{continuation}\n---")
             continue
         found = {"prompt": text, "text": continuation, "tokens": tokens, "ending": generation.endings[row]}
         if generation.log_probs is not None:
             found["log_probs"] = generation.log_probs[row]
-        print(json.dumps(found))
+        print(json_line(found))
     return status
 
 

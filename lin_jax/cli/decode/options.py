@@ -46,7 +46,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     text = parser.add_mutually_exclusive_group()
     text.add_argument("prompt", metavar="PROMPT", nargs="?", default="", help="text to go on from")
-    text.add_argument("--prompt-file", metavar="F", help="file with the prompt, or .jsonl with a field 'prompt'")
+    text.add_argument(
+        "--prompt-file",
+        metavar="F",
+        help="file with the prompt, taken as it is, last newline included, or - for standard input; or .jsonl with a "
+        "field 'prompt' a line",
+    )
     _add_lengths(parser.add_argument_group("how much"))
     _add_sampling(parser.add_argument_group("how tokens are chosen"))
     _add_drafting(parser.add_argument_group("how drafts are made (none of it changes the text, but for 'typical')"))
@@ -62,7 +67,11 @@ def _add_lengths(group: argparse._ArgumentGroup) -> None:
         "--max-prompt-tokens", type=int, default=2**20, metavar="N", help="longest prompt allowed (default: 1048576)"
     )
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end a text before this; may be given several times"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before this, which may name special tokens; may be given several times",
     )
     group.add_argument(
         "--batch", type=int, metavar="N", help="prompts decoded at a time; the others wait (default: up to 64)"
@@ -117,4 +126,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' names no layers; give numbers such as 0,2") from None

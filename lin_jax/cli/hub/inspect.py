@@ -4,6 +4,7 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.hub.config_json import attentions_of
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.sizes import context_length, parameter_count, state_bytes
+from lin_jax.hub.tensors import summary
 
 # Tensors that do not fit, named one by one; a wholly different model has hundreds.
 _NAMED = 20
@@ -13,6 +14,7 @@ _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 def table(opened: Pretrained) -> str:
     """Formats the table; nothing of the checkpoint but its headers is read."""
     rows = [("checkpoint", str(opened.folder)), *_model_rows(opened), *_tensor_rows(opened), *_problem_rows(opened)]
+    rows += [("note", each) for each in opened.notes]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
@@ -62,8 +64,10 @@ def _problem_rows(opened: Pretrained) -> list[tuple[str, str]]:
     problems = opened.problems()
     if not problems:
         return [("fits", "every tensor")]
-    rows = [("does not fit" if number == 0 else "", each) for number, each in enumerate(problems[:_NAMED])]
-    return rows + ([("", f"and {len(problems) - _NAMED} more")] if len(problems) > _NAMED else [])
+    rows = [("does not fit" if number == 0 else "", str(each)) for number, each in enumerate(problems[:_NAMED])]
+    rows += [("in short", f"{summary(problems)}")] if len(problems) > _NAMED else []
+    remedy = opened.remedy(problems)
+    return rows + ([("what to do", remedy)] if remedy else [])
 
 
 def _size(count: float) -> str:

@@ -100,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import jax
 
     from lin_jax.cli.hub import commands
+    from lin_jax.devices import device_kind
 
+    device_kind()
     run: dict[str, Callable[..., Any]] = {
         "import": commands.import_checkpoint,
         "export": commands.export_run,

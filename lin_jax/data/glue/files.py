@@ -4,20 +4,19 @@ The files are split at tabs and line ends alone: quotes are text, and some of th
 """
 
 import logging
-import lzma
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lin_jax.data.config import HUB_PREFIX
 from lin_jax.data.glue.tasks import Task, TaskSplit
+from lin_jax.data.sources.files import PACKED, UNREADABLE, read_text
 from lin_jax.data.sources.tables import readable
-from lin_jax.data.sources.text import read_text
 from lin_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_ENDINGS = ("", ".xz", ".gz")
+_ENDINGS = ("", *PACKED)
 
 
 class Example(NamedTuple):
@@ -62,15 +61,15 @@ def _find(source: str, task: Task, split: TaskSplit) -> Path:
             if (parent / (split.file + ending)).is_file():
                 return parent / (split.file + ending)
     raise UserError(
-        f"there is no {task.folder}/{split.file} (or .xz, .gz) in {source}; download GLUE's files for {task.name}, or "
-        "give data.source hub:nyu-mll/glue"
+        f"there is no {task.folder}/{split.file} (or {', '.join(PACKED)}) in {source}; download GLUE's files for "
+        f"{task.name}, or give data.source hub:nyu-mll/glue"
     )
 
 
 def _from_file(path: Path, task: Task, split: TaskSplit) -> Iterator[Example]:
     try:
         text = read_text(path)
-    except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path} is not readable as UTF-8 text: {error}; download the file again") from error
     # Not splitlines(): sentences hold characters that it takes for the end of a line.
     rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]

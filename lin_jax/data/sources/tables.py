@@ -1,40 +1,48 @@
 """Tables with one document a row, from local files or the Hugging Face Hub, as streams of their text."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lin_jax.data.config import HUB_PREFIX, DataConfig
+from lin_jax.data.sources.files import suffix_inside
+from lin_jax.data.sources.rows import TEXT_TABLES, EmptyTableError, read_cells
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
-COMPRESSED = (".gz", ".xz")
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
-# Inside a folder, .json and .csv files are more often settings and source material than corpora.
-_FORMATS_IN_FOLDERS = (".jsonl", ".parquet", ".arrow")
+log = logging.getLogger(__name__)
+
+TABLES = (*TEXT_TABLES, ".parquet", ".arrow")
+# Inside a folder, .json, .csv and .tsv files are more often settings and source material than corpora.
+_IN_FOLDERS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 
 
 def is_table(path: Path, *, in_folder: bool) -> bool:
     """True if a file is a table by its name; `in_folder` if a folder was named, not the file itself."""
-    suffix = _suffix(path)
-    return suffix in (_FORMATS_IN_FOLDERS if in_folder else _FORMATS)
+    return suffix_inside(path) in (_IN_FOLDERS if in_folder else TABLES)
 
 
 def open_tables(paths: Sequence[Path], column: str) -> "IterableDataset":
     """Opens local tables as one stream of rows `{"text": str}`, file after file, without any network access.
 
-    Rows without text are left out.
+    Rows without text are left out, and so are tables without rows, with a warning, if another has some.
 
     Raises:
-        UserError: a file cannot be read, is empty, or lacks the column.
+        UserError: a file cannot be read or lacks the column, or all are empty.
     """
     streams = []
     for path in paths:
-        with readable(str(path)):
-            streams.append(_text_rows(_open_table(path), column, str(path)))
+        try:
+            with readable(str(path)):
+                streams.append(_open_table(path, column))
+        except EmptyTableError:
+            if path == paths[-1] and not streams:
+                raise
+            log.warning("%s: left out, it has no rows", path)
     return concatenated(streams)
 
 
@@ -72,31 +80,27 @@ def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:
             yield row["text"]
 
 
-def _suffix(path: Path) -> str:
-    name = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return name.suffix.lower()
-
-
-def _open_table(path: Path) -> "IterableDataset":
+def _open_table(path: Path, column: str) -> "IterableDataset":
     """Opens one file by its kind; these readers, unlike `load_dataset`, never report to the hub."""
-    from datasets import IterableDataset
+    from datasets import Features, IterableDataset, Value
 
-    kind = _FORMATS[_suffix(path)]
-    if kind == "arrow":
-        return IterableDataset.from_file(str(path))
-    reader = {
-        "json": IterableDataset.from_json,
-        "csv": IterableDataset.from_csv,
-        "parquet": IterableDataset.from_parquet,
-    }[kind]
-    return reader(str(path))
+    kind = suffix_inside(path)
+    if kind not in TEXT_TABLES:
+        # Its readers log what they raise, too; the error says it once.
+        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+        rows = IterableDataset.from_file(str(path)) if kind == ".arrow" else IterableDataset.from_parquet(str(path))
+        return _text_rows(rows, column, str(path))
+    # What is wrong at the beginning of a table is found out before a run begins.
+    next(read_cells(str(path), column), None)
+    arguments = {"path": str(path), "column": column}
+    return IterableDataset.from_generator(read_cells, Features({"text": Value("string")}), gen_kwargs=arguments)
 
 
 def _text_rows(rows: "IterableDataset", column: str, source: str) -> "IterableDataset":
     """Keeps one column, under the name "text", and the rows that have something in it."""
     first = next(iter(rows), None)
     if first is None:
-        raise UserError(f"{source} has no rows; give another file or split")
+        raise EmptyTableError(f"{source} has no rows; give another file or split")
     if column not in first:
         columns = ", ".join(sorted(first))
         raise UserError(f"{source} has no column {column!r}; set text_field to one of its columns: {columns}")

@@ -1,17 +1,16 @@
 """Documents from the standard library's sources, from text files and folders, from tables, or from the Hub."""
 
-import gzip
 import logging
-import lzma
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from lin_jax.data.config import PYTHON_STDLIB, DataConfig
-from lin_jax.data.sources.tables import concatenated, is_table, open_hub, open_tables, read_rows
+from lin_jax.data.sources.files import PACKED, UNREADABLE, list_files, read_text
+from lin_jax.data.sources.rows import EmptyTableError
+from lin_jax.data.sources.tables import TABLES, concatenated, is_table, open_hub, open_tables, read_rows
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ log = logging.getLogger(__name__)
 # Installed packages, tests (bulky and repetitive) and character tables: not the library's own prose and code.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _LARGEST_STDLIB_FILE = 200_000
-_BINARY_PROBE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +74,11 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
     if config.is_hub:
         return open_hub(config)
     roots = [_existing(source) for source in config.sources]
-    tables = [path for root in roots for path in _files(root) if is_table(path, in_folder=root.is_dir())]
+    tables = [path for root in roots for path in list_files(root) if is_table(path, in_folder=root.is_dir())]
     if not tables:
         raise UserError(
             f"data source {config.source!r} cannot be streamed; leave streaming off, "
-            "or give .jsonl, .json, .csv, .parquet or .arrow files"
+            f"or give tables: {', '.join(TABLES)}"
         )
     return open_tables(tables, config.text_field)
 
@@ -97,12 +95,18 @@ def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]
 
 
 def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Document]:
-    files = _files(root)
+    files = list_files(root)
     tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
     texts = [path for path in files if path not in set(tables)]
     yield from _text_documents(root, texts, config.document_separator, skipped)
     for path in tables:
-        rows = read_rows(open_tables([path], config.text_field), str(path))
+        try:
+            rows = read_rows(open_tables([path], config.text_field), str(path))
+        except EmptyTableError:
+            if path == root:
+                raise
+            log.warning("%s: left out, it has no rows", path)
+            continue
         yield from _numbered(_name(path, root), rows)
 
 
@@ -113,17 +117,6 @@ def _existing(source: str) -> Path:
             f"data source {source!r} does not exist; give a file, a folder, '{PYTHON_STDLIB}', or 'hub:OWNER/NAME'"
         )
     return path
-
-
-def _files(root: Path) -> list[Path]:
-    """Lists the files under a folder, sorted, without hidden ones and byte code; a file lists itself."""
-    if not root.is_dir():
-        return [root]
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.is_file())
 
 
 def _stdlib_files(root: Path) -> list[Path]:
@@ -142,11 +135,11 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
     for path in paths:
         try:
             text = read_text(path)
-        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        except UNREADABLE as error:
             if path == root:
                 raise UserError(
-                    f"{path} is not readable as UTF-8 text; give a text file, optionally .gz or .xz, "
-                    "or a .jsonl, .json, .csv, .parquet or .arrow table"
+                    f"{path} is not readable as UTF-8 text; give a text file, optionally {', '.join(PACKED)}, "
+                    f"or a table: {', '.join(TABLES)}"
                 ) from error
             skipped.append(_name(path, root))
             continue
@@ -157,30 +150,6 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
         else:
             # The line breaks beside a marker belong to the marker's own line.
             yield from _numbered(name, (piece.strip("\r\n") for piece in text.split(separator)))
-
-
-def read_text(path: Path) -> str:
-    """Reads a text file, unpacking .gz and .xz, without the byte-order mark.
-
-    Raises:
-        UnicodeDecodeError: it is not UTF-8, or has a zero byte near its start, as only binary files do.
-        OSError, EOFError, lzma.LZMAError: it cannot be read or unpacked.
-    """
-    with _open(path) as file:
-        data = file.read(_BINARY_PROBE)
-        # Looked at first, so that a large binary file is not read whole just to be left out.
-        if b"\0" in data:
-            raise UnicodeDecodeError("utf-8", data, data.index(0), data.index(0) + 1, "zero byte")
-        data += file.read()
-    return data.decode("utf-8-sig")
-
-
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile | lzma.LZMAFile:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    return path.open("rb")
 
 
 def _name(path: Path, root: Path) -> str:

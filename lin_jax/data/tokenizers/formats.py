@@ -5,6 +5,7 @@ WordPiece of BERT: `vocab.txt`, a piece a line. Byte-level pairs of GPT-2: `enco
 `tokenizer.model`.
 """
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from lin_jax.data.tokenizers.sentencepiece import UNIGRAM, read_sentencepiece
 from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 # Files with which transformers opens a folder itself.
-_MODERN = ("tokenizer.json", "tokenizer_config.json", "config.json")
+_MODERN = ("tokenizer.json", "tokenizer_config.json")
+_CONFIG = "config.json"
+_WITH_LLAMA_PIECES = ("llama", "mistral")
 _BERT = {name + "_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 _T5 = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 # T5's marks for gaps in a text, numbered downwards behind the pieces of the file.
@@ -26,10 +29,22 @@ _GAPS = 100
 
 
 def original_reader(folder: Path) -> Callable[[Path], Tokenizer] | None:
-    """The reader for a folder that holds original files alone; None for any other folder."""
+    """The reader for a folder that holds original files alone, or beside them the config.json of one of its models.
+
+    None for any other folder.
+    """
     if any((folder / name).is_file() for name in _MODERN):
         return None
+    if (folder / _CONFIG).is_file():
+        # Vocabularies of pairs and words look alike for models that split texts differently; pieces of LLaMA do not.
+        own = (folder / "tokenizer.model").is_file() and _model_type(folder) in _WITH_LLAMA_PIECES
+        return _READERS["tokenizer.model"] if own else None
     return next((read for file, read in _READERS.items() if (folder / file).is_file()), None)
+
+
+def _model_type(folder: Path) -> Any:
+    content = json.loads((folder / _CONFIG).read_text(encoding="utf-8-sig"))
+    return content.get("model_type") if isinstance(content, dict) else None
 
 
 def _read_word_pieces(folder: Path) -> Tokenizer:

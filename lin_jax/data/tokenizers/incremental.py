@@ -8,6 +8,8 @@ import numpy as np
 from lin_jax.data.tokenizers.tokenizer import Tokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Ids before a text of which its first piece depends, but for characters that are spelled in more bytes.
+_CONTEXT = 8
 
 
 class StreamDecoder:
@@ -19,14 +21,17 @@ class StreamDecoder:
     Args:
         tokenizer: decodes tokens.
         skip_special_tokens: leave out the text of special tokens, such as the end-of-text token.
+        after: ids that come before the text, and of which no text is returned.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False):
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False, after: Sequence[int] | np.ndarray = ()
+    ):
         self._tokenizer = tokenizer
-        self._skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skipped = frozenset(tokenizer.special_tokens if skip_special_tokens else ())
         # Tokenizers that mark word starts drop a space before the very first word only, so a piece is
         # what its tokens add to the text of the tokens before them.
-        self._before: list[int] = []
+        self._before = self._end_of(after)
         self._waiting: list[int] = []
 
     def push(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -37,11 +42,23 @@ class StreamDecoder:
             return ""
         return self._release(text)
 
+    def settle(self) -> str:
+        """Returns the text of the tokens that still wait, as it stands; the text goes on."""
+        return self._release(self._added()) if self._waiting else ""
+
     def flush(self) -> str:
         """Returns the text of the tokens that still wait, and resets for another text."""
         text = self._added()
         self._before, self._waiting = [], []
         return text
+
+    def _end_of(self, ids: Sequence[int] | np.ndarray) -> list[int]:
+        """The last ids before a text, from the beginning of a character on."""
+        kept = [int(token) for token in ids if int(token) not in self._skipped]
+        count = _CONTEXT
+        while count < len(kept) and self._tokenizer.decode(kept[-count:]).startswith("\ufffd"):
+            count *= 2
+        return kept[-count:]
 
     def _added(self) -> str:
         before = self._tokenizer.decode(self._before)
@@ -55,8 +72,3 @@ class StreamDecoder:
     def _release(self, text: str) -> str:
         self._before, self._waiting = self._waiting, []
         return text
-
-
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return frozenset(token_id for token_id, token in added.items() if token.special)

@@ -102,7 +102,7 @@ def _neutral_config(path: Path) -> dict[str, Any]:
     """An empty configuration in place of one of a type that transformers does not know, which it would warn about."""
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")).get("model_type") in CONFIG_MAPPING:
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8-sig")).get("model_type") in CONFIG_MAPPING:
         return {}
     return {"config": PretrainedConfig()}
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -12,7 +12,7 @@ from lin_jax.data.tokenizers.tokenizer import Tokenizer
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
+def token_bytes(tokenizer: Tokenizer, named: Mapping[int, str] | None = None) -> list[bytes]:
     """The bytes that each id adds in the middle of a text; special tokens and unused ids add none.
 
     Byte-level and SentencePiece-like vocabularies are read off exactly, so that the bytes of a text's tokens are the
@@ -21,12 +21,19 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
     Args:
         tokenizer: any.
+        named: special tokens that count by their names (`Tokenizer.special_tokens_in`).
 
     Returns:
         `tokenizer.vocab_size` byte strings, in the order of ids.
     """
-    backend = tokenizer.backend
-    special = {number for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    found = _ordinary_bytes(tokenizer)
+    for number, name in (named or {}).items():
+        found[number] = name.encode()
+    return found
+
+
+def _ordinary_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    backend, special = tokenizer.backend, tokenizer.special_tokens
     tokens = [None if number in special else backend.id_to_token(number) for number in range(tokenizer.vocab_size)]
     steps = _steps(json.loads(backend.to_str())["decoder"])
     if [step["type"] for step in steps] == ["ByteLevel"]:

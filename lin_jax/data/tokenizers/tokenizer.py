@@ -1,9 +1,11 @@
 """Text to token ids and back: one thin class over a fast tokenizer of the `tokenizers` library."""
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ class Tokenizer:
     """A fast tokenizer with the ids of its beginning and end tokens; `load_tokenizer` opens one from files.
 
     Special tokens that are spelled out in a text become their ids; none is added, except by
-    `encode_document`.
+    `encode_document`. A text begins with what the tokenizer's own post-processor puts there, as transformers has it: a
+    tokenizer may know a beginning token and add none (`add_bos_token: false`).
 
     Attributes:
         backend: the `tokenizers.Tokenizer` that does the work.
-        bos_id: id of the token that begins a document, or None.
+        bos_id: id of the token for the beginning of a text, or None.
         eos_id: id of the token that ends a document and a generated text, or None.
 
     Args:
@@ -83,6 +86,24 @@ class Tokenizer:
         token = self._tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
+    @cached_property
+    def begin_ids(self) -> tuple[int, ...]:
+        """Ids in front of every text: those that `AutoTokenizer(text)` adds there."""
+        text = self.backend.encode("a")
+        added = itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask, strict=True))
+        return tuple(token for token, _ in added)
+
+    @property
+    def special_tokens(self) -> dict[int, str]:
+        """Texts of all special tokens, by id."""
+        added = self.backend.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
+
+    def special_tokens_in(self, texts: Iterable[str]) -> dict[int, str]:
+        """Special tokens whose texts occur in any of some texts, by id."""
+        whole = list(texts)
+        return {number: name for number, name in self.special_tokens.items() if any(name in text for text in whole)}
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, unused ones included: one more than the largest id."""
@@ -101,30 +122,38 @@ class Tokenizer:
         """Digest of all that decides the ids of a document: normalization and splitting into words, too."""
         content = json.loads(self.backend.to_str())
         parts = [content.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
-        whole = json.dumps([parts, self.bos_id, self.eos_id], sort_keys=True)
+        begin = self._document_begin
+        usual = self.bos_id in (None, self.eos_id) or begin == (self.bos_id,)
+        whole = json.dumps([parts, self.bos_id if usual else begin, self.eos_id], sort_keys=True)
         return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, int32 `[N]`."""
-        return np.asarray(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """Returns the ids of a text, int32 `[N]`; half a character counts as `whole_characters` has it."""
+        encoded = self.backend.encode(whole_characters(text), add_special_tokens=False)
+        return np.asarray(encoded.ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, int32 `[N]`, on all processor cores."""
-        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        encoded = self.backend.encode_batch(list(map(whole_characters, texts)), add_special_tokens=False)
         return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
 
     def encode_document(self, text: str) -> np.ndarray:
-        """Returns the ids of a whole document, int32 `[N]`: beginning token, text, end token, as far as they exist.
+        """Returns the ids of a whole document, int32 `[N]`: beginning, text, end token, as far as they exist.
 
-        Where one token serves as both (GPT-2), it comes last only, so that one stands between documents.
+        The beginning is `begin_ids`, but for an encoder's classification token, which has no place there. Where one
+        token serves as both (GPT-2), it comes last only, so that one stands between documents.
         """
         return self.marked(self.encode(text))
 
+    @property
+    def _document_begin(self) -> tuple[int, ...]:
+        return () if self.bos_id is None or self.eos_id in self.begin_ids else self.begin_ids
+
     def marked(self, ids: np.ndarray, *, begins: bool = True, ends: bool = True) -> np.ndarray:
-        """Adds beginning and end token to the ids `[N]` of a part of a document, where it begins and ends that."""
-        bos = [self.bos_id] if begins and self.bos_id is not None and self.bos_id != self.eos_id else []
+        """Adds beginning and end to the ids `[N]` of a part of a document, where it begins and ends that."""
+        begin = self._document_begin if begins else ()
         eos = [self.eos_id] if ends and self.eos_id is not None else []
-        return np.concatenate([bos, ids, eos]).astype(np.int32)
+        return np.concatenate([begin, ids, eos]).astype(np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids `[N]`; bytes that are not UTF-8 become U+FFFD."""
@@ -143,3 +172,13 @@ class Tokenizer:
         # transformers 5 keeps these in tokenizer_config.json; readers of other languages look for this file.
         named = {name: str(token) for name, token in pretrained.special_tokens_map.items() if isinstance(token, str)}
         (Path(folder) / "special_tokens_map.json").write_text(json.dumps(named, indent=2) + "\n")
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for each half of a character (a surrogate on its own, which JSON can spell)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Two halves that belong together become the character.
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

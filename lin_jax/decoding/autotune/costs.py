@@ -1,10 +1,8 @@
 """Costs of a step on this machine: verification by tree size and batch size, and drafting by depth."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from lin_jax.decoding.drafting.api import Drafter
@@ -33,14 +31,6 @@ class Costs:
     def verify(self, size: int) -> float:
         """Seconds of a step with `size` nodes, interpolated between measured sizes."""
         return float(np.interp(size, self.sizes, self.seconds))
-
-
-def device_kind() -> str:
-    """Kind of device that JAX runs on; for a CPU with its number of processors."""
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return f"cpu, {len(os.sched_getaffinity(0))} processors"
-    return device.device_kind
 
 
 class NullDrafter(NoDrafter):

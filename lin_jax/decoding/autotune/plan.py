@@ -7,6 +7,7 @@ decoding, which is kept if none is faster.
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lin_jax.decoding.autotune.costs import Costs, device_kind, measure_drafting
+from lin_jax.decoding.autotune.costs import Costs, measure_drafting
 from lin_jax.decoding.autotune.replay import draft_accuracy, dynamic_tree_ranks, tokens_per_step
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree, NodePath, parse_tree, tree_text
 from lin_jax.decoding.generator import Generator
+from lin_jax.devices import device_kind
+from lin_jax.files import write_durably
 from lin_jax.models import CausalModel
 
 # Smallest speedup that counts as one: less than that is noise.
@@ -193,22 +196,47 @@ def measure_speedups(
 
 
 def save_plans(path: Path, plans: Sequence[SpeculationPlan], costs: Sequence[Costs]) -> None:
-    """Writes plans and costs to a JSON file."""
+    """Writes plans and costs to a JSON file, beside those of other drafters and batch sizes that are there by now.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    known, measured = load_plans(path)
+    plans = list({(each.drafter, each.slots): each for each in (*known, *plans)}.values())
+    costs = list({each.slots: each for each in (*measured, *costs)}.values())
     content = {"costs": [asdict(each) for each in costs], "plans": [asdict(plan) for plan in plans]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    write_durably(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_plans(path: Path) -> tuple[list[SpeculationPlan], list[Costs]]:
     """Reads plans and costs; empty lists if there are none that this version measured on this kind of device."""
-    if not path.exists():
-        return [], []
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         plans = [SpeculationPlan(**each) for each in content["plans"]]
         costs = [Costs(each["slots"], tuple(each["sizes"]), tuple(each["seconds"])) for each in content["costs"]]
-    except (ValueError, KeyError, TypeError):
-        # Another version wrote the file, or it is damaged: everything is measured anew.
+        usable = all(map(_is_usable, plans)) and all(map(_is_measured, costs))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        # There is none, another version wrote it, or it is damaged: everything is measured anew.
         return [], []
-    if any(plan.device != device_kind() for plan in plans):
-        return [], []
-    return plans, costs
+    return (plans, costs) if usable else ([], [])
+
+
+def _is_usable(plan: SpeculationPlan) -> bool:
+    """True for a plan of this kind of device that holds what it should.
+
+    Raises:
+        ValueError: its tree is none.
+        TypeError: a field is of another type.
+    """
+    figures = [plan.expected_tokens, plan.expected_speedup, plan.measured_speedup]
+    figures += [] if plan.break_even_tokens is None else [plan.break_even_tokens]
+    names = isinstance(plan.drafter, str) and isinstance(plan.slots, int) and isinstance(plan.tree, str)
+    here = names and parse_tree(plan.tree).size > 0 and plan.device == device_kind()
+    return here and all(map(math.isfinite, figures))
+
+
+def _is_measured(costs: Costs) -> bool:
+    """True for costs that can be interpolated; errors as in `_is_usable`."""
+    if not isinstance(costs.slots, int) or not costs.sizes or len(costs.sizes) != len(costs.seconds):
+        return False
+    return all(0 < each < math.inf for each in (*costs.sizes, *costs.seconds))

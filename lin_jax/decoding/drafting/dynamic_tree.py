@@ -15,6 +15,9 @@ from lin_jax.attention import TreeArrays, gather_nodes
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing, TreeLevel
 from lin_jax.errors import UserError
 
+# A step verifies all nodes: far fewer than this pay on any machine.
+MAX_NODES, MAX_CANDIDATES = 1024, 2**14
+
 
 @dataclass(frozen=True)
 class DynamicTree:
@@ -37,6 +40,11 @@ class DynamicTree:
             raise UserError(
                 f"the dynamic tree has size {self.size}, depth {self.depth}, beam {self.beam}, width {self.width}; "
                 "give a size of at least 2, and at least 1 of the others"
+            )
+        if self.depth >= MAX_NODES or self.max_size > MAX_CANDIDATES:
+            raise UserError(
+                f"a dynamic tree of depth {self.depth}, beam {self.beam} and width {self.width} has more than "
+                f"{MAX_CANDIDATES} candidates; give smaller ones"
             )
         if self.size > self.max_size:
             raise UserError(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from lin_jax.attention import TreeArrays, tree_arrays
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing, ScoringDrafter, TreeLevel
-from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
+from lin_jax.decoding.drafting.dynamic_tree import MAX_NODES, DynamicTree
 from lin_jax.decoding.engine.sampling import draw_children
 from lin_jax.errors import UserError
 
@@ -202,15 +202,20 @@ def parse_tree(text: str) -> AnyTree:
         return MC_SIM_7B_63
     try:
         if text.startswith("chain:"):
-            return chain(int(text.removeprefix("chain:")))
+            length = int(text.removeprefix("chain:"))
+            if not 0 <= length < MAX_NODES:
+                raise UserError(f"draft tree '{text}' is no chain of 0 to {MAX_NODES - 1} guesses; give such a length")
+            return chain(length)
         if text.startswith("dynamic:"):
             return DynamicTree(*(int(number) for number in text.removeprefix("dynamic:").split(":")))
+        if text.count(";") + 1 >= MAX_NODES:
+            raise UserError(f"the draft tree has {text.count(';') + 1} paths; give fewer than {MAX_NODES}")
         return DraftTree(tuple(tuple(int(rank) for rank in path.split(",")) for path in text.split(";")))
     except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"draft tree '{text}' is not understood; give none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH or "
+            f"draft tree '{text[:60]}' is not understood; give none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH or "
             "paths such as 0;1;0,0"
         ) from None
 

@@ -12,6 +12,7 @@ from safetensors.flax import save_file
 
 from lin_jax.decoding.engine.prefill import DecodeState
 from lin_jax.errors import UserError
+from lin_jax.files import replacement
 
 FORMAT = "lin_jax prefix"
 
@@ -41,12 +42,10 @@ class Prefix:
         path = Path(path)
         numbers = {"length": str(self.length), "capacity": str(self.capacity)}
         metadata = {"format": FORMAT, **numbers, "identity": self.identity}
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file(_named(self.decode_state), partial, metadata=metadata)
-            partial.replace(path)
+            with replacement(path) as partial:
+                save_file(_named(self.decode_state), partial, metadata=metadata)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
             raise UserError(f"cannot write {path}: {error}; give another file") from error
 
     @classmethod

@@ -10,6 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 from lin_jax.errors import UserError
 from pallas_kernels.precision import accumulation_dtype
 
+# Rounding alone parts two logits by more than a lower temperature could make up for: it is greedy. Above the highest,
+# and beyond a penalty of 1 / LARGEST to LARGEST, nothing changes but that float32 overflows.
+COLDEST, LARGEST = 1e-9, 1e30
 # Folded into the keys, so that drafting and acceptance use other random numbers than the target's own choice.
 ACCEPTANCE_KEY, DRAFT_KEY = 1, 2
 
@@ -18,7 +21,8 @@ ACCEPTANCE_KEY, DRAFT_KEY = 1, 2
 class Sampling:
     """Sampling options, applied in the order of Hugging Face's `generate`; temperature 0 is greedy.
 
-    That order is: repetition penalty, temperature, top-k, top-p, min-p. Greedy choices use the penalty alone.
+    That order is: repetition penalty, temperature, top-k, top-p, min-p. Greedy choices use the penalty alone. A
+    temperature below `COLDEST` is 0, its limit; one above `LARGEST` is that, and so is a penalty, or its inverse.
 
     Attributes:
         temperature: divisor of the logits, 0 for the most probable token.
@@ -48,6 +52,10 @@ class Sampling:
             raise UserError(
                 f"repetition penalty is {self.repetition_penalty}; give 1 (none) or another positive number"
             )
+        warmth = 0.0 if self.temperature < COLDEST else min(self.temperature, LARGEST)
+        object.__setattr__(self, "temperature", warmth)
+        penalty = min(max(self.repetition_penalty, 1 / LARGEST), LARGEST)
+        object.__setattr__(self, "repetition_penalty", penalty)
 
 
 def penalised(

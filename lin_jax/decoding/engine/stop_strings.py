@@ -91,14 +91,9 @@ def stop_automaton(stops: Sequence[str], pieces: Sequence[bytes]) -> StopAutomat
     return StopAutomaton(jnp.asarray(following), jnp.asarray(completes))
 
 
-def cut_at_stop(text: str, stops: Sequence[str]) -> str:
-    """Text before the earliest stop string, or all of it if there is none.
-
-    Raises:
-        UserError: a stop string is empty, or not valid Unicode.
-    """
-    check_stops(stops)
-    return text[: min((found for stop in stops if (found := text.find(stop)) >= 0), default=len(text))]
+def first_stop_in(text: str, stops: Sequence[str]) -> int | None:
+    """Index at which the earliest stop string begins, None if there is none."""
+    return min((found for stop in stops if (found := text.find(stop)) >= 0), default=None)
 
 
 def check_stops(stops: Sequence[str]) -> None:

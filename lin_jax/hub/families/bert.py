@@ -9,7 +9,9 @@ from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
+from lin_jax.hub.families.config_fields import ConfigFields
 from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.tensor_names import plain_names, rooted
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked, without_copy
 from lin_jax.models.bert import Bert, BertClassifier, BertConfig, BertMaskedLM
 
@@ -27,29 +29,29 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     """A BERT configuration from the contents of a `config.json`, with the given attention (default softmax).
 
     Raises:
-        UserError: a size is missing, or an option is set that this model does not have.
+        UserError: a size is missing, or an option has a value that this model does not have.
     """
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a BERT")
-    for name, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"), ("is_decoder", False)):
-        if config.get(name, only) != only:
+    given = ConfigFields(config, "BERT", REQUIRED)
+    for name, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if given.text(name, only) != only:
             raise UserError(f"{name} '{config[name]}' is not supported in a BERT; only '{only}' is")
-    if config.get("tie_word_embeddings") is False:
+    if given.flag("is_decoder", False):
+        raise UserError("is_decoder 'True' is not supported in a BERT; only 'False' is")
+    if not given.flag("tie_word_embeddings", True):
         raise UserError("tie_word_embeddings is false; a BERT with a head of its own is not supported")
     return BertConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        max_positions=config.get("max_position_embeddings", 512),
-        types=config.get("type_vocab_size", 2),
-        norm_eps=config.get("layer_norm_eps", 1e-12),
-        initializer_range=config.get("initializer_range", 0.02),
+        vocab_size=given.size("vocab_size"),
+        hidden_size=given.size("hidden_size"),
+        intermediate_size=given.size("intermediate_size"),
+        num_layers=given.size("num_hidden_layers"),
+        num_heads=given.size("num_attention_heads"),
+        max_positions=given.size("max_position_embeddings", 512),
+        types=given.size("type_vocab_size", 2),
+        norm_eps=given.number("layer_norm_eps", 1e-12),
+        initializer_range=given.number("initializer_range", 0.02),
         attention=attention or AttentionConfig("softmax"),
-        pad_token=config.get("pad_token_id") or 0,
-        num_labels=config.get("num_labels") or len(config.get("id2label") or (0, 1)),
+        pad_token=given.token("pad_token_id", 0),
+        num_labels=given.labels(),
     )
 
 
@@ -115,14 +117,12 @@ def own_tensors(model: Bert | BertMaskedLM | BertClassifier, tensors: Mapping[st
     An encoder alone may be read from a checkpoint with a head, and one without a pooler from one with it. The norms of
     old checkpoints have a `gamma` and a `beta`.
     """
-    own = {_modern(name): tensor for name, tensor in tensors.items() if not ignored(name)}
+    whole = rooted(plain_names(tensors), PREFIX, "embeddings.word_embeddings.weight", ("cls.", "classifier."))
+    own = {_modern(name): tensor for name, tensor in whole.items() if not ignored(name)}
     for second, first in REPEATED.items():
         own = without_copy(own, second, first)
-    prefixed = any(name.startswith(PREFIX) for name in own)
-    if isinstance(model, Bert) and prefixed:
+    if isinstance(model, Bert) and any(name.startswith(PREFIX) for name in own):
         own = {name.removeprefix(PREFIX): tensor for name, tensor in own.items() if name.startswith(PREFIX)}
-    elif not isinstance(model, Bert) and not prefixed:
-        own = {PREFIX + name: tensor for name, tensor in own.items()}
     names = entries(model)
     unread = tuple(prefix for prefix in ("pooler.", "bert.pooler.") if prefix + "dense.weight" not in names)
     return {name: tensor for name, tensor in own.items() if not name.startswith(unread)}

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.errors import UserError
+from lin_jax.hub.families.config_fields import ConfigFields
 from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.tensor_names import plain_names
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked
 from lin_jax.models import Flash, FlashConfig, FlashEncoder
 
@@ -59,10 +60,20 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     Raises:
         UserError: a size is missing, or has a value that no FLASH has.
     """
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a FLASH")
-    options = {here: config[there] for there, here in FIELDS.items() if there in config}
+    given = ConfigFields(config, "FLASH", REQUIRED)
+    options: dict[str, Any] = {}
+    for there, here in FIELDS.items():
+        if there not in given:
+            continue
+        default = getattr(FlashConfig, here)
+        if isinstance(default, bool):
+            options[here] = given.flag(there, default)
+        elif isinstance(default, float):
+            options[here] = given.number(there, default)
+        elif isinstance(default, str):
+            options[here] = given.text(there, default)
+        else:
+            options[here] = given.size(there)
     return FlashConfig(**options, attention=attention or AttentionConfig(name="flash"))
 
 
@@ -89,7 +100,7 @@ def ignored(name: str) -> bool:
 def own_tensors(model: Flash | FlashEncoder, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Selects the checkpoint's tensors for a model: all but those that are ignored."""
     del model
-    return {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    return {name: tensor for name, tensor in plain_names(tensors).items() if not ignored(name)}
 
 
 def read_flash(model: Flash | FlashEncoder, tensors: Mapping[str, Any]) -> None:

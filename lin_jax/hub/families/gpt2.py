@@ -8,7 +8,9 @@ from typing import Any
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
+from lin_jax.hub.families.config_fields import ConfigFields
 from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.tensor_names import plain_names, rooted
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked, without_copy
 from lin_jax.models import Gpt2, Gpt2Classifier, Gpt2Config
 
@@ -45,30 +47,28 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     """A GPT-2 configuration from the contents of a `config.json`, with the given attention (default softmax).
 
     Raises:
-        UserError: a size is missing, or an option is set that this model does not have.
+        UserError: a size is missing, or an option has a value that this model does not have.
     """
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a GPT-2")
-    activation = config.get("activation_function", ACTIVATIONS[0])
+    given = ConfigFields(config, "GPT-2", REQUIRED)
+    activation = given.text("activation_function", ACTIVATIONS[0])
     if activation not in ACTIVATIONS:
         raise UserError(
             f"activation_function '{activation}' is not supported in a GPT-2; only {' and '.join(ACTIVATIONS)} are"
         )
     for name, value in FIXED.items():
-        if config.get(name, value) != value:
+        if given.flag(name, value) != value:
             raise UserError(f"{name} is {config[name]} in the configuration; only a GPT-2 with {value} is supported")
     return Gpt2Config(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["n_embd"],
-        intermediate_size=config.get("n_inner"),
-        num_layers=config["n_layer"],
-        num_heads=config["n_head"],
-        max_positions=config.get("n_positions", 1024),
-        norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        tie_embeddings=config.get("tie_word_embeddings", True),
-        initializer_range=config.get("initializer_range", 0.02),
-        num_labels=config.get("num_labels") or len(config.get("id2label") or (0, 1)),
+        vocab_size=given.size("vocab_size"),
+        hidden_size=given.size("n_embd"),
+        intermediate_size=given.optional_size("n_inner"),
+        num_layers=given.size("n_layer"),
+        num_heads=given.size("n_head"),
+        max_positions=given.size("n_positions", 1024),
+        norm_eps=given.number("layer_norm_epsilon", 1e-5),
+        tie_embeddings=given.flag("tie_word_embeddings", True),
+        initializer_range=given.number("initializer_range", 0.02),
+        num_labels=given.labels(),
         attention=attention or AttentionConfig(name="softmax"),
     )
 
@@ -114,12 +114,8 @@ def own_tensors(model: Gpt2 | Gpt2Classifier, tensors: Mapping[str, Any]) -> dic
 
     Ignored tensors are left out, and so is a second copy of the embedding as a tied head.
     """
-    bare = not any(name.startswith(PREFIX) for name in tensors)
-    own = {
-        PREFIX + name if bare and name not in (HEAD, SCORE) else name: tensor
-        for name, tensor in tensors.items()
-        if not ignored(name)
-    }
+    whole = rooted(plain_names(tensors), PREFIX, "wte.weight", ("lm_head.", "score."))
+    own = {name: tensor for name, tensor in whole.items() if not ignored(name)}
     untied = isinstance(model, Gpt2) and model.head is not None
     return own if untied else without_copy(own, HEAD, EMBEDDING)
 

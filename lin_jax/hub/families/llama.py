@@ -7,9 +7,13 @@ import numpy as np
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
+from lin_jax.hub.families.config_fields import ConfigFields
 from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.tensor_names import plain_names, rooted
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, named, present, stacked, without_copy
+from lin_jax.json_files import short, without_nulls
 from lin_jax.models import Llama, LlamaConfig, RotaryConfig
+from lin_jax.models.rotary import SCALINGS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP = {
@@ -29,6 +33,7 @@ LAYER = {
     "mlp.up_proj.weight": kernel("feed_forward", "up"),
     "mlp.down_proj.weight": kernel("feed_forward", "down"),
 }
+LARGEST_HEAD = 2**16
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Defaults of transformers for options that a config.json leaves out, as far as the types differ.
@@ -55,45 +60,98 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     Raises:
         UserError: a size is missing, or an option is set that this model does not have.
     """
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a LLaMA")
-    kind = config.get("base_model_type") or config.get("model_type", "llama").removeprefix("lin_jax_")
-    config = DEFAULTS.get(kind, {}) | dict(config)
-    _refuse_options(config)
-    biases = bool(config.get("attention_bias", False))
-    return LlamaConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim"),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
+    kind = kind_of(config)
+    given = ConfigFields(DEFAULTS.get(kind, {}) | without_nulls(config), "LLaMA", REQUIRED)
+    _refuse_options(given)
+    biases = given.flag("attention_bias", False)
+    attention = attention or AttentionConfig(name="softmax")
+    found = LlamaConfig(
+        vocab_size=given.size("vocab_size"),
+        hidden_size=given.size("hidden_size"),
+        intermediate_size=given.size("intermediate_size"),
+        num_layers=given.size("num_hidden_layers"),
+        num_heads=given.size("num_attention_heads"),
+        num_kv_heads=_kv_heads(config, given),
+        head_dim=given.optional_size("head_dim"),
+        norm_eps=given.number("rms_norm_eps", 1e-6),
         attention_bias=kind == "qwen2" or (kind != "mistral" and biases),
-        output_bias=config.get("output_bias", kind in ("llama", "qwen3") and biases),
-        query_key_norm=config.get("query_key_norm", kind == "qwen3"),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        initializer_range=config.get("initializer_range", 0.02),
-        rotary=rotary_from_huggingface(config),
-        attention=attention or AttentionConfig(name="softmax"),
+        output_bias=given.flag("output_bias", kind in ("llama", "qwen3") and biases),
+        query_key_norm=given.flag("query_key_norm", kind == "qwen3"),
+        tie_embeddings=given.flag("tie_word_embeddings", False),
+        initializer_range=given.number("initializer_range", 0.02),
+        rotary=rotary_from_huggingface(given.content),
+        attention=attention,
+        window=window_of(given),
     )
+    _check_frequencies(found)
+    return found
 
 
-def _refuse_options(config: Mapping[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act '{config['hidden_act']}' is not supported in a LLaMA; only 'silu' is")
-    if config.get("mlp_bias"):
+def _check_frequencies(config: LlamaConfig) -> None:
+    """Refuses options that are numbers each, and together give frequencies that are none."""
+    if config.head_size > LARGEST_HEAD:
+        raise UserError(f"a head has size {config.head_size} in the configuration; give at most {LARGEST_HEAD}")
+    try:
+        with np.errstate(all="ignore"):
+            frequencies, factor = SCALINGS[config.rotary.scaling](config.rotary, config.head_size)
+    except ArithmeticError:
+        frequencies, factor = np.full(1, np.nan), 1.0
+    except UserError:
+        return  # Too few divisors, which are counted where the rotation is needed.
+    if not np.isfinite([*frequencies, factor]).all():
+        raise UserError(
+            f"the rotary options of the configuration ({config.rotary.scaling}) give frequencies that are no numbers; "
+            "correct rope_theta and rope_scaling"
+        )
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The transformers type of a configuration; that of the base, in a linearized model's."""
+    given = ConfigFields(config, "LLaMA")
+    return given.text("base_model_type", given.text("model_type", "llama").removeprefix("lin_jax_"))
+
+
+def _kv_heads(config: Mapping[str, Any], given: ConfigFields) -> int | None:
+    """The key/value heads; None, as many as there are heads, also where the type's default cannot be meant."""
+    found, heads = given.optional_size("num_key_value_heads"), given.size("num_attention_heads")
+    # The shapes of the tensors are compared with it in any case.
+    return None if "num_key_value_heads" not in config and found is not None and heads % found else found
+
+
+def window_of(given: ConfigFields) -> int | None:
+    """The window of a configuration's attention, of some layers or all; None if every text fits into it."""
+    window, length = given.optional_size("sliding_window"), given.size("max_position_embeddings", 2048)
+    kinds = given.content.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"layer_types is {short(kinds)} in the configuration; give a list of names")
+    windowed = given.flag("use_sliding_window", True) and not (kinds and set(kinds) == {"full_attention"})
+    return window if windowed and window is not None and window < length else None
+
+
+def remarks(config: Mapping[str, Any], model_config: LlamaConfig) -> list[str]:
+    """Lines about options of a `config.json` that are read another way than they stand there."""
+    given = ConfigFields(DEFAULTS.get(kind_of(config), {}) | without_nulls(config), "LLaMA")
+    lines = []
+    if ignored := ignored_rotary_options(given.content):
+        lines.append(f"rotary options {', '.join(ignored)} in config.json are not heeded, as in transformers")
+    window = window_of(given)
+    if window is not None and model_config.max_positions is None:
+        lines.append(f"sliding_window {window} in config.json falls away with the attention that is replaced")
+    elif window is not None:
+        lines.append(
+            f"softmax attention has no window here: texts are bounded to sliding_window {window}, within which it is "
+            "the same; another attention has no such bound"
+        )
+    return lines
+
+
+def _refuse_options(given: ConfigFields) -> None:
+    activation = given.text("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(f"hidden_act '{activation}' is not supported in a LLaMA; only 'silu' is")
+    if given.flag("mlp_bias", False):
         raise UserError(
             "mlp_bias is set in the configuration; a LLaMA with biases in its feed-forward is not supported"
-        )
-    window, length = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    windowed = config.get("use_sliding_window", True) and set(config.get("layer_types") or ("",)) != {"full_attention"}
-    if window is not None and window < length and windowed:
-        raise UserError(
-            f"sliding_window is {window} of max_position_embeddings {length}; windowed attention is not supported, "
-            "set sliding_window to null to attend to everything"
         )
 
 
@@ -120,6 +178,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         **rotary_to_huggingface(config.rotary),
+        **_window_options(config),
         "torch_dtype": config.param_dtype,
     }
 
@@ -129,10 +188,21 @@ def linearized_options(config: LlamaConfig) -> dict[str, Any]:
     return {"output_bias": config.output_bias, "query_key_norm": config.query_key_norm}
 
 
+def _window_options(config: LlamaConfig) -> dict[str, Any]:
+    """The window of softmax attention, in all layers of the types that have one."""
+    if config.max_positions is None:
+        return {}
+    return {"sliding_window": config.max_positions, "use_sliding_window": True, "max_window_layers": 0}
+
+
 def _type_of(config: LlamaConfig) -> tuple[str, str]:
     """The transformers type that has these options, and its class."""
     if config.attention_bias == config.output_bias:
-        return ("qwen3", "Qwen3ForCausalLM") if config.query_key_norm else ("llama", "LlamaForCausalLM")
+        if config.query_key_norm:
+            return "qwen3", "Qwen3ForCausalLM"
+        if config.max_positions is not None and not config.attention_bias:
+            return "mistral", "MistralForCausalLM"
+        return "llama", "LlamaForCausalLM"
     if config.attention_bias and not config.query_key_norm:
         return "qwen2", "Qwen2ForCausalLM"
     raise UserError(
@@ -142,33 +212,65 @@ def _type_of(config: LlamaConfig) -> tuple[str, str]:
 
 
 def rotary_from_huggingface(config: Mapping[str, Any]) -> RotaryConfig:
-    """Rotary options from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    beside = {name: config.get(name) for name in ("rope_theta", "partial_rotary_factor")}
-    options = {name: value for part in (beside, given) for name, value in part.items() if value is not None}
-    theta = options.pop("rope_theta", 10000.0)
-    scaling = options.pop("rope_type", options.pop("type", "default"))
-    trained = config.get("max_position_embeddings", 2048)
-    original = options.pop("original_max_position_embeddings", trained)
+    """Rotary options from `rope_parameters`, or from the older `rope_theta` and `rope_scaling`.
+
+    Raises:
+        UserError: an option has a value that no rotation has, or the frequencies are no numbers.
+    """
+    given = ConfigFields(config, "LLaMA")
+    options = ConfigFields(_rotary_options(given), "LLaMA")
+    scaling = options.text("rope_type", options.text("type", "default"))
+    trained = given.size("max_position_embeddings", 2048)
+    original = options.size("original_max_position_embeddings", trained)
     if scaling == "dynamic":
         original = trained  # In the dynamic scaling the limit is the pretraining length itself.
     elif scaling in ("llama3", "yarn", "longrope"):
-        original = config.get("original_max_position_embeddings") or original
+        original = given.size("original_max_position_embeddings", original)
+    factor = 1.0 if scaling in ("default", "proportional") else trained / original
+    for name in ignored_rotary_options(given.content):
+        if isinstance(options.content[name], dict):
+            raise UserError(
+                f"rotary option '{name}' is an object in the configuration; one for all layers is supported"
+            )
+    found: dict[str, Any] = {name: options.numbers(name) for name in ("short_factor", "long_factor")}
+    found |= {name: options.number(name, 0.0) for name in _ROTARY_NUMBERS if name in options}
     if scaling == "default":
-        options.pop("partial_rotary_factor", None)  # Hugging Face's LLaMA does not heed it either.
-    if options.get("factor") is None:
-        options["factor"] = 1.0 if scaling in ("default", "proportional") else trained / original
-    for name in ("short_factor", "long_factor"):
-        if options.get(name) is not None:
-            options[name] = tuple(options[name])
-    unknown = sorted(set(options) - set(RotaryConfig.__dataclass_fields__))
-    if unknown:
-        raise UserError(
-            f"rotary option '{unknown[0]}' in the configuration is unknown; a newer transformers may have written it"
-        )
-    return RotaryConfig(theta, scaling, original_context_length=original, context_length=trained, **options)
+        found.pop("partial_rotary_factor", None)  # Hugging Face's LLaMA does not heed it either.
+    return RotaryConfig(
+        theta=options.number("rope_theta", 10000.0, above=1.0),
+        scaling=scaling,
+        factor=options.number("factor", factor),
+        original_context_length=original,
+        context_length=trained,
+        truncate=options.flag("truncate", True),
+        **found,
+    )
 
 
+def ignored_rotary_options(config: Mapping[str, Any]) -> list[str]:
+    """Names of rotary options that are not heeded, here as in transformers."""
+    known = {*_ROTARY_NUMBERS, "rope_theta", "rope_type", "type", "factor", "truncate", "short_factor", "long_factor"}
+    return sorted(set(_rotary_options(ConfigFields(config, "LLaMA"))) - known - {"original_max_position_embeddings"})
+
+
+def _rotary_options(given: ConfigFields) -> dict[str, Any]:
+    inside = given.part("rope_scaling") or given.part("rope_parameters")
+    beside = {name: given.content.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    options = {name: value for part in (beside, inside) for name, value in part.items() if value is not None}
+    # Zero weights in yarn's factor say that there are none.
+    return {name: value for name, value in options.items() if value != 0 or not name.startswith("mscale")}
+
+
+_ROTARY_NUMBERS = (
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "low_freq_factor",
+    "high_freq_factor",
+    "partial_rotary_factor",
+)
 # Options of each scaling in a file; those that are None are left out, and the reader takes its default.
 _ROTARY_OPTIONS = {
     "default": (),
@@ -227,8 +329,12 @@ def ignored(name: str) -> bool:
 
 
 def own_tensors(model: Llama, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Selects the checkpoint's tensors for a model: without ignored ones and a copy of the embedding as a tied head."""
-    own = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    """Selects the checkpoint's tensors for a model, under its names: those of a trunk alone lack `model.`.
+
+    Ignored tensors are left out, and so is a second copy of the embedding as a tied head.
+    """
+    rooted_tensors = rooted(plain_names(tensors), "model.", "embed_tokens.weight", ("lm_head.", "score."))
+    own = {name: tensor for name, tensor in rooted_tensors.items() if not ignored(name)}
     return own if model.head is not None else without_copy(own, HEAD, EMBEDDING)
 
 

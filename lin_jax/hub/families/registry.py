@@ -9,9 +9,11 @@ from flax import nnx
 from lin_jax.errors import UserError
 from lin_jax.hub.families import bert, flash, gpt2, llama, t5
 from lin_jax.hub.tensors import Entries
+from lin_jax.json_files import short
 from lin_jax.models import MODELS
 
 PREFIX = "lin_jax_"
+LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "LinJaxLlamaForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Family:
         linearized_options: additional fields in the `config.json` of a linearized model.
         known: whether transformers has such models, with softmax attention.
         remote_code: whether linearized models are saved with PyTorch code of their own for transformers.
+        bases: transformers' names of its models without a head; they are read if the head is the embedding.
+        head_name: name of the head's weight, which may be the embedding.
+        embedding_name: name of an embedding that is a head too where `config.json` ties a head that the model has.
+        unties: whether a head of its own makes the model of a checkpoint the same but for that.
+        remarks: lines about what is read another way than it stands in a `config.json`.
     """
 
     name: str
@@ -54,6 +61,11 @@ class Family:
     linearized_options: Callable[[Any], dict[str, Any]] = lambda config: {}
     known: bool = True
     remote_code: bool = False
+    bases: tuple[str, ...] = ()
+    head_name: str = "lm_head.weight"
+    embedding_name: str = ""
+    unties: bool = False
+    remarks: Callable[[Mapping[str, Any], Any], list[str]] = lambda config, model_config: []
 
     @property
     def own_type(self) -> str:
@@ -64,16 +76,33 @@ class Family:
         """The head with a name, or else the one of a `config.json`'s architectures, or else the first.
 
         Raises:
-            UserError: there is no head of that name.
+            UserError: there is no head of that name, or the architecture is none of the family.
         """
         if name is not None:
             if name not in self.heads:
                 raise UserError(f"head '{name}' is unknown for a {self.name}; choose one of {', '.join(self.heads)}")
             return self.heads[name]
+        named = [architectures] if isinstance(architectures, str) else architectures or []
+        if not isinstance(named, list | tuple) or not all(isinstance(each, str) for each in named):
+            raise UserError(f"architectures is {short(architectures)} in config.json; give a list of names")
         for head in self.heads.values():
-            if set(head.architectures) & set(architectures or ()):
+            if set(head.architectures) & set(named):
                 return head
+        if named and not set(named) & set(self.bases):
+            every = [name for head in self.heads.values() for name in head.architectures]
+            known = ", ".join(name for name in every if not name.startswith("LinJax"))
+            raise UserError(
+                f"architectures in config.json names a {named[0][:80]}, which is not supported; give "
+                f"one of {known}, such as the model that it was trained from"
+            )
         return next(iter(self.heads.values()))
+
+    def own_head(self, architectures: Any) -> Head:
+        """The head of a checkpoint of these architectures; the first, if they are none of the family."""
+        try:
+            return self.head_for(None, architectures)
+        except UserError:
+            return next(iter(self.heads.values()))
 
     def head_of(self, model: nnx.Module) -> Head:
         """The head of a model."""
@@ -91,22 +120,31 @@ FAMILIES = {
         Family(
             name="llama",
             model_types=llama.MODEL_TYPES,
-            heads=_heads("llama", causal_lm=("LlamaForCausalLM", "MistralForCausalLM")),
+            heads=_heads("llama", causal_lm=LLAMAS),
             config_from_huggingface=llama.config_from_huggingface,
             config_to_huggingface=lambda config, _: llama.config_to_huggingface(config),
             entries=llama.entries,
             own_tensors=llama.own_tensors,
             linearized_options=llama.linearized_options,
+            bases=("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"),
+            unties=True,
+            remarks=llama.remarks,
             remote_code=True,
         ),
         Family(
             name="gpt2",
             model_types=("gpt2",),
-            heads=_heads("gpt2", causal_lm=("GPT2LMHeadModel",), classifier=("GPT2ForSequenceClassification",)),
+            heads=_heads(
+                "gpt2",
+                causal_lm=("GPT2LMHeadModel", "LinJaxGPT2LMHeadModel"),
+                classifier=("GPT2ForSequenceClassification",),
+            ),
             config_from_huggingface=gpt2.config_from_huggingface,
             config_to_huggingface=gpt2.config_to_huggingface,
             entries=gpt2.entries,
             own_tensors=gpt2.own_tensors,
+            bases=("GPT2Model",),
+            unties=True,
             remote_code=True,
         ),
         Family(
@@ -117,6 +155,8 @@ FAMILIES = {
             config_to_huggingface=t5.config_to_huggingface,
             entries=t5.entries,
             own_tensors=t5.own_tensors,
+            bases=("T5Model",),
+            embedding_name=t5.EMBEDDING,
         ),
         Family(
             name="bert",
@@ -131,6 +171,7 @@ FAMILIES = {
             config_to_huggingface=bert.config_to_huggingface,
             entries=bert.entries,
             own_tensors=bert.own_tensors,
+            head_name="cls.predictions.decoder.weight",
         ),
         Family(
             name="flash",
@@ -156,7 +197,7 @@ def family_of_type(model_type: Any) -> Family:
         if model_type in (*family.model_types, family.own_type):
             return family
     known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
-    raise UserError(f"model_type '{model_type}' in config.json is not supported; give one of {known}")
+    raise UserError(f"model_type {short(model_type)} in config.json is not supported; give one of {known}")
 
 
 def family_of_model(model: nnx.Module) -> Family:

@@ -7,8 +7,9 @@ from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.attention.registry import REGISTRY, parse_name
-from lin_jax.errors import UserError
+from lin_jax.hub.families.config_fields import ConfigFields
 from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.tensor_names import plain_names
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked, without_copy
 from lin_jax.models.t5.config import T5Config
 from lin_jax.models.t5.model import T5, T5Classifier
@@ -44,36 +45,34 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     that form; otherwise the cross attention is softmax.
 
     Raises:
-        UserError: a size is missing, or an option is set that this model does not have.
+        UserError: a size is missing, or an option has a value that this model does not have.
     """
-    missing = [name for name in REQUIRED if name not in config]
-    if missing:
-        raise UserError(f"the configuration has no {', '.join(missing)}; give the config.json of a T5")
+    given = ConfigFields(config, "T5", REQUIRED)
     attention = attention or AttentionConfig("softmax")
     has_cross = "cross" in REGISTRY[parse_name(attention.name).base].forms
-    tied = config.get("tie_word_embeddings", True)
+    tied = given.flag("tie_word_embeddings", True)
     return T5Config(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["d_model"],
-        head_dim=config["d_kv"],
-        intermediate_size=config["d_ff"],
-        num_layers=config["num_layers"],
-        num_decoder_layers=config.get("num_decoder_layers"),
-        num_heads=config["num_heads"],
-        feed_forward=config.get("feed_forward_proj", "relu"),
-        buckets=config.get("relative_attention_num_buckets", 32),
-        max_distance=config.get("relative_attention_max_distance", 128),
-        norm_eps=config.get("layer_norm_epsilon", 1e-6),
+        vocab_size=given.size("vocab_size"),
+        hidden_size=given.size("d_model"),
+        head_dim=given.size("d_kv"),
+        intermediate_size=given.size("d_ff"),
+        num_layers=given.size("num_layers"),
+        num_decoder_layers=given.optional_size("num_decoder_layers"),
+        num_heads=given.size("num_heads"),
+        feed_forward=given.text("feed_forward_proj", "relu"),  # type: ignore[arg-type]  # T5Config checks it
+        buckets=given.size("relative_attention_num_buckets", 32),
+        max_distance=given.size("relative_attention_max_distance", 128),
+        norm_eps=given.number("layer_norm_epsilon", 1e-6),
         # transformers 5 writes that all models are tied, and here whether their heads read scaled vectors.
-        tie_embeddings=bool(tied and config.get("scale_decoder_outputs", True)),
-        initializer_factor=config.get("initializer_factor", 1.0),
+        tie_embeddings=tied and given.flag("scale_decoder_outputs", True),
+        initializer_factor=given.number("initializer_factor", 1.0),
         encoder_attention=attention,
         decoder_attention=attention,
         cross_attention=attention if has_cross else AttentionConfig("softmax"),
-        pad_token=_token(config, "pad_token_id", 0),
-        end_token=_token(config, "eos_token_id", 1),
-        decoder_start_token=_token(config, "decoder_start_token_id", 0),
-        num_labels=config.get("num_labels") or len(config.get("id2label") or (0, 1)),
+        pad_token=given.token("pad_token_id", 0),
+        end_token=given.token("eos_token_id", 1),
+        decoder_start_token=given.token("decoder_start_token_id", 0),
+        num_labels=given.labels(),
     )
 
 
@@ -128,19 +127,23 @@ def ignored(name: str) -> bool:
 def own_tensors(model: T5 | T5Classifier, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Selects the checkpoint's tensors for a model, under its names: those of a classifier begin with `transformer.`.
 
-    The embedding may be there under several names. A head that is missing and not tied is initialised as the embedding.
+    The embedding may be there under several names.
     """
-    own = {name: tensor for name, tensor in tensors.items() if not ignored(name)}
+    own = {name: tensor for name, tensor in plain_names(tensors).items() if not ignored(name)}
     if not isinstance(model, T5Classifier):
         own = {name.removeprefix(CLASSIFIER_PREFIX): tensor for name, tensor in own.items()}
     elif not any(name.startswith(CLASSIFIER_PREFIX) for name in own):
         own = {name if name in CLASSIFICATION_HEAD else CLASSIFIER_PREFIX + name: own[name] for name in own}
     names = entries(model)
+    embedding = next(name for name in names if name.endswith(EMBEDDING))
+    prefix = embedding.removesuffix(EMBEDDING)
+    # Either part's own copy may be the only one; the head, which may be another matrix, never stands for it.
+    copies = [prefix + name for name in COPIES if prefix + name in own]
+    if embedding not in own and copies:
+        own[embedding] = own.pop(copies[0])
     for second, first in REPEATED.items():
         if second not in names:
             own = without_copy(own, second, first)
-    if HEAD in names and EMBEDDING in own:
-        own.setdefault(HEAD, own[EMBEDDING])
     return own
 
 
@@ -151,13 +154,6 @@ def read_t5(model: T5 | T5Classifier, tensors: Mapping[str, Any]) -> None:
         UserError: tensors are missing, unknown or of another shape; all of them are named at once.
     """
     fill(model, entries(model), own_tensors(model, tensors))
-
-
-def _token(config: Mapping[str, Any], name: str, default: int) -> int:
-    value = config.get(name)
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else None
-    return default if value is None else value
 
 
 def _attention(model: nnx.Module, stack: tuple[str, ...], path: str, prefix: str, *, centred: bool = False) -> Entries:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from lin_jax.training.checkpoint.storage import sync_folder, write_durably
+from lin_jax.files import sync_folder, write_durably
 
 MANIFEST_FILE = "manifest.json"
 

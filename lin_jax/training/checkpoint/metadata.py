@@ -50,6 +50,7 @@ def _flat(model: dict[str, Any], prefix: str = "model") -> dict[str, Any]:
     for name, value in model.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}.{name}")
-        elif name not in RESULT_NEUTRAL:
+        # Absent is null: options that came later are in no older checkpoint.
+        elif name not in RESULT_NEUTRAL and value is not None:
             flat[f"{prefix}.{name}"] = value
     return flat

@@ -1,37 +1,11 @@
-"""Files that survive a crash, and what a storage that fails says of itself."""
+"""Failures of a storage, from what it says of itself."""
 
 import errno
-import os
 import re
-from pathlib import Path
 
 # As tensorstore, which reports failures of the system as text, writes their numbers.
 _CODE = re.compile(r"os_error_code='(\d+)'")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a file as a whole or not at all, whenever the process or the machine dies.
-
-    Raises:
-        OSError: it could not be written; the file is what it was before.
-    """
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, as `fsync` does with the content of a file."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def storage_failure(error: BaseException) -> int | None:

@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the present step, so that there is a checkpoint to go on from.
+"""Signals as a wish to stop after the present step, so that there is a checkpoint to go on from.
+
+Ctrl-C and SIGTERM; SIGHUP of a terminal that is closed; SIGUSR1 and SIGUSR2, with which SLURM and others warn.
 
 Where several processes train together, one of them being told to stop stops all of them, and after the same step.
 """
@@ -13,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM)
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """While open, the first signal is remembered in `signal`; a second one acts as it always does.
+    """While open, the first signal is remembered in `signal`; a second Ctrl-C or SIGTERM acts as it always does.
 
+    Warnings come several times, and before a SIGTERM: none of them ends the saving that the first began. Signals that
+    the process was started to ignore (as `nohup` has it), and warnings that somebody else handles, are left alone.
     Outside the main thread, where Python cannot handle signals, it does nothing.
     """
 
@@ -29,13 +34,15 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._remember) for each in SIGNALS}
+            ours = [each for each in STOPS if signal.getsignal(each) is not signal.SIG_IGN]
+            ours += [each for each in WARNINGS if signal.getsignal(each) is signal.SIG_DFL]
+            self._before = {each: signal.signal(each, self._remember) for each in ours}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self._restore(*self._before)
 
     def poll(self, newest: Any) -> signal.Signals | None:
         """Returns the signal to stop for, or None, the same on all processes; to be called before each step.
@@ -49,13 +56,14 @@ class StopSignal:
         return signal.Signals(heard) if heard else None
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
+        self.signal = self.signal or signal.Signals(number)
+        if number in STOPS:
+            self._restore(*STOPS)
 
-    def _restore(self) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
-        self._before = {}
+    def _restore(self, *signals: signal.Signals) -> None:
+        for each in signals:
+            if each in self._before:
+                signal.signal(each, self._before.pop(each))
 
 
 class ProcessVote:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lin_jax.training.checkpoint.storage import write_durably
+from lin_jax.files import write_durably
 from lin_jax.training.config import RunConfig, plain
 from lin_jax.training.hooks import Figures, Hook, Training
 from lin_jax.training.monitoring.wandb import WeightsAndBiases

@@ -1,6 +1,7 @@
 """Several runs in one YAML file: `stages`, each of them the file's fields with some of its own."""
 
 import re
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import yaml
 from lin_jax.data import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.training.config import RunConfig
-from lin_jax.training.config_file import Command, parse_run_config
+from lin_jax.training.config_file import Command, parse_run_config, run_hints
 from lin_jax.training.distributed.launch import Launch
 from lin_jax.training.initialization import own_options, with_options_of_base
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.objectives.registry import kind_of, objective_of
+from lin_jax.training.settings.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _PREFIX = "--stages."
@@ -110,14 +112,13 @@ def completed(pipeline: Pipeline) -> Pipeline:
 
 
 def _read(argv: Sequence[str]) -> dict[str, Any]:
-    """The contents of the file that is the first argument; nothing where it is for `parse_run_config` to complain."""
+    """Reads the file that is the first argument, if it is one; text stays text, in stages too."""
     if not argv or argv[0].startswith("-"):
         return {}
-    try:
-        content = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    family = read_yaml(Path(argv[0]), {"family": str}).get("family", RunConfig.family)
+    fields = run_hints(str(family))
+    stages: Any = types.GenericAlias(list, ({**fields, "name": str},))
+    return read_yaml(Path(argv[0]), {**fields, "stages": stages, "held_out": DataConfig})
 
 
 def _check(stages: Any) -> None:

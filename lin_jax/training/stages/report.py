@@ -1,11 +1,11 @@
 """Report of the stages of a pipeline: `report.json`, `report.md`, and a picture where matplotlib is installed."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lin_jax.errors import UserError
+from lin_jax.files import write_durably
 
 REPORT_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
 
@@ -67,9 +67,7 @@ class StageReport:
     def add(self, stage: str, rows: list[StageResult]) -> None:
         """Puts the rows of a stage in place of those it had."""
         self.rows = [*(row for row in self.rows if row.stage != stage), *rows]
-        replacement = self.path.with_suffix(".new")
-        replacement.write_text(json.dumps([asdict(row) for row in self.rows], indent=2) + "\n", encoding="utf-8")
-        os.replace(replacement, self.path)
+        write_durably(self.path, json.dumps([asdict(row) for row in self.rows], indent=2) + "\n")
 
     def table(self) -> str:
         """The rows as a table of Markdown."""

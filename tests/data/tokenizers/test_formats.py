@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lin_jax.data import load_tokenizer
+from lin_jax.data.tokenizers.formats import original_reader
 from lin_jax.errors import UserError
 
 # Token numbers that documentation and papers of the models give for these texts.
@@ -57,3 +58,27 @@ def test_damaged_files(shared_data: Path, tmp_path: Path) -> None:
     model.unlink()
     with pytest.raises(UserError, match="cannot read a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_pieces_beside_a_configuration(
+    model_type: str, tmp_path: Path, shared_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Transformers wants libraries for such a folder that are not there, and says so in five lines."""
+    shutil.copyfile(shared_data / "tokenizers/llama2/tokenizer.model", tmp_path / "tokenizer.model")
+    alone = load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(f'\ufeff{{"model_type": "{model_type}"}}', encoding="utf-8")
+    beside = load_tokenizer(tmp_path)
+    text = "Once upon a time  é\n"
+    assert beside.encode(text).tolist() == alone.encode(text).tolist()
+    assert (beside.bos_id, beside.eos_id, beside.vocab_size) == (1, 2, 32000)
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_other_files_beside_a_configuration_are_for_transformers(tmp_path: Path) -> None:
+    """Vocabularies of one form belong to models that split texts in different ways."""
+    for name in ("vocab.json", "merges.txt", "config.json"):
+        (tmp_path / name).write_text('{"model_type": "qwen2"}')
+    assert original_reader(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_text("")
+    assert original_reader(tmp_path) is None

@@ -1,4 +1,5 @@
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.processes import SHARED
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lin_jax.data import StreamDecoder, Tokenizer
+from lin_jax.data import StreamDecoder, Tokenizer, load_tokenizer
 from lin_jax.errors import UserError
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 5, "The café is open — naïve 😀 日本語.", Path(__file__).read_text()]
@@ -64,8 +66,51 @@ def test_documents_end_with_the_end_of_text(trained):
 def test_one_token_for_both_ends_comes_once(trained):
     both = Tokenizer(trained.backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     assert both.encode_document("a").tolist() == [*both.encode("a"), both.eos_id]
-    spiece = Tokenizer(with_metaspace(), bos_token="<s>", eos_token="</s>")
+    spiece = Tokenizer(with_template(with_metaspace(), "<s> $A"), bos_token="<s>", eos_token="</s>")
     assert spiece.encode_document("a").tolist() == [1, *spiece.encode("a"), 2]
+
+
+def with_template(backend: tokenizers.Tokenizer, template: str) -> tokenizers.Tokenizer:
+    named = [(name, backend.token_to_id(name)) for name in template.split() if name != "$A"]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=named)
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "begin", "document"),
+    [
+        ("$A", {"bos_token": "<s>", "eos_token": "</s>"}, [], [[], [2]]),
+        ("<s> $A", {"bos_token": "<s>", "eos_token": "</s>"}, [1], [[1], [2]]),
+        ("<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>"}, [1], [[1], [2]]),
+        ("$A </s>", {"eos_token": "</s>"}, [], [[], [2]]),
+        ("<s> $A </s>", {"cls_token": "<s>", "sep_token": "</s>"}, [1], [[], []]),
+        ("</s> $A", {"bos_token": "</s>", "eos_token": "</s>"}, [2], [[], [2]]),
+        ("<s> <s> $A", {"bos_token": "<s>"}, [1, 1], [[1, 1], []]),
+    ],
+)
+@pytest.mark.parametrize("flag", [None, False])
+def test_a_text_begins_as_in_transformers(tmp_path, template, special, begin, document, flag):
+    """What the post-processor puts in front of it, in prompts and documents, whatever tokens have names."""
+    theirs = PreTrainedTokenizerFast(tokenizer_object=with_template(with_metaspace(), template), **special)
+    theirs.save_pretrained(tmp_path)
+    if flag is not None:
+        # Yi names a beginning token, and says that none is added.
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": flag}))
+    opened, again = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a", "b c", "<s>a"):
+        whole = [*opened.begin_ids, *opened.encode(text).tolist()]
+        assert again(text)["input_ids"][: len(whole)] == whole
+        assert len(again(text)["input_ids"]) - len(whole) == template.endswith("</s>")
+    if flag is None:
+        assert list(opened.begin_ids) == begin
+        assert opened.encode_document("a").tolist() == [*document[0], *opened.encode("a").tolist(), *document[1]]
+
+
+def test_half_characters_are_mended(trained):
+    assert trained.decode(trained.encode("bad \ud83d here")) == "bad \ufffd here"
+    assert trained.decode(trained.encode("\ud83d\ude00")) == "\U0001f600"
+    assert [trained.decode(ids) for ids in trained.encode_batch(["\udc80", "a"])] == ["\ufffd", "a"]
 
 
 def test_training_is_deterministic_and_sized(trained):

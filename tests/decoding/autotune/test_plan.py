@@ -9,9 +9,10 @@ import pytest
 from support.samples import VOCABULARY, KnowingDrafter, build_model, padded
 
 from lin_jax.decoding import DynamicTree, Generator
-from lin_jax.decoding.autotune.costs import Costs, device_kind
+from lin_jax.decoding.autotune.costs import Costs
 from lin_jax.decoding.autotune.plan import SpeculationPlan, dynamic_tokens, grow_tree, load_plans, save_plans
 from lin_jax.decoding.autotune.replay import draft_accuracy, dynamic_tree_ranks
+from lin_jax.devices import device_kind
 from lin_jax.errors import UserError
 
 COSTS = [Costs(1, (1, 2), (0.1, 0.2))]
@@ -74,6 +75,14 @@ def test_plans_are_kept(tmp_path: Path) -> None:
         {"machine": "cpu"},
         {"device": "another device"},
         {"device": None},
+        {"tree": 5},
+        {"tree": "sheep"},
+        {"tree": "chain:100000"},
+        {"slots": "1"},
+        {"drafter": ["ngram"]},
+        {"break_even_tokens": "x"},
+        {"measured_speedup": None},
+        {"measured_speedup": float("nan")},
     ],
 )
 def test_plans_of_another_version_or_device_are_measured_anew(tmp_path: Path, change: dict[str, Any]) -> None:
@@ -86,9 +95,34 @@ def test_plans_of_another_version_or_device_are_measured_anew(tmp_path: Path, ch
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"plans": []}', '{"plans": {}, "costs": [{"slots": 1}]}', "\xff"]
+    "text",
+    [
+        *("", "{", "[]", "null", "[" * 100_000, '{"plans": []}', '{"plans": [], "costs": [{"slots": 1}]}'),
+        '{"plans": [], "costs": [{"slots": 1, "sizes": [1, 2], "seconds": [0.1]}]}',
+        '{"plans": [], "costs": [{"slots": 1, "sizes": [], "seconds": []}]}',
+        '{"plans": [], "costs": [{"slots": 1, "sizes": [1], "seconds": ["a"]}]}',
+        '{"plans": {}, "costs": [{"slots": 1}]}',
+        "\xff",
+    ],
 )
 def test_files_that_are_no_plans_are_measured_anew(tmp_path: Path, text: str) -> None:
     path = tmp_path / "speculation.json"
     path.write_bytes(text.encode("latin-1"))
     assert load_plans(path) == ([], [])
+
+
+def test_two_writers_keep_both_plans(tmp_path: Path) -> None:
+    """Each has read the file before the other wrote it; a file in pieces is never there."""
+    path = tmp_path / "speculation.json"
+    first, second = (SpeculationPlan(kind, 1, "0;1", device_kind()) for kind in ("ngram", "self"))
+    more = Costs(4, (1, 2), (0.3, 0.4))
+    save_plans(path, [first], COSTS)
+    save_plans(path, [second], [more])
+    assert load_plans(path) == ([first, second], [*COSTS, more])
+    better = SpeculationPlan("ngram", 1, "0", device_kind())
+    save_plans(path, [better], COSTS)
+    assert load_plans(path)[0] == [better, second]
+    path.write_text("{")
+    save_plans(path, [first], COSTS)
+    assert load_plans(path) == ([first], COSTS)
+    assert list(tmp_path.iterdir()) == [path]

@@ -168,3 +168,39 @@ def test_log_probabilities_are_the_models_own(x64: None) -> None:
 def test_bad_options(options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-10, 1e-39, 1e-46, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"repetition_penalty": 1.3}])
+def test_the_coldest_samples_are_greedy(temperature: float, options: dict[str, float]) -> None:
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 30, (4, 2, V)), jnp.float32)
+    seen = jnp.asarray(rng.random(logits.shape) < 0.5)
+    places = (jnp.zeros((4, 2), jnp.int32), jnp.arange(4), jnp.uint32(3))
+    cold = choose_tokens(logits, *places, Sampling(temperature, **options), seen)
+    greedy = Sampling(repetition_penalty=options.get("repetition_penalty", 1.0))
+    assert cold.tolist() == choose_tokens(logits, *places, greedy, seen).tolist()
+    warm = filter_logits(logits, Sampling(1e-9, **options))
+    assert not np.isnan(warm).any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("huge", [1e30, 1e39, 1e300])
+def test_the_hottest_samples_are_uniform(huge: float) -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(0, 30, (1, 4000, 5)), jnp.float32)
+    positions = jnp.arange(4000)[None]
+    drawn = choose_tokens(logits, positions, jnp.arange(1), jnp.uint32(3), Sampling(huge))
+    counts = np.bincount(np.asarray(drawn)[0], minlength=5)
+    assert ((counts - 800) ** 2 / 800).sum() < chi2.ppf(0.9999, 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("penalty", [1e30, 1e300, 1e-30, 1e-300])
+def test_boundless_penalties_keep_an_order(penalty: float) -> None:
+    """Seen tokens come behind all others, or before them, in the order that any large penalty gives them."""
+    logits = jnp.asarray([[3.0, -1.0, 0.0, 2.0, -2.0, 1.0]])
+    seen = jnp.asarray([[True, True, False, False, True, True]])
+    found = np.asarray(penalised(logits, seen, Sampling(repetition_penalty=penalty).repetition_penalty))
+    assert np.isfinite(found).all()
+    expected = np.asarray(penalised(logits, seen, 1e6 if penalty > 1 else 1e-6))
+    assert np.argsort(found[0]).tolist() == np.argsort(expected[0]).tolist()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lin_jax.data import Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding.engine.stop_strings import StopAutomaton, cut_at_stop, stop_automaton
+from lin_jax.decoding.engine.stop_strings import StopAutomaton, check_stops, first_stop_in, stop_automaton
 from lin_jax.errors import UserError
 
 find = jax.jit(StopAutomaton.find)
@@ -89,7 +89,7 @@ def test_real_vocabulary() -> None:
         )
         assert int(first[0]) == first_stop(stops, pieces, b"", ids.tolist())
         through = tokenizer.decode(ids[: int(first[0]) + 1])
-        assert cut_at_stop(through, stops) == cut_at_stop(text, stops)
+        assert first_stop_in(through, stops) == first_stop_in(text, stops)
 
 
 def test_no_stops_find_nothing() -> None:
@@ -99,9 +99,9 @@ def test_no_stops_find_nothing() -> None:
 
 
 @given(text=st.text(st.sampled_from("abc")), stops=st.lists(st.text(st.sampled_from("abc"), min_size=1)))
-def test_cut(text: str, stops: list[str]) -> None:
+def test_first_of_several(text: str, stops: list[str]) -> None:
     starts = [start for start in range(len(text)) if any(text.startswith(stop, start) for stop in stops)]
-    assert cut_at_stop(text, stops) == (text[: starts[0]] if starts else text)
+    assert first_stop_in(text, stops) == (starts[0] if starts else None)
 
 
 @pytest.mark.parametrize(("stop", "message"), [("", "empty"), ("a\ud800", "not valid Unicode")])
@@ -109,4 +109,4 @@ def test_bad_stops(stop: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         stop_automaton(["x", stop], [b"a"])
     with pytest.raises(UserError, match=message):
-        cut_at_stop("text", [stop])
+        check_stops([stop])

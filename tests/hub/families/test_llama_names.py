@@ -173,12 +173,14 @@ def test_configuration() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "mistral", "sliding_window": 512}, "sliding_window is 512 of max_position_embeddings 4096"),
         ({"mlp_bias": True}, "mlp_bias is set"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"num_key_value_heads": 3}, "num_kv_heads 3 does not divide"),
         ({"rope_scaling": {"type": "su"}}, "rotary.scaling 'su' is unknown"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mrope_section": [1]}}, "'mrope_section'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "full_attention": {"rope_theta": 1e6}}},
+            "an object",
+        ),
         ({"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}}, "needs rotary.short_factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
@@ -270,7 +272,7 @@ def test_old_and_new_rotary_options(options: dict[str, Any], expected: RotaryCon
 )
 def test_rotary_options_out_and_in_again(given: RotaryConfig) -> None:
     """Also after transformers has read and rewritten them."""
-    said = config_to_huggingface(replace(config(), rotary=given))
+    said = config_to_huggingface(replace(config(), rotary=given, head_dim=4))
     rewritten = transformers.LlamaConfig(**deepcopy(said)).to_dict()
     assert config_from_huggingface(said).rotary == given
     assert config_from_huggingface(rewritten).rotary == given

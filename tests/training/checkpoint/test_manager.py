@@ -14,6 +14,7 @@ from lin_jax.models.params import params_of
 from lin_jax.training import OptimizerConfig, load_heads, load_model, load_run_config, read_base
 from lin_jax.training.checkpoint.files import read_metadata, saved_steps
 from lin_jax.training.checkpoint.manager import Checkpoints
+from lin_jax.training.checkpoint.metadata import CheckpointMetadata
 from lin_jax.training.monitoring.throughput import MACHINE_FIGURES
 from lin_jax.training.monitoring.trackers import read_metrics
 from lin_jax.training.run import train
@@ -206,3 +207,11 @@ def test_medusa_goes_on_with_the_step_it_began_with(heads_run, base_run, tmp_pat
     shutil.rmtree(tmp_path / "base" / "checkpoints" / "12")
     with pytest.raises(UserError, match="has no checkpoint of step 12; it has 8, 20"):
         resolve(run.config, resume=True)
+
+
+def test_options_that_came_later_are_in_no_older_checkpoint(tmp_path):
+    old = CheckpointMetadata("language_model", {"width": 8, "rotary": {"base": 1.0}}, "t", {})
+    new = replace(old, model={"width": 8, "rotary": {"base": 1.0, "factor": None}, "window": None, "unroll": 2})
+    new.demand_equal(old, tmp_path)
+    with pytest.raises(UserError, match=r"model\.window"):
+        replace(new, model=new.model | {"window": 64}).demand_equal(old, tmp_path)

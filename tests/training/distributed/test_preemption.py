@@ -6,7 +6,10 @@ import sys
 import pytest
 from support.processes import ROOT
 
+from lin_jax.data import TrainingBatches
+from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.distributed.preemption import StopSignal
+from lin_jax.training.run import train
 
 
 def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
@@ -40,3 +43,54 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step():
     first, second = (out.splitlines()[-1].split() for out, _ in ended)
     # Sent in step 7, voted on before step 8, heard a round later.
     assert first == second == ["9", "SIGTERM"]
+
+
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.mark.parametrize("number", WARNINGS)
+def test_a_warning_saves_and_neither_it_nor_a_first_term_ends_the_saving(number):
+    with StopSignal() as stop:
+        for _ in range(3):
+            signal.raise_signal(number)
+            assert stop.poll(None) == number
+        # What a cluster sends when its warning has been heard; the first signal names the end.
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.poll(None) == number
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.raise_signal(number)
+    assert [signal.getsignal(each) for each in WARNINGS] == [signal.SIG_DFL] * 3
+
+
+def test_signals_that_others_ignore_or_handle_are_left_alone():
+    heard = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)}
+    # As `nohup` starts a process, as a shell starts one in the background, and a handler of somebody else.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, lambda *_: heard.append("theirs"))
+    try:
+        with StopSignal() as stop:
+            for each in before:
+                signal.raise_signal(each)
+            assert (stop.poll(None), heard) == (None, ["theirs"])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def test_a_warned_run_ends_saved(tmp_path, tiny_run, monkeypatch):
+    number = signal.SIGUSR1
+    before = TrainingBatches.__next__
+    steps = []
+
+    def read(batches):
+        steps.append(len(steps))
+        if len(steps) == 3:
+            signal.raise_signal(number)
+        return before(batches)
+
+    monkeypatch.setattr(TrainingBatches, "__next__", read)
+    outcome = train(tiny_run(tmp_path, steps=9, checkpoint_every=100))
+    assert (outcome.step, outcome.stopped_by, outcome.status) == (3, number, 128 + number)
+    assert saved_steps(tmp_path) == [3]
