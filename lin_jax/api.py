@@ -43,6 +43,7 @@ class _Origin:
     teacher: ModelSource | Any
     end_tokens: tuple[int, ...]
     run: Path | None = None
+    steps: int = 0
 
 
 # Weak, so that models are freed when nobody else holds them.
@@ -121,7 +122,7 @@ def linearize(
     """
     check_causal(model, "the given model")
     origin, place = _origins.get(model), None if output is None else Path(output)
-    if place is not None and origin is not None and origin.run == place:
+    if _is_result(origin, place, steps):
         # A cell that is run again gets its own result.
         return model
     if _is_softmax(model):
@@ -132,7 +133,7 @@ def linearize(
         raise UserError("the teacher of this model is not known; give teacher=, the model before it was linearized")
     learned = _teacher(teacher, model)
     recipe = _recipe(model, tokenizer, data, options)
-    found = _Origin(teacher, _end_tokens(origin, tokenizer), place)
+    found = _Origin(teacher, _end_tokens(origin, tokenizer), place, steps)
     if place is None:
         runs = recipe.linearize(steps, lora=lora, output=IN_MEMORY)
         for run, name in zip(runs, ("transfer", "tune"), strict=True):
@@ -160,7 +161,7 @@ def train(
 ) -> Any:
     """Trains a model on text; arguments, result and errors as in `linearize`."""
     origin, place = _origins.get(model), None if output is None else Path(output)
-    if place is not None and origin is not None and origin.run == place:
+    if _is_result(origin, place, steps):
         return model
     recipe = _recipe(model, tokenizer, data, options)
     run = recipe.train(steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train"))
@@ -169,7 +170,7 @@ def train(
         trained, _ = _trained(run, model, tokenizer, None, "train")
     else:
         trained = _trained_in(place, model, tokenizer, [run])
-    _origins[trained] = _Origin(teacher, _end_tokens(origin, tokenizer), place)
+    _origins[trained] = _Origin(teacher, _end_tokens(origin, tokenizer), place, steps)
     return trained
 
 
@@ -279,6 +280,15 @@ def _tokenizer(source: ModelSource, named: str | Path | Tokenizer | None) -> Tok
     return None
 
 
+def _is_result(origin: _Origin | None, place: Path | None, steps: int) -> bool:
+    """True for the model that the same call has made before; its folder is not for another number of steps."""
+    if place is None or origin is None or origin.run != place:
+        return False
+    if origin.steps != steps:
+        raise UserError(f"{place} holds this model after {origin.steps} steps, not {steps}; give another output")
+    return True
+
+
 def _is_softmax(model: Any) -> bool:
     return all(parse_name(each.name).base == "softmax" for each in attentions_of(model.config).values())
 
@@ -320,6 +330,11 @@ def _trained_in(place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[Ru
     for run in runs:
         folder = Path(run.output)
         steps = saved_steps(folder)
+        if steps and steps[-1] > run.training.steps:
+            raise UserError(
+                f"{folder} has gone on to step {steps[-1]}, beyond the {run.training.steps} asked for; "
+                "give more steps, or another output"
+            )
         if not steps or steps[-1] < run.training.steps:
             outcome = train_run(replace(run, init_from=str(before)), resume=bool(steps))
             if outcome.stopped_by is not None:

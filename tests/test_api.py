@@ -90,6 +90,10 @@ def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch):
     assert_same(linear, whole)
     assert lin_jax.linearize(linear, tokenizer, corpus, **given) is linear
     assert_same(lin_jax.linearize(model, tokenizer, corpus, **given), linear)
+    with pytest.raises(UserError, match="out holds this model after 6 steps, not 3; give another output"):
+        lin_jax.linearize(linear, tokenizer, corpus, **given | {"steps": 3})
+    with pytest.raises(UserError, match="has gone on to step 4, beyond the 2 asked for"):
+        lin_jax.linearize(model, tokenizer, corpus, **given | {"steps": 3})
     trained = lin_jax.train(linear, tokenizer, corpus, steps=1, output=tmp_path / "on", **OPTIONS)
     loaded_again, _ = lin_jax.from_pretrained(tmp_path / "on" / "train")
     assert_same(loaded_again, trained)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lin_jax.data.sources.files import UNREADABLE, open_file, suffix_inside
+from lin_jax.data.tokenizers.tokenizer import whole_characters
 from lin_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def read_cells(path: str, column: str) -> Iterator[dict[str, str]]:
         cells = _separated_cells(Path(path), column) if is_separated else _json_cells(Path(path), column)
         mended = []
         for number, text in cells:
-            whole = _mended(text)
+            whole = whole_characters(text)
             if whole is not text:
                 mended.append(number)
             if whole.strip():
@@ -60,15 +61,6 @@ def read_cells(path: str, column: str) -> Iterator[dict[str, str]]:
 
 def _reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-def _mended(text: str) -> str:
-    """Replaces surrogates without their other half; returns the very text if there are none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _json_cells(path: Path, column: str) -> Iterator[tuple[int, str]]:
