@@ -56,6 +56,7 @@ LLAMA = LlamaConfig(
 )
 MODELS: dict[str, Any] = {
     "llama2-7b": LLAMA,
+    "llama2-7b-windowed": replace(LLAMA, attention=AttentionConfig("exponential+window")),
     "llama2-13b": replace(LLAMA, hidden_size=5120, intermediate_size=13_824, num_layers=40, num_heads=40),
     "llama3-70b": replace(
         LLAMA,
@@ -125,6 +126,7 @@ PLANS = {
     for plan in (
         Plan("llama2-7b-lora", "llama2-7b", "lora"),
         Plan("llama2-7b-full", "llama2-7b", "all"),
+        Plan("llama2-7b-windowed-lora", "llama2-7b-windowed", "lora", topologies=("v5e:4x4",)),
         Plan("llama2-13b-lora", "llama2-13b", "lora"),
         Plan("llama2-13b-full", "llama2-13b", "all"),
         Plan("flash-110m-pretraining", "flash-110m", "all", rows=4, length=1024),

@@ -6,7 +6,8 @@ Greedy, float32, on held-out documents' beginnings; end tokens stop nobody, so t
 contenders take turns, prompt by prompt, round after round: plain decoding, every drafter with the tree that the plan
 gives it, the three chains that the cost model finds best, and in PyTorch a LLaMA with softmax attention and a KV cache,
 plain and with prompt lookup. At every batch the plan's choice then takes turns with plain decoding until noise is
-small. Whoever writes other tokens than plain decoding of the same model is wrong, and has no speed.
+small. With --adaptive there is only this: plain decoding and drafts that are chosen while decoding take turns, and each
+prompt's ratio is listed. Whoever writes other tokens than plain decoding of the same model is wrong, and has no speed.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from lib.adaptive import adaptive_report, chosen_prompts, print_adaptive
 from lib.contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
 from lib.plots import plot_speculation
 from lib.report import header, write
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from lin_jax.attention import max_draft_depth
 from lin_jax.decoding import DraftTree, DynamicTree, Generator, Sampling, chain
 from lin_jax.decoding.autotune.costs import Costs, measure_costs, measure_drafting
-from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
+from lin_jax.decoding.autotune.plan import PLAIN, SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import PROMPT_TOKENS, PROMPTS, held_out_prompts
 from lin_jax.decoding.autotune.replay import draft_accuracy, dynamic_tree_ranks, tokens_per_step
 from lin_jax.decoding.drafting.drafters import available, build_drafter
@@ -46,7 +48,9 @@ LEAST, MOST, ERROR = 6, 200, 0.005
 def main() -> int:
     """Measures, prints, and writes JSON and a plot if asked to."""
     options = parse()
-    session = Session.load(options.model)
+    session = Session.load(options.model, tokenizer=options.tokenizer)
+    if options.adaptive:
+        return adaptive(session, options)
     if session.model.config.dtype != "float32":
         raise UserError(f"{options.model} computes in {session.model.config.dtype}; give a model in float32")
     prompts, calibration = held_out(session, options.prompts)
@@ -74,6 +78,17 @@ def main() -> int:
     if options.plot is not None:
         plot_speculation(report, options.plot)
     return 0 if report["correct"] else 1
+
+
+def adaptive(session: Session, options: argparse.Namespace) -> int:
+    """Plain and adaptive decoding of each prompt, in turns."""
+    prompts = chosen_prompts(session, options.data, options.prompts)
+    report = header("speculation") | {"model": options.model}
+    report |= {"adaptive": adaptive_report(session, prompts, options.new_tokens, options.rounds)}
+    print_adaptive(report["adaptive"], report["device"])
+    if options.json is not None:
+        write(report, options.json)
+    return 0 if report["adaptive"]["correct"] else 1
 
 
 def report_of(
@@ -108,6 +123,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafters", nargs="+", metavar="KIND", help="default: all that the run has parts for")
     parser.add_argument("--keep-plans", action="store_true", help="use plans in the run's folder, where there are some")
     parser.add_argument("--chains", type=int, default=3, help="how many of the most promising chains take part")
+    parser.add_argument(
+        "--adaptive", action="store_true", help="only plain against adaptive decoding, prompt by prompt"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="with --adaptive: folder of prompts")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -254,7 +274,9 @@ def at_batch(
 ) -> dict[str, Any]:
     """The plan's choice at a batch size against plain decoding, in turns until noise is small or time is up."""
     plan = max(plans, key=lambda each: each.measured_speedup)
-    kind = plan.drafter if plan.shape.size > 1 else "none"
+    if not plan.drafts:
+        return plain_batch(slots)
+    kind = plan.drafter
     pair = [endless(session, "none", DraftTree()), endless(session, kind, plan.shape, plan.break_even_tokens)]
     # Whole batches only, of several prompts where one after the other takes a slot.
     asked = [prompts[row % len(prompts)] for row in range(slots * max(1, 8 // slots))]
@@ -285,6 +307,14 @@ def at_batch(
         "ratio": float(np.median(ratios)) if len(rates) else None,
         "ratio_error": error_of(ratios) if len(rates) else None,
     }
+
+
+def plain_batch(slots: int) -> dict[str, Any]:
+    """Result of a plan without drafts: that is plain decoding, and there is nothing to compare it with."""
+    zero = {"turns": 0, "plain_steps": 0, "rounding_ties": 0, "wrong": 0}
+    rates = {"plain_tokens_per_second": None, "tokens_per_second": None, "ratio": 1.0, "ratio_error": 0.0}
+    shape = {"drafter": PLAIN, "tree": "none", "planned_speedup": 1.0, "break_even_tokens": None}
+    return {"batch": slots, **shape, "mean_accepted_tokens": 1.0, "useful_share": 1.0, **zero, **rates}
 
 
 def alternate(

@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from lib.attention_names import attention_of, label
 from tqdm import tqdm
 
 from lin_jax.attention import REGISTRY, AttentionConfig, parse_name, tree_arrays
@@ -92,10 +93,14 @@ def gpt2(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
 
 
 def t5(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
-    """The attention in encoder and decoder, and between them where it can; else softmax there."""
-    cross = attention if "cross" in REGISTRY[parse_name(attention.name).base].forms else AttentionConfig("softmax")
+    """The attention in encoder and decoder, and between them where it can; else softmax there.
+
+    A memory decays in the decoder alone.
+    """
+    other = replace(attention, decay="none")
+    cross = other if "cross" in REGISTRY[parse_name(attention.name).base].forms else AttentionConfig("softmax")
     sizes = {"head_dim": 8, "intermediate_size": 24, "num_heads": 2}
-    attentions = {"encoder_attention": attention, "decoder_attention": attention, "cross_attention": cross}
+    attentions = {"encoder_attention": other, "decoder_attention": attention, "cross_attention": cross}
     model = T5(T5Config(**SIZES, **sizes, **attentions), rngs=rngs)
     source = jnp.asarray(draw_tokens(2, 11, seed=9))
     return Subject(
@@ -123,7 +128,7 @@ def flash(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
     """Gated attention units, causal and, with the same sizes, as an encoder."""
     config = FlashConfig(**SIZES, query_key_size=8, initializer_range=0.4, attention=attention)
     model = Flash(config, rngs=rngs)
-    encoder = FlashEncoder(config, rngs=rngs)
+    encoder = FlashEncoder(replace(config, attention=replace(attention, decay="none")), rngs=rngs)
     return Subject(
         model,
         lambda model, tokens: model(tokens),
@@ -135,7 +140,16 @@ def flash(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
 
 MODELS = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert, "flash": flash}
 AUGMENTED = ("performer+local+convolution", "rfa+local+convolution", "linformer+local+convolution")
-ATTENTIONS = ("augmented", *REGISTRY, *AUGMENTED)
+# Other options than the names' own stand behind them.
+WINDOWED = (
+    "exponential+window",
+    "hedgehog+window",
+    "exponential+window+convolution/window=5",
+    "exponential+window/decay=token",
+    "relu/decay=constant",
+    "augmented/decay=token",
+)
+ATTENTIONS = ("augmented", *REGISTRY, *AUGMENTED, *WINDOWED)
 
 
 def draw_tokens(*shape: int, seed: int = 0) -> np.ndarray:
@@ -211,7 +225,7 @@ class Prompter(Stateless):
         del capacity
         return jnp.zeros((1, batch), jnp.int32)
 
-    def read(self, state: jax.Array, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def prefill(self, state: jax.Array, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         """So many more."""
         return state + lengths
 
@@ -275,16 +289,29 @@ CHECKS: dict[str, Callable[[Subject], bool]] = {
 }
 
 
+def config_of(attention: str) -> AttentionConfig:
+    """Small sizes of an attention; options are behind its name, as in `exponential+window/window=5/decay=token`."""
+    return attention_of(attention, group_size=5, kernel_size=7, initial_alpha=0.5, rank=2, hashes=4, hash_bits=3)
+
+
+def has_form(model: str, attention: AttentionConfig) -> bool:
+    """Whether a model takes an attention at all: one that decays is causal, and of FLASH's none in FLASH."""
+    base = parse_name(attention.name).base
+    if model in ("t5", "bert") and "bidirectional" not in REGISTRY[base].forms:
+        return False
+    unable = model == "bert" or (model in ("t5", "flash") and base.startswith("flash"))
+    return attention.decay == "none" or not unable
+
+
 def attempts(model: str, attention: str) -> Iterator[tuple[str, bool]]:
     """What this attention can do in this model by its forms, and whether it does."""
-    forms = REGISTRY[parse_name(attention).base].forms
-    if model in ("t5", "bert") and "bidirectional" not in forms:
+    config = config_of(attention)
+    if not has_form(model, config):
         return
-    config = AttentionConfig(attention, 5, 7, initial_alpha=0.5, rank=2, hashes=4, hash_bits=3)
     subject = MODELS[model](config, nnx.Rngs(0))
     rng = np.random.default_rng(3)
     for path, parameter in nnx.to_flat_state(nnx.state(subject.model, nnx.Param)):
-        if path[-1] in ("taps", "alpha"):
+        if path[-1] in ("taps", "alpha", "balance"):
             parameter[...] = parameter[...] + jnp.asarray(rng.normal(size=parameter.shape)) / 4
     for letter, check in CHECKS.items():
         if (letter == "E" and subject.encode is None) or (letter in "DS" and subject.causal is None):
@@ -298,7 +325,7 @@ def table(results: dict[str, dict[str, dict[str, bool]]]) -> str:
     lines = ["| attention | " + " | ".join(models) + " |", "| --- " * (len(models) + 1) + "|"]
     for attention, cells in results.items():
         words = ["".join(k if ok else f"({k})" for k, ok in cells[model].items()) or "-" for model in models]
-        lines.append(f"| `{attention}` | " + " | ".join(words) + " |")
+        lines.append(f"| {label(attention)} | " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 
@@ -314,7 +341,7 @@ def main() -> int:
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
     for attention in options.attentions:
-        parse_name(attention)
+        config_of(attention)
     cells = [(attention, model) for attention in options.attentions for model in options.models]
     results: dict[str, dict[str, dict[str, bool]]] = {}
     for attention, model in tqdm(cells, unit="cell", disable=None):

@@ -1,5 +1,6 @@
 """The package's verbs: load, linearize, train, generate, save, and run a configuration."""
 
+import logging
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +19,26 @@ from lin_jax.hub.model_card import is_export
 from lin_jax.hub.save import TOKENIZER_FILES
 from lin_jax.hub.save import save_pretrained as save_folder
 from lin_jax.models.params import params_fingerprint, params_of
+from lin_jax.models.stored_weights import WeightStorage
 from lin_jax.recipe import IN_MEMORY, Recipe, Text, text_data
 from lin_jax.session import Session, check_causal
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.checkpoint.selector import CheckpointSelector
 from lin_jax.training.config import RunConfig
+from lin_jax.training.config_file import load_run_config
 from lin_jax.training.initialization import BaseModel, Teacher
 from lin_jax.training.model_source import ModelSource, with_attention
 from lin_jax.training.run import train as train_run
 from lin_jax.training.run import train_in_memory
+from lin_jax.training.settings.changes import changes_of_finished
 from lin_jax.training.setup import resolve_in_memory
 from lin_jax.training.stages.config import Pipeline, parse_command
 from lin_jax.training.stages.run import run_stages
 
+log = logging.getLogger(__name__)
+
 SOFTMAX = AttentionConfig("softmax")
-DRAFTERS = ("auto", "ngram", "none")
+DRAFTERS = ("auto", "ngram", "suffix", "none")
 _BASE = "base"
 
 
@@ -44,6 +50,7 @@ class _Origin:
     end_tokens: tuple[int, ...]
     run: Path | None = None
     steps: int = 0
+    weights: str = "stored"
 
 
 # Weak, so that models are freed when nobody else holds them.
@@ -54,20 +61,23 @@ _sessions: "weakref.WeakKeyDictionary[Any, tuple[list[Any], Session]]" = weakref
 def from_pretrained(
     place: str | Path,
     *,
-    attention: str | AttentionConfig | None = None,
+    attention: str | AttentionConfig | Sequence[Any] | None = None,
     tokenizer: str | Path | Tokenizer | None = None,
     dtype: str | None = None,
     step: CheckpointSelector = None,
+    weights: str = "stored",
 ) -> tuple[Any, Tokenizer | None]:
     """Loads a model and its tokenizer.
 
     Args:
         place: Hugging Face folder, OWNER/NAME on the Hub, run folder of train.py, or file of llama2.c.
-        attention: another attention than the checkpoint's, by name or in full, such as "augmented"; what it adds is
-            initialized, so that the model is to be trained (`linearize`).
+        attention: another attention than the checkpoint's, by name or in full, such as "augmented", or a list of the
+            layers' in turn; what it adds is initialized, so that the model is to be trained (`linearize`).
         tokenizer: for a place that holds none, such as a file of llama2.c: its folder or file.
         dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored.
         step: of a run, the checkpoint: None takes the newest, "best" the one with the lowest validation loss.
+        weights: of the copy that `generate` writes with: stored keeps their type; int8 rounds those of all linear
+            layers and of the head. The model itself has those of the checkpoint.
 
     Returns:
         The model, and its tokenizer, or None if the place holds none.
@@ -75,6 +85,7 @@ def from_pretrained(
     Raises:
         UserError: there is no such place, or it cannot be read as a model.
     """
+    WeightStorage(weights)
     source = ModelSource.open(_named(place), step)
     config = None if attention is None else AttentionConfig.of(attention)
     compute = None if dtype is None else replace(source.config.compute, dtype=dtype, param_dtype=dtype)
@@ -82,7 +93,7 @@ def from_pretrained(
         raise UserError(f"{place} is a run, whose model has the type it was trained in; leave dtype out")
     model = source.model(attention=config, compute=compute)
     known = _tokenizer(source, tokenizer)
-    _origins[model] = _Origin(source, () if known is None else source.end_tokens(known))
+    _origins[model] = _Origin(source, () if known is None else source.end_tokens(known), weights=weights)
     return model, known
 
 
@@ -91,7 +102,7 @@ def linearize(
     tokenizer: Tokenizer,
     data: Text,
     *,
-    attention: str | AttentionConfig = "augmented",
+    attention: str | AttentionConfig | Sequence[Any] = "augmented",
     teacher: Any = None,
     steps: int = 600,
     lora: int | None = None,
@@ -111,7 +122,8 @@ def linearize(
         lora: rank of adapters that the tuning trains, with embeddings, norms and mixers; None trains everything.
         output: folder that keeps checkpoints, metrics and curves; called again, it goes on from there, or loads what is
             finished. None trains in memory.
-        options: batch_size (16), sequence_length (256), learning_rate (a multiple of the recipe's, 1), seed (0).
+        options: batch_size (16), sequence_length (256), learning_rate (a multiple of the recipe's, 1), seed (0),
+            window_dropout (0: probability with which the transfer narrows a layer's softmax window in a step).
 
     Returns:
         The linearized model, or after Ctrl-C in memory what it has become by then.
@@ -124,6 +136,7 @@ def linearize(
     origin, place = _origins.get(model), None if output is None else Path(output)
     if _is_result(origin, place, steps):
         # A cell that is run again gets its own result.
+        _say_changes(_recipe(model, tokenizer, data, options).linearize(steps, lora=lora, output=str(place)))
         return model
     if _is_softmax(model):
         teacher, model = teacher or model, with_attention(model, AttentionConfig.of(attention))
@@ -142,9 +155,9 @@ def linearize(
                 break
     else:
         runs = recipe.linearize(steps, lora=lora, output=str(place))
-        before = _kept(place / "teacher", learned, tokenizer)
+        before = _kept(place / "teacher", learned, tokenizer, found.end_tokens)
         runs = [replace(run, teacher=str(before)) for run in runs]
-        model = _trained_in(place, model, tokenizer, runs)
+        model = _trained_in(place, model, tokenizer, runs, found.end_tokens)
     _origins[model] = found
     return model
 
@@ -161,16 +174,17 @@ def train(
 ) -> Any:
     """Trains a model on text; arguments, result and errors as in `linearize`."""
     origin, place = _origins.get(model), None if output is None else Path(output)
-    if _is_result(origin, place, steps):
-        return model
     recipe = _recipe(model, tokenizer, data, options)
     run = recipe.train(steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train"))
-    teacher = None if origin is None else origin.teacher
+    if _is_result(origin, place, steps):
+        _say_changes([run])
+        return model
+    teacher, ends = None if origin is None else origin.teacher, _end_tokens(origin, tokenizer)
     if place is None:
         trained, _ = _trained(run, model, tokenizer, None, "train")
     else:
-        trained = _trained_in(place, model, tokenizer, [run])
-    _origins[trained] = _Origin(teacher, _end_tokens(origin, tokenizer), place, steps)
+        trained = _trained_in(place, model, tokenizer, [run], ends)
+    _origins[trained] = _Origin(teacher, ends, place, steps)
     return trained
 
 
@@ -194,8 +208,9 @@ def generate(
         tokenizer: its tokenizer.
         prompts: one prompt or several.
         max_new_tokens: tokens to write for each at the most.
-        drafter: none decodes token by token; ngram verifies guesses copied from the text so far; auto does so while it
-            pays, by the measured cost of a step. The texts are the same.
+        drafter: none decodes token by token; ngram verifies guesses copied from the text so far; suffix copies from
+            what earlier calls with this model wrote, too; auto guesses by n-grams where that pays, by what guesses gave
+            so far. The texts are the same.
         temperature: 0 is greedy.
         top_k: sample from the K likeliest tokens; 0 is all.
         top_p: sample from the likeliest tokens up to this probability.
@@ -212,8 +227,11 @@ def generate(
         raise UserError(f"drafter '{drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
     session = _session(model, tokenizer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    plan = session.ngram_plan(len(texts), measured=drafter == "auto") if drafter != "none" else session.plain_plan()
-    generator = session.generator(plan.drafter, plan.shape, break_even_tokens=plan.break_even_tokens, stops=stop)
+    if drafter in ("auto", "suffix"):
+        generator = session.adaptive_generator("ngram" if drafter == "auto" else drafter, stops=stop)
+    else:
+        plan = session.plain_plan() if drafter == "none" else session.ngram_plan(len(texts))
+        generator = session.generator(plan.drafter, plan.shape, stops=stop)
     sampling = Sampling(temperature, top_k, top_p)
     encoded = [session.encode_prompt(text) for text in texts]
     found = generator.generate(encoded, max_new_tokens, sampling=sampling, seed=seed)
@@ -231,7 +249,9 @@ def save_pretrained(
         UserError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    return save_folder(model, folder, tokenizer=tokenizer, overwrite=overwrite or is_export(folder))
+    origin = _origins.get(model)
+    ends = () if origin is None else origin.end_tokens
+    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite or is_export(folder))
 
 
 def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
@@ -290,7 +310,8 @@ def _is_result(origin: _Origin | None, place: Path | None, steps: int) -> bool:
 
 
 def _is_softmax(model: Any) -> bool:
-    return all(parse_name(each.name).base == "softmax" for each in attentions_of(model.config).values())
+    every = [kind for each in attentions_of(model.config).values() for kind in each.kinds]
+    return all(parse_name(each.name).base == "softmax" for each in every)
 
 
 def _end_tokens(origin: _Origin | None, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -307,7 +328,7 @@ def _teacher(teacher: Any, model: Any) -> Any:
 
 
 def _recipe(model: Any, tokenizer: Tokenizer | None, data: Text, options: dict[str, Any]) -> Recipe:
-    known = ("batch_size", "sequence_length", "learning_rate", "seed")
+    known = ("batch_size", "sequence_length", "learning_rate", "seed", "window_dropout")
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"option {unknown[0]} is unknown; choose among {', '.join(known)}")
     if tokenizer is None:
@@ -324,9 +345,11 @@ def _trained(run: RunConfig, model: Any, tokenizer: Tokenizer, teacher: Any, nam
     return resolved.objective.parts(params, resolved.frozen)[0], outcome.stopped_by is not None
 
 
-def _trained_in(place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[RunConfig]) -> Any:
+def _trained_in(
+    place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[RunConfig], end_tokens: Sequence[int]
+) -> Any:
     """Trains in a folder, each run from where the one before ended; what is finished is left alone."""
-    before = _kept(place / _BASE, model, tokenizer)
+    before = _kept(place / _BASE, model, tokenizer, end_tokens)
     for run in runs:
         folder = Path(run.output)
         steps = saved_steps(folder)
@@ -339,14 +362,25 @@ def _trained_in(place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[Ru
             outcome = train_run(replace(run, init_from=str(before)), resume=bool(steps))
             if outcome.stopped_by is not None:
                 raise KeyboardInterrupt
+        else:
+            _say_changes([run])
         before = folder
     return ModelSource.open(before).model()
 
 
-def _kept(folder: Path, model: Any, tokenizer: Tokenizer) -> Path:
+def _say_changes(runs: Sequence[RunConfig]) -> None:
+    """Says what finished runs were made with, where something else is asked for now."""
+    for run in runs:
+        folder = Path(run.output)
+        before = load_run_config(folder)
+        for line in changes_of_finished(folder, replace(run, init_from=before.init_from, teacher=before.teacher)):
+            log.warning("%s", line)
+
+
+def _kept(folder: Path, model: Any, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> Path:
     """Writes a model that runs in the same folder begin from; one that is there must be the same."""
     if not is_export(folder):
-        return save_folder(model, folder, tokenizer=tokenizer)
+        return save_folder(model, folder, tokenizer=tokenizer, end_tokens=end_tokens)
     there = ModelSource.open(folder).model(compute=model.config.compute)
     if params_fingerprint(params_of(there)) != params_fingerprint(params_of(model)):
         raise UserError(f"{folder.parent} was begun from another model; give another output")
@@ -362,6 +396,7 @@ def _session(model: Any, tokenizer: Tokenizer) -> Session:
         if same and known[1].tokenizer is tokenizer:
             return known[1]
     origin = _origins.get(model)
-    session = Session.of(model, tokenizer, None if origin is None else origin.end_tokens or None)
+    ends, weights = (None, "stored") if origin is None else (origin.end_tokens or None, origin.weights)
+    session = Session.of(model, tokenizer, ends, weights=weights)
     _sessions[model] = ([weakref.ref(leaf) for leaf in leaves], session)
     return session

@@ -1,21 +1,39 @@
-"""Devices that JAX runs on, by name."""
+"""Devices that JAX runs on, by name: the one description of a machine that reports, plans and caches use."""
 
+import hashlib
 import os
+import platform
+import re
+from functools import cache
+from pathlib import Path
 
 import jax
 
 from lin_jax.errors import UserError
 
+CPU_INFO = Path("/proc/cpuinfo")
+# Families of instructions, the best first: name for people, and the flags that a processor must have.
+INSTRUCTION_SETS = (
+    ("AVX-512", ("avx512f", "avx512bw", "avx512dq", "avx512vl")),
+    ("AVX2", ("avx2", "fma")),
+    ("AVX", ("avx",)),
+    ("SVE", ("sve",)),
+    ("NEON", ("asimd",)),
+)
+# Flags of instructions that programs are compiled for; the others, such as those for virtual machines, do not matter.
+_COMPILED_FOR = re.compile(r"(avx|amx|fma|f16c|bmi|sse4|sve|asimd|bf16|i8mm|sme\b)")
+
 
 def device_kind() -> str:
-    """Kind of device that JAX runs on; for a CPU with its number of processors.
+    """Kind of device that JAX runs on; for a CPU its model, instruction set and number of processors.
 
     Raises:
         UserError: JAX cannot use the platform that the environment asks for.
     """
     device = _devices()[0]
     if device.platform == "cpu":
-        return f"cpu, {len(os.sched_getaffinity(0))} processors"
+        words = (f"cpu, {cpu_model()}", instruction_set(), f"{len(os.sched_getaffinity(0))} processors")
+        return ", ".join(filter(None, words))
     return device.device_kind
 
 
@@ -23,6 +41,55 @@ def devices_shown() -> str:
     """All devices in a phrase, such as `4 x NVIDIA H100`; errors as in `device_kind`."""
     count = len(_devices())
     return device_kind() if count == 1 else f"{count} x {device_kind()}"
+
+
+def machine_flags() -> str:
+    """Instructions of the CPU that programs are compiled for, in order; empty where JAX runs on another device."""
+    if _devices()[0].platform != "cpu":
+        return ""
+    return " ".join(sorted(flag for flag in _cpu_info()[1] if _COMPILED_FOR.match(flag)))
+
+
+def machine_key() -> str:
+    """Short name for files that are of use on this kind of machine alone: programs, and costs of steps."""
+    what = f"{device_kind()}\n{machine_flags()}\n{jax.__version__}"
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+
+def cpu_model() -> str:
+    """Name of the CPU's model, by /proc/cpuinfo where there is one."""
+    return _cpu_info()[0] or platform.processor() or platform.machine() or "unknown model"
+
+
+def instruction_set() -> str:
+    """Best family of vector instructions that the CPU has, such as AVX-512; empty if it is not known."""
+    flags = _cpu_info()[1]
+    return next((name for name, needed in INSTRUCTION_SETS if flags.issuperset(needed)), "")
+
+
+@cache
+def _cpu_info() -> tuple[str, frozenset[str]]:
+    """Model and flags of the first processor; empty where the system does not tell."""
+    try:
+        return parse_cpu_info(CPU_INFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return "", frozenset()
+
+
+def parse_cpu_info(text: str) -> tuple[str, frozenset[str]]:
+    """Model and flags of the first processor of a /proc/cpuinfo; on ARM, which names no model, its part number.
+
+    Args:
+        text: content of the file.
+    """
+    first = text.strip().partition("\n\n")[0]
+    lines = (line.partition(":") for line in first.splitlines())
+    found = {name.strip().lower(): value.strip() for name, _, value in lines}
+    model = found.get("model name") or found.get("cpu model") or ""
+    if not model and "cpu part" in found:
+        model = f"ARM {found.get('cpu implementer', '')} {found['cpu part']}".replace("  ", " ")
+    model = re.sub(r"\((R|TM)\)", "", model, flags=re.IGNORECASE)
+    return " ".join(model.split()), frozenset((found.get("flags") or found.get("features") or "").split())
 
 
 def _devices() -> list[jax.Device]:

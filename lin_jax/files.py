@@ -1,7 +1,9 @@
-"""Files that are written as a whole or not at all, whoever else writes them and whenever the process dies."""
+"""Files that are written as a whole or not at all, and copies of files of others."""
 
+import codecs
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,26 @@ def write_durably(path: Path, text: str) -> None:
     """
     with replacement(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def has_mark(path: Path) -> bool:
+    """True for a file of JSON or text that begins with a byte-order mark of UTF-8, which some editors put there."""
+    if path.suffix not in (".json", ".txt"):
+        return False
+    with path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
+def copy_without_mark(path: Path, to: Path) -> None:
+    """Copies a file; without the byte-order mark in front of JSON or text, which few readers expect.
+
+    Raises:
+        OSError: one cannot be read, or the other not be written.
+    """
+    with path.open("rb") as source, to.open("wb") as copy:
+        if has_mark(path):
+            source.seek(len(codecs.BOM_UTF8))
+        shutil.copyfileobj(source, copy)
 
 
 def sync_folder(folder: Path) -> None:

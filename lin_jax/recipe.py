@@ -11,15 +11,18 @@ from lin_jax.errors import UserError
 from lin_jax.models.adapters import AdapterConfig
 from lin_jax.models.registry import family_of_config
 from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig
-from lin_jax.training.objective_configs import DistillationConfig
+from lin_jax.training.objective_configs import DistillationConfig, TransferConfig
 
 Text = str | Path | Sequence[str | Path] | DataConfig
 # In memory there is no folder; the name stands in messages.
 IN_MEMORY = "(in memory)"
 # Learning rates fall with the root of the width, as those of the recipes in configs/ do: from 0.008 at 64 to 0.001 at
-# 4096 for attention transfer, and an eighth of that where all of a model is trained.
+# 4096 for attention transfer, and an eighth of that where all of a model is trained on text. To learn its teacher's
+# distributions it takes half of that: transfer has left it not far from them, and faster it forgets what it has learnt
+# (docs/linearizing.md has the trials).
 _TRANSFER_RATE = 0.064
 _TRAIN_RATE = _TRANSFER_RATE / 8
+_DISTILL_RATE = _TRAIN_RATE / 2
 # Share of the steps in which every layer's attention learns from the teacher's, before all of the model is trained.
 _TRANSFER_SHARE = 2 / 3
 
@@ -34,6 +37,8 @@ class Recipe:
         batch_size: rows of a step.
         learning_rate: as a multiple of the recipe's.
         seed: of everything random.
+        window_dropout: probability with which attention transfer narrows a layer's softmax window in a step, for
+            attentions that have one.
     """
 
     model: Any
@@ -41,9 +46,13 @@ class Recipe:
     batch_size: int = 16
     learning_rate: float = 1.0
     seed: int = 0
+    window_dropout: float = 0.0
 
     def linearize(self, steps: int, *, lora: int | None, output: str) -> list[RunConfig]:
-        """Configures attention transfer (Zhang et al. 2024), then training with distillation.
+        """Configures attention transfer (Zhang et al. 2024), then distillation.
+
+        Without adapters, all parameters learn the teacher's next-token distributions and nothing else; adapters learn
+        from the text, too, as in the paper's recipe.
 
         Args:
             steps: of both together.
@@ -57,10 +66,16 @@ class Recipe:
             raise UserError(f"steps is {steps}; give 2 or more: attention transfer and tuning need one each")
         first = min(max(round(steps * _TRANSFER_SHARE), 1), steps - 1)
         transfer = self._run(first, f"{output}/transfer", _TRANSFER_RATE)
-        tune = self._run(steps - first, f"{output}/tune", _TRAIN_RATE)
+        whole = lora is None
+        tune = self._run(steps - first, f"{output}/tune", _DISTILL_RATE if whole else _TRAIN_RATE)
+        distillation = DistillationConfig(weight=1.0, text_weight=0.0 if whole else 1.0)
         return [
-            replace(transfer, objective="attention_transfer"),
-            replace(tune, distillation=DistillationConfig(weight=1.0), adapters=_adapters(lora)),
+            replace(
+                transfer,
+                objective="attention_transfer",
+                transfer=TransferConfig(window_dropout=self.window_dropout),
+            ),
+            replace(tune, distillation=distillation, adapters=_adapters(lora)),
         ]
 
     def train(self, steps: int, *, lora: int | None, output: str) -> RunConfig:

@@ -4,28 +4,40 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
-from lin_jax.attention import max_draft_depth
+from lin_jax.attention import AttentionConfig, max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding.autotune.costs import Costs, measure_costs
-from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans, make_plan, save_plans
+from lin_jax.decoding.autotune.costs import COST_TICKS, Costs, measure_costs
+from lin_jax.decoding.autotune.plan import PLAN_TICKS, SpeculationPlan, load_plans, make_plan, save_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
+from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
+from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter
-from lin_jax.decoding.drafting.tree import AnyTree
-from lin_jax.decoding.engine.slots import bucket
+from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
+from lin_jax.decoding.drafting.tree import AnyTree, tree_text
 from lin_jax.decoding.engine.stop_strings import stop_automaton
-from lin_jax.decoding.generator import MAX_SLOTS, Generator
+from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.errors import UserError
 from lin_jax.hub.medusa import has_heads, load_medusa_heads
 from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
+from lin_jax.models.params import abstract_model
+from lin_jax.models.stored_weights import (
+    WeightStorage,
+    computed_in,
+    storage_for,
+    store,
+    store_heads,
+)
+from lin_jax.progress_bar import progress_bar
 from lin_jax.training.checkpoint.selector import CheckpointSelector
 from lin_jax.training.model_source import ModelSource, check_tokenizer, holds_heads
 
@@ -34,8 +46,13 @@ log = logging.getLogger(__name__)
 # Tokens that n-gram drafts guess ahead where no tree is chosen.
 NGRAM_LENGTH = 7
 PLAN_FILE = "speculation.json"
+# Of several kinds of heads, the one that guesses where nothing is asked for.
+BEST_DRAFTERS = ("path", "medusa", "model", "self")
 # Folders inside a run's where heads for its model are looked for.
 HEAD_FOLDERS = ("heads", "path")
+STORED = WeightStorage()
+# Tokens of a prompt that are read at a time; with the same bits for all batches there is this one size.
+PREFILL_CHUNK, SAME_BITS_CHUNK = 256, 32
 
 
 @dataclass(frozen=True)
@@ -55,7 +72,7 @@ class Session:
     end_tokens: tuple[int, ...]
     folder: Path | None = None
     data: DataConfig | None = None
-    _costs: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    _costs: dict[tuple[str, int], tuple[list[str], StepCosts]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def model(self) -> CausalModel:
@@ -72,6 +89,9 @@ class Session:
         draft_layers: Sequence[int] | None = None,
         step: CheckpointSelector = None,
         tokenizer: str | None = None,
+        dtype: str | None = None,
+        weights: str = "stored",
+        same_bits: bool = False,
     ) -> "Session":
         """Opens a trained model, with heads from elsewhere or from inside its folder.
 
@@ -83,24 +103,30 @@ class Session:
             step: which checkpoint of a run: None takes the newest, "best" the one with the lowest validation loss;
                 heads elsewhere are the newest.
             tokenizer: folder or file of the tokenizer, for a file of llama2.c.
+            dtype: type that is computed in: float32, bfloat16 or float64; None is the stored one, but float32 for
+                bfloat16 on a CPU, which has weights of any type at hand.
+            weights: stored keeps their type; int8 rounds those of all linear layers and of the head.
+            same_bits: add up in one order for any number of nodes and rows, so that speculation gives plain
+                decoding's tokens in float32 and bfloat16 too.
 
         Raises:
             UserError: there is no such place, or its parts do not belong together.
         """
         source = ModelSource.open(place, step)
-        model = source.model()
-        check_causal(model, str(place))
+        storage = WeightStorage(weights, same_bits)
+        places = [heads] if isinstance(heads, str | Path) else list(heads)
+        model = load_for_decoding(source, dtype, storage, whole=bool(places) or _has_heads(source.place))
         known = source.tokenizer(tokenizer)
         _check_tokenizer(source, known, model)
-        found = _load_heads([heads] if isinstance(heads, str | Path) else heads, source, model)
+        found = _load_heads(places, source, model)
         small = None
         if draft_model is not None:
-            other = Session.load(draft_model, tokenizer=tokenizer)
+            other = Session.load(draft_model, tokenizer=tokenizer, dtype=dtype, weights=weights)
             if other.tokenizer.fingerprint != known.fingerprint:
                 raise UserError(f"the draft model {draft_model} has another tokenizer; give one trained with the same")
             small = other.model
         return cls(
-            draft_parts(model, found, small, draft_layers),
+            draft_parts(model, found, small, draft_layers, storage),
             known,
             source.end_tokens(known),
             source.place if source.place.is_dir() else None,
@@ -108,13 +134,23 @@ class Session:
         )
 
     @classmethod
-    def of(cls, model: CausalModel, tokenizer: Tokenizer, end_tokens: Sequence[int] | None = None) -> "Session":
+    def of(
+        cls,
+        model: CausalModel,
+        tokenizer: Tokenizer,
+        end_tokens: Sequence[int] | None = None,
+        *,
+        weights: str = "stored",
+        same_bits: bool = False,
+    ) -> "Session":
         """Wraps a model in memory; the session has a copy of it, laid out for decoding.
 
         Args:
             model: the model, which is not changed.
             tokenizer: its tokenizer.
             end_tokens: tokens that end a text; None is the tokenizer's own.
+            weights: as in `load`.
+            same_bits: as in `load`.
 
         Raises:
             UserError: the model is none that writes texts, or there is no tokenizer.
@@ -124,7 +160,8 @@ class Session:
             raise UserError("the tokenizer is None; name the model's with from_pretrained(..., tokenizer=PATH)")
         if end_tokens is None:
             end_tokens = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-        return cls(draft_parts(nnx.clone(model)), tokenizer, tuple(end_tokens))
+        storage = WeightStorage(weights, same_bits)
+        return cls(draft_parts(nnx.clone(model), storage=storage), tokenizer, tuple(end_tokens))
 
     def encode_prompt(self, text: str, *, begins: bool = True) -> list[int]:
         """Encodes a prompt as token ids, behind what the tokenizer itself puts in front of a text.
@@ -133,15 +170,15 @@ class Session:
 
         Args:
             text: the prompt; half a character (a surrogate on its own) counts as U+FFFD.
-            begins: whether nothing comes before it; otherwise it is just its tokens, perhaps none.
+            begins: whether nothing comes before it; otherwise it is just its tokens, perhaps none, as they are in the
+                middle of a text.
 
         Raises:
             UserError: the prompt is empty and no token begins a text, or it has a token that the model does not know.
         """
-        ids = self.tokenizer.encode(text).tolist()
         if not begins:
-            return self._known(ids)
-        ids = [*self.tokenizer.begin_ids, *ids]
+            return self._known(self.tokenizer.encode_continuation(text).tolist())
+        ids = [*self.tokenizer.begin_ids, *self.tokenizer.encode(text).tolist()]
         if not ids:
             known = (self.tokenizer.bos_id, self.tokenizer.eos_id, *self.end_tokens)
             ids = [token for token in known if token is not None][:1]
@@ -168,8 +205,10 @@ class Session:
         break_even_tokens: float | None = None,
         stops: Sequence[str] = (),
         acceptance: str = "exact",
+        shapes: DraftShapes | None = None,
+        costs: Callable[[int], StepCosts] | None = None,
     ) -> Generator:
-        """Builds a generator with the given drafter and tree, whose texts end at any of some strings."""
+        """Builds a generator with the given drafter, and a tree or shapes; any of some strings ends its texts."""
         named = self.tokenizer.special_tokens_in(stops)
         automaton = stop_automaton(stops, token_bytes(self.tokenizer, named)) if stops else None
         return Generator(
@@ -180,45 +219,123 @@ class Session:
             end_tokens=self.end_tokens,
             stops=automaton,
             acceptance=acceptance,
+            shapes=shapes,
+            costs=costs,
+            # One size of chunks, whatever the other prompts of a batch.
+            prefill_chunk_size=SAME_BITS_CHUNK if self.model.same_bits else PREFILL_CHUNK,
+            memory=self.parts.memory if reads_memory(kind) else None,
         )
 
     def plan(
-        self, kind: str | None = None, slots: int = 1, note: Callable[[str], None] = lambda line: None
+        self,
+        kind: str | None = None,
+        slots: int = 1,
+        note: Callable[[str], None] = lambda line: None,
+        *,
+        shown: bool = False,
     ) -> SpeculationPlan:
-        """Chooses how to draft on this machine at a batch size: as measured earlier, or measured now and kept.
+        """Searches thoroughly how to draft on this machine at a batch size: measured earlier, or now and kept.
+
+        That takes minutes; `adaptive_generator` begins at once.
 
         Args:
             kind: the drafter; None takes the best of all there are.
             slots: the batch size.
             note: told before something takes long.
+            shown: show a progress bar on terminals.
         """
         kinds = [kind] if kind is not None else available(self.parts)
-        plans = self.plans(kinds, slots, note=note)
+        plans = self.plans(kinds, slots, note=note, shown=shown)
         return max(plans, key=lambda plan: plan.measured_speedup)
 
     def plain_plan(self) -> SpeculationPlan:
         """Plain decoding, token by token."""
         return SpeculationPlan("none", 1, "none")
 
-    def ngram_plan(self, slots: int = 1, *, measured: bool = True) -> SpeculationPlan:
-        """Drafts a chain from the text so far, without any choice of trees; it is ready at once.
+    def ngram_plan(self, slots: int = 1) -> SpeculationPlan:
+        """Drafts a chain from the text so far, whether that pays or not.
 
         Args:
             slots: the batch size.
-            measured: fall back to plain decoding while drafts do not pay, by the cost of a step on this machine.
         """
         longest = max_draft_depth(self.model.config.attention)
         length = NGRAM_LENGTH if longest is None else min(NGRAM_LENGTH, longest)
-        if not length:
-            return self.plain_plan()
-        plan = SpeculationPlan("ngram", slots, f"chain:{length}")
-        if not measured:
-            return plan
-        size = min(bucket(slots), MAX_SLOTS)
-        if size not in self._costs:
-            costs = measure_costs(self.model, slots=size, sizes=(1, length + 1), max_cost=float("inf"), steps=16)
-            self._costs[size] = costs.verify(length + 1) / costs.verify(1)
-        return replace(plan, break_even_tokens=self._costs[size])
+        return SpeculationPlan("ngram", slots, f"chain:{length}") if length else self.plain_plan()
+
+    @property
+    def default_drafter(self) -> str:
+        """Name of the drafter that guesses where none is asked for: the model's heads if it has some, and n-grams."""
+        heads = next((name for name in BEST_DRAFTERS if name in available(self.parts)), None)
+        return "ngram" if heads is None else f"{heads}+ngram"
+
+    def adaptive_generator(
+        self,
+        kind: str | None = None,
+        slots: int = 1,
+        *,
+        stops: Sequence[str] = (),
+        background: bool = True,
+    ) -> Generator:
+        """Builds a generator that begins at once, and finds out while it decodes which drafts pay.
+
+        The text is that of plain decoding. The shapes are those of `draft_shapes` and, if a thorough search on this
+        machine was kept for the batch size (`plan`), the tree that it found; `save_costs` keeps what steps cost.
+
+        Args:
+            kind: the drafter; None takes that of the kept plan, or `default_drafter`.
+            slots: the batch size.
+            stops: strings that end a text.
+            background: compile shapes in a thread while decoding goes on; False does so when they are first tried.
+        """
+        kind, plan = self.adaptive_drafter(kind, slots)
+        drafter = build_drafter(kind, self.parts)
+        deepest = max_draft_depth(self.model.config.attention)
+        shapes = draft_shapes(drafter, deepest, None if plan is None else plan.shape)
+        generator = self.generator(
+            kind, None, stops=stops, shapes=shapes, costs=partial(self._step_costs, kind, shapes, plan)
+        )
+        generator.compiler.background = background
+        return generator
+
+    def adaptive_drafter(self, kind: str | None = None, slots: int = 1) -> tuple[str, SpeculationPlan | None]:
+        """Name of the drafter of `adaptive_generator`, and the plan with drafts that was kept for it, if any."""
+        kept = [] if self.folder is None else load_plans(self.folder / PLAN_FILE)[0]
+        fitting = [
+            plan
+            for plan in kept
+            if plan.slots == slots and plan.drafts and kind in (None, plan.drafter) and self._has(plan)
+        ]
+        best = max(fitting, key=lambda plan: plan.measured_speedup, default=None)
+        return kind or (self.default_drafter if best is None else best.drafter), best
+
+    def save_costs(self) -> None:
+        """Keeps what draft shapes cost on this machine in the user's cache folder, for later calls."""
+        for names, costs in self._costs.values():
+            CostFile().save(names, costs.measured)
+
+    @property
+    def step_costs(self) -> dict[str, float]:
+        """Cost of a step of each draft shape used so far, in plain steps, as known by now."""
+        known = self._costs.values()
+        return {name: costs.cost(shape) for names, costs in known for shape, name in enumerate(names)}
+
+    def _step_costs(self, kind: str, shapes: DraftShapes, plan: SpeculationPlan | None, slots: int) -> StepCosts:
+        """Costs of shapes as known on this machine, measured further by every text of the session."""
+        if (kind, slots) not in self._costs:
+            key = f"{size_key(self.model)}, batch {slots}, {kind}, "
+            names = [key + tree_text(tree) for tree in shapes.trees]
+            costs = StepCosts([tree.size for tree in shapes.trees], CostFile().load(names))
+            if plan is not None and plan.break_even_tokens is not None and plan.slots == slots:
+                costs.assumed[shapes.trees.index(plan.shape)] = plan.break_even_tokens
+            self._costs[kind, slots] = names, costs
+        return self._costs[kind, slots][1]
+
+    def _has(self, plan: SpeculationPlan) -> bool:
+        """True if the session has the plan's drafter, and that still offers what the plan's tree needs."""
+        names = set(plan.drafter.split("+"))
+        return names <= set(available(self.parts)) and self._fits(
+            plan, {plan.drafter: build_drafter(plan.drafter, self.parts)}
+        )
 
     def decode(self, tokens: Sequence[int], stops: Sequence[str] = (), after: Sequence[int] = ()) -> str:
         """Decodes new tokens as text, without special tokens, up to a stop string.
@@ -239,6 +356,7 @@ class Session:
         prompts: Sequence[Sequence[int]] | None = None,
         tokens: int = 128,
         note: Callable[[str], None] = lambda line: None,
+        shown: bool = False,
     ) -> list[SpeculationPlan]:
         """Finds the plan for each drafter at a batch size, from the folder or measured and kept there.
 
@@ -249,6 +367,7 @@ class Session:
                 `calibration_prompts`, and measures only what is not known yet.
             tokens: length of the texts.
             note: told before something takes long.
+            shown: show a progress bar on terminals.
         """
         drafters = {kind: build_drafter(kind, self.parts) for kind in kinds}
         known, costs = ([], []) if self.folder is None else load_plans(self.folder / PLAN_FILE)
@@ -258,16 +377,26 @@ class Session:
         missing = [kind for kind in kinds if kind != "none" and (kind, slots) not in kept]
         if missing:
             names = ", ".join(missing)
-            note(f"choosing draft trees for {names} on this machine, batch {slots} (once, a minute or two)")
-            # Without end tokens: a text that ends at once would say nothing about the drafter.
-            plain = Generator(self.model)
-            if prompts is None:
-                prompts = calibration_prompts(self.data, plain, self.tokenizer, self.encode_prompt(""))
-            texts = plain.generate(prompts, tokens).tokens
-            cost = next((each for each in costs if each.slots == slots), None) or measure_costs(self.model, slots=slots)
-            costs = [*(each for each in costs if each.slots != slots), cost]
-            for kind in missing:
-                kept[kind, slots] = make_plan(self.model, kind, drafters[kind], prompts, texts, cost)
+            note(f"choosing draft trees for {names} on this machine, batch {slots} (once, some minutes)")
+            with progress_bar(shown=shown, total=1 + COST_TICKS + PLAN_TICKS * len(missing), desc="choosing") as bar:
+                # Without end tokens: a text that ends at once would say nothing about the drafter.
+                plain = Generator(self.model)
+                if prompts is None:
+                    prompts = calibration_prompts(self.data, plain, self.tokenizer, self.encode_prompt(""))
+                texts = plain.generate(prompts, tokens).tokens
+                bar.update()
+                cost = next((each for each in costs if each.slots == slots), None)
+                cost = cost or measure_costs(self.model, slots=slots, tick=bar.update)
+                costs = [*(each for each in costs if each.slots != slots), cost]
+                for number, kind in enumerate(missing):
+                    # Fewer sizes and candidates than expected may have been timed.
+                    bar.update(1 + COST_TICKS + PLAN_TICKS * number - bar.n)
+                    bar.set_postfix_str(kind)
+                    drafter = drafters[kind]
+                    plan = make_plan(self.model, kind, drafter, prompts, texts, cost, tick=bar.update)
+                    kept[kind, slots] = plan
+                    note(plan.summary)
+                bar.update(bar.total - bar.n)
             if self.folder is not None and os.access(self.folder, os.W_OK):
                 self._keep(list(kept.values()), costs, note)
         return [kept[kind, slots] if kind != "none" else SpeculationPlan(kind, slots, "none") for kind in kinds]
@@ -294,10 +423,16 @@ def draft_parts(
     heads: Sequence[MedusaHeads | PathHead] = (),
     small: CausalModel | None = None,
     layers: Sequence[int] | None = None,
+    storage: WeightStorage = STORED,
 ) -> DraftParts:
-    """Gathers what drafters are made of; the model's layers are taken apart for decoding."""
+    """Gathers what drafters are made of; the model's layers are taken apart and its weights stored for decoding."""
     if isinstance(model.layers, LayerStack):
         model.layers = SeparateLayers.of(model.layers)
+        chosen = storage_for(model, storage)
+        store(model, chosen)
+        for each in heads:
+            store_heads(each, chosen, model.config.dtype)
+    model.same_bits = storage.same_bits
     return DraftParts(
         target=model,
         medusa=next((each for each in heads if isinstance(each, MedusaHeads)), None),
@@ -305,6 +440,46 @@ def draft_parts(
         model=small,
         layers=None if layers is None else tuple(layers),
     )
+
+
+def load_for_decoding(
+    source: ModelSource,
+    dtype: str | None = None,
+    storage: WeightStorage = STORED,
+    *,
+    attention: AttentionConfig | None = None,
+    whole: bool = False,
+) -> CausalModel:
+    """Reads a model to decode with; `draft_parts` takes it apart if that is not done yet.
+
+    Args:
+        source: where it is.
+        dtype: type that is computed in; None is what suits the device.
+        storage: how its weights are stored.
+        attention: another attention than its own; what that adds is initialized.
+        whole: keep it as models that learn are, since heads are still to be checked against it.
+
+    Raises:
+        UserError: the place holds no model that writes texts, or a damaged one.
+    """
+    if source.is_run:
+        model = source.model(attention=attention)
+        check_causal(model, str(source.place))
+        return computed_in(model, dtype or default_dtype(model.config.dtype), abstract_model)
+    compute = source.config.compute
+    compute = replace(compute, dtype=dtype or default_dtype(compute.dtype))
+    model = source.model(
+        attention=attention,
+        compute=compute,
+        storage=None if whole else lambda model: storage_for(model, storage),
+    )
+    check_causal(model, str(source.place))
+    return model
+
+
+def default_dtype(own: str) -> str:
+    """The type to compute in for a model with a type of its own: that one, but float32 for bfloat16 on a CPU."""
+    return "float32" if own == "bfloat16" and jax.default_backend() == "cpu" else own
 
 
 def check_causal(model: Any, name: str) -> None:
@@ -334,10 +509,19 @@ def _load_heads(places: Sequence[str | Path], source: ModelSource, model: Any) -
     """Reads heads from the given places first, then those that lie in the model's own folder."""
     folder = source.place
     inside = [ModelSource(folder / name) for name in HEAD_FOLDERS if (folder / name).is_dir()]
-    if has_heads(folder) or holds_heads(folder):
+    if _beside(folder):
         inside.insert(0, source)
     sources = [*(ModelSource(Path(place)) for place in places), *inside]
     return [load_medusa_heads(each.place, model) if has_heads(each.place) else each.heads(model) for each in sources]
+
+
+def _beside(folder: Path) -> bool:
+    """True where heads lie in the same files as the model."""
+    return has_heads(folder) or holds_heads(folder)
+
+
+def _has_heads(folder: Path) -> bool:
+    return _beside(folder) or any((folder / name).is_dir() for name in HEAD_FOLDERS)
 
 
 def check_length(prompts: Sequence[Sequence[int]], longest: int) -> None:

@@ -43,6 +43,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Chooses how programs are compiled, before the first one is; scripts that tests start inherit it."""
+    # What tests measure is of no use to anybody, and nobody's measurements decide what tests do.
+    os.environ["LIN_JAX_CACHE"] = "off"
     if not config.getoption("--users-settings"):
         # Most of the time of a small model's test is compilation.
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()

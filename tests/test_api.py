@@ -79,7 +79,7 @@ def test_in_memory(place, loaded, corpus):
     assert jax.tree.map(np.shape, values_of(tuned)) == jax.tree.map(np.shape, before)
 
 
-def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch):
+def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
     """Stopped in the middle and called again, the result is that of a call that nothing stopped."""
     model, tokenizer = loaded
     given = {"steps": 6, "output": tmp_path / "out", **OPTIONS}
@@ -90,6 +90,18 @@ def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch):
     assert_same(linear, whole)
     assert lin_jax.linearize(linear, tokenizer, corpus, **given) is linear
     assert_same(lin_jax.linearize(model, tokenizer, corpus, **given), linear)
+    # Asked for otherwise, what is finished says what it was made with; nothing was said so far.
+    assert "is finished" not in caplog.text
+    for each in (linear, model):
+        caplog.clear()
+        lin_jax.linearize(each, tokenizer, [corpus, corpus], **given | {"batch_size": 4, "learning_rate": 2.0})
+        for run in ("transfer", "tune"):
+            lines = [line for line in caplog.messages if f"out/{run} is finished and stays as it is" in line]
+            assert [line.split(" with ")[1].split()[0] for line in lines] == [
+                "data.source",
+                "optimizer.learning_rate",
+                "training.batch_size",
+            ]
     with pytest.raises(UserError, match="out holds this model after 6 steps, not 3; give another output"):
         lin_jax.linearize(linear, tokenizer, corpus, **given | {"steps": 3})
     with pytest.raises(UserError, match="has gone on to step 4, beyond the 2 asked for"):
@@ -106,6 +118,8 @@ def test_generating(loaded, corpus):
     prompts = ["the cat sat", "then it ran"]
     plain = lin_jax.generate(model, tokenizer, prompts, 20, drafter="none")
     assert plain == [lin_jax.generate(model, tokenizer, each, 20, drafter="ngram")[0] for each in prompts]
+    for _ in range(2):
+        assert plain == lin_jax.generate(model, tokenizer, prompts, 20, drafter="suffix")
     assert plain == lin_jax.generate(model, tokenizer, prompts, 20)
     sampled = [
         lin_jax.generate(model, tokenizer, prompts, 20, drafter=name, temperature=1.0) for name in ("none", "ngram")
@@ -164,6 +178,7 @@ def test_running_a_configuration(corpus, tmp_path):
             "drafter 'medusa' is unknown",
         ),
         (lambda model, tokenizer: lin_jax.from_pretrained("nowhere"), "there is no folder nowhere"),
+        (lambda model, tokenizer: lin_jax.from_pretrained("nowhere", weights="int4"), "weights 'int4' are unknown"),
     ],
 )
 def test_mistakes_are_named(loaded, call, message):

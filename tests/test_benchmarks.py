@@ -27,6 +27,25 @@ def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> 
 
 
 @pytest.mark.thorough
+def test_few_rows(tmp_path: Path) -> None:
+    """Every form has a time for every number of rows that it is for."""
+    file = tmp_path / "rows.json"
+    sizes = ("--shapes", "16x8", "--rows", "1", "32", "--weights", "int8", "bfloat16", "--seconds", "0.1")
+    done = run_benchmark("few_rows", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = {(each["weights"], each["form"]): each["microseconds"] for each in json.loads(file.read_text())["products"]}
+    assert set(found) == {
+        ("int8", "sum"),
+        ("int8", "columns"),
+        ("bfloat16", "sum"),
+        ("bfloat16", "columns"),
+        ("bfloat16", "split"),
+    }
+    assert set(found["bfloat16", "split"]) == {"1", "32"}
+    assert set(found["int8", "sum"]) == {"1"}
+
+
+@pytest.mark.thorough
 def test_decode_speed(tmp_path: Path) -> None:
     """Every cell is right with and without drafts, and the state as large after any context."""
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"
@@ -97,6 +116,25 @@ def test_speculation(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_adaptive_speculation(tmp_path: Path, shared_data: Path) -> None:
+    """Every prompt has its ratio, and the text of plain decoding."""
+    file, place = tmp_path / "adaptive.json", shared_data / "checkpoints" / "stories260K"
+    model = ("--model", str(place / "stories260K.bin"), "--tokenizer", str(place / "tok512.bin"), "--adaptive")
+    few = ("--data", str(shared_data), "--prompts", "2", "--new-tokens", "24", "--rounds", "1", "--json", str(file))
+    done = run_benchmark("speculation", *model, *few)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["device"] == device_kind()
+    assert report["adaptive"]["correct"] is True
+    assert len(report["adaptive"]["prompts"]) == 2
+    for each in report["adaptive"]["prompts"]:
+        assert not each["wrong"]
+        assert each["ratio"] > 0
+        assert sum(each["steps_by_nodes"].values()) <= 23
+    assert f"on {device_kind()}: ngram, 2 prompts of 24 new tokens" in done.stdout
+
+
+@pytest.mark.thorough
 def test_kernels(tmp_path: Path) -> None:
     """What runs here is right and has its times; what the TPU programs move is little more than they must."""
     file = tmp_path / "kernels.json"
@@ -118,16 +156,17 @@ def test_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-def test_pod_plan(tmp_path: Path) -> None:
-    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
+@pytest.mark.parametrize(("name", "kernels"), [("llama2-7b-lora", 3), ("llama2-7b-windowed-lora", 0)])
+def test_pod_plan(name: str, kernels: int, tmp_path: Path) -> None:
+    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels, or plain XLA."""
     file = tmp_path / "plan.json"
     done = run_benchmark(
-        *("pod_plan", "--plans", "llama2-7b-lora", "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),
+        *("pod_plan", "--plans", name, "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),
         without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
     )
     assert done.returncode == 0, done.stderr
     (plan,) = json.loads(file.read_text())["plans"]
-    assert (plan["chips"], plan["kernels"], plan["mesh"]) == (4, 3, {"fsdp": 4})
+    assert (plan["chips"], plan["kernels"], plan["mesh"]) == (4, kernels, {"fsdp": 4})
     assert 0 < plan["gib_held"] + plan["gib_in_between"] < plan["gib_of_a_chip"]
     assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
@@ -143,6 +182,24 @@ def test_support_matrix(tmp_path: Path) -> None:
     table = (ROOT / "README.md").read_text().split("<!-- support matrix -->")[1]
     assert "(" not in table
     assert all(f"| `{name}` |" in table for name in REGISTRY)
+
+
+@pytest.mark.thorough
+def test_attention_steps(tmp_path: Path) -> None:
+    """Steps take turns, and memory grows no faster than the text; an unknown option is refused in one line."""
+    file = tmp_path / "steps.json"
+    sizes = ("--hidden-size", "32", "--layers", "1", "--heads", "2", "--rows", "1", "--timed-length", "128")
+    words = ("--attentions", "augmented", "exponential+window/window=16", "--rounds", "2", "--lengths", "1024", "2048")
+    done = run_benchmark("attention_steps", *words, *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(file.read_text())["results"]
+    assert (first["attention"], first["times_the_first"]) == ("augmented", 1)
+    assert len(second["all_seconds"]) == 2
+    assert second["temporary_bytes"]["2048"] > second["temporary_bytes"]["1024"] > 0
+    assert 0 < second["growth"] <= 1.1
+    done = run_benchmark("attention_steps", "--attentions", "relu/span=3")
+    assert done.returncode == 2
+    assert "'relu/span=3' has the option 'span'; choose among group_size" in done.stderr
 
 
 @pytest.mark.thorough

@@ -13,11 +13,12 @@ FLOORS = (
     ("pallas_kernels", "lin_jax.losses", "lin_jax.errors", "lin_jax.files", "lin_jax.progress_bar"),
     ("lin_jax.json_files",),
     ("lin_jax.attention", "lin_jax.data", "lin_jax.devices"),
+    ("lin_jax.user_cache",),
     ("lin_jax.models",),
     ("lin_jax.hub", "lin_jax.decoding", "lin_jax.evaluation"),
     ("lin_jax.training",),
     ("lin_jax.session", "lin_jax.recipe"),
-    ("lin_jax.api", "lin_jax.demo"),
+    ("lin_jax.api", "lin_jax.demo", "lin_jax.report"),
     ("lin_jax.cli",),
 )
 FILES_IN_A_FOLDER = 12

@@ -12,18 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from lib.attention_names import attention_of
 from lib.prompts import Prompt, read_prompts
 from tqdm import tqdm
 
-from lin_jax.attention import AttentionConfig
+from lin_jax.attention import max_draft_depth
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding import DraftTree, Generator, Sampling, chain
+from lin_jax.decoding import DraftTree, Generator, Sampling, TextMemory, chain
 from lin_jax.decoding.autotune.costs import NullDrafter
+from lin_jax.decoding.autotune.shapes import draft_shapes
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.drafters import DraftParts, UnionDrafter, build_drafter
+from lin_jax.decoding.drafting.drafters import DraftParts, UnionDrafter, build_drafter, reads_memory
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
 from lin_jax.decoding.drafting.tree import MC_SIM_7B_63, AnyTree
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.hub import from_pretrained
 from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
@@ -32,13 +35,15 @@ from lin_jax.session import Session
 SEED = 11
 PIECE = 64
 HEADS = 4
-DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram")
+DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram", "suffix", "path/suffix")
 TREES: dict[str, AnyTree] = {
     "chain": chain(4),
     "bushy": DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0, 0))),
     "dynamic": DynamicTree(12, 4, 3, 3),
     "mc_sim_7b_63": MC_SIM_7B_63,
 }
+# Shapes chosen while decoding, instead of a tree.
+ADAPTIVE = "adaptive"
 BATCHES = (16, 3, 1)
 MODES = {
     "greedy": Sampling(),
@@ -90,26 +95,32 @@ class Subject(NamedTuple):
     endings: dict[str, dict[str, Ending]]
 
     def generator(self, drafter: str, tree: str, ending: Ending | None = None) -> Generator:
-        """Generator with the given drafter, tree and ending."""
+        """Generator with the given drafter, tree and ending, and an empty memory."""
         ending = ending or Ending()
-        built = NullDrafter(width=10, depth=4) if drafter == "silent" else build_drafter(drafter, self.parts)
+        parts = replace(self.parts, memory=TextMemory())
+        built = NullDrafter(width=10, depth=4) if drafter == "silent" else build_drafter(drafter, parts)
         stops = stop_automaton(ending.stops, self.pieces) if ending.stops else None
-        shape = fitting(TREES[tree], built)
+        adaptive = tree == ADAPTIVE
         return Generator(
             self.parts.target,
             drafter=built,
-            tree=shape,
+            tree=None if adaptive else fitting(TREES[tree], built),
+            shapes=draft_shapes(built, max_draft_depth(self.parts.target.config.attention)) if adaptive else None,
+            compiler=ProgramCompiler(background=False),
             end_tokens=ending.tokens,
             stops=stops,
             prefill_chunk_size=PIECE,
+            memory=parts.memory if reads_memory(drafter) else None,
         )
 
 
 def configurations() -> list[Configuration]:
-    """Each drafter with each tree, and over them Latin squares of batch sizes, modes and endings."""
+    """Each drafter with each tree or with shapes to choose among, over them squares of batch, mode and ending."""
     found = []
     for number, drafter in enumerate(DRAFTERS):
-        trees = [tree for tree in TREES if tree != "mc_sim_7b_63" or drafter.startswith(("medusa", "path"))]
+        trees = [
+            tree for tree in (*TREES, ADAPTIVE) if tree != "mc_sim_7b_63" or drafter.startswith(("medusa", "path"))
+        ]
         for order, tree in enumerate(trees):
             batch = BATCHES[(order + number) % 3]
             mode = list(MODES)[(order - number) % 3]
@@ -122,7 +133,7 @@ def fitting(tree: AnyTree, drafter: Drafter) -> AnyTree:
     if isinstance(tree, DynamicTree):
         return replace(tree, depth=min(tree.depth, drafter.depth))
     paths = tree.paths
-    if isinstance(drafter, UnionDrafter) and tree is not MC_SIM_7B_63:
+    if type(drafter) is UnionDrafter and tree is not MC_SIM_7B_63:
         second = drafter.drafters[0].width
         paths = tuple(tuple(r // 2 + second * ((r + depth) % 2) for depth, r in enumerate(path)) for path in paths)
     return DraftTree(tuple(path for path in paths if len(path) <= drafter.depth and max(path) < drafter.width))
@@ -135,12 +146,12 @@ def load(options: argparse.Namespace) -> Session:
         model = in_type(as_trained(session.model), options.dtype)
     else:
         place = options.data / "checkpoints" / "stories260K"
-        attention = AttentionConfig("augmented", 16, 7)
+        attention = attention_of(options.attention, group_size=16, kernel_size=7)
         types = {"dtype": options.dtype, "param_dtype": options.dtype}
         model = from_pretrained(place / "stories260K.bin", attention=attention, **types)
         stir(model)
         tokenizer = read_sentencepiece(place / "tok512.bin", model.config.vocab_size)
-        session = Session(place, DraftParts(model), tokenizer, ())
+        session = Session(DraftParts(model), tokenizer, ())
     count = model.layers.count
     parts = DraftParts(
         target=model,
@@ -161,10 +172,10 @@ def in_type(model: CausalModel, dtype: str) -> CausalModel:
 
 
 def stir(model: CausalModel) -> None:
-    """Draws factors and taps, which begin at zero, at random, so that every branch contributes."""
+    """Draws factors, taps, balances and gates of decay, which begin at zero, so that every branch contributes."""
     rng = np.random.default_rng(SEED)
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        if path[-1] in ("taps", "alpha"):
+        if path[-1] in ("taps", "alpha", "balance") or path[-2:] == ("decay", "weight"):
             drawn = jnp.asarray(rng.normal(size=parameter.shape) / 10, parameter.dtype)
             parameter[...] = parameter[...] + drawn
 

@@ -5,7 +5,7 @@ others (softmax, square, linformer, transnormer, yoso). You et al., ICML 2024, a
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ class WrappedAttention(nnx.Module):
         self.base = base
         self.around = around
         self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
+
+    def ablations(self) -> tuple[str, ...]:
+        """Names of the branches around the base that `without` can leave out."""
+        return self.around.ablations()
+
+    def without(self, branch: str) -> Self:
+        """This attention without one of the branches around its base, over the same parameters."""
+        rest = nnx.merge(*nnx.split(self))
+        rest.around = self.around.without(branch)
+        return rest
 
     def init_state(self, batch: int, capacity: int, dtype: Any) -> WrappedState:
         """Both empty states."""

@@ -1,7 +1,7 @@
 """Local, linear and convolution branches, each of them optional, and the combination of their outputs."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,6 +13,9 @@ from lin_jax.attention.local import LocalBranch
 from lin_jax.attention.pairs import split_heads, unit, weighted_values
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import QKV
+
+# Fields of the branches, by what they are called in ablations.
+_BRANCHES = {"local": "local", "memory": "linear", "convolution": "convolution"}
 
 
 class Branches(nnx.Module):
@@ -65,6 +68,22 @@ class Branches(nnx.Module):
         self.unit_inputs, self.unit_values = unit_inputs, unit_values
         self.angular, self.merged_norm, self.mean = angular, merged_norm, mean
         self.implementation = implementation
+
+    def ablations(self) -> tuple[str, ...]:
+        """Names of the branches that `without` can leave out: those that there are."""
+        return tuple(name for name, field in _BRANCHES.items() if getattr(self, field) is not None)
+
+    def without(self, branch: str) -> Self:
+        """This attention without one of its branches, over the same parameters; what is left is not trained anew.
+
+        Args:
+            branch: local (the pairs inside a group), memory (the linear branch) or convolution.
+        """
+        rest = nnx.merge(*nnx.split(self))
+        setattr(rest, _BRANCHES[branch], None)
+        if branch == "memory":
+            rest.alpha = None
+        return rest
 
     def scored(self, vectors: Array) -> Array:
         """Queries or keys `[..., D]` as they are scored; a state keeps such keys."""

@@ -1,10 +1,14 @@
 """Options of token mixers: those that a user chooses, and those that a model family fixes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Self, get_args
 
 from lin_jax.errors import UserError
+from lin_jax.json_files import LARGEST_ID, short
 from pallas_kernels.augmented_attention.api import IMPLEMENTATIONS
+
+DECAYS = ("none", "constant", "token")
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,21 @@ class Conventions:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Name and sizes of a token mixer.
+    """Name and sizes of a token mixer, the same in all layers of a model or another one in some.
+
+    A causal model's layers may differ: `pattern` is repeated over them, `layers` replaces some by number. The entries
+    of either are names, or mappings or configurations with fields of their own; a name or mapping takes its other
+    fields from here. `of_layers` gives each layer's.
 
     Attributes:
         name: an attention of the registry, with `+local` and `+convolution` behind it for the augmentation, such as
-            `performer+local+convolution`; `augmented` is short for `flash_global+local+convolution`.
+            `performer+local+convolution`; `augmented` is short for `flash_global+local+convolution`. `+window` gives
+            positive feature maps softmax over the tokens just before each query, under one normaliser with the memory.
         group_size: tokens in a group, by absolute position.
         kernel_size: odd size of the centred convolution kernel whose future half is masked away in causal models.
         local_score: score function of the local branch: relu_squared, laplace or yoso.
         initial_alpha: initial value of the learnt factor of the branch beside a local one.
-        features: random features of performer and rfa; None takes twice the head's size.
+        features: features of performer, rfa and exponential; None takes twice the head's size.
         rank: summaries of each group in linformer.
         hashes: hash tables of yoso.
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.
@@ -58,6 +67,12 @@ class AttentionConfig:
         implementation: of the kernels for the local and grouped branches and the convolution: xla, tpu, gpu, or the
             last two interpreted; None takes what suits the platform. Softmax over whole rows goes through cuDNN on a
             GPU unless this is xla.
+        window: tokens of the sliding window of `+window`, or of softmax, the query's own among them. For `+window`,
+            None is a window of groups; for softmax, all that is before it. With a window, decode states do not grow.
+        window_groups: groups before the query's own in a window of groups.
+        decay: of the memory: none, constant (a learnt factor per head) or token (from each token, per head).
+        pattern: attentions of the layers in turn, repeated, such as `[augmented, augmented, softmax]`.
+        layers: attentions of some layers by their number, from 0, such as `{3: softmax, 7: softmax}`.
     """
 
     name: str = "augmented"
@@ -72,19 +87,95 @@ class AttentionConfig:
     diagonal_layers: int = 1
     convolve_padding: bool = False
     implementation: str | None = None
+    window: int | None = None
+    window_groups: int = 1
+    decay: str = "none"
+    # Read from YAML as they stand there; afterwards tuples of configurations, and of pairs with numbers.
+    pattern: Any = None
+    layers: Any = None
 
     @classmethod
-    def of(cls, attention: "str | AttentionConfig") -> "AttentionConfig":
-        """Takes a name for the configuration with that name, and a configuration as it is.
+    def of(cls, attention: "str | AttentionConfig | Sequence[Any] | Mapping[str, Any]") -> "AttentionConfig":
+        """The configuration of a name, a list of them (a pattern over layers) or a mapping of fields; or as it is.
 
         Raises:
-            UserError: it is neither.
+            UserError: it is none of these.
         """
         if isinstance(attention, AttentionConfig):
             return attention
-        if not isinstance(attention, str):
-            raise UserError(f"attention is {attention!r}; give a name, such as 'augmented', or an AttentionConfig")
-        return cls(attention)
+        if isinstance(attention, str):
+            return cls(attention)
+        if isinstance(attention, list | tuple):
+            return cls(pattern=attention)
+        if isinstance(attention, Mapping):
+            return replace(cls(), **_checked_fields(attention, "attention"))
+        raise UserError(
+            f"attention is {attention!r}; give a name, such as 'augmented', or an AttentionConfig, or a list of them"
+        )
+
+    @property
+    def kinds(self) -> "tuple[AttentionConfig, ...]":
+        """The attentions that occur, each once: this one, or those of the pattern, or this and those by number."""
+        if self.pattern is not None:
+            return tuple(dict.fromkeys(self.pattern))
+        if self.layers is not None:
+            return tuple(dict.fromkeys([self._plain, *(each for _, each in self.layers)]))
+        return (self,)
+
+    @property
+    def label(self) -> str:
+        """Names of the attentions in a few words, for messages and tables."""
+        if self.pattern is not None:
+            return "[" + ", ".join(each.label for each in self.pattern) + "]"
+        own = self.name if self.window is None else f"{self.name} of {self.window}"
+        if self.layers is None:
+            return own
+        return f"{own}, with " + ", ".join(f"{each.label} in layer {number}" for number, each in self.layers)
+
+    def of_layers(self, count: int) -> "tuple[AttentionConfig, ...]":
+        """The attention of each of `count` layers.
+
+        Raises:
+            UserError: the pattern's length does not divide the number of layers, or a number is none of a layer.
+        """
+        if self.pattern is not None:
+            if count % len(self.pattern):
+                raise UserError(
+                    f"attention.pattern has {len(self.pattern)} entries, which do not divide the model's {count} "
+                    "layers; give a number of entries that does, or entries by number in attention.layers"
+                )
+            return self.pattern * (count // len(self.pattern))
+        found = [self._plain] * count
+        for number, each in self.layers or ():
+            if number >= count:
+                raise UserError(
+                    f"attention.layers names layer {number}, and the model has {count}, numbered from 0; "
+                    f"give numbers up to {count - 1}"
+                )
+            found[number] = each
+        return tuple(found)
+
+    def for_layers(self, count: int) -> "AttentionConfig":
+        """The same for `count` layers in its shortest form: without entries, if all layers are alike, or a pattern.
+
+        Raises:
+            UserError: as in `of_layers`.
+        """
+        if self.pattern is None and self.layers is None:
+            return self
+        every = self.of_layers(count)
+        lengths = (length for length in range(1, count + 1) if count % length == 0)
+        shortest = next(length for length in lengths if every[:length] * (count // length) == every)
+        return every[0] if shortest == 1 else replace(every[0], pattern=every[:shortest])
+
+    def with_fields(self, **values: Any) -> Self:
+        """The same with other values of some fields, in the entries of a mix too."""
+        pattern, layers = self.pattern, self.layers
+        if pattern is not None:
+            pattern = tuple(replace(each, **values) for each in pattern)
+        if layers is not None:
+            layers = tuple((number, replace(each, **values)) for number, each in layers)
+        return replace(self, **values, pattern=pattern, layers=layers)
 
     def __post_init__(self) -> None:
         for name in ("group_size", "rank", "hashes", "hash_bits"):
@@ -96,9 +187,115 @@ class AttentionConfig:
             raise UserError(
                 f"attention.implementation is '{self.implementation}'; choose one of {', '.join(IMPLEMENTATIONS)}"
             )
+        if self.window is not None and self.window < 1:
+            raise UserError(f"attention.window is {self.window}; give at least 1, the query's own token")
+        if self.window_groups < 0:
+            raise UserError(f"attention.window_groups is {self.window_groups}; give zero or more")
+        if self.decay not in DECAYS:
+            raise UserError(f"attention.decay is '{self.decay}'; choose one of {', '.join(DECAYS)}")
         if self.diagonal_layers < 0:
             raise UserError(f"attention.diagonal_layers is {self.diagonal_layers}; give zero or more")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise UserError(
                 f"attention.kernel_size is {self.kernel_size}; give an odd number, so that the kernel has a centre"
             )
+        if self.pattern is not None and self.layers is not None:
+            raise UserError("attention.pattern and attention.layers are both given; give one of them")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", self._read_pattern(self.pattern))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", self._read_layers(self.layers))
+
+    @property
+    def _plain(self) -> "AttentionConfig":
+        """This configuration without those of a mix, and without a window that is meant for them."""
+        if self.pattern is None and self.layers is None:
+            return self
+        return replace(self, pattern=None, layers=None)._fitting()
+
+    def _fitting(self, given: Collection[str] = (), *, taken: bool = False) -> "AttentionConfig":
+        """An entry without what it takes from beside it, unless it is given, and has no use for."""
+        base, *added = self.name.split("+")
+        unfit: dict[str, Any] = {}
+        # A window that stands beside is of the attentions with `+window`, if there are any, else of softmax.
+        if "window" not in added and (taken or base != "softmax"):
+            unfit["window"] = None
+        if base in ("softmax", "square"):
+            unfit["decay"] = "none"
+        return replace(self, **{field: value for field, value in unfit.items() if field not in given})
+
+    def _read_pattern(self, entries: Any) -> "tuple[AttentionConfig, ...]":
+        if not isinstance(entries, list | tuple) or not entries:
+            raise UserError(
+                f"attention.pattern is {short(entries)}; give a list such as [augmented, augmented, softmax]"
+            )
+        taken = any(_has_window(each) for each in entries)
+        return tuple(self._entry(each, f"attention.pattern[{at}]", taken) for at, each in enumerate(entries))
+
+    def _read_layers(self, entries: Any) -> "tuple[tuple[int, AttentionConfig], ...] | None":
+        pairs = list(entries.items()) if isinstance(entries, Mapping) else entries
+        if not isinstance(pairs, list | tuple) or not all(
+            isinstance(each, list | tuple) and len(each) == 2 for each in pairs
+        ):
+            said = short(str(entries))
+            raise UserError(f"attention.layers is {said}; give attentions by number, such as {{3: softmax}}")
+        taken = _has_window(self.name) or any(_has_window(each) for _, each in pairs)
+        found = {
+            _layer_number(number): self._entry(each, f"attention.layers.{number}", taken) for number, each in pairs
+        }
+        if len(found) < len(pairs):
+            raise UserError("attention.layers names a layer twice; give one attention for each")
+        return tuple(sorted(found.items(), key=lambda pair: pair[0])) or None
+
+    def _entry(self, entry: Any, where: str, taken: bool) -> "AttentionConfig":
+        """The configuration of an entry of a mix; `taken` if the window that stands beside is another's."""
+        if isinstance(entry, str):
+            return replace(self, name=entry, pattern=None, layers=None)._fitting(taken=taken)
+        if isinstance(entry, AttentionConfig):
+            found = entry
+        elif isinstance(entry, Mapping):
+            fields = _checked_fields(entry, where)
+            beside = replace(self, pattern=None, layers=None)
+            found = replace(beside, **fields)._fitting(fields, taken=taken)
+        else:
+            raise UserError(f"{where} is {short(entry)}; give a name, such as softmax, or an attention's fields")
+        if found.pattern is not None or found.layers is not None:
+            raise UserError(f"{where} is a mix itself; give one attention there")
+        return found
+
+
+def _has_window(entry: Any) -> bool:
+    name = entry.get("name") if isinstance(entry, Mapping) else getattr(entry, "name", entry)
+    return "window" in str(name).split("+")[1:]
+
+
+def _layer_number(number: Any) -> int:
+    text = str(number)
+    if isinstance(number, bool) or not text.isdecimal() or len(text) > 9:
+        raise UserError(f"attention.layers has the key {short(number)}; give numbers of layers, from 0")
+    return int(text)
+
+
+def _checked_fields(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of an attention in a file, each of its type.
+
+    Raises:
+        UserError: a field is unknown, or has a value of another type, or one beyond what an index holds.
+    """
+    kinds = {each.name: each.type for each in fields(AttentionConfig)}
+    if unknown := [name for name in given if name not in kinds]:
+        raise UserError(f"{where}.{unknown[0]} is unknown; an attention has {', '.join(kinds)}")
+    return {str(name): _checked(value, kinds[name], f"{where}.{name}") for name, value in given.items()}
+
+
+def _checked(value: Any, kind: Any, where: str) -> Any:
+    choices = get_args(kind) or (kind,)
+    if Any in choices or (value is None and type(None) in choices):
+        return value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = type(value) in choices or (float in choices and is_number)
+    if not fits or (is_number and not abs(value) <= LARGEST_ID):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+        wanted = next(words[each] for each in choices if each in words)
+        raise UserError(f"{where} is {short(value)}; give {wanted}")
+    return value

@@ -16,6 +16,9 @@ from lin_jax.attention.memory import EXACT, fold, recall
 from lin_jax.attention.pairs import pair_scores, unit
 from pallas_kernels.precision import accumulation_dtype, upcast
 
+# Keys' exponents are capped here, so that float32 holds sums of products of features.
+LARGEST_EXPONENT = 40.0
+
 
 class RandomProjection(nnx.Variable):
     """Directions `[M, D]` drawn at random and kept, not learnt."""
@@ -43,6 +46,10 @@ class FeatureMap(nnx.Module):
 
     size: int
     """Features M, the rows of a memory."""
+
+    def log_scale(self, queries: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch T K R"]:
+        """The logarithm of what `queries` divides features by, so that a normaliser must cancel it; zero if nothing."""
+        return jnp.zeros(queries.shape[:-1], accumulation_dtype(queries.dtype))
 
     def queries(self, queries: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch T K R M"]:
         """Features of queries."""
@@ -132,6 +139,11 @@ class PositiveRandomFeatures(FeatureMap):
         self.size = size
         self.projection = OrthogonalProjection(OrthogonalProjection.draw(rngs.params(), size, head_dim))
 
+    def log_scale(self, queries: Array) -> Array:
+        """The largest exponent of each query, less that of `M^0.5`."""
+        largest = jax.lax.stop_gradient(jnp.max(self._exponent(queries), axis=-1))
+        return largest - math.log(self.size) / 2
+
     def queries(self, queries: Array) -> Array:
         """Positive features, the largest of each query about one."""
         exponent = self._exponent(queries)
@@ -139,11 +151,102 @@ class PositiveRandomFeatures(FeatureMap):
 
     def keys(self, keys: Array) -> Array:
         """Positive features."""
-        return jnp.exp(jnp.minimum(self._exponent(keys), 40.0)) / math.sqrt(self.size)
+        return jnp.exp(jnp.minimum(self._exponent(keys), LARGEST_EXPONENT)) / math.sqrt(self.size)
 
     def _exponent(self, x: Array) -> Array:
         scaled = upcast(x) / x.shape[-1] ** 0.25
         return _project(scaled, self.projection) - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
+
+
+class Hedgehog(FeatureMap):
+    """Hedgehog (Zhang et al. 2024): `phi(x) = softmax([W x, -W x])`, with learnt `W` for each head.
+
+    `W` starts as the identity, so that features start as the softmax of queries and keys themselves.
+
+    Args:
+        head_dim: size D of queries and keys.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        param_dtype: type of the parameters.
+    """
+
+    def __init__(self, head_dim: int, heads: int, kv_heads: int, *, param_dtype: Any = jnp.float32) -> None:
+        self.size = 2 * head_dim
+        identity = jnp.eye(head_dim, dtype=param_dtype)
+        self.query_map = nnx.Param(jnp.tile(identity, (kv_heads, heads // kv_heads, 1, 1)))
+        self.key_map = nnx.Param(jnp.tile(identity, (kv_heads, 1, 1)))
+
+    def queries(self, queries: Array) -> Array:
+        """Positive features that sum up to one."""
+        wide = upcast(queries)
+        return _both_signs(_by_head("...tkrd,krmd->...tkrm", wide, self.query_map))
+
+    def keys(self, keys: Array) -> Array:
+        """Positive features that sum up to one."""
+        wide = upcast(keys)
+        return _both_signs(_by_head("...skd,kmd->...skm", wide, self.key_map))
+
+
+class Exponential(FeatureMap):
+    """Learnt positive features: `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5`, with `x' = x scale^0.5`.
+
+    They start as FAVOR+ (Choromanski et al. 2021), each head with projections of its own, so that `phi(q)·phi(k)`
+    starts as an estimate of `exp(scale q·k)`; W and b of queries and of keys are learnt apart (as the maps of Zhang et
+    al. 2024 are). Queries' features are divided by the largest, keys' exponents are capped, as in
+    `PositiveRandomFeatures`.
+
+    Args:
+        head_dim: size D of queries and keys.
+        size: features M.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        scale: factor of q·k.
+        param_dtype: type of the parameters.
+        rngs: random keys.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        size: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        scale: float,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.size, self.root = size, math.sqrt(scale)
+        share = heads // kv_heads
+        draw = partial(OrthogonalProjection.draw, count=size, size=head_dim)
+        start = jax.vmap(draw)(jax.random.split(rngs.params(), kv_heads)).astype(param_dtype)
+        self.key_map = nnx.Param(start)
+        self.key_bias = nnx.Param(jnp.zeros((kv_heads, size), param_dtype))
+        self.query_map = nnx.Param(jnp.repeat(start[:, None], share, axis=1))
+        self.query_bias = nnx.Param(jnp.zeros((kv_heads, share, size), param_dtype))
+
+    def log_scale(self, queries: Array) -> Array:
+        """The largest exponent of each query, less that of `M^0.5`."""
+        largest = jax.lax.stop_gradient(jnp.max(self._exponents(queries), axis=-1))
+        return largest - math.log(self.size) / 2
+
+    def queries(self, queries: Array) -> Array:
+        """Positive features, the largest of each query one."""
+        exponents = self._exponents(queries)
+        return jnp.exp(exponents - jax.lax.stop_gradient(jnp.max(exponents, axis=-1, keepdims=True)))
+
+    def keys(self, keys: Array) -> Array:
+        """Positive features."""
+        scaled = upcast(keys) * self.root
+        exponents = _by_head("...skd,kmd->...skm", scaled, self.key_map) + self.key_bias[...].astype(scaled.dtype)
+        exponents = exponents - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
+        return jnp.exp(jnp.minimum(exponents, LARGEST_EXPONENT)) / math.sqrt(self.size)
+
+    def _exponents(self, queries: Array) -> Array:
+        scaled = upcast(queries) * self.root
+        exponents = _by_head("...tkrd,krmd->...tkrm", scaled, self.query_map)
+        exponents = exponents + self.query_bias[...].astype(scaled.dtype)
+        return exponents - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
 
 
 class RandomFourierFeatures(FeatureMap):
@@ -217,3 +320,11 @@ def redraw(module: nnx.Module, key: Key[Array, ""]) -> None:
 def _project(x: Float[Array, "*batch D"], projection: Any) -> Float[Array, "*batch M"]:
     directions = jax.lax.stop_gradient(projection[...]).astype(x.dtype)
     return jnp.einsum("...d,md->...m", x, directions, precision=EXACT)
+
+
+def _by_head(products: str, x: Array, weights: Any) -> Array:
+    return jnp.einsum(products, x, weights[...].astype(x.dtype), precision=EXACT)
+
+
+def _both_signs(projected: Float[Array, "*batch M"]) -> Float[Array, "*batch 2M"]:
+    return jax.nn.softmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1)

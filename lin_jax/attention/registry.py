@@ -12,10 +12,13 @@ from lin_jax.attention.augmentation import WrappedAttention
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.config import AttentionConfig, Conventions
 from lin_jax.attention.convolution import Convolution
+from lin_jax.attention.decay import ConstantDecay, Decay, TokenDecay
 from lin_jax.attention.feature_maps import (
     EluPlusOne,
+    Exponential,
     FeatureMap,
     HashCollisions,
+    Hedgehog,
     Identity,
     PositiveRandomFeatures,
     RandomFourierFeatures,
@@ -26,12 +29,15 @@ from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.linformer import LinformerAttention
 from lin_jax.attention.local import LOCAL_SCORES, LocalBranch
 from lin_jax.attention.protocols import Form
+from lin_jax.attention.sliding import SlidingSoftmax
 from lin_jax.attention.transnormer import TransNormerAttention
+from lin_jax.attention.window import AttentionWindow
+from lin_jax.attention.windowed_attention import WindowedAttention
 from lin_jax.attention.yoso import YosoAttention
 from lin_jax.errors import UserError
 
 ALIASES = {"augmented": "flash_global+local+convolution"}
-AUGMENTATIONS = ("local", "convolution")
+AUGMENTATIONS = ("local", "convolution", "window")
 ANY_SIDE: tuple[Form, ...] = ("causal", "bidirectional")
 ANY: tuple[Form, ...] = ("causal", "bidirectional", "cross")
 
@@ -42,6 +48,7 @@ class Name(NamedTuple):
     base: str
     local: bool
     convolution: bool
+    window: bool = False
 
 
 def parse_name(name: str) -> Name:
@@ -54,13 +61,18 @@ def parse_name(name: str) -> Name:
     if base not in REGISTRY:
         known = ", ".join([*ALIASES, *REGISTRY])
         raise UserError(
-            f"attention.name '{name}' is unknown; choose one of {known}, with +local or +convolution behind it"
+            f"attention.name '{name}' is unknown; choose one of {known}, with +local, +convolution or +window behind it"
         )
     if unknown := [part for part in added if part not in AUGMENTATIONS]:
-        raise UserError(f"attention.name '{name}': '+{unknown[0]}' is unknown; add +local, +convolution or both")
+        raise UserError(f"attention.name '{name}': '+{unknown[0]}' is unknown; add +local, +convolution or +window")
     if "local" in added and REGISTRY[base].has_local:
         raise UserError(f"attention.name '{name}': {base} has a local branch already; leave +local away")
-    return Name(base, "local" in added, "convolution" in added)
+    if "window" in added and not REGISTRY[base].positive:
+        able = ", ".join(other for other, entry in REGISTRY.items() if entry.positive)
+        raise UserError(f"attention.name '{name}': +window needs positive features; choose one of {able}")
+    if {"local", "window"} <= set(added):
+        raise UserError(f"attention.name '{name}': a window takes the place of the local branch; leave +local away")
+    return Name(base, "local" in added, "convolution" in added, "window" in added)
 
 
 @dataclass(frozen=True)
@@ -101,12 +113,16 @@ class AttentionEntry(NamedTuple):
         forms: that it has.
         has_local: whether it has a local branch of its own.
         growing: whether its state grows with the text.
+        positive: whether it is a positive feature map, which can share a normaliser with a window.
+        additive: whether it has a memory of sums, which can decay.
     """
 
     build: Builder
     forms: tuple[Form, ...]
     has_local: bool = False
     growing: bool = False
+    positive: bool = False
+    additive: bool = False
 
 
 def _local(config: AttentionConfig, sizes: Sizes, *, unit: bool) -> LocalBranch:
@@ -153,6 +169,8 @@ def _flash(*, local: bool, grouped: bool, angular: bool = False) -> Builder:
     """A builder of FLASH's branches over unit queries and keys."""
 
     def build(config: AttentionConfig, name: Name, sizes: Sizes) -> ComposedAttention:
+        if config.decay != "none":
+            return _decayed_flash(config, name, sizes, local=local or name.local)
         conventions = sizes.conventions
         bidirectional = sizes.form == "bidirectional"
         start = sizes.head_dim // 2 if conventions.separate else 0
@@ -185,17 +203,80 @@ def _flash(*, local: bool, grouped: bool, angular: bool = False) -> Builder:
 def _kernel(features: Callable[[AttentionConfig, Sizes], FeatureMap], finish: str) -> Builder:
     """A builder of linear attention over all keys, by a feature map."""
 
-    def build(config: AttentionConfig, name: Name, sizes: Sizes) -> ComposedAttention:
+    def build(config: AttentionConfig, name: Name, sizes: Sizes) -> Any:
+        linear = LinearBranch(features(config, sizes), reach="all", finish=finish)
+        # A source has no window: all of it is in the memory.
+        if (name.window and sizes.form != "cross") or config.decay != "none":
+            return _windowed_kernel(config, name, sizes, linear)
         return _composed(
             config,
             sizes,
             local=_local(config, sizes, unit=True) if name.local else None,
-            linear=LinearBranch(features(config, sizes), reach="all", finish=finish),
+            linear=linear,
             convolution=_convolution(config, name, sizes),
             initial_alpha=config.initial_alpha if name.local else None,
         )
 
     return build
+
+
+def _windowed_kernel(config: AttentionConfig, name: Name, sizes: Sizes, linear: LinearBranch) -> WindowedAttention:
+    """Linear attention by a feature map with a window, with decay, or with both."""
+    window = AttentionWindow(0)
+    if name.window:
+        window = AttentionWindow(config.window, config.group_size, config.window_groups)
+    elif name.local:
+        window = AttentionWindow(None, config.group_size, groups=0)
+    return _windowed(
+        config,
+        name,
+        sizes,
+        window=window,
+        linear=linear,
+        softmax=name.window,
+        near=_local(config, sizes, unit=True) if name.local else None,
+        initial_alpha=config.initial_alpha if name.local else None,
+    )
+
+
+def _decayed_flash(config: AttentionConfig, name: Name, sizes: Sizes, *, local: bool) -> WindowedAttention:
+    """FLASH's branches with a memory that decays, as LLaMA and GPT-2 have them."""
+    conventions = sizes.conventions
+    if conventions.separate or conventions.inverse_group or conventions.unit_values or conventions.merged_norm:
+        raise UserError(f"attention.decay of '{config.name}' is for LLaMA and GPT-2; set it to 'none'")
+    return _windowed(
+        config,
+        name,
+        sizes,
+        window=AttentionWindow(None, config.group_size, groups=0),
+        linear=LinearBranch(Identity(sizes.head_dim), reach="earlier"),
+        near=_local(config, sizes, unit=False) if local else None,
+        initial_alpha=config.initial_alpha if name.local else None,
+        unit_inputs=conventions.unit,
+    )
+
+
+def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -> WindowedAttention:
+    decay: Decay | None = None
+    if config.decay == "constant":
+        decay = ConstantDecay(sizes.kv_heads, param_dtype=sizes.param_dtype)
+    elif config.decay == "token":
+        decay = TokenDecay(sizes.kv_heads, sizes.value_dim, param_dtype=sizes.param_dtype)
+    return WindowedAttention(
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.value_dim,
+        scale=_softmax_scale(sizes),
+        decay=decay,
+        convolution=_convolution(config, name, sizes),
+        param_dtype=sizes.param_dtype,
+        **parts,
+    )
+
+
+def _softmax_scale(sizes: Sizes) -> float:
+    return 1.0 if sizes.conventions.softmax_scale == "one" else sizes.head_dim**-0.5
 
 
 def _wrapped(build_base: Callable[[AttentionConfig, Sizes], Any]) -> Builder:
@@ -216,6 +297,23 @@ def _wrapped(build_base: Callable[[AttentionConfig, Sizes], Any]) -> Builder:
         return WrappedAttention(base, around, initial_alpha=alpha, param_dtype=sizes.param_dtype)
 
     return build
+
+
+def _softmax(config: AttentionConfig, sizes: Sizes) -> FullAttention | SlidingSoftmax:
+    if config.window is None:
+        return _full(config, sizes, "softmax")
+    scale = sizes.conventions.softmax_scale
+    if sizes.form != "causal" or scale == "length":
+        kind = f"{sizes.form} softmax" if sizes.form != "causal" else "softmax that is scaled by the length"
+        raise UserError(f"attention.window {config.window} is given for {kind}, which has none; leave it away")
+    return SlidingSoftmax(
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.value_dim,
+        window=config.window,
+        scale=sizes.head_dim**-0.5 if scale == "root" else 1.0,
+        implementation=config.implementation,
+    )
 
 
 def _full(config: AttentionConfig, sizes: Sizes, weights: Any) -> FullAttention:
@@ -264,11 +362,27 @@ def _random_features(config: AttentionConfig, sizes: Sizes) -> int:
     return config.features or 2 * sizes.head_dim
 
 
+def _hedgehog(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
+    return Hedgehog(sizes.head_dim, sizes.heads, sizes.kv_heads, param_dtype=sizes.param_dtype)
+
+
+def _exponential(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
+    return Exponential(
+        sizes.head_dim,
+        _random_features(config, sizes),
+        sizes.heads,
+        sizes.kv_heads,
+        scale=_softmax_scale(sizes),
+        param_dtype=sizes.param_dtype,
+        rngs=sizes.rngs,
+    )
+
+
 REGISTRY: dict[str, AttentionEntry] = {
-    "softmax": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "softmax")), ANY, growing=True),
+    "softmax": AttentionEntry(_wrapped(_softmax), ANY, growing=True),
     "flash_local": AttentionEntry(_flash(local=True, grouped=False), ANY, has_local=True),
-    "flash_global": AttentionEntry(_flash(local=False, grouped=True), ANY),
-    "flash": AttentionEntry(_flash(local=True, grouped=True), ANY, has_local=True),
+    "flash_global": AttentionEntry(_flash(local=False, grouped=True), ANY, additive=True),
+    "flash": AttentionEntry(_flash(local=True, grouped=True), ANY, has_local=True, additive=True),
     "linformer": AttentionEntry(_wrapped(_linformer), ANY_SIDE, growing=True),
     "performer": AttentionEntry(
         _kernel(
@@ -278,10 +392,19 @@ REGISTRY: dict[str, AttentionEntry] = {
             "divided",
         ),
         ANY,
+        positive=True,
+        additive=True,
     ),
     "transnormer": AttentionEntry(_wrapped(_transnormer), ANY_SIDE),
     "yoso": AttentionEntry(_wrapped(_yoso), ANY_SIDE),
-    "relu": AttentionEntry(_kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY),
+    "relu": AttentionEntry(
+        _kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY, positive=True, additive=True
+    ),
+    "elu": AttentionEntry(
+        _kernel(lambda config, sizes: EluPlusOne(sizes.head_dim), "divided"), ANY, positive=True, additive=True
+    ),
+    "hedgehog": AttentionEntry(_kernel(_hedgehog, "divided"), ANY, positive=True, additive=True),
+    "exponential": AttentionEntry(_kernel(_exponential, "divided"), ANY, positive=True, additive=True),
     "rfa": AttentionEntry(
         _kernel(
             lambda config, sizes: RandomFourierFeatures(
@@ -290,6 +413,7 @@ REGISTRY: dict[str, AttentionEntry] = {
             "divided_above_floor",
         ),
         ANY,
+        additive=True,
     ),
     "linear_angular": AttentionEntry(_flash(local=True, grouped=True, angular=True), ANY_SIDE, has_local=True),
     "square": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
@@ -327,11 +451,27 @@ def build_mixer(
         UserError: no attention or score function has the configured name, or it does not have this form.
     """
     config = AttentionConfig.of(config)
+    if config.pattern is not None or config.layers is not None:
+        raise UserError(
+            f"attention {config.label} is not one for all layers, as this model needs; give one, or a LLaMA or GPT-2"
+        )
     name = parse_name(config.name)
     entry = REGISTRY[name.base]
     if form not in entry.forms:
         able = ", ".join(other for other, entry in REGISTRY.items() if form in entry.forms)
         raise UserError(f"attention.name '{config.name}' has no {form} form; choose one of {able}")
+    if config.decay != "none" and not entry.additive:
+        able = ", ".join(other for other, entry in REGISTRY.items() if entry.additive)
+        raise UserError(
+            f"attention.decay is '{config.decay}', and {name.base} has no memory that decays; choose one of {able}"
+        )
+    if config.decay != "none" and form != "causal":
+        raise UserError(
+            f"attention.decay is '{config.decay}', and {form} attention has no direction to decay in; "
+            "set it to 'none' there"
+        )
+    if config.window is not None and not (name.window or name.base == "softmax"):
+        raise UserError(f"attention.window is {config.window}, and '{config.name}' has none; add +window to its name")
     value_dim = head_dim if value_dim is None else value_dim
     conventions = conventions or Conventions()
     return entry.build(
@@ -340,13 +480,26 @@ def build_mixer(
 
 
 def max_draft_depth(config: AttentionConfig) -> int | None:
-    """Largest depth of a draft tree below its root: less than a group; None for attention that knows no groups."""
+    """Largest depth of a draft tree below its root: less than a group; None for attention that knows no groups.
+
+    Of a mix, that of the layers with the smallest groups.
+    """
+    groups = [each.group_size for each in config.kinds if _has_groups(each)]
+    return min(groups) - 1 if groups else None
+
+
+def _has_groups(config: AttentionConfig) -> bool:
     name = parse_name(config.name)
-    if name.base in ("softmax", "square") and not name.local:
-        return None
-    return config.group_size - 1
+    if name.window or config.decay != "none":
+        return False
+    return name.local or name.base not in ("softmax", "square")
 
 
 def has_growing_state(config: AttentionConfig) -> bool:
-    """True where the state grows with the text, so that it needs the text's largest length."""
-    return REGISTRY[parse_name(config.name).base].growing
+    """True where the state grows with the text, so that it needs the text's largest length: of a layer, or of all."""
+    return any(REGISTRY[parse_name(each.name).base].growing and softmax_window(each) is None for each in config.kinds)
+
+
+def softmax_window(config: AttentionConfig) -> int | None:
+    """Tokens that softmax over the last of them sees; None for softmax over all, and for any other attention."""
+    return config.window if parse_name(config.name).base == "softmax" else None

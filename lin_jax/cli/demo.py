@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lin_jax.decoding.autotune.plan import PLAIN
 from lin_jax.decoding.autotune.prompts import held_out_prompts
-from lin_jax.demo.measure import DrafterFigures, compare
+from lin_jax.demo.measure import DrafterFigures, best_of, compare
 from lin_jax.demo.report import write_report
 from lin_jax.devices import devices_shown
 from lin_jax.errors import OptionParser
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = held_out_prompts(config.data, session.tokenizer, 2 * options.prompts)
     prompts, calibration = found[: options.prompts], found[options.prompts : 4 * options.prompts]
     _say("    choosing draft trees for this machine")
-    plans = session.plans(DRAFTERS, prompts=calibration, tokens=options.new_tokens)
+    plans = session.plans(DRAFTERS, prompts=calibration, tokens=options.new_tokens, note=_say, shown=True)
     _say(f"    decoding {len(prompts)} held-out prompts")
     figures = compare(session, plans, prompts, options.new_tokens, options.rounds)
     report = _report(folder, figures, len(prompts)) | {
@@ -98,13 +99,13 @@ def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[s
     """Builds the contents of report.json, but for how they were measured."""
     metrics = read_metrics(folder / "metrics.jsonl")
     perplexities = [line["validation_perplexity"] for line in metrics if "validation_perplexity" in line]
-    best = max(figures, key=lambda each: each.speedup)
+    best = best_of(figures)
     return {
         "lossless": all(f.lossless_greedy == f.lossless_sampled == prompts for f in figures),
         "plain_tokens_per_second": best.plain_tokens_per_second,
         "speculative_tokens_per_second": best.speculative_tokens_per_second,
         "speedup": best.speedup,
-        "best_drafter": best.plan.drafter,
+        "best_drafter": best.plan.name,
         "mean_accepted_tokens": best.mean_accepted_tokens,
         "initial_perplexity": perplexities[0],
         "validation_perplexity": perplexities[-1],
@@ -123,8 +124,8 @@ def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[s
                 "prompts_equal_sampled": f.lossless_sampled,
                 "rounding_ties": f.rounding_ties,
                 "tree": f.plan.tree,
-                "expected_tokens": f.plan.expected_tokens,
-                "expected_speedup": f.plan.expected_speedup,
+                "expected_tokens": f.plan.expected_tokens if f.plan.drafts else None,
+                "expected_speedup": f.plan.expected_speedup if f.plan.drafts else None,
                 "accepted_histogram": f.accepted_histogram,
             }
             for f in figures
@@ -139,11 +140,16 @@ def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[s
 
 def _print_summary(report: dict[str, Any], folder: Path) -> None:
     same = "the same text" if report["lossless"] else "NOT the same text"
+    plain = f"plain {report['plain_tokens_per_second']:.0f} tokens/s"
+    drafted = (
+        f"speculative {report['speculative_tokens_per_second']:.0f} tokens/s ({report['best_drafter']}): "
+        f"{report['speedup']:.2f}x, {same}"
+    )
+    if report["best_drafter"] == PLAIN:
+        drafted = f"drafts do not pay on this machine, plain decoding is kept: 1.00x, {same}"
     _say(
         f"\nperplexity {report['initial_perplexity']:,.0f} -> {report['validation_perplexity']:.1f} on held-out text\n"
-        f"plain {report['plain_tokens_per_second']:.0f} tokens/s, speculative "
-        f"{report['speculative_tokens_per_second']:.0f} tokens/s ({report['best_drafter']}): "
-        f"{report['speedup']:.2f}x, {same}\n"
+        f"{plain}, {drafted}\n"
         f"open {folder / 'report.html'}; or try: .venv/bin/python decode.py {folder} 'def main('"
     )
 

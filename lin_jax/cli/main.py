@@ -19,6 +19,8 @@ COMMANDS = {
     "train": Subcommand("lin_jax.cli.train", "train a model, draft heads or several stages, as a YAML file describes"),
     "decode": Subcommand("lin_jax.cli.decode.options", "continue prompts, plainly or with lossless speculation"),
     "evaluate": Subcommand("lin_jax.cli.evaluate", "measure the perplexity of a model on text"),
+    "select-layers": Subcommand("lin_jax.cli.select_layers", "choose the layers that keep softmax, for a recipe"),
+    "report": Subcommand("lin_jax.cli.report", "compare students with their teacher, by figures that cannot flatter"),
     "hub": Subcommand("lin_jax.cli.hub.options", "import, export and inspect Hugging Face folders"),
     "plot": Subcommand("lin_jax.cli.plot", "draw the curves of one or several runs"),
     "self-generate": Subcommand("lin_jax.cli.self_generate", "write a model's own texts, to train its draft heads on"),

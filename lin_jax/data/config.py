@@ -9,6 +9,9 @@ from lin_jax.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
 HUB_PREFIX = "hub:"
+# Formats of rows: a text, a prompt with its completion, or the messages of a conversation.
+TEXT, PROMPT_COMPLETION, MESSAGES = "text", "prompt_completion", "messages"
+FORMATS = (TEXT, PROMPT_COMPLETION, MESSAGES)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class MixturePart:
         split: split of a hub data set.
         text_field: column that holds the text, in tables and hub data sets.
         document_separator: marker between documents inside a text file; None makes a file one document.
+        format: of the rows: text, prompt_completion or messages.
 
     Raises:
         UserError: the weight is not a positive number.
@@ -33,6 +37,7 @@ class MixturePart:
     split: str = "train"
     text_field: str = "text"
     document_separator: str | None = None
+    format: str = TEXT
 
     def __post_init__(self) -> None:
         """Checks the weight; the other fields are checked by the `DataConfig` made of each part."""
@@ -43,7 +48,7 @@ class MixturePart:
 
 
 # Fields that a mixture has in each of its parts, and not beside them.
-PART_FIELDS = ("source", "subset", "split", "text_field", "document_separator")
+PART_FIELDS = ("source", "subset", "split", "text_field", "document_separator", "format")
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class DataConfig:
             "~/.cache/lin_jax/tokens"; None tokenizes them in every run, as they are needed.
         separate_documents: whether rows tell which document each token belongs to, so that attention and targets stop
             at document boundaries; otherwise a row is one text from its first token to its last.
+        format: of a table's rows: text (the column `text_field`), prompt_completion (columns `prompt` and `completion`,
+            texts or lists of messages), or messages (a column of that name, written by the tokenizer's chat template).
+            In the last two, only the tokens of completions, or of the assistant, are targets.
 
     Raises:
         UserError: a value is out of range, or two options contradict each other.
@@ -103,6 +111,7 @@ class DataConfig:
     shards: int = 1
     cache: str | None = None
     separate_documents: bool = True
+    format: str = TEXT
 
     def __post_init__(self) -> None:
         """Checks every value before anything is read."""
@@ -112,6 +121,10 @@ class DataConfig:
             self._check_source()
         if self.task is not None:
             glue_task(self.task)
+        if self.format not in FORMATS:
+            raise UserError(f"format {self.format!r} is unknown; choose one of {', '.join(FORMATS)}")
+        if self.has_loss_mask:
+            self._check_examples()
         if self.vocab_size < SMALLEST_BPE:
             raise UserError(
                 f"vocab_size {self.vocab_size} is too small for a byte-level vocabulary; give {SMALLEST_BPE} or more"
@@ -157,6 +170,16 @@ class DataConfig:
         if self.streaming and self.cache is not None:
             raise UserError(f"cache {self.cache!r} does not apply to a stream; leave one of them out")
 
+    def _check_examples(self) -> None:
+        """Refuses what is for texts alone."""
+        named = next(part.format for part in self.parts if part.format != TEXT)
+        if self.cache is not None:
+            raise UserError(f"cache {self.cache!r} is for format text, and not for {named}; leave it out")
+        if any(part.format != TEXT and part.source == PYTHON_STDLIB for part in self.parts):
+            raise UserError(f"format {named} needs a table with such rows; give a source")
+        if self.task is not None:
+            raise UserError(f"format {named} is for text, and data.task {self.task} for examples of GLUE; give one")
+
     def _check_mixture(self) -> None:
         for name in PART_FIELDS:
             value = getattr(self, name)
@@ -185,6 +208,12 @@ class DataConfig:
         return tuple(
             replace(self, mixture=(), **{name: getattr(part, name) for name in PART_FIELDS}) for part in self.mixture
         )
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """True if batches say which tokens are targets, by `loss_mask`."""
+        formats = (self.format, *(part.format for part in self.mixture))
+        return any(each != TEXT for each in formats)
 
     @property
     def weights(self) -> tuple[float, ...]:

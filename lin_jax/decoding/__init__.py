@@ -1,13 +1,16 @@
 """Decoding: draft trees, drafters, acceptance rules, and the compiled loop on the recurrent state."""
 
+from lin_jax.decoding.drafting.drafters import LikeliestDrafter as LikeliestDrafter
 from lin_jax.decoding.drafting.drafters import MedusaDrafter as MedusaDrafter
 from lin_jax.decoding.drafting.drafters import ModelDrafter as ModelDrafter
 from lin_jax.decoding.drafting.drafters import NgramDrafter as NgramDrafter
 from lin_jax.decoding.drafting.drafters import NoDrafter as NoDrafter
 from lin_jax.decoding.drafting.drafters import PathDrafter as PathDrafter
 from lin_jax.decoding.drafting.drafters import SelfDrafter as SelfDrafter
+from lin_jax.decoding.drafting.drafters import SuffixDrafter as SuffixDrafter
 from lin_jax.decoding.drafting.drafters import UnionDrafter as UnionDrafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree as DynamicTree
+from lin_jax.decoding.drafting.text_memory import TextMemory as TextMemory
 from lin_jax.decoding.drafting.tree import MC_SIM_7B_63 as MC_SIM_7B_63
 from lin_jax.decoding.drafting.tree import AnyTree as AnyTree
 from lin_jax.decoding.drafting.tree import DraftTree as DraftTree

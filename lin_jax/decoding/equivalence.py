@@ -10,10 +10,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.attention.state import AugmentedState
+from lin_jax.attention.windowed_state import WindowedState
 from lin_jax.decoding.engine.sampling import Sampling, perturb
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.models import CausalModel
 
+ComparedState = AugmentedState | WindowedState
 # Difference, relative to the largest logit, that the order of summation may cause: some hundred units in the last
 # place, and in bfloat16, where sums are float32 and only intermediate results are rounded, a few.
 ROUNDING = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 3e-2}
@@ -71,22 +73,23 @@ def is_rounding_tie(
     return abs(first - second) <= rounding * max(float(jnp.abs(logits).max()), 1.0)
 
 
-def state_difference(one: AugmentedState, other: AugmentedState) -> float:
+def state_difference(one: ComparedState, other: ComparedState) -> float:
     """Largest difference between two states of the same rows, relative to the largest number of its array.
 
     It is 0 for states that are equal to the bit, and infinite for states after different numbers of tokens. Slots of
-    the unfinished group that hold no token are ignored.
+    an unfinished group that hold no token are ignored; those of a window hold the same in both, in use or not.
     """
     position = np.asarray(one.position)
     if not np.array_equal(position, np.asarray(other.position)):
         return float("inf")
-    used = np.arange(one.keys.shape[-3]) < (position % one.keys.shape[-3])[..., None]
+    in_groups = isinstance(one, AugmentedState)
     largest = 0.0
-    for name in ("memory", "keys", "values", "window"):
-        if getattr(one, name) is None:
+    for name in ("memory", "keys", "values", *(("window",) if in_groups else ("decays", "convolved"))):
+        if getattr(one, name) is None or not getattr(one, name).size:
             continue
         left, right = (np.asarray(getattr(state, name)).astype(np.float64) for state in (one, other))
-        if name in ("keys", "values"):
+        if in_groups and name in ("keys", "values"):
+            used = np.arange(left.shape[-3]) < (position % left.shape[-3])[..., None]
             left, right = (np.where(used[..., None, None], part, 0) for part in (left, right))
         largest = max(largest, float(np.abs(left - right).max()) / max(float(np.abs(right).max()), 1e-30))
     return largest

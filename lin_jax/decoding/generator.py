@@ -1,6 +1,6 @@
 """Generation from Python: prompts in, tokens out, for one model, drafter and set of draft trees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -8,13 +8,18 @@ import jax
 
 from lin_jax.attention import has_growing_state, max_draft_depth
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
+from lin_jax.decoding.autotune.shapes import DraftShapes
+from lin_jax.decoding.autotune.steering import AdaptiveShape, FixedShape, Steering, no_evidence
+from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
 from lin_jax.decoding.drafting.drafters.none import NoDrafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
+from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 from lin_jax.decoding.engine.decode_loop import DecodeOptions
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
-from lin_jax.decoding.engine.prefix_cache import Prefix
+from lin_jax.decoding.engine.prefix_cache import TAIL, Prefix
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
@@ -23,6 +28,7 @@ from lin_jax.decoding.scheduler import Scheduler, SchedulerSpec
 from lin_jax.errors import UserError, check_seed
 from lin_jax.models import CausalModel, as_trained
 from lin_jax.models.params import params_fingerprint, params_of
+from lin_jax.models.stored_weights import restored
 
 GREEDY = Sampling()
 MAX_SLOTS = 64
@@ -43,9 +49,15 @@ class Generator:
         break_even_tokens: tokens that a step of the tree must yield for each row to be as fast as plain decoding, for
             every tree or for each (`SpeculationPlan.break_even_tokens`); below that, plain decoding takes over for a
             while. None always drafts.
+        shapes: trees among which the loop chooses while it decodes, instead of `tree` (`autotune.shapes.draft_shapes`).
+        costs: what steps of the shapes cost on this machine, given the batch size; None assumes it at first, and
+            measures it while decoding.
+        compiler: compiles the loops of the shapes; None does so in a thread while decoding goes on.
         acceptance: name of the acceptance rule: exact (the output is plain decoding's, token for token), rejection
             (drafts are drawn, the output has plain decoding's distribution) or typical (lossy).
         prefill_chunk_size: tokens of a prompt that are read at a time; it bounds the memory of prefill.
+        memory: what finished outputs are added to, each with the end of its prompt: the memory that the drafter was
+            built with, if it copies from one. None keeps nothing.
 
     Raises:
         UserError: the tree asks for more guesses than the drafter offers, or is deeper than a group is long, or the
@@ -59,13 +71,28 @@ class Generator:
         drafter: Drafter | None = None,
         tree: AnyTree | Mapping[int, AnyTree] | None = None,
         break_even_tokens: float | Mapping[int, float] | None = None,
+        shapes: DraftShapes | None = None,
+        costs: Callable[[int], StepCosts] | None = None,
+        compiler: ProgramCompiler | None = None,
         end_tokens: Sequence[int] = (),
         stops: StopAutomaton | None = None,
         acceptance: str = "exact",
         prefill_chunk_size: int = 256,
+        memory: TextMemory | None = None,
     ) -> None:
         self.model = model
         self.drafter = drafter or NoDrafter()
+        if shapes is not None and tree is not None:
+            raise UserError("a tree and shapes to choose among are both given; give one of them")
+        if shapes is not None and acceptance != "exact":
+            raise UserError(f"acceptance '{acceptance}' depends on the tree; give one, or acceptance exact")
+        self.shapes = shapes
+        sizes = [] if shapes is None else [each.size for each in shapes.trees]
+        self.costs = costs or (lambda slots: StepCosts(sizes))
+        self.compiler = compiler or ProgramCompiler()
+        self.learned = None if shapes is None else no_evidence(shapes)
+        if shapes is not None:
+            tree = max(shapes.trees, key=lambda each: each.depth)
         if tree is None:
             tree = DraftTree(tuple((0,) * d for d in range(1, self.drafter.depth + 1)))
         self.trees = dict(tree) if isinstance(tree, Mapping) else {1: tree}
@@ -75,7 +102,8 @@ class Generator:
         self.stops = stops
         self.acceptance = acceptance
         self.prefill_chunk_size = prefill_chunk_size
-        for each in self.trees.values():
+        self.memory = memory
+        for each in (*self.trees.values(), *(() if shapes is None else shapes.trees)):
             _check_tree(self.model, self.drafter, each)
             _check_acceptance(acceptance, self.drafter, each)
 
@@ -155,6 +183,7 @@ class Generator:
         _check_room(self.model, prefix, longest + max_new_tokens)
         return Scheduler(
             self._spec(size, sampling),
+            self._steering(size),
             prompts,
             max_new_tokens,
             seed=seed,
@@ -177,7 +206,7 @@ class Generator:
         drafter = self.drafter_for(self.tree_for(slots))
         blank = init_decode_state(self.model, drafter, 1, capacity, seen=sampling.repetition_penalty != 1)
         decode_state = prefill(self.model, drafter, blank, [tokens], self.prefill_chunk_size)
-        return Prefix(decode_state, len(tokens), capacity, self.identity)
+        return Prefix(decode_state, len(tokens), capacity, self.identity, tuple(map(int, tokens[-TAIL:])))
 
     def load_prefix(self, path: str | Path, *, sampling: Sampling = GREEDY, slots: int = 1) -> Prefix:
         """Reads a file that `Prefix.save` wrote; arguments as in `prefix`.
@@ -196,7 +225,7 @@ class Generator:
     @cached_property
     def identity(self) -> str:
         """Fingerprint of the model's parameters."""
-        return params_fingerprint(params_of(as_trained(self.model)))
+        return params_fingerprint(params_of(as_trained(restored(self.model))))
 
     def tree_for(self, slots: int) -> AnyTree:
         """Tree that serves a batch size; the empty one below the smallest size."""
@@ -216,17 +245,26 @@ class Generator:
         return self.drafter if tree.size > 1 else NoDrafter()
 
     def _spec(self, slots: int, sampling: Sampling) -> SchedulerSpec:
-        """Resolves tree, drafter and fallback for a batch size."""
+        """Resolves trees and drafter for a batch size."""
         tree = self.tree_for(slots)
+        trees = dict.fromkeys((DraftTree(), tree)) if self.shapes is None else self.shapes.trees
         return SchedulerSpec(
             model=self.model,
             drafter=self.drafter_for(tree),
-            options=DecodeOptions(tree, sampling, self.acceptance, self.end_tokens),
+            options=tuple(DecodeOptions(each, sampling, self.acceptance, self.end_tokens) for each in trees),
             stops=self.stops,
             slots=slots,
-            break_even_tokens=self.break_even_for(slots),
             prefill_chunk_size=self.prefill_chunk_size,
+            compiler=self.compiler,
+            adaptive=self.shapes is not None,
+            memory=self.memory,
         )
+
+    def _steering(self, slots: int) -> Steering:
+        """Choice among the trees for a batch size."""
+        if self.shapes is None:
+            return FixedShape(int(self.tree_for(slots).size > 1), self.break_even_for(slots))
+        return AdaptiveShape(self.shapes, self.costs(slots), slots, self.learned)
 
     def _slots(self, prompts: int, wanted: int | None) -> int:
         bound = getattr(self.model, "batch", None)

@@ -1,6 +1,6 @@
 """Results of decoding: tokens, their origins, and statistics of the loop."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -46,10 +46,11 @@ class Generation:
         steps: per prompt, target steps taken after the first token.
         accepted_histogram: `[P]` number of steps that gave 1, 2, ... tokens.
         nodes: nodes that the target computed in all, those of finished and empty rows included.
-        plain_steps: steps of plain decoding, taken because the tree did not pay.
+        plain_steps: steps of plain decoding, taken where drafts do not pay.
         prefill_seconds: time to read the prompts, choose the first tokens, and compile new programs.
         decode_seconds: time of the loop.
         state_bytes: size of one sequence's recurrent state in bytes.
+        steps_by_tree: steps of the loop with each tree, by its text; "none" is plain decoding.
     """
 
     tokens: list[list[int]]
@@ -63,6 +64,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     state_bytes: int
+    steps_by_tree: dict[str, int] = field(default_factory=dict)
 
     @property
     def decoded(self) -> int:

@@ -1,23 +1,28 @@
 """Continuous batching: prompts wait for slots, slots run, finished rows make room for the next prompts."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.decoding.autotune.fallback import SpeculationFallback
+from lin_jax.decoding.autotune.chooser import Choice
+from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
-from lin_jax.decoding.engine.decode_loop import DecodeOptions, LoopState, RowStatus, run, start
+from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
+from lin_jax.decoding.drafting.text_memory import TextMemory
+from lin_jax.decoding.drafting.tree import tree_text
+from lin_jax.decoding.engine.decode_loop import DecodeOptions, LoopState, LossLimit, RowStatus, run, start
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
 from lin_jax.decoding.engine.prefix_cache import Prefix
+from lin_jax.decoding.engine.programs import Flat, ProgramCompiler, blank, shapes_of
 from lin_jax.decoding.engine.slots import bucket, insert_rows, repeat_rows
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.decoding.results import WAITING, Generation, Update
+from lin_jax.errors import UserError
 from lin_jax.models import CausalModel
 
 
@@ -27,22 +32,31 @@ class SchedulerSpec:
 
     Attributes:
         model: the target.
-        drafter: drafter that fills the tree of `options`.
-        options: tree, sampling, acceptance and end tokens of the compiled loop.
+        drafter: drafter that fills the trees of `options`.
+        options: tree, sampling, acceptance and end tokens of each compiled loop, plain decoding first; they differ in
+            their trees alone.
         stops: automaton of the strings that end a row, or None.
         slots: rows of the batch.
-        break_even_tokens: tokens that a step of the tree must yield for each row to be as fast as plain decoding; None
-            if the tree is used whatever it yields.
         prefill_chunk_size: tokens of a prompt that are read at a time.
+        compiler: compiles the loops.
+        adaptive: whether the loop leaves a tree by itself before it has lost too much.
+        memory: what finished outputs are added to, each with the end of its prompt; or None.
     """
 
     model: CausalModel
     drafter: Drafter
-    options: DecodeOptions
+    options: tuple[DecodeOptions, ...]
     stops: StopAutomaton | None
     slots: int
-    break_even_tokens: float | None
     prefill_chunk_size: int
+    compiler: ProgramCompiler
+    adaptive: bool = False
+    memory: TextMemory | None = None
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest tree."""
+        return max(each.tree.depth for each in self.options)
 
 
 @dataclass
@@ -63,18 +77,20 @@ class Scheduler:
 
     Args:
         spec: model, drafter and options.
+        steering: chooses among the trees of the options.
         prompts: token ids of each prompt.
         max_new_tokens: largest number of new tokens per prompt.
         seed: seed of the random numbers.
         first_row: index of the first prompt, which keys its random numbers.
         prefix: decode state of a text before every prompt.
         log_probs: whether to keep log-probabilities.
-        steps_per_sync: steps of the loop between two syncs with the host.
+        steps_per_sync: largest number of steps of the loop between two syncs with the host.
     """
 
     def __init__(
         self,
         spec: SchedulerSpec,
+        steering: Steering,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         *,
@@ -87,9 +103,11 @@ class Scheduler:
         self.spec = spec
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
-        self.plain_options = replace(spec.options, tree=DraftTree())
-        self.fallback = SpeculationFallback(spec.break_even_tokens)
-        self.seed = jnp.asarray(seed, jnp.uint32)
+        self.steering = steering
+        if spec.memory is not None:
+            spec.memory.refresh()
+        self.modules = Flat.of(spec.model, spec.drafter)
+        self.seed = np.uint32(seed)
         self.first_row = first_row
         self.prefix = prefix
         self.log_probs = log_probs
@@ -97,19 +115,25 @@ class Scheduler:
         self.outputs = [_Output() for _ in prompts]
         self.waiting = deque(range(len(prompts)))
         self.slot_to_prompt: list[int | None] = [None] * spec.slots
-        self.accepted_histogram = np.zeros(self.tree.depth + 1, np.int64)
-        self.nodes = self.plain_steps = self.collected = 0
+        self.accepted_histogram = np.zeros(spec.depth + 1, np.int64)
+        self.shape_steps: Counter[int] = Counter()
+        self.nodes = self.collected = 0
         self.prefill_seconds = self.decode_seconds = 0.0
         longest = max(len(prompt) for prompt in prompts) + (0 if prefix is None else prefix.length)
         # A tree may reach past the last token that is kept.
-        self.capacity = bucket(longest + max_new_tokens, 64) + self.tree.depth + 1
+        self.capacity = bucket(longest + max_new_tokens, 64) + spec.depth + 1
         began = time.perf_counter()
         first = [self.waiting.popleft() for _ in range(min(spec.slots, len(prompts)))]
-        self.slot_to_prompt[: len(first)] = first
         self.state = self._start_rows(first, spec.slots)
+        self._shapes = shapes_of(self.state)
+        shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes)]
+        # Texts, whose hashes Python keeps.
+        self._keys = [f"{options} {shapes} {spec.adaptive}" for options in spec.options]
+        self._written = np.zeros(spec.slots, np.int64)
+        for slot, index in enumerate(first):
+            self._begin_row(slot, index)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.decode_state.model)) // spec.slots
-        # No step at all: the loop is compiled here, so that the time of decoding is that of decoding.
-        self._run(0)
+        jax.block_until_ready(self.state.root)
         self.prefill_seconds = time.perf_counter() - began
 
     def __iter__(self) -> Iterator[Update]:
@@ -117,11 +141,6 @@ class Scheduler:
         yield from self.collect()
         while self.advance():
             yield from self.collect()
-
-    @property
-    def tree(self) -> AnyTree:
-        """Shape of the drafts."""
-        return self.spec.options.tree
 
     @property
     def finished(self) -> bool:
@@ -133,6 +152,10 @@ class Scheduler:
         """Tokens collected so far per second of the loop, for a progress bar."""
         return self.collected / self.decode_seconds if self.decode_seconds else 0.0
 
+    def tokens_before(self, index: int) -> list[int]:
+        """Last tokens before the output of a prompt: its own, behind those of the prefix."""
+        return [*(() if self.prefix is None else self.prefix.tail), *self.prompts[index]]
+
     def advance(self, steps: int | None = None) -> bool:
         """Gives free slots to waiting prompts, then runs the loop for some steps; False if nothing is left to do."""
         began = time.perf_counter()
@@ -142,19 +165,22 @@ class Scheduler:
             self.prefill_seconds += time.perf_counter() - began
         if self.finished:
             return False
-        if not self.fallback.drafts and not self.plain_steps:
-            # Compiled only where it is needed, and outside the time of decoding.
-            began = time.perf_counter()
-            self._run(0)
-            self.prefill_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        self._run(self.fallback.steps_until_check(self.steps_per_sync if steps is None else steps))
-        self.decode_seconds += time.perf_counter() - began
+        running = np.asarray(self.state.status) == RowStatus.RUNNING
+        compiling = self._compile(running)
+        self._run(self.steering.choose(running, self._is_ready, self.steps_per_sync if steps is None else steps))
+        self.decode_seconds += time.perf_counter() - began - compiling
+        self.prefill_seconds += compiling
         return True
 
     def collect(self) -> list[Update]:
-        """Collects the new tokens of every sequence; slots of finished ones become free."""
+        """Collects the new tokens of every sequence; slots of finished ones become free.
+
+        Raises:
+            UserError: the numbers of a sequence have become NaN or infinite.
+        """
         state = self.state
+        finite = np.asarray(state.finite)
         written, status, steps = (np.asarray(part) for part in (state.written, state.status, state.steps))
         output, origin = np.asarray(state.output), np.asarray(state.origin)
         log_probs = None if state.log_probs is None else np.asarray(state.log_probs)
@@ -162,6 +188,12 @@ class Scheduler:
         for slot, index in enumerate(self.slot_to_prompt):
             if index is None:
                 continue
+            if not finite[slot]:
+                raise UserError(
+                    f"the logits of prompt {index + 1} have become NaN or infinite within {int(written[slot])} tokens: "
+                    "the model's numbers overflow; give another checkpoint, or this one in a wider type "
+                    "(python -m lin_jax.hub import --dtype float32)"
+                )
             result = self.outputs[index]
             new = slice(len(result.tokens), int(written[slot]))
             result.steps, result.ending = int(steps[slot]), RowStatus(int(status[slot])).label
@@ -176,6 +208,10 @@ class Scheduler:
             if update.finished:
                 self.accepted_histogram += np.asarray(state.accepted_histogram[slot])
                 self.slot_to_prompt[slot] = None
+                if self.spec.memory is not None:
+                    self.spec.memory.add([*self.prompts[index][-MAX_MATCH:], *result.tokens])
+                    # The drafter may read another index now.
+                    self.modules = Flat.of(self.spec.model, self.spec.drafter)
         return updates
 
     @property
@@ -191,29 +227,62 @@ class Scheduler:
             steps=[each.steps for each in self.outputs],
             accepted_histogram=accepted_histogram,
             nodes=self.nodes,
-            plain_steps=self.plain_steps,
+            plain_steps=self.shape_steps[0] if len(self.spec.options) > 1 else 0,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
             state_bytes=self.state_bytes,
+            steps_by_tree={tree_text(self.spec.options[shape].tree): n for shape, n in self.shape_steps.items()},
         )
 
-    def _run(self, steps: int) -> None:
-        """Runs the loop with the tree or plainly, as the fallback decides, and updates the statistics."""
-        options = self.spec.options if self.fallback.drafts else self.plain_options
-        before = np.asarray(self.state.accepted_histogram)
-        self.state, done = run(
-            self.spec.model,
-            self.spec.drafter,
-            self.state,
-            self.spec.stops,
-            jnp.int32(steps),
-            jnp.asarray(bool(self.waiting)),
-            options=options,
-        )
+    def _run(self, choice: Choice) -> None:
+        """Runs the loop with the chosen tree, and updates the statistics."""
+        before, began = np.asarray(self.state.accepted_histogram).copy(), time.perf_counter()
+        self.state, done = self._call(choice.arm, self.state, choice.steps, choice)
         steps = int(done)
-        self.plain_steps += 0 if self.fallback.drafts else steps
-        self.nodes += steps * len(self.slot_to_prompt) * options.tree.size
-        self.fallback.update(steps, (np.asarray(self.state.accepted_histogram) - before).sum(axis=0))
+        seconds = time.perf_counter() - began
+        self.shape_steps[choice.arm] += steps
+        self.nodes += steps * len(self.slot_to_prompt) * self.spec.options[choice.arm].tree.size
+        histogram = np.asarray(self.state.accepted_histogram) - before
+        self.steering.update(choice, steps, seconds, histogram, self._new_tokens)
+
+    def _call(
+        self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
+    ) -> tuple[LoopState, jax.Array]:
+        """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
+        limit = None
+        if shape and self.spec.adaptive:
+            cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
+            limit = LossLimit(np.float32(cost), np.float32(allowance))
+        # NumPy's numbers: making arrays of JAX's on the device would take longer than a step of a small model.
+        count, waiting = np.int32(steps), np.bool_(bool(self.waiting))
+        return run(self.modules, state, self.spec.stops, count, waiting, limit, options=self.spec.options[shape])
+
+    def _compile(self, running: np.ndarray) -> float:
+        """Compiles what is needed now, and has the tree compiled that is wanted next; gives the seconds of waiting."""
+        needed = self.steering.needed
+        wanted = self.steering.wanted(running, self._is_ready)
+        began = time.perf_counter()
+        if not self._is_ready(needed):
+            # No step at all, so that the time of decoding is that of decoding.
+            self.state, _ = self._call(needed, self.state, 0)
+            self.spec.compiler.add(self._keys[needed])
+        if wanted is not None:
+            self.spec.compiler.request(self._keys[wanted], lambda: self._call(wanted, blank(self._shapes), 0))
+        return time.perf_counter() - began
+
+    def _is_ready(self, shape: int) -> bool:
+        return self.spec.compiler.is_ready(self._keys[shape])
+
+    def _new_tokens(self, slot: int) -> list[int]:
+        """Tokens of a slot since they were last asked for."""
+        begin, end = int(self._written[slot]), int(np.asarray(self.state.written)[slot])
+        self._written[slot] = end
+        return np.asarray(self.state.output)[slot, begin:end].tolist()
+
+    def _begin_row(self, slot: int, index: int) -> None:
+        self.slot_to_prompt[slot] = index
+        self._written[slot] = 0
+        self.steering.begin_row(slot, self.prompts[index])
 
     def _fill_slots(self) -> None:
         """Reads the next prompts and puts them into the free slots."""
@@ -226,7 +295,7 @@ class Scheduler:
         slots[: len(indices)] = free[: len(indices)]
         self.state = insert_rows(self.state, fresh, jnp.asarray(slots))
         for slot, index in zip(free, indices, strict=False):
-            self.slot_to_prompt[slot] = index
+            self._begin_row(slot, index)
 
     def _start_rows(self, indices: Sequence[int], count: int) -> LoopState:
         """State of `count` rows, the first of them with some prompts read and their first tokens chosen."""
@@ -236,13 +305,13 @@ class Scheduler:
         return start(
             self.spec.model,
             self._prefill([self.prompts[index] for index in indices], count),
-            jnp.asarray(limit),
-            jnp.asarray(rows),
+            limit,
+            rows,
             self.seed,
             self.spec.stops,
-            sampling=self.spec.options.sampling,
-            end_tokens=self.spec.options.end_tokens,
-            max_step_tokens=self.tree.depth + 1,
+            sampling=self.spec.options[0].sampling,
+            end_tokens=self.spec.options[0].end_tokens,
+            max_step_tokens=self.spec.depth + 1,
             capacity=bucket(self.max_new_tokens, 16),
             log_probs=self.log_probs,
         )
@@ -252,6 +321,6 @@ class Scheduler:
         if self.prefix is not None:
             decode_state = repeat_rows(self.prefix.decode_state, count=count)
         else:
-            seen = self.spec.options.sampling.repetition_penalty != 1
+            seen = self.spec.options[0].sampling.repetition_penalty != 1
             decode_state = init_decode_state(self.spec.model, self.spec.drafter, count, self.capacity, seen=seen)
         return prefill(self.spec.model, self.spec.drafter, decode_state, prompts, self.spec.prefill_chunk_size)

@@ -23,7 +23,7 @@ class DrafterFigures:
         plan: the drafter and its tree.
         plain_tokens_per_second: plain greedy decoding, median over rounds.
         speculative_tokens_per_second: the same prompts with drafts, median over rounds.
-        speedup: median over rounds of the ratio of both.
+        speedup: median over rounds of the ratio of both; 1 for a plan without drafts.
         mean_accepted_tokens: tokens per target step, greedy.
         lossless_greedy: prompts whose greedy tokens equal plain decoding's.
         lossless_sampled: prompts whose sampled tokens do, with the same seed.
@@ -49,6 +49,8 @@ def compare(
 ) -> list[DrafterFigures]:
     """Decodes every prompt plainly and with each plan, in turn, for several rounds after a warm-up.
 
+    A plan without drafts is plain decoding: it has its figures, and is not timed against itself.
+
     Args:
         session: model and heads.
         plans: one for each drafter.
@@ -56,9 +58,10 @@ def compare(
         tokens: new tokens per prompt; end tokens do not stop a row, so that all runs write as much.
         rounds: counted rounds.
     """
+    drafting = [plan for plan in plans if plan.drafts]
     generators = [
         _endless(session, "none", DraftTree()),
-        *(_endless(session, each.drafter, each.shape) for each in plans),
+        *(_endless(session, each.drafter, each.shape) for each in drafting),
     ]
     sampled = [[_one(each, prompt, tokens, SAMPLED) for prompt in prompts] for each in generators]
     rates = np.zeros((rounds, len(generators)))
@@ -66,6 +69,7 @@ def compare(
         greedy = [[_one(each, prompt, tokens, Sampling()) for prompt in prompts] for each in generators]
         if turn >= 0:
             rates[turn] = [sum(g.decoded for g in row) / sum(g.decode_seconds for g in row) for row in greedy]
+    places = [drafting.index(plan) + 1 if plan.drafts else 0 for plan in plans]
     return [
         DrafterFigures(
             plan=plan,
@@ -84,8 +88,13 @@ def compare(
             accepted_histogram=np.sum([g.accepted_histogram for g in greedy[index]], axis=0).tolist(),
             generations=greedy[index],
         )
-        for index, plan in enumerate(plans, 1)
+        for index, plan in zip(places, plans, strict=True)
     ]
+
+
+def best_of(figures: Sequence[DrafterFigures]) -> DrafterFigures:
+    """The fastest, plain decoding included where a plan drafts nothing: with nothing drafted there is no speed-up."""
+    return max(figures, key=lambda each: each.speedup)
 
 
 def drafted_share(generation: Generation) -> float:

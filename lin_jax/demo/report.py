@@ -15,7 +15,7 @@ from lin_jax.data import StreamDecoder, Tokenizer
 from lin_jax.decoding import Generation, TokenOrigin
 from lin_jax.decoding.drafting.tree import DraftTree
 from lin_jax.demo import charts
-from lin_jax.demo.measure import DrafterFigures, drafted_share
+from lin_jax.demo.measure import DrafterFigures, best_of, drafted_share
 
 SHOWN_PROMPTS = 4
 # Who chose a token, beside those that the loop knows.
@@ -73,7 +73,7 @@ def write_report(
         prompts: token ids.
         figures: of every drafter; `generations` belong to `prompts`, in order.
     """
-    best = max(figures, key=lambda each: each.speedup)
+    best = best_of(figures)
     environment = Environment(
         loader=PackageLoader("lin_jax.demo", ""),
         autoescape=True,
@@ -85,9 +85,11 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         report=report,
         best=best,
-        headline=_headline(report),
-        cards=_cards(report),
-        charts=_charts(report, best),
+        plain=not best.plan.drafts,
+        guesses={each.plan.drafter: each.plan.shape.size - 1 for each in figures},
+        headline=_headline(report, best),
+        cards=_cards(report, best),
+        charts=_charts(report, figures, best),
         tree_has_ngrams=any(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
         tree_has_heads=not all(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
         samples=choose_samples(tokenizer, prompts, best.generations),
@@ -147,22 +149,23 @@ def _picture(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
-def _headline(report: dict[str, Any]) -> str:
+def _headline(report: dict[str, Any], best: DrafterFigures) -> str:
     if not report["lossless"]:
         return "Speculation changed the text"
-    if report["speedup"] < 1.005:
+    if not best.plan.drafts or report["speedup"] < 1.005:
         return "The same text, no faster on this machine"
     return f"The same text, {report['speedup']:.2f} times as fast"
 
 
-def _cards(report: dict[str, Any]) -> list[Card]:
+def _cards(report: dict[str, Any], best: DrafterFigures) -> list[Card]:
     """The headline figures, after the speed-up itself."""
+    drafts = best.plan.drafts
     return [
         Card(
             "Tokens per second",
             f"{report['speculative_tokens_per_second']:,.0f}",
-            "plain and speculative, one sequence at a time",
-            before=f"{report['plain_tokens_per_second']:,.0f}",
+            "plain and speculative, one sequence at a time" if drafts else "plain decoding, one sequence at a time",
+            before=f"{report['plain_tokens_per_second']:,.0f}" if drafts else "",
         ),
         Card("Tokens per step", f"{report['mean_accepted_tokens']:.2f}", "on average; plain decoding gives 1"),
         Card(
@@ -178,13 +181,12 @@ def _cards(report: dict[str, Any]) -> list[Card]:
     ]
 
 
-def _charts(report: dict[str, Any], best: DrafterFigures) -> dict[str, Any]:
-    """Every chart that there are figures for."""
-    drafters = report["drafters"]
-    longest = max(len(each["accepted_histogram"]) for each in drafters.values())
-    highest = max(
-        max(each["accepted_histogram"]) / max(sum(each["accepted_histogram"]), 1) for each in drafters.values()
-    )
+def _charts(report: dict[str, Any], figures: Sequence[DrafterFigures], best: DrafterFigures) -> dict[str, Any]:
+    """Every chart that there are figures for; a drafter whose plan is plain decoding has none of its own."""
+    drafters = {each.plan.drafter: report["drafters"][each.plan.drafter] for each in figures if each.plan.drafts}
+    histograms = [each["accepted_histogram"] for each in drafters.values()]
+    longest = max(map(len, histograms), default=1)
+    highest = max((max(each) / max(sum(each), 1) for each in histograms), default=1.0)
     curves: list[tuple[str, Markup]] = []
     if len(report.get("losses", ())) > 1:
         curves.append(("Training loss", charts.loss_curve(report["losses"])))

@@ -2,9 +2,10 @@
 
 Only products count, two operations a multiplication with its addition, and only those that are necessary: causal
 softmax takes the half of its pairs that are not masked away, augmented attention the pairs within groups, one product
-into the memory and one out of it for each token, and the taps of its convolution. Norms, activations, feature maps,
-hashes and whatever an implementation does beyond that (recomputation in the backward pass, masked pairs, pairs of a
-kernel's tiles) earn nothing. A backward pass takes twice its forward pass.
+into the memory and one out of it for each token, and the taps of its convolution; a window takes the pairs in it, a
+learnt feature map its matrices. Norms, activations, random features, hashes and whatever an implementation does beyond
+that (recomputation in the backward pass, masked pairs, pairs of a kernel's tiles) earn nothing. A backward pass takes
+twice its forward pass.
 """
 
 import math
@@ -79,7 +80,8 @@ def mixing_flops(model: ModelConfig, length: int) -> float:
     if not isinstance(model, LlamaConfig | Gpt2Config):
         return 0.0
     kv_heads = getattr(model, "kv_heads", model.num_heads)
-    return model.num_layers * attention_flops(model.attention, model.num_heads, kv_heads, model.head_size, length)
+    every = model.attention.of_layers(model.num_layers)
+    return sum(attention_flops(each, model.num_heads, kv_heads, model.head_size, length) for each in every)
 
 
 def attention_flops(config: AttentionConfig, heads: int, kv_heads: int, size: int, length: int) -> float:
@@ -95,14 +97,22 @@ def attention_flops(config: AttentionConfig, heads: int, kv_heads: int, size: in
     name = parse_name(config.name)
     whole, rest = divmod(length, config.group_size)
     in_groups = whole * _pairs(config.group_size) + _pairs(rest)
-    pairs = {"softmax": _pairs(length), "square": _pairs(length)}.get(name.base, 0)
+    pairs = _pairs(length) if name.base in ("softmax", "square") else 0
+    if name.base == "softmax" and config.window is not None:
+        pairs -= _pairs(max(length - config.window, 0))
     if name.local or name.base in ("flash", "flash_local", "linear_angular", "transnormer"):
         pairs += in_groups
     if name.base == "linformer":
         pairs += in_groups + config.rank * config.group_size * _pairs(whole)
+    if name.window:
+        pairs += _window_pairs(config, length)
     total = 4.0 * heads * size * pairs
     if (features := _features(config, name.base, size)) is not None:
         total += 2.0 * (heads + kv_heads) * length * features * size
+    if (learnt := {"hedgehog": size, "exponential": features}.get(name.base)) is not None:
+        total += 2.0 * (heads + kv_heads) * length * learnt * size
+    if config.decay == "token":
+        total += 2.0 * kv_heads * length * size
     if name.convolution:
         # The causal half of the kernel, the token itself included.
         total += 2.0 * heads * length * size * (config.kernel_size + 1) / 2
@@ -114,12 +124,25 @@ def _pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
+def _window_pairs(config: AttentionConfig, length: int) -> int:
+    """Pairs of a row in windows: a sliding one, or the query's group as far as the query and the groups before it."""
+    if config.window is not None:
+        return _pairs(length) - _pairs(max(length - config.window, 0))
+    size, groups = config.group_size, range(-(-length // config.group_size))
+    sizes = [min(size, length - number * size) for number in groups]
+    return sum(
+        _pairs(tokens) + tokens * size * min(number, config.window_groups)
+        for number, tokens in zip(groups, sizes, strict=True)
+    )
+
+
 def _features(config: AttentionConfig, base: str, size: int) -> int | None:
     """Rows of the memory that an attention keeps of each head; None if it keeps none."""
     if base in ("softmax", "square", "flash_local", "linformer"):
         return None
     random = config.features or 2 * size
-    return {"performer": random, "rfa": random, "yoso": config.hashes * 2**config.hash_bits}.get(base, size)
+    sizes = {"performer": random, "rfa": random, "exponential": random, "hedgehog": 2 * size}
+    return sizes.get(base, config.hashes * 2**config.hash_bits if base == "yoso" else size)
 
 
 def _weights(model: ModelConfig, params: Params) -> int:

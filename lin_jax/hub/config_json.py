@@ -1,7 +1,7 @@
 """Model configurations from and to `config.json`: the family's Hugging Face fields and, if linearized, `attention`.
 
-`attention` holds every field of `AttentionConfig`; in a model with several kinds of attention (T5), one such object for
-each of them: `encoder`, `decoder` and `cross`.
+`attention` holds every field of `AttentionConfig`; in a model whose layers differ, a list of such objects, one for each
+layer; in a model with several kinds of attention (T5), one object for each of them: `encoder`, `decoder` and `cross`.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from typing import Any
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig, parse_name
+from lin_jax.attention.registry import Name
 from lin_jax.errors import UserError
 from lin_jax.hub.export import architectures, auto_map
 from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
@@ -31,8 +32,14 @@ def attentions_of(config: Any) -> dict[str, AttentionConfig]:
 
 
 def is_softmax(config: Any) -> bool:
-    """True if a model's configuration has softmax attention alone, as transformers has it."""
-    return all(parse_name(each.name) == ("softmax", False, False) for each in attentions_of(config).values())
+    """True if a model's configuration has softmax attention alone, of whole texts or of a window."""
+    every = [kind for each in attentions_of(config).values() for kind in each.kinds]
+    return all(parse_name(each.name) == Name("softmax", False, False) for each in every)
+
+
+def is_known(family: Family, config: Any) -> bool:
+    """True if transformers has a model with this configuration: of softmax attention, windowed where it can be."""
+    return family.known and is_softmax(config) and family.has_windows(config)
 
 
 def model_config(family: Family, hf_config: Mapping[str, Any], attention: Attentions | None = None) -> Any:
@@ -48,7 +55,7 @@ def model_config(family: Family, hf_config: Mapping[str, Any], attention: Attent
     """
     if hf_config.get("quantization_config") is not None and hf_config["quantization_config"] != {}:
         raise UserError("the checkpoint is quantized (quantization_config); give one that is not")
-    if isinstance(attention, str | AttentionConfig):
+    if isinstance(attention, str | list | tuple | AttentionConfig):
         return family.config_from_huggingface(hf_config, AttentionConfig.of(attention))
     stored = _read_attentions(hf_config.get("attention"))
     if not isinstance(stored, Mapping):
@@ -72,9 +79,9 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
     architecture = family.head_of(model).architectures[0]
     config = model.config
     hf_config = family.config_to_huggingface(config, architecture)
-    if family.known and is_softmax(config):
+    if is_known(family, config):
         return hf_config
-    attentions = {name: _attention_fields(attention) for name, attention in attentions_of(config).items()}
+    attentions = {name: _stored_attention(attention, config) for name, attention in attentions_of(config).items()}
     hf_config |= {
         "base_model_type": hf_config["model_type"],
         "model_type": family.own_type,
@@ -86,16 +93,29 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
     return hf_config
 
 
+def _stored_attention(attention: AttentionConfig, config: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    """The fields of an attention, or of each layer's, where they differ."""
+    if attention.pattern is None and attention.layers is None:
+        return _attention_fields(attention)
+    return [_attention_fields(each) for each in attention.of_layers(config.num_layers)]
+
+
 def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
-    """All fields but `implementation`, which is this machine's choice of kernels."""
-    return {name: value for name, value in asdict(attention).items() if name != "implementation"}
+    """All fields of one layer's attention but `implementation`, which is this machine's choice of kernels."""
+    left = ("implementation", "pattern", "layers")
+    # Readers of earlier versions know no window.
+    return {
+        name: value
+        for name, value in asdict(attention).items()
+        if name not in left and not (name == "window" and value is None)
+    }
 
 
 def has_remote_code(model: nnx.Module) -> bool:
     """True if a model is saved with PyTorch code of its own for transformers: linearized language models."""
     family = family_of_model(model)
     first = next(iter(family.heads.values())).model
-    return family.remote_code and type(model) is first and not is_softmax(model.config)
+    return family.remote_code and type(model) is first and not is_known(family, model.config)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
@@ -114,6 +134,8 @@ def _read_attentions(stored: Any) -> AttentionConfig | dict[str, AttentionConfig
         return None
     if isinstance(stored, dict) and stored and all(isinstance(value, dict) for value in stored.values()):
         return {name: _read_attention(value) for name, value in stored.items()}
+    if isinstance(stored, list) and stored:
+        return AttentionConfig.of([_read_attention(each) for each in stored])
     return _read_attention(stored)
 
 
@@ -129,6 +151,8 @@ def _read_attention(stored: Any) -> AttentionConfig:
 def _check_types(stored: Mapping[str, Any]) -> None:
     plain = asdict(AttentionConfig())
     for name, value in stored.items():
+        if name in ("pattern", "layers"):
+            continue  # Their entries are checked as they are read.
         kind = type(plain[name]) if plain[name] is not None else str if name == "implementation" else int
         if value is None and plain[name] is None:
             continue

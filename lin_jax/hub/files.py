@@ -1,9 +1,12 @@
 """Checkpoint folders of safetensors, local or from the Hub, in one file or in shards, read tensor by tensor."""
 
+import json
+import mmap
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,9 @@ GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # Files that are downloaded from the Hub: never pickled weights, never code.
-WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "*.txt")
+WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "vocab.bpe", "*.txt", "*.jinja")
+# Of those, not: the same weights in the layout of their makers or in another type, and what lies in folders inside.
+UNWANTED = ("consolidated*", "*/*", "*.fp16*.safetensors", "*.bf16*.safetensors", "*.fp32*.safetensors")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TYPES = {
     "F64": np.float64,
@@ -39,6 +44,26 @@ _TYPES = {
 }
 
 
+class FilePages:
+    """A safetensors file, which was opened without complaint, in memory's pages; made when they are first used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def begins(self) -> dict[str, int]:
+        """First byte of every tensor."""
+        length = int.from_bytes(self.mapping[:8], "little")
+        header = json.loads(self.mapping[8 : 8 + length])
+        return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
+
+    @cached_property
+    def mapping(self) -> mmap.mmap:
+        """The whole file."""
+        with self.path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 @dataclass(frozen=True)
 class LazyTensor:
     """A tensor in a file; `np.asarray` reads it.
@@ -48,12 +73,14 @@ class LazyTensor:
         shape: sizes of its axes.
         dtype: type of its numbers.
         file: the open file.
+        pages: of the file.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Any = field(repr=False)
+    pages: "FilePages" = field(repr=False)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         del copy
@@ -64,6 +91,20 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def mapped(self) -> np.ndarray:
+        """The tensor in the pages of the file: nothing is copied, and what is not used is not read."""
+        if not self.nbytes:
+            return np.asarray(self)
+        return np.ndarray(self.shape, self.dtype, buffer=self.pages.mapping, offset=self.pages.begins[self.name])
+
+    def release(self) -> None:
+        """Lets go of the pages of `mapped`, which are read again if they are used."""
+        begin = self.pages.begins[self.name]
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (begin + self.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.mapping.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 Tensors = dict[str, LazyTensor]
@@ -90,7 +131,11 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name.removeprefix(HUB_PREFIX), allow_patterns=list(WANTED)))
+        return Path(
+            snapshot_download(
+                name.removeprefix(HUB_PREFIX), allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
+            )
+        )
     except Exception as error:  # the network and the Hub raise dozens of kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(". ")
         raise UserError(
@@ -238,6 +283,7 @@ def _open(path: Path) -> Iterator[LazyTensor]:
         file = safe_open(path, "np")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error}); copy it again") from error
+    pages = FilePages(path)
     for name in sorted(file.keys()):
         header = file.get_slice(name)
         dtype = header.get_dtype()
@@ -245,4 +291,4 @@ def _open(path: Path) -> Iterator[LazyTensor]:
             raise UserError(
                 f"{name} in {path} has dtype {dtype}, which is not supported; give one of {', '.join(_TYPES)}"
             )
-        yield LazyTensor(name, tuple(header.get_shape()), np.dtype(_TYPES[dtype]), file)
+        yield LazyTensor(name, tuple(header.get_shape()), np.dtype(_TYPES[dtype]), file, pages)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,8 +18,21 @@ from lin_jax.hub.families.heads import has_own_head, head_remedy, with_shared_he
 from lin_jax.hub.families.registry import Family
 from lin_jax.hub.files import find_checkpoint, read_checkpoint, read_config, unread_index
 from lin_jax.hub.llama2c import read_llama2c
-from lin_jax.hub.tensors import Entries, Mismatch, ShardingFn, fill, mismatches, summary
+from lin_jax.hub.tensors import (
+    Entries,
+    Mismatch,
+    ShardingFn,
+    TensorEntry,
+    fill,
+    mismatches,
+    same,
+    stored,
+    summary,
+    transpose,
+)
+from lin_jax.models import CausalModel, LayerStack
 from lin_jax.models.compute import DTYPES, ComputeConfig
+from lin_jax.models.stored_weights import Storage, finish_at, module_at, separate_shapes, store
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +79,9 @@ class Pretrained:
         model: the model, abstract.
         entries: the model's tensors that are to be read, by name.
         tensors: the checkpoint's tensors for this model, by name.
-        adds: paths of variables that another attention or head than the folder's adds; they are initialised.
+        adds: names of tensors that another attention or head than the folder's adds; they are initialised.
         notes: lines about what is read another way than it stands in the folder; `load` logs them.
+        left_out: names of tensors in the files that are not read: buffers, copies, heads of other tasks.
     """
 
     folder: Path
@@ -75,8 +90,9 @@ class Pretrained:
     model: Any
     entries: Entries
     tensors: Mapping[str, Any]
-    adds: frozenset[tuple[Any, ...]]
+    adds: frozenset[str]
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def open(
@@ -140,23 +156,43 @@ class Pretrained:
                 f"config.json ties the head to the embedding, but {family.head_name} is another matrix: it is read, as "
                 "if tie_word_embeddings were false"
             )
-        adds: frozenset[tuple[Any, ...]] = frozenset()
+        if head is not None and (name := family.foreign(hf_config.get("architectures"))):
+            notes.append(
+                f"config.json names a {name[:80]}, and a {chosen.model.__name__} is asked for: what both have by the "
+                "same names is read, any other head is left out"
+            )
+        adds: frozenset[str] = frozenset()
         if attention is not None or chosen != own_head:
             there = family.entries(abstract(own_head.model, model_config(family, hf_config)))
             expected = set(family.own_tensors(model, {name: np.asarray(number) for number, name in enumerate(there)}))
             adds = _added(entries, own, expected)
-            entries = {name: entry for name, entry in entries.items() if entry.path not in adds}
+            entries = {name: entry for name, entry in entries.items() if name not in adds}
             own = {name: tensor for name, tensor in own.items() if name in entries or name not in expected}
-        return cls(folder, hf_config, family, model, entries, own, adds, tuple(notes))
+        read = {id(tensor) for tensor in own.values()}
+        left_out = tuple(name for name, tensor in tensors.items() if id(tensor) not in read)
+        return cls(folder, hf_config, family, model, entries, own, adds, tuple(notes), left_out)
 
     def problems(self) -> list[Mismatch]:
         """Tensors that do not fit the model."""
         return mismatches(self.model, self.entries, self.tensors)
 
     def load(
-        self, *, shardings: ShardingFn | None = None, seed: int = 0, note: Callable[[int], Any] = lambda size: None
+        self,
+        *,
+        shardings: ShardingFn | None = None,
+        seed: int = 0,
+        note: Callable[[int], Any] = lambda size: None,
+        storage: Callable[[Any], Storage] | None = None,
     ) -> Any:
         """Fills the model and returns it; call it once.
+
+        Args:
+            shardings: as in `from_pretrained`.
+            seed: as in `from_pretrained`.
+            note: called with the bytes of every tensor that was read.
+            storage: chooses how the abstract model's matrices are stored, for a model that only decodes: its layers
+                are taken apart, and its weights stay as they are in the file where they can. None is a model that can
+                learn, as is one that writes no texts or whose layers are no plain stack.
 
         Raises:
             UserError: tensors are missing, unknown or of another shape; all of them are named at once.
@@ -167,8 +203,17 @@ class Pretrained:
             raise UserError(f"{self.folder} does not fit its model: {summary(problems)}{remedy and '; '}{remedy}")
         for line in self.notes:
             log.warning("%s", line)
-        _initialise(self.model, {entry.path for entry in self.entries.values()}, seed, shardings)
-        fill(self.model, self.entries, self.tensors, shardings=shardings, note=note)
+        _initialise(self.model, _filled(self.model, self.entries), seed, shardings)
+        if storage is None or not isinstance(self.model, CausalModel) or type(self.model.layers) is not LayerStack:
+            fill(self.model, self.entries, self.tensors, shardings=shardings, note=note)
+            return self.model
+        chosen = storage(self.model)
+        entries = decoding_entries(self.model, self.entries, chosen)
+
+        def filled(path: tuple[Any, ...]) -> None:
+            finish_at(self.model, path, chosen)
+
+        fill(self.model, entries, self.tensors, note=note, filled=filled)
         return self.model
 
     def remedy(self, problems: Sequence[Mismatch]) -> str:
@@ -243,15 +288,65 @@ def _check_precision(config: Any) -> None:
         )
 
 
+def decoding_entries(model: Any, entries: Entries, storage: Storage) -> Entries:
+    """Takes an abstract model apart for decoding, in place; the entries of its variables there.
+
+    Args:
+        model: the model, whose layers are a stack.
+        entries: its entries.
+        storage: how its matrices are stored.
+    """
+    before = {path: variable.shape for path, variable in stored(model).items()}
+    model.layers = separate_shapes(model.layers)
+    store(model, storage)
+    after = stored(model)
+    found = {}
+    for name, entry in entries.items():
+        path, layer = entry.path, entry.layer
+        if layer is not None and len(path) > 2 and path[:2] == ("layers", "layers"):
+            path, layer = ("layers", "layers", layer, *path[2:]), None
+        read, write = entry.read, entry.write
+        if path not in after:
+            path = (*path[:-1], "matrix", "weight")
+            shape = before[entry.path][-2:]
+            if after[path].shape == shape[::-1] and module_at(model, path[:-1]).plan.layout == "oi":
+                read, write = (same, same) if entry.read is transpose else _turned(entry)
+        found[name] = replace(entry, path=path, layer=layer, read=read, write=write)
+    return found
+
+
+def _turned(entry: TensorEntry) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """The transforms of an entry whose variable is stored the other way round."""
+    return lambda array: entry.read(array).T, lambda array: entry.write(array.T)
+
+
 def abstract(build: Any, config: Any) -> Any:
     """Builds an abstract model: shapes and types without values."""
     return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
 
 
-def _added(entries: Entries, tensors: Mapping[str, Any], expected: set[str]) -> frozenset[tuple[Any, ...]]:
-    """Paths of variables that the checkpoint neither has nor should have: another attention or head adds them."""
+def _added(entries: Entries, tensors: Mapping[str, Any], expected: set[str]) -> frozenset[str]:
+    """Names of tensors that the checkpoint neither has nor should have: another attention or head adds them.
+
+    Where the checkpoint should have those of some of a variable's layers, its attention is another one in the others.
+    """
     there = {entry.path for name, entry in entries.items() if name in tensors or name in expected}
-    return frozenset(entry.path for entry in entries.values() if entry.path not in there)
+    named = {entry.path for name, entry in entries.items() if name in expected}
+    return frozenset(
+        name
+        for name, entry in entries.items()
+        if entry.path not in there or (entry.path in named and name not in tensors and name not in expected)
+    )
+
+
+def _filled(model: nnx.Module, entries: Entries) -> set[tuple[Any, ...]]:
+    """Paths of variables that are filled whole."""
+    variables, counts = stored(model), Counter(entry.path for entry in entries.values())
+    return {
+        entry.path
+        for entry in entries.values()
+        if entry.layer is None or counts[entry.path] == variables[entry.path].shape[0]
+    }
 
 
 def _initialise(model: nnx.Module, filled: set[tuple[Any, ...]], seed: int, shardings: ShardingFn | None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lin_jax.attention import parse_name
-from lin_jax.hub.config_json import attentions_of, config_json, has_remote_code, is_softmax
+from lin_jax.attention.registry import AUGMENTATIONS
+from lin_jax.hub.config_json import attentions_of, config_json, has_remote_code, is_known, is_softmax
 from lin_jax.hub.export.torch_source.versions_lin_jax import NEWEST, OLDEST
 from lin_jax.hub.families.registry import family_of_model
 from lin_jax.hub.sizes import context_length, parameter_count, state_bytes
@@ -17,11 +18,13 @@ CARD_FILE = "README.md"
 _SIZES = {
     "kernel_size": ("convolution",),
     "local_score": ("local", "flash", "flash_local", "linear_angular"),
-    "features": ("performer", "rfa"),
+    "features": ("performer", "rfa", "exponential"),
     "rank": ("linformer",),
     "hashes": ("yoso",),
     "hash_bits": ("yoso",),
     "diagonal_layers": ("transnormer",),
+    "window": ("window",),
+    "window_groups": ("window",),
 }
 _KNOWN_ONLY_HERE = "The model opens with `lin_jax` only."
 
@@ -73,12 +76,20 @@ def _metadata(family: str, linearized: bool) -> str:
 
 def _attention_text(config: Any) -> str:
     texts = []
-    for name, attention in attentions_of(config).items():
-        base, local, convolution = parse_name(attention.name)
-        parts = {base, *(["local"] if local else []), *(["convolution"] if convolution else [])}
-        sizes = {"group_size": attention.group_size} if parts != {"softmax"} else {}
+    every = [(name, kind) for name, attention in attentions_of(config).items() for kind in attention.kinds]
+    own = getattr(config, "attention", None)
+    if own is not None and len(own.kinds) > 1:
+        texts.append(f"{own.label} over the layers in turn")
+    for name, attention in every:
+        base, *added = parse_name(attention.name)
+        parts = {base, *(part for part, has in zip(AUGMENTATIONS, added, strict=True) if has)}
         values = asdict(attention)
+        sizes: dict[str, Any] = {"group_size": attention.group_size} if parts != {"softmax"} else {}
         sizes |= {size: values[size] for size, needs in _SIZES.items() if parts & set(needs)}
+        if attention.window is not None:
+            sizes |= {"window": attention.window, "group_size": None, "window_groups": None}
+        if attention.decay != "none":
+            sizes["decay"] = attention.decay
         listed = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)
         texts.append(f"{name + ': ' if name else ''}`{attention.name}`" + (f" ({listed})" if listed else ""))
     return "; ".join(texts)
@@ -103,7 +114,7 @@ def _sizes(model: Any) -> dict[str, str]:
 def _loading(model: Any) -> str:
     here = 'from lin_jax.hub import from_pretrained\n\nmodel = from_pretrained("FOLDER")'
     text = f"## Opening it\n\nWith JAX:\n\n```python\n{here}\n```\n\n"
-    if not is_softmax(model.config) and not has_remote_code(model):
+    if not is_known(family_of_model(model), model.config) and not has_remote_code(model):
         return text + _KNOWN_ONLY_HERE
     option, versions = "", ""
     if has_remote_code(model):

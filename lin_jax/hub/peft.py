@@ -130,7 +130,7 @@ def _pairs(folder: Path, places: Mapping[str, Any]) -> dict[str, dict[str, Any]]
     """Matrices A and B, which are not read yet, by the name of the layer in the model that they belong to."""
     pairs: dict[str, dict[str, Any]] = {}
     unknown = set()
-    for name, tensor in plain_names(_open(folder)).items():
+    for name, tensor in plain_names(open_adapters(folder)).items():
         found = _NAME.fullmatch(name)
         layer = None if found is None else _layer(found["layer"], places)
         if found is None or layer is None or found["letter"] in pairs.get(layer, {}):
@@ -154,7 +154,12 @@ def _layer(name: str, places: Mapping[str, Any]) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def _open(folder: Path) -> dict[str, Any]:
+def open_adapters(folder: Path) -> dict[str, Any]:
+    """Opens the tensors of a PEFT folder, by name; none of them is read yet.
+
+    Raises:
+        UserError: the folder holds none, or only a pickle.
+    """
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(
             f"{folder} holds its adapters only as adapter_model.bin, a pickle, which can run code and is never read; "

@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,18 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError
 
-from lin_jax.data import Tokenizer
+from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.errors import UserError
+from lin_jax.files import copy_without_mark
 from lin_jax.hub.config_json import config_json, has_remote_code
 from lin_jax.hub.export import write_remote_code
 from lin_jax.hub.export.tokenizer_config import widen_tokenizer_config
 from lin_jax.hub.families.registry import family_of_model
-from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, write_file
+from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, generation_ends, write_file
 from lin_jax.hub.medusa import save_heads
 from lin_jax.hub.model_card import CARD_FILE, model_card
 from lin_jax.hub.tensors import TensorEntry, stored, uncovered, written, written_shape
+from lin_jax.json_files import read_json, token_ids
 from lin_jax.models import MedusaHeads, as_trained
 
 TOKENIZER_FILES = (
@@ -50,6 +52,7 @@ def save_pretrained(
     source: Mapping[str, Any] | None = None,
     base: str | None = None,
     figures: Mapping[str, Any] | None = None,
+    end_tokens: Sequence[int] = (),
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     note: Callable[[int], Any] = lambda size: None,
@@ -67,6 +70,7 @@ def save_pretrained(
         source: contents of the `config.json` that the model came with; names of labels and special tokens are kept.
         base: name of the model that it was made from, for the model card.
         figures: measured figures by name, for the model card.
+        end_tokens: tokens that end a text; those that the source and the tokenizer name are added.
         max_shard_bytes: size of a file beyond which the tensors are split over several.
         overwrite: replace the content of the folder.
         note: called with the bytes of every tensor that was written.
@@ -90,7 +94,7 @@ def save_pretrained(
         if _is_causal(hf_config):
             hf_config = {name: value for name, value in ids.items() if value is not None} | hf_config
         _write_json(partial / CONFIG_FILE, hf_config)
-        _write_generation_config(partial, hf_config)
+        _write_generation_config(partial, hf_config, end_tokens, _tokenizer_ends(tokenizer))
         write_tensors(model, family.entries(model), partial, max_shard_bytes=max_shard_bytes, note=note)
         if has_remote_code(model):
             write_remote_code(partial, family.name)
@@ -226,9 +230,10 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | Path | None) -> 
         return {}
     if not isinstance(tokenizer, Tokenizer):
         source = Path(tokenizer)
+        generation_ends(source)  # What is damaged is named where it lies.
         for name in (*TOKENIZER_FILES, GENERATION_FILE):
             if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+                copy_without_mark(source / name, folder / name)
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{source} holds no tokenizer; give the folder of one")
         return {}
@@ -236,11 +241,31 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | str | Path | None) -> 
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
 
 
-def _write_generation_config(folder: Path, hf_config: Mapping[str, Any]) -> None:
+def _tokenizer_ends(tokenizer: Tokenizer | str | Path | None) -> list[int]:
+    """The end token of a tokenizer; none where its files are copied and cannot be opened here."""
+    if isinstance(tokenizer, str | Path):
+        with suppress(UserError):
+            return _tokenizer_ends(load_tokenizer(tokenizer))
+        return []
+    return [] if tokenizer is None or tokenizer.eos_id is None else [tokenizer.eos_id]
+
+
+def _write_generation_config(
+    folder: Path, hf_config: Mapping[str, Any], given: Sequence[int], of_tokenizer: Sequence[int]
+) -> None:
+    """Writes what texts begin and end with; a text ends at whatever any file of the folder names as its end."""
+    if not _is_causal(hf_config):
+        return
     path = folder / GENERATION_FILE
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    if _is_causal(hf_config) and not path.exists():
-        _write_json(path, {name: hf_config[name] for name in names if hf_config.get(name) is not None})
+    content = {name: hf_config[name] for name in names if hf_config.get(name) is not None}
+    if path.exists():
+        content = read_json(path)
+    said = [token for each in (content, hf_config) for token in token_ids(each, "eos_token_id", str(path))]
+    ends = list(dict.fromkeys([*given, *said, *of_tokenizer]))
+    if ends:
+        content["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    _write_json(path, content)
 
 
 def _is_causal(hf_config: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
@@ -64,7 +65,7 @@ class TensorEntry:
         layer: index of the layer in a stacked variable; None for a variable that is not stacked.
     """
 
-    path: tuple[str, ...]
+    path: tuple[Any, ...]
     read: Callable[[np.ndarray], np.ndarray] = same
     write: Callable[[np.ndarray], np.ndarray] = same
     layer: int | None = None
@@ -123,18 +124,21 @@ def fill(
     *,
     shardings: ShardingFn | None = None,
     note: Callable[[int], Any] = lambda size: None,
+    filled: Callable[[tuple[Any, ...]], Any] = lambda path: None,
 ) -> None:
     """Fills the variables that entries name, all of them, from named tensors.
 
     One variable at a time is assembled in memory, converted to the module's own type, and given to its devices, so the
-    host holds one variable beside what is placed on it. Nothing is read before everything is known to fit.
+    host holds one variable beside what is placed on it. Where nothing is to be assembled or converted, it is taken from
+    the pages of its file. Nothing is read before everything is known to fit.
 
     Args:
-        module: the module, which may be abstract.
+        module: the module, which may be abstract but for variables of which only some layers are filled.
         entries: the variable of every tensor, by the tensor's name.
         tensors: arrays, or tensors that are yet to be read, by name.
         shardings: the sharding of a variable by its path and shape; None is the default device.
         note: called with the bytes of every tensor that was read.
+        filled: called with the path of every variable once it is filled.
 
     Raises:
         UserError: tensors are missing, unknown or of another shape, which is said of all at once; or a number of one is
@@ -145,19 +149,54 @@ def fill(
     variables = stored(module)
     for path, parts in _by_path(entries).items():
         variable = variables[path]
-        buffer = np.empty(variable.shape, variable.dtype)
+        sharding = None if shardings is None else shardings(path, variable.shape)
+        # Layers that no tensor is for keep what they hold.
+        whole = parts[0][1].layer is None or len(parts) == variable.shape[0]
+        if whole and sharding is None and (mapped := _mapped(parts, tensors, variable)) is not None:
+            note(tensors[parts[0][0]].nbytes)
+            nnx.update(module, nnx.from_flat_state([(path, variable.replace(mapped))]))
+            filled(path)
+            # What was copied or rounded is not needed any more; the rest is there again when it is used.
+            tensors[parts[0][0]].release()
+            continue
+        # Numbers in bfloat16 may be kept as their bits, in integers.
+        bits = variable.dtype == np.uint16
+        kept = ml_dtypes.bfloat16 if bits else variable.dtype
+        buffer = np.empty(variable.shape, kept) if whole else np.array(variable[...])
         for name, entry in parts:
             tensor = np.asarray(tensors[name])
             note(tensor.nbytes)
             part = buffer[... if entry.layer is None else entry.layer]
             copy_into(part, entry.read(tensor))
-            if not is_finite(part):
-                raise UserError(
-                    f"{name} holds NaN or infinity as {part.dtype}, so the model writes nothing of use; "
-                    "give the checkpoint before it, or a wider type"
-                )
-        array = place(buffer, None if shardings is None else shardings(path, buffer.shape))
-        nnx.update(module, nnx.from_flat_state([(path, variable.replace(array))]))
+            _check_finite(name, part)
+        placed = place(buffer.view(np.uint16) if bits else buffer, sharding)
+        nnx.update(module, nnx.from_flat_state([(path, variable.replace(placed))]))
+        filled(path)
+
+
+def _mapped(parts: Sequence[tuple[str, TensorEntry]], tensors: Mapping[str, Any], variable: Any) -> jax.Array | None:
+    """A variable from the pages of its file, as it is stored; None where it must be assembled or converted.
+
+    JAX copies what does not lie as its own arrays do (by 64 bytes).
+    """
+    (name, entry), *more = parts
+    tensor = tensors[name]
+    plain = not more and entry.layer is None and entry.read is same and hasattr(tensor, "mapped")
+    bits = variable.dtype == np.uint16 and tensor.dtype == ml_dtypes.bfloat16
+    if not plain or (tensor.dtype != variable.dtype and not bits):
+        return None
+    pages = tensor.mapped()
+    _check_finite(name, pages)
+    pages = pages.view(np.uint16) if bits else pages
+    return jax.device_put(pages).block_until_ready()
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not is_finite(array):
+        raise UserError(
+            f"{name} holds NaN or infinity as {array.dtype}, so the model writes nothing of use; "
+            "give the checkpoint before it, or a wider type"
+        )
 
 
 @dataclass(frozen=True)

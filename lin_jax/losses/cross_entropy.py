@@ -55,7 +55,7 @@ def shifted_targets(batch: Batch, ahead: int) -> Targets:
 
     Args:
         batch: `tokens` and perhaps `segment_ids`, `[B, T+1]`; document 0 is padding; without documents a row is one
-            text.
+            text. With `loss_mask` `[B, T+1]`, only tokens where it is not zero are targets.
         ahead: number of positions.
     """
 
@@ -65,7 +65,10 @@ def shifted_targets(batch: Batch, ahead: int) -> Targets:
     tokens = jnp.asarray(batch["tokens"])
     segment_ids = jnp.asarray(batch.get("segment_ids", jnp.ones_like(tokens)))
     here = segment_ids[:, :-1]
-    return Targets(shift(tokens), (shift(segment_ids) == here) & (here > 0))
+    included = (shift(segment_ids) == here) & (here > 0)
+    if (mask := batch.get("loss_mask")) is not None:
+        included &= shift(jnp.asarray(mask)) > 0
+    return Targets(shift(tokens), included)
 
 
 def stack_targets(targets: Iterable[Targets]) -> Targets:

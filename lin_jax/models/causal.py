@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, TreeArrays, gather_nodes, packed_rows, padded_rows, single_rows
+from lin_jax.models.same_bits import logits_of, prefill_rows, verify_nodes
 from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
 from pallas_kernels.precision import upcast
@@ -35,6 +36,9 @@ class CausalModel(nnx.Module):
 
     A subclass sets `config` (with `dtype`, `hidden_size`, `vocab_size`, `attention`), `embed`, `layers`, `norm` and
     `head` (None where it is the transposed embedding), and says how tokens enter (`begin`).
+
+    Attributes:
+        same_bits: whether texts and nodes are computed so that their number changes no bit (`models.same_bits`).
     """
 
     config: Any
@@ -42,6 +46,7 @@ class CausalModel(nnx.Module):
     layers: LayerStack | SeparateLayers
     norm: Any
     head: nnx.Linear | None
+    same_bits: bool = False
 
     @abstractmethod
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:
@@ -53,7 +58,8 @@ class CausalModel(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
-        return upcast(self.embed.attend(hidden) if self.head is None else self.head(hidden))
+        head = self.embed.attend if self.head is None else self.head
+        return upcast(logits_of(head, hidden) if self.same_bits else head(hidden))
 
     def __call__(
         self,
@@ -85,6 +91,7 @@ class CausalModel(nnx.Module):
     def init_state(self, batch: int, capacity: int = 0) -> Any:
         """The state of `batch` sequences before their first token, every leaf with a leading layer axis.
 
+        Where layers have mixers of several kinds, it is a `ByKind`, whose leaves have an axis of each kind's layers.
         `capacity` is the longest sequence that a growing state (softmax) must hold; constant-size states ignore it.
         """
         dtype = jnp.dtype(self.config.dtype)
@@ -94,11 +101,16 @@ class CausalModel(nnx.Module):
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: Any
     ) -> tuple[Float[Array, "B T E"], Any]:
         """Consumes the first `lengths` tokens of each row: hidden vectors at every position, and the state after."""
-        layout = padded_rows(lengths, tokens.shape[1], self.position(state))
-        return self._parallel(tokens, layout, state)
+
+        def read(tokens: Array, lengths: Array, state: Any) -> tuple[Array, Any]:
+            return self._parallel(tokens, padded_rows(lengths, tokens.shape[1], self.position(state)), state)
+
+        return prefill_rows(read, tokens, lengths, state) if self.same_bits else read(tokens, lengths, state)
 
     def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N E"], Any]:
         """Hidden vectors of a tree's nodes on top of the state, which is not touched, and the nodes for `commit`."""
+        if self.same_bits:
+            return verify_nodes(self, tokens, tree, state)
         x, context = self.begin(tokens, self.position(state)[:, None] + tree.depth)
         x, nodes = self.run(lambda block, x, layer: block.verify(x, context, tree, layer), x, state)
         return self.finish(x), nodes

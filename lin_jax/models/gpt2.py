@@ -13,8 +13,8 @@ from lin_jax.models.causal import CausalModel
 from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.layers import LayerNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, MLP, VOCABULARY, Axes
+from lin_jax.models.mixed_stack import layer_stack
 from lin_jax.models.prenorm_block import PreNormBlock
-from lin_jax.models.stack import LayerStack
 from pallas_kernels.precision import upcast
 
 
@@ -33,7 +33,7 @@ class Gpt2Config(ComputeConfig):
         tie_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
         num_labels: classes of a classifier.
-        attention: the token mixer.
+        attention: the token mixer, of all layers or of each.
     """
 
     vocab_size: int | None = None
@@ -130,17 +130,13 @@ class Gpt2(CausalModel):
     """A causal language model. `config.vocab_size` must be set."""
 
     def __init__(self, config: Gpt2Config, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+        # Each layer's attention in its shortest form: configurations that say the same are the same.
+        self.config = replace(config, attention=config.attention.for_layers(config.num_layers))
         self.embed, self.embed_positions = (
             embedding(config, count, config.hidden_size, config.initializer_range, rngs)
             for count in (config.vocab_size, config.max_positions)
         )
-        self.layers = LayerStack(
-            lambda rngs, layer: Gpt2Block(config, layer, rngs=rngs),
-            config.num_layers,
-            compute=config.compute,
-            rngs=rngs,
-        )
+        self.layers = layer_stack(config, lambda config, rngs, layer: Gpt2Block(config, layer, rngs=rngs), rngs)
         self.norm = LayerNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
         size, vocabulary = config.hidden_size, self.embed.num_embeddings
         axes = (EMBED, VOCABULARY)

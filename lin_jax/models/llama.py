@@ -3,22 +3,22 @@
 Mistral, Qwen2 and Qwen3 are the same model with other options.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import QKV, AttentionConfig, build_mixer, parse_name
+from lin_jax.attention import QKV, AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.layers import RMSNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
+from lin_jax.models.mixed_stack import layer_stack
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
-from lin_jax.models.stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class LlamaConfig(ComputeConfig):
         query_key_norm: normalise every head's queries and keys before they are rotated (Qwen3).
         tie_embeddings: whether the head is the transposed embedding.
         initializer_range: standard deviation of the initial weights.
-        attention: the token mixer.
+        attention: the token mixer, of all layers or of each.
         rotary: rotary positions.
-        window: tokens before which softmax attention saw nothing in pretraining; None is no such bound.
     """
 
     vocab_size: int | None = None
@@ -59,7 +58,6 @@ class LlamaConfig(ComputeConfig):
     initializer_range: float = 0.02
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
-    window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,11 +76,6 @@ class LlamaConfig(ComputeConfig):
     def kv_heads(self) -> int:
         """Key/value heads K."""
         return self.num_kv_heads or self.num_heads
-
-    @property
-    def max_positions(self) -> int | None:
-        """The most tokens of a text: softmax attention, which has no window here, is the same within one."""
-        return self.window if parse_name(self.attention.name).base == "softmax" else None
 
     @property
     def head_size(self) -> int:
@@ -161,14 +154,10 @@ class Llama(CausalModel):
     """A causal language model. `config.vocab_size` must be set."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+        # Each layer's attention in its shortest form: configurations that say the same are the same.
+        self.config = replace(config, attention=config.attention.for_layers(config.num_layers))
         self.embed = embedding(config, config.vocab_size, config.hidden_size, config.initializer_range, rngs)
-        self.layers = LayerStack(
-            lambda rngs, layer: LlamaBlock(config, layer, rngs=rngs),
-            config.num_layers,
-            compute=config.compute,
-            rngs=rngs,
-        )
+        self.layers = layer_stack(config, lambda config, rngs, layer: LlamaBlock(config, layer, rngs=rngs), rngs)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, jnp.dtype(config.param_dtype))
         size, vocabulary = config.hidden_size, self.embed.num_embeddings
         self.head = None if config.tie_embeddings else _linear(config, size, vocabulary, (EMBED, VOCABULARY), rngs)

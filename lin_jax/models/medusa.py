@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.logical_axes import EMBED, VOCABULARY
+from lin_jax.models.products import times
 from pallas_kernels.precision import upcast
 
 
@@ -40,14 +41,30 @@ class MedusaHeads(nnx.Module):
     @property
     def count(self) -> int:
         """Number of heads."""
-        return self.weight.shape[0]
+        return self.bias.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens V."""
+        output = self.output[0] if isinstance(self.output, nnx.List) else self.output
+        return output.shape[-1]
 
     def __call__(self, hidden: Float[Array, "*batch E"], which: slice = slice(None)) -> Float[Array, "*batch M V"]:
         """Logits of all heads, or of those in a slice, in float32 or better."""
+        if isinstance(self.output, nnx.List):
+            return self._one_by_one(hidden, which)
         weight, bias, output = (part[which].astype(hidden.dtype) for part in (self.weight, self.bias, self.output))
         block = jax.nn.silu(jnp.einsum("...e,mef->...mf", hidden, weight) + bias)
         logits = jnp.einsum("...me,mev->...mv", hidden[..., None, :] + block, output)
         return upcast(logits)
+
+    def _one_by_one(self, hidden: Float[Array, "*batch E"], which: slice) -> Float[Array, "*batch M V"]:
+        """Logits with matrices that are stored for decoding, a head at a time."""
+        found = []
+        for head in range(self.count)[which]:
+            block = jax.nn.silu(times(hidden, self.weight[head]) + self.bias[head].astype(hidden.dtype))
+            found.append(times(hidden + block, self.output[head]))
+        return upcast(jnp.stack(found, axis=-2))
 
     def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch M"]) -> Float[Array, "*batch M V"]:
         """Logits of the token after each token of a path; the heads do not look at the tokens themselves."""

@@ -13,9 +13,13 @@ from jaxtyping import Array
 
 from lin_jax.errors import UserError
 from lin_jax.models import MedusaHeads, ModelConfig, PathHead, model_class
+from lin_jax.models.by_kind import layers_of_kinds, numbered
+from lin_jax.models.mixed_stack import KIND
 from lin_jax.models.registry import CAUSAL_LM
 
 Params = dict[str, Any]
+Path = tuple[str, ...]
+Order = tuple[int, ...] | None
 Module = TypeVar("Module", bound=nnx.Module)
 
 # Differences named in one message; a wholly different model has hundreds.
@@ -108,7 +112,13 @@ def listed(phrases: list[str]) -> str:
     return "; ".join(phrases[:_NAMED]) + more
 
 
-def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Params] | None = None) -> Params:
+def initial_params(
+    fresh: Params,
+    base: Params,
+    draw: Callable[[set[Any]], Params] | None = None,
+    *,
+    orders: tuple[Order, Order] = (None, None),
+) -> Params:
     """A base model's parameters for a model that may mix tokens in another way.
 
     Token mixers may differ: what the base lacks of them stays fresh, what only the base has is left out. That is how a
@@ -118,18 +128,87 @@ def initial_params(fresh: Params, base: Params, draw: Callable[[set[Any]], Param
         fresh: parameters that have not learnt anything, or their shapes.
         base: the base model's.
         draw: with shapes, draws what stays fresh, given its paths.
+        orders: kind of each layer's mixer in the model and in the base, as in `mixer_order`; a layer's mixer is taken
+            from the same layer of the base.
 
     Raises:
         UserError: anything else differs; the message lists what.
     """
     own, given = flatten_dict(fresh), flatten_dict(base)
+    partly: dict[Path, dict[int, Any]] = {}
+    if orders != (None, None):
+        given, partly = _mixers_of_base(own, given, *orders)
     here = {name: kind for name, kind in shapes(fresh).items() if "/mixer/" not in name}
     there = {name: kind for name, kind in shapes(base).items() if "/mixer/" not in name}
     if phrases := differences(there, here):
         raise UserError(f"init_from holds another model: {listed(phrases)}; make the model options equal to its own")
     missing = {path for path, value in own.items() if path not in given or given[path].shape != value.shape}
     new = own if draw is None else flatten_dict(draw(missing)) if missing else {}
-    return unflatten_dict({path: (new if path in missing else given)[path] for path in own})
+    found = {path: (new if path in missing else given)[path] for path in own}
+    for path, layers in partly.items():
+        for at, value in layers.items():
+            found[path] = found[path].at[at].set(value.astype(found[path].dtype))
+    return unflatten_dict(found)
+
+
+def mixer_order(config: ModelConfig) -> Order:
+    """Kind of each layer's mixer in a model of several kinds, numbered as in its parameters; None for one kind."""
+    attention, count = getattr(config, "attention", None), getattr(config, "num_layers", 0)
+    if attention is None or (attention.pattern is None and attention.layers is None):
+        return None
+    order = numbered(attention.of_layers(count))
+    return order if max(order) else None
+
+
+def _mixers_of_base(
+    own: dict[Path, Any], given: dict[Path, Any], order: Order, base_order: Order
+) -> tuple[dict[Path, Any], dict[Path, dict[int, Any]]]:
+    """A base's parameters under a model's names for mixers; and those that some of a variable's layers have.
+
+    Args:
+        own: the model's parameters, or their shapes.
+        given: the base's.
+        order: kind of each of the model's mixers.
+        base_order: kind of each of the base's.
+
+    Returns:
+        The base's parameters, and of variables that it has in part their values by place.
+    """
+    found = {path: value for path, value in given.items() if "mixer" not in path}
+    layers = _mixer_layers(given, base_order)
+    partly: dict[Path, dict[int, Any]] = {}
+    for path, value in own.items():
+        if "mixer" not in path:
+            continue
+        inner, numbers = _mixer_place(path, value.shape[0], order)
+        there = {
+            at: layers[inner, number]
+            for at, number in enumerate(numbers)
+            if (inner, number) in layers and layers[inner, number].shape == value.shape[1:]
+        }
+        if len(there) == len(numbers):
+            found[path] = jnp.stack([there[at] for at in range(len(numbers))])
+        elif there:
+            partly[path] = there
+    return found, partly
+
+
+def _mixer_place(path: Path, count: int, order: Order) -> tuple[Path, list[int]]:
+    """A mixer's variable inside its layer, and the numbers of the layers that a stack of it has."""
+    inner = path[path.index("mixer") + 1 :]
+    if order is None:
+        return inner, list(range(count))
+    return inner[1:], layers_of_kinds(order)[int(inner[0].removeprefix(KIND))]
+
+
+def _mixer_layers(params: dict[Path, Any], order: Order) -> dict[tuple[Path, int], Any]:
+    """Every layer's mixer, by the path of a variable inside it and the layer's number."""
+    found: dict[tuple[Path, int], Any] = {}
+    for path, value in params.items():
+        if "mixer" in path:
+            inner, numbers = _mixer_place(path, value.shape[0], order)
+            found |= {(inner, number): value[at] for at, number in enumerate(numbers)}
+    return found
 
 
 def placed(abstract: Any) -> Any:
@@ -157,7 +236,7 @@ def params_fingerprint(params: Params) -> str:
 @jax.jit
 def _checksum(values: Array) -> Array:
     """A weighted sum of an array's bits, in integers that wrap around: exact in any order, and fast on any device."""
-    narrow = jnp.uint16 if values.dtype.itemsize == 2 else jnp.uint32
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(values.dtype.itemsize, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
     weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)
     return jnp.sum(bits * weights, dtype=jnp.uint32)

@@ -16,6 +16,7 @@ from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.layers import RMSNorm
 from lin_jax.models.logical_axes import EMBED, VOCABULARY
+from lin_jax.models.products import times
 from pallas_kernels.precision import upcast
 
 # Width of the cell's inner layer, as a multiple of D.
@@ -108,18 +109,18 @@ class PathHead(nnx.Module):
 
     def begin(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch D"]:
         """The state before the root."""
-        return hidden @ self.projection.astype(hidden.dtype)
+        return times(hidden, self.projection)
 
     def step(self, state: Float[Array, "*batch D"], tokens: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """The state after one more token of the path."""
-        inner, bias, outer = (part.astype(state.dtype) for part in (self.inner, self.bias, self.outer))
+        bias = self.bias.astype(state.dtype)
         vectors = jnp.take(self.embedding[...], tokens, axis=0).astype(state.dtype)
         heard = jnp.concatenate([self.norm(state), vectors], axis=-1)
-        return state + jax.nn.silu(heard @ inner + bias) @ outer
+        return state + times(jax.nn.silu(times(heard, self.inner) + bias), self.outer)
 
     def logits(self, state: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Logits of the next token of the path, in float32 or better."""
-        return upcast(state @ self.output.astype(state.dtype))
+        return upcast(times(state, self.output))
 
     def guess(self, hidden: Float[Array, "*batch E"], path: Int[Array, "*batch K"]) -> Float[Array, "*batch K V"]:
         """Logits of the token after each token of a path that begins with the root."""

@@ -62,14 +62,13 @@ class LayerStack(nnx.Module):
             carry, output = apply(nnx.merge(graph, layer[0]), carry, layer[1])
             return along_mesh(carry), output
 
-        if self.remat:
-            step = jax.checkpoint(step, prevent_cse=False, policy=KEPT[self.keep])
+        step = rematerialised(step, self.remat, self.keep)
         return jax.lax.scan(step, along_mesh(carry), (parameters, inputs), length=self.count, unroll=self.unroll)
 
     def side_by_side(self, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
         """Applies `apply(layer, state, input)` to every layer's state, as the function of this name does."""
         graph, parameters = nnx.split(self.layers)
-        return side_by_side(graph, parameters, apply, state, inputs)
+        return side_by_side(lambda parameters: nnx.merge(graph, parameters), parameters, apply, state, inputs)
 
     def selected(self, numbers: Sequence[int]) -> "LayerStack":
         """A stack of some of the layers, in the given order; the parameters are copies."""
@@ -84,15 +83,22 @@ class LayerStack(nnx.Module):
         return self(lambda layer, carry, _: (carry, make(layer)), None, None)[1]
 
 
-def side_by_side(graph: Any, parameters: Any, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any) -> Any:
+def rematerialised(step: Callable[..., Any], remat: bool, keep: str) -> Callable[..., Any]:
+    """One layer's work, recomputed in the backward pass if it is asked for; `keep` is one of `KEPT`."""
+    return jax.checkpoint(step, prevent_cse=False, policy=KEPT[keep]) if remat else step
+
+
+def side_by_side(
+    build: Callable[[Any], Any], parameters: Any, apply: Callable[[Any, Any, Any], Any], state: Any, inputs: Any
+) -> Any:
     """Applies `apply(layer, state, input)` to every layer's state, all layers at once.
 
     Positions are the same in all layers, so that whatever depends on them alone is decided once, and a state that is
     written to in a few places stays where it is.
 
     Args:
-        graph: graph definition of a layer.
-        parameters: its parameters, with a leading layer axis.
+        build: makes a layer of its parameters.
+        parameters: the layers' parameters, with a leading layer axis.
         apply: one layer's work.
         state: the states, with a leading layer axis.
         inputs: a tree whose leaves have a leading layer axis.
@@ -100,7 +106,7 @@ def side_by_side(graph: Any, parameters: Any, apply: Callable[[Any, Any, Any], A
     shared = jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "name", None) == "position", state)
     axes = jax.tree.map(lambda same: None if same else 0, shared)
     each = jax.vmap(
-        lambda parameters, state, inputs: apply(nnx.merge(graph, parameters), state, inputs),
+        lambda parameters, state, inputs: apply(build(parameters), state, inputs),
         in_axes=(0, axes, 0),
         out_axes=axes,
     )

@@ -13,4 +13,5 @@ from lin_jax.training.monitoring.spike_detection import LossSpikesConfig as Loss
 from lin_jax.training.monitoring.wandb import WandbConfig as WandbConfig
 from lin_jax.training.monitoring.watchdog import MonitoringConfig as MonitoringConfig
 from lin_jax.training.objective_configs import HeadsConfig as HeadsConfig
+from lin_jax.training.optimizer import MuonConfig as MuonConfig
 from lin_jax.training.optimizer import OptimizerConfig as OptimizerConfig

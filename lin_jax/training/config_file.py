@@ -18,7 +18,7 @@ from lin_jax.models.registry import model_family
 from lin_jax.training.config import CONFIG_FILE, RunConfig
 from lin_jax.training.distributed.launch import Launch
 from lin_jax.training.objectives.registry import check_run
-from lin_jax.training.settings.yaml_file import read_yaml, write_yaml
+from lin_jax.training.settings.yaml_file import marked, read_yaml, unmarked, write_yaml
 
 # Keys of earlier versions, and the keys that took their place.
 RENAMED = {
@@ -33,6 +33,7 @@ RENAMED = {
     "head_coefficient": "heads.loss_weight",
     "head_learning_rate_factor": "heads.learning_rate_factor",
     "joint_warmup_steps": "heads.warmup_steps",
+    "model.window": "model.attention.window",
     "optimizer.clip_norm": "optimizer.max_grad_norm",
     "optimizer.final_fraction": "optimizer.min_lr_ratio",
     "training.accumulation": "training.gradient_accumulation",
@@ -138,7 +139,7 @@ def _parser(family: str) -> ArgumentParser:
 def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False) -> Command:
     with _present_files(_present_options(argv), run_hints(_family(argv)), translated) as present:
         try:
-            parsed = parser.instantiate(parser.parse_args(present))
+            parsed = parser.instantiate(unmarked(parser.parse_args(present)))
         except ArgumentError as error:
             message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", str(error)).split())
             raise UserError(f"{message}; 'train.py --help' lists every option") from error
@@ -147,17 +148,31 @@ def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False)
 
 
 def _present_options(argv: Sequence[str]) -> list[str]:
-    """Refuses options of earlier versions; `--model.attention NAME` is short for its field `name`."""
-    options = []
-    for word in argv:
-        name, equals, value = word.partition("=")
+    """Refuses options of earlier versions; `--model.attention` is short for a name or a list of them, for all layers.
+
+    It replaces the attentions of layers that a file names.
+    """
+    options: list[str] = []
+    words = list(argv)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
         if name.startswith("--"):
             if (key := _renamed_key(name[2:])) is not None:
                 raise UserError(f"{name} is now --{key}; give that")
             if name.startswith("--model.") and name.endswith("attention"):
-                word = f"{name}.name{equals}{value}"
-        options.append(word)
+                if not equals and not words:
+                    raise UserError(f"{name} stands without a value; give a name, or a list of them in brackets")
+                options += _attention_options(name, value if equals else words.pop(0))
+                continue
+        options.append(f"{name}{equals}{value}")
     return options
+
+
+def _attention_options(name: str, value: str) -> list[str]:
+    """The options of a model's attention that is given as its name, or as a list in brackets."""
+    given = {"name": None, "pattern": value, "layers": "null"} if value.startswith("[") else {"name": value}
+    given = {"pattern": "null", "layers": "null"} | given
+    return [f"{name}.{field}={said}" for field, said in given.items() if said is not None]
 
 
 def _renamed_key(key: str) -> str | None:
@@ -187,7 +202,7 @@ def _present_files(argv: Sequence[str], hints: Mapping[str, Any], translated: bo
                 if "config" in changed:
                     raise UserError(f"{path}: config is for the command line; give further files there")
                 copy = Path(folder) / f"{index}.yaml"
-                write_yaml(changed, copy)
+                write_yaml(marked(changed, hints), copy)
                 present[index] = str(copy)
         yield present
 
@@ -212,7 +227,9 @@ def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
     objective = str(content.get("objective", RunConfig.objective))
     found: dict[str, Any] = {}
     for key, value in _keys(content):
-        if not objective.startswith(_OF_OBJECTIVE.get(key, "")):
+        if not objective.startswith(_OF_OBJECTIVE.get(key, "")) or (
+            key == "model.window" and not _keeps_window(content)
+        ):
             continue
         *sections, name = (_renamed_key(key) or key).split(".")
         place = found
@@ -222,13 +239,24 @@ def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _keeps_window(content: Mapping[str, Any]) -> bool:
+    """True where an earlier version's `model.window` bounded softmax: beside any other attention it meant nothing."""
+    model = content["model"]
+    attention = model.get("attention")
+    return model["window"] is not None and isinstance(attention, dict) and attention.get("name") == "softmax"
+
+
 def _shortened_attention(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Expands `attention: NAME` in the model's section to a mapping with that name."""
+    """Expands `attention: NAME` and `attention: [NAME, ...]` in the model's section to a mapping."""
     model = content.get("model")
     if not isinstance(model, dict):
         return dict(content)
-    expanded = {
-        key: {"name": value} if key.endswith("attention") and isinstance(value, str) else value
-        for key, value in model.items()
-    }
+    expanded = {key: _expanded(value) if key.endswith("attention") else value for key, value in model.items()}
     return {**content, "model": expanded}
+
+
+def _expanded(attention: Any) -> Any:
+    """The fields of an attention that is a name or a list; what an earlier file says of layers falls away."""
+    if isinstance(attention, str):
+        return {"name": attention, "pattern": None, "layers": None}
+    return {"pattern": attention, "layers": None} if isinstance(attention, list) else attention

@@ -162,13 +162,13 @@ def teacher_source(config: RunConfig, source: ModelSource | None) -> ModelSource
     place, attention = source, model.attention
     while place is not None:
         own: Any = place.config
-        if own.attention != attention:
+        if own.attention.of_layers(model.num_layers) != attention.of_layers(model.num_layers):
             return place
         before = place.run.init_from if place.is_run else None
         place = None if before is None else ModelSource.open(before)
     raise UserError(
         f"no model behind init_from {config.init_from} has another attention than this run's, "
-        f"{attention.name}; name the teacher with --teacher"
+        f"{attention.label}; name the teacher with --teacher"
     )
 
 

@@ -1,5 +1,6 @@
 """Inputs of a run: its tokenizer, and batches to train and to validate on, of text or of a task."""
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from lin_jax.errors import UserError
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models import BertConfig, ModelConfig, T5Config
 from lin_jax.training.config import RunConfig, TrainingConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,15 @@ def read_inputs(config: RunConfig, tokenizer: Tokenizer | None, rows: tuple[int,
 def held_out_batches(config: RunConfig, tokenizer: Tokenizer) -> list[Batch]:
     """The held-out text of a run in batches of its size."""
     _, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
+    tokenizer = tokenizer.within(config.model.vocab_size)
     return list(validation_batches(held_out, tokenizer, config.data, batch_size=config.training.batch_size))
 
 
 def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
     train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
     tokenizer = known or prepare_tokenizer(config.data, train)
-    config = _with_vocabulary(config, tokenizer)
+    config = _with_vocabulary(config, tokenizer, of_model=known is not None)
+    tokenizer = tokenizer.within(config.model.vocab_size)
     data, training = config.data, config.training
     sizes = {"batch_size": training.batch_size, "seed": training.seed}
     batches = training_batches(train, tokenizer, data, **sizes, rows=rows)
@@ -83,7 +88,7 @@ def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: t
     (source,) = config.data.sources
     train, *held_out = (read_examples(source, task, split) for split in (TRAIN, *task.held_out))
     tokenizer = known or _task_tokenizer(config, train)
-    config = _with_vocabulary(config, tokenizer)
+    config = _with_vocabulary(config, tokenizer, of_model=known is not None)
     encoder = task_encoder(config, task, tokenizer)
     segments = [encoder.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]
     length = row_length(segments, config.data.sequence_length)
@@ -117,10 +122,11 @@ def task_encoder(config: RunConfig, task: Task, tokenizer: Tokenizer) -> Example
             "give model.end_token that, or the tokenizer of a T5"
         )
     pad = tokenizer.special_id("pad_token")
+    if pad is None or pad >= (model.vocab_size or tokenizer.vocab_size):
+        # A token for padding that was added to the tokenizer alone has no embedding; padding is masked.
+        pad = getattr(model, "pad_token", 0)
     has_types = isinstance(model, BertConfig) and model.types > 1
-    return ExampleEncoder(
-        config.family, tokenizer, task, getattr(model, "pad_token", 0) if pad is None else pad, has_types
-    )
+    return ExampleEncoder(config.family, tokenizer.within(model.vocab_size), task, pad, has_types)
 
 
 def _with_steps(training: TrainingConfig, examples: int) -> TrainingConfig:
@@ -132,9 +138,16 @@ def _with_steps(training: TrainingConfig, examples: int) -> TrainingConfig:
     return replace(training, steps=steps, evaluate_every=each, checkpoint_every=each)
 
 
-def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, *, of_model: bool) -> RunConfig:
+    """Fills in the vocabulary's size; a model's own tokenizer may have more entries, such as one for padding."""
     size = config.model.vocab_size
-    if size is not None and size < tokenizer.vocab_size:
+    if size is not None and size < tokenizer.vocab_size and of_model:
+        log.warning(
+            "the tokenizer has %d entries, the model %d: a text with one of those beyond is refused",
+            tokenizer.vocab_size,
+            size,
+        )
+    elif size is not None and size < tokenizer.vocab_size:
         raise UserError(
             f"model.vocab_size {size} is smaller than the tokenizer's {tokenizer.vocab_size}; leave it out to take that"
         )

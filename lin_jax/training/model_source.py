@@ -1,6 +1,7 @@
 """Trained models, wherever they are: run folders, Hugging Face folders or repositories, files of llama2.c."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from lin_jax.hub.load import HubCheckpoint, Pretrained
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
 from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.params import Params, params_fingerprint, params_of
+from lin_jax.models.stored_weights import Storage
 from lin_jax.training.checkpoint.files import read_metadata
 from lin_jax.training.checkpoint.loading import BaseRun, read_base, read_run_params
 from lin_jax.training.checkpoint.selector import CheckpointSelector
@@ -108,6 +110,7 @@ class ModelSource:
         compute: ComputeConfig | None = None,
         shardings: Any = None,
         seed: int = 0,
+        storage: Callable[[Any], Storage] | None = None,
     ) -> Any:
         """Reads the model.
 
@@ -117,13 +120,14 @@ class ModelSource:
             compute: types of a Hugging Face checkpoint's model; None takes what is stored.
             shardings: sharding of each variable of a Hugging Face checkpoint's model, as in `hub.from_pretrained`.
             seed: of what another attention adds.
+            storage: of a Hugging Face checkpoint's model that only decodes, as in `hub.load.Pretrained.load`.
 
         Raises:
             UserError: the place holds no model, or a damaged one.
         """
         if not self.is_run:
             opened = Pretrained.of(self.checkpoint, attention=attention, head=purpose, compute=compute)
-            return opened.load(shardings=shardings, seed=seed)
+            return opened.load(shardings=shardings, seed=seed, storage=storage)
         kind = kind_of(self.run)
         if not kind.trains.has_model:
             raise UserError(f"{self.place} holds {kind.heads_name}, not a model; its model is in {self.base.folder}")
@@ -173,7 +177,7 @@ class ModelSource:
         Raises:
             UserError: nothing in the run stands on a frozen model.
         """
-        return read_base(self.place, self.selector if isinstance(self.selector, int) else None)
+        return self._found(read_base(self.place, self.selector if isinstance(self.selector, int) else None))
 
     def tokenizer(self, named: str | None = None) -> Tokenizer:
         """Reads the tokenizer.
@@ -196,12 +200,16 @@ class ModelSource:
         return Tokenizer(found.backend, bos_token=SPECIAL[1])
 
     def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Tokens that end a text: all that `generation_config.json`, `config.json` and the tokenizer name as such."""
+        """Tokens that end a text: all that `generation_config.json`, `config.json` and the tokenizer name as such.
+
+        A run has those of the model that it began from, in a file beside its tokenizer.
+        """
         if self.place.is_file():
             # Texts of llama2.c follow each other, and each begins with this token.
             return () if tokenizer.bos_id is None else (tokenizer.bos_id,)
-        said: list[int] = []
-        if not self.is_run:
+        if self.is_run:
+            said = [*generation_ends(self.place / TOKENIZER_FOLDER)]
+        else:
             own = read_config(self.place).get("eos_token_id")
             said = [*generation_ends(self.place), *(own if isinstance(own, list) else [own])]
         return tuple(dict.fromkeys(token for token in (*said, tokenizer.eos_id) if token is not None))
@@ -221,7 +229,7 @@ class ModelSource:
         return RunParts(*objective.parts(params, frozen), found)
 
     def _frozen(self, objective: Objective, step: int) -> Params:
-        base = read_base(self.place, step)
+        base = self._found(read_base(self.place, step))
         model = ModelSource(base.folder, base.step).model(compute=self.run.model.compute)
         frozen = objective.frozen(model)
         if params_fingerprint(frozen) != base.fingerprint:
@@ -230,6 +238,22 @@ class ModelSource:
                 "model by now; put the old one back"
             )
         return frozen
+
+    def _found(self, base: BaseRun) -> BaseRun:
+        """The base where it is now: where it was when the run began, seen from the run, or as `init_from` has it.
+
+        Raises:
+            UserError: it is in neither place.
+        """
+        named = self.run.init_from
+        places = [base.folder, *([Path(named).expanduser()] if named is not None else [])]
+        for place in places:
+            if place.exists():
+                return replace(base, folder=place)
+        raise UserError(
+            f"what was trained in {self.place} stands on the model in {base.folder}, which is not there; put it back, "
+            f"or a link to where it is now"
+        )
 
     def _demand_same(self, model: CausalModel, expected: str, owner: str) -> None:
         if params_fingerprint(params_of(model)) != expected:

@@ -42,12 +42,18 @@ class TransferConfig:
             and with an optimizer of its own.
         progressive: let the input of the trained layers come from the run's own layers before them, as they are by
             now, instead of the teacher's.
+        window_dropout: probability with which a layer's softmax window is narrowed in a step, each layer's by a draw of
+            its own, so that what is beside the window (a linear memory) learns to do without it. Only in training, and
+            only for attentions that have such a window.
+        narrowed_window: tokens that a narrowed window holds; 1 is the token itself.
     """
 
     learns: tuple[str, ...] = ("mixer", "projections")
     layers: tuple[int, int] | None = None
     blocks: int = 1
     progressive: bool = False
+    window_dropout: float = 0.0
+    narrowed_window: int = 1
 
     def __post_init__(self) -> None:
         check_parts("transfer.learns", self.learns, TRANSFERRED_PARTS)
@@ -55,6 +61,10 @@ class TransferConfig:
             raise UserError(f"transfer.learns is empty; name some of {', '.join(TRANSFERRED_PARTS)}")
         if self.blocks < 1:
             raise UserError(f"transfer.blocks is {self.blocks}; give 1 or more")
+        if not 0 <= self.window_dropout <= 1:
+            raise UserError(f"transfer.window_dropout is {self.window_dropout}; give a probability between 0 and 1")
+        if self.narrowed_window < 1:
+            raise UserError(f"transfer.narrowed_window is {self.narrowed_window}; give 1 or more tokens")
 
 
 @dataclass(frozen=True)
@@ -62,18 +72,27 @@ class DistillationConfig:
     """A teacher beside the text, for the objective language_model (Hinton et al. 2015).
 
     Attributes:
-        weight: of the divergence from the teacher, beside the next-token loss with weight one; 0 is no teacher.
+        weight: of the divergence from the teacher; 0 is no teacher.
         temperature: divisor of both models' logits in the divergence.
+        text_weight: of the next-token loss beside it; 0 learns from the teacher's distributions alone, which for a
+            student of the same weights says more than the text does.
     """
 
     weight: float = 0.0
     temperature: float = 1.0
+    text_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.weight < 0:
             raise UserError(f"distillation.weight is {self.weight}; give 0 or more")
         if not self.temperature > 0:
             raise UserError(f"distillation.temperature is {self.temperature}; give a positive number")
+        if self.text_weight < 0:
+            raise UserError(f"distillation.text_weight is {self.text_weight}; give 0 or more")
+        if self.text_weight != 1 and not self.weight:
+            raise UserError(
+                f"distillation.text_weight is {self.text_weight} and there is no teacher; give distillation.weight"
+            )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lin_jax.training.monitoring.throughput import Clock, Throughput
 from lin_jax.training.monitoring.trackers import Trackers, open_trackers
 from lin_jax.training.monitoring.wandb import import_wandb
 from lin_jax.training.monitoring.watchdog import HangWatch, Watchdog
-from lin_jax.training.settings.changes import changes, write_config
+from lin_jax.training.settings.changes import changes, check_optimizer, write_config
 from lin_jax.training.setup import ResolvedRun, resolve
 from lin_jax.training.trainer import Outcome, Trainer
 
@@ -121,6 +121,7 @@ def _train(run: ResolvedRun, resume: bool) -> Outcome:
         stack.enter_context(checkpoints.full_disk_told())
         state, start, changed = run.state, None, list[str]()
         if resume:
+            broadcast_from_first(lambda: check_optimizer(run.folder, run.config))
             restored = checkpoints.restore_latest(run.state, run.metadata)
             run.batches.set_state(restored.data)
             state, start = restored.state, restored.step

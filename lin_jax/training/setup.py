@@ -1,16 +1,20 @@
 """Resolving a run: its configuration becomes the objects that a trainer works with."""
 
+import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from lin_jax.data import Tokenizer, TrainingBatches, load_tokenizer
 from lin_jax.errors import UserError
+from lin_jax.hub.files import GENERATION_FILE
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models.logical_axes import axes_of
 from lin_jax.models.params import Params, abstract_model, shapes
@@ -45,6 +49,8 @@ from lin_jax.training.objectives.registry import (
 )
 from lin_jax.training.optimizer import Optimizer, build_optimizer
 from lin_jax.training.train_step import TrainState, make_step
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def resolve(config: RunConfig, *, resume: bool) -> ResolvedRun:
     teacher = load_teacher(inputs.config, source, base) if has_teacher(config) else None
     run = _assembled(inputs, base, teacher, shardings, resume)
     if not resume and is_first():
-        _write_folder(folder, run.config, run.tokenizer)
+        ends = () if base is None or base.source is None else base.source.end_tokens(run.tokenizer)
+        _write_folder(folder, run.config, run.tokenizer, ends)
     return run
 
 
@@ -150,6 +157,7 @@ def _assembled(
     reference = None
     if base is not None and base.source is not None and keeps_base(config):
         reference = base.source.reference(Path(config.output), frozen)
+    _warn_of_coarse_types(config, state.params)
     metadata = CheckpointMetadata(
         objective=config.objective,
         model=plain(config.model),
@@ -220,10 +228,14 @@ def _first_state(
     return jax.jit(new, out_shardings=where)(shardings.place(params))
 
 
-def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> None:
+def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> None:
+    """Writes settings and tokenizer, and beside that the end tokens of the model that the run begins from."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / TOKENIZER_FOLDER)
+        if end_tokens:
+            content = json.dumps({"eos_token_id": list(end_tokens)})
+            (folder / TOKENIZER_FOLDER / GENERATION_FILE).write_text(content + "\n", encoding="utf-8")
         config.save(folder / CONFIG_FILE)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; give another --output") from error
@@ -251,6 +263,21 @@ def _check_folder(folder: Path, resume: bool) -> None:
 def _check_precision(config: RunConfig) -> None:
     if "float64" in (config.model.dtype, config.model.param_dtype) and not jax.config.read("jax_enable_x64"):
         raise UserError("model.dtype float64 needs 64-bit JAX; call jax.config.update('jax_enable_x64', True) first")
+
+
+def _warn_of_coarse_types(config: RunConfig, params: Params) -> None:
+    """Says that small updates of bfloat16 parameters are lost: half the distance to the next number rounds away."""
+    kinds = {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    for kind in sorted(kinds & {jnp.dtype("bfloat16"), jnp.dtype("float16")}, key=str):
+        lost = float(jnp.finfo(kind).eps) / 4
+        log.warning(
+            "parameters are learnt in %s: a step of the learning rate %.3g is lost on parameters above %.2g; "
+            "give model.param_dtype float32, which model.dtype %s computes with as well",
+            kind.name,
+            config.optimizer.learning_rate,
+            config.optimizer.learning_rate / lost,
+            kind.name,
+        )
 
 
 def _check_length(config: RunConfig) -> None:

@@ -20,7 +20,7 @@ from lin_jax.training.monitoring.spike_detection import (
     StepHealth,
     check_step,
 )
-from lin_jax.training.objectives import Objective
+from lin_jax.training.objectives import Objective, training_sums
 from lin_jax.training.optimizer import Optimizer
 from pallas_kernels.precision import upcast
 
@@ -108,7 +108,8 @@ def _step(
     frozen: Params,
     batch: Batch,
 ) -> tuple[TrainState, StepMetrics]:
-    loss, sums, gradients = accumulate_gradients(objective, gradient_accumulation, state.params, frozen, batch)
+    key = jax.random.fold_in(state.key, state.step)
+    loss, sums, gradients = accumulate_gradients(objective, gradient_accumulation, state.params, frozen, batch, key)
     grad_norm = optax.tree.norm(gradients)
     health, remembered = check_step(spikes, state.history, state.step + 1, loss, grad_norm)
     wide = upcast(state.params)
@@ -125,30 +126,32 @@ def _step(
 
 
 def accumulate_gradients(
-    objective: Objective, parts: int, params: Params, frozen: Params, batch: Batch
+    objective: Objective, parts: int, params: Params, frozen: Params, batch: Batch, key: Array | None = None
 ) -> tuple[Float[Array, ""], Sums, Params]:
     """Loss, sums and gradient of a batch `[B, ...]`, a part of its rows at a time.
 
-    Every part is divided by the targets of the whole batch, so that the parts simply add up.
+    Every part is divided by the targets of the whole batch, so that the parts simply add up. Every part has a key of
+    its own for what the objective draws; without a key it draws nothing.
     """
     weights = jnp.asarray(objective.coefficients) / jnp.maximum(objective.counts(batch), 1)
 
-    def part_loss(params: Params, part: Batch) -> tuple[Array, Sums]:
-        sums = objective.sums(params, frozen, part)
+    def part_loss(params: Params, part: tuple[Batch, Array | None]) -> tuple[Array, Sums]:
+        sums = training_sums(objective, params, frozen, *part)
         return jnp.sum(weights.astype(sums.loss.dtype) * sums.loss), sums
 
-    def add(totals: Any, part: Batch) -> tuple[Any, None]:
+    def add(totals: Any, part: tuple[Batch, Array | None]) -> tuple[Any, None]:
         (loss, sums), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, totals, (loss, sums, upcast(gradients))), None
 
     # Every part takes rows from all over the batch, and so from every device that holds some.
     stacked = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0), dict(batch))
-    zeros = _zeros(part_loss, params, jax.tree.map(lambda rows: rows[0], stacked))
-    totals, _ = jax.lax.scan(add, zeros, stacked)
+    each = stacked, None if key is None else jax.random.split(key, parts)
+    zeros = _zeros(part_loss, params, jax.tree.map(lambda rows: rows[0], each))
+    totals, _ = jax.lax.scan(add, zeros, each)
     return totals
 
 
-def _zeros(part_loss: Callable[..., Any], params: Params, part: Batch) -> Any:
+def _zeros(part_loss: Callable[..., Any], params: Params, part: Any) -> Any:
     """Zeros for the sums to start from."""
     loss, sums = jax.eval_shape(part_loss, params, part)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, sums, jax.eval_shape(upcast, params)))

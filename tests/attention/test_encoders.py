@@ -30,7 +30,13 @@ from lin_jax.attention.yoso import collision_probability
 from lin_jax.errors import UserError
 
 HEADS, KV_HEADS, SIZE, GROUP = 4, 2, 4, 5
-AUGMENTED = ("augmented", "linear_angular+convolution", "relu+local+convolution", "linformer+local+convolution")
+AUGMENTED = (
+    "augmented",
+    "linear_angular+convolution",
+    "relu+local+convolution",
+    "linformer+local+convolution",
+    "exponential+window+convolution",
+)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -229,6 +235,8 @@ def test_relu_features_that_vanish_give_zero_not_nan() -> None:
         ("retnet", "'retnet' is unknown; choose one of augmented, softmax"),
         ("relu+locals", r"'\+locals' is unknown"),
         ("flash+local", "flash has a local branch already"),
+        ("flash+window", r"\+window needs positive features; choose one of performer, relu"),
+        ("relu+local+window", "takes the place of the local branch"),
     ],
 )
 def test_unknown_names(name: str, message: str) -> None:
@@ -236,6 +244,26 @@ def test_unknown_names(name: str, message: str) -> None:
         mixer_of(name, "causal")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "relu", "window": 4}, "'relu' has none; add \\+window"),
+        ({"name": "yoso", "decay": "token"}, "yoso has no memory that decays; choose one of flash_global"),
+        ({"name": "relu+window", "window": 0}, "attention.window is 0; give at least 1"),
+        ({"name": "relu+window", "window_groups": -1}, "attention.window_groups is -1; give zero or more"),
+        ({"name": "relu", "decay": "slow"}, "attention.decay is 'slow'; choose one of none, constant, token"),
+    ],
+)
+def test_windows_and_decays_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_mixer(AttentionConfig(**options), heads=2, kv_heads=2, head_dim=2, rngs=nnx.Rngs(0))
+
+
 def test_forms_that_do_not_exist() -> None:
     with pytest.raises(UserError, match="'yoso' has no cross form; choose one of softmax, flash_local"):
         mixer_of("yoso", "cross")
+    for form in ("bidirectional", "cross"):
+        with pytest.raises(UserError, match=f"'token', and {form} attention has no direction to decay in; set it to"):
+            build_mixer(
+                AttentionConfig("relu", decay="token"), form=form, heads=2, kv_heads=2, head_dim=2, rngs=nnx.Rngs(0)
+            )

@@ -26,6 +26,7 @@ from lin_jax.attention import (
 from lin_jax.attention.augmentation import WrappedState
 from lin_jax.attention.full import CacheState
 from lin_jax.attention.linformer import LinformerState
+from lin_jax.attention.windowed_state import WindowedState, held
 from lin_jax.attention.yoso import YosoAttention
 from pallas_kernels.augmented_attention import augmented_attention_reference
 
@@ -36,7 +37,20 @@ AUGMENTED = (
     "square+convolution",
     *(f"{base}+local+convolution" for base in ("softmax", "linformer", "transnormer", "rfa")),
 )
-NAMES = (*REGISTRY, *AUGMENTED)
+WINDOWED = (
+    "exponential+window",
+    "exponential+window+convolution/window=5",
+    "exponential+window/window=1",
+    "hedgehog+window/window=9/decay=token",
+    "relu+window/window_groups=2/decay=constant",
+    "performer+window/window_groups=0",
+    "augmented/decay=token",
+    "flash_global/decay=constant",
+    "relu+local/decay=constant",
+    "rfa/decay=constant",
+    "elu/decay=token",
+)
+NAMES = (*REGISTRY, *AUGMENTED, *WINDOWED)
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -54,8 +68,10 @@ class Case:
         self.size = int(self.rng.choice([2, 4, 6]))
         self.group_size = int(self.rng.integers(3, 9))
         self.length = int(self.rng.integers(20, 40))
+        name, *options = self.name.split("/")
+        chosen = {key: value if key == "decay" else int(value) for key, value in (o.split("=") for o in options)}
         self.config = AttentionConfig(
-            self.name,
+            name,
             self.group_size,
             int(2 * self.rng.integers(0, 8) + 1),
             initial_alpha=0.7,
@@ -63,6 +79,7 @@ class Case:
             rank=2,
             hashes=3,
             hash_bits=2,
+            **chosen,
         )
 
     @cached_property
@@ -96,12 +113,26 @@ class Case:
         return isinstance(getattr(self.mixer, "base", self.mixer), YosoAttention)
 
 
-ALWAYS = (*(name for name in REGISTRY if name not in ("rfa", "flash_local")), "augmented", "softmax+local+convolution")
+# One of each kind; what others add to them is in `make test-all`.
+ALWAYS = (
+    "augmented",
+    "softmax+local+convolution",
+    "linformer",
+    "performer",
+    "transnormer",
+    "yoso",
+    "linear_angular",
+    "square",
+    *WINDOWED[:2],
+    "hedgehog+window/window=9/decay=token",
+    "augmented/decay=token",
+)
 
 
 @pytest.fixture(
     params=cells(
-        [(name, 0) for name in ALWAYS], [(("transnormer", 1),), *(((name, 0),) for name in NAMES if name not in ALWAYS)]
+        [(name, 0) for name in ALWAYS],
+        [(("transnormer", 1),), *(((name, 0),) for name in NAMES if name not in ALWAYS)],
     ),
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
@@ -145,22 +176,27 @@ def whole_and_gradients(mixer: Any, inputs: QKV, cotangent: jax.Array) -> tuple[
     return outputs, pull(cotangent)[0]
 
 
-def same_state(size: int, one: Any, other: Any) -> None:
+def same_state(case: Case, one: Any, other: Any) -> None:
     """Equal in all that a mixer will ever read; slots that are not in use may hold anything."""
     assert one.position.tolist() == other.position.tolist()
     if isinstance(one, WrappedState):
-        same_state(size, one.base, other.base)
-        return same_state(size, one.around, other.around)
+        same_state(case, one.base, other.base)
+        return same_state(case, one.around, other.around)
+    size = case.group_size
     used = one.position[:, None] % size > jnp.arange(size)
     if isinstance(one, LinformerState):
-        same_state(size, one.buffer, other.buffer)
+        same_state(case, one.buffer, other.buffer)
         used = one.position[:, None] // size > jnp.arange(one.keys.shape[1])
     elif isinstance(one, CacheState):
         used = one.position[:, None] > jnp.arange(one.keys.shape[1])
-    for part in ("memory", "window"):
+    elif isinstance(one, WindowedState):
+        used = held(case.mixer.window, one.position).mask
+    for part in ("memory", "window", "convolved"):
         if getattr(one, part, None) is not None:
             close(getattr(one, part), getattr(other, part))
-    for part in ("keys", "values"):
+    for part in ("keys", "values", "decays"):
+        if getattr(one, part, None) is None:
+            continue
         mask = used.reshape(*used.shape, *(1,) * (getattr(one, part).ndim - 2))
         close(*(jnp.where(mask, getattr(state, part), 0) for state in (one, other)))
 
@@ -204,7 +240,7 @@ def test_pieces_with_padding_and_single_tokens(case: Case) -> None:
         for row, (begin, count) in enumerate(zip(done, lengths, strict=True)):
             close(outputs[row, :count], expected[row, begin : begin + count])
         done += lengths
-    same_state(case.group_size, state, token_by_token(case.mixer, inputs, total, case.state(3))[1])
+    same_state(case, state, token_by_token(case.mixer, inputs, total, case.state(3))[1])
 
 
 def test_packed_documents_and_padding(case: Case) -> None:

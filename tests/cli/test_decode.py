@@ -15,6 +15,8 @@ from lin_jax.cli.decode.options import parse
 from lin_jax.cli.demo import main as demo
 from lin_jax.data import Tokenizer
 from lin_jax.decoding.autotune.costs import measure_costs
+from lin_jax.decoding.autotune.plan import load_plans
+from lin_jax.devices import machine_flags
 from lin_jax.errors import UserError
 from lin_jax.session import Session
 from lin_jax.training import load_run_config
@@ -75,17 +77,65 @@ def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureF
     assert [len(each) for each in texts.values()] == [1, 1]
 
 
-def test_measured_tree_is_kept(
+def test_a_run_remembers_its_texts(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same prompt six times, one at a time: what was written before is drafted whole, by itself and with heads."""
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text((json.dumps({"prompt": "import os\n"}) + "\n") * 6)
+    words = (str(run_folder), "--prompt-file", str(lines), "--max-new-tokens", "150", "--batch", "1", "--json")
+    accepted = {}
+    for drafter in ("ngram", "suffix", "medusa/suffix"):
+        written, figures = output(capsys, *words, "--drafter", drafter, "--tree", "chain:3")
+        rows = [json.loads(line) for line in written.splitlines()]
+        assert len({row["text"] for row in rows}) == 1
+        accepted[drafter] = float(figures.split(" tokens per step")[0].split()[-1])
+    assert accepted["suffix"] > 3
+    assert accepted["medusa/suffix"] > 3
+    assert accepted["ngram"] < accepted["suffix"]
+
+
+def test_a_thorough_search_is_kept(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """It is made when it is asked for, and not before; that of another machine is made anew."""
     monkeypatch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
     shutil.copytree(run_folder, tmp_path / "run")
-    measured = json.loads((tmp_path / "run" / "speculation.json").read_text())
+    file = tmp_path / "run" / "speculation.json"
+    measured = json.loads(file.read_text())
     plans = [plan for plan in measured["plans"] if plan["drafter"] != "ngram"]
-    (tmp_path / "run" / "speculation.json").write_text(json.dumps({**measured, "plans": plans}))
+    file.write_text(json.dumps({**measured, "plans": plans}))
     words = (str(tmp_path / "run"), "x = ", "--max-new-tokens", "10", "--drafter", "ngram")
-    assert "choosing draft trees" in output(capsys, *words)[1]
     assert "choosing draft trees" not in output(capsys, *words)[1]
+    assert "choosing draft trees" in output(capsys, *words, "--plan")[1]
+    found = json.loads(file.read_text())
+    assert {plan["drafter"] for plan in found["plans"]} == {"ngram", *DRAFTERS}
+    assert {plan["flags"] for plan in found["plans"]} == {machine_flags()}
+    said = output(capsys, *words, "--plan")[1]
+    assert "choosing draft trees" not in said
+    assert "plain decoding, 1.00x" in said or "measured" in said
+    for plan in found["plans"]:
+        plan["flags"] = "avx1024"
+    file.write_text(json.dumps(found))
+    assert load_plans(file) == ([], [])
+
+
+def test_decoding_begins_at_once(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is measured or searched before the first token, with or without a plan; the text is plain decoding's."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("calibration")
+
+    for name in ("measure_costs", "make_plan", "calibration_prompts"):
+        monkeypatch.setattr(f"lin_jax.session.{name}", refuse)
+    words = (str(run_folder), "import os\n", "--max-new-tokens", "60")
+    plain, figures = output(capsys, *words, "--drafter", "none")
+    assert "(plain decoding)" in figures
+    assert output(capsys, *words)[0] == plain
+    assert (
+        output(capsys, *words, "--temperature", "0.8")[0]
+        == output(capsys, *words, "--temperature", "0.8", "--drafter", "none")[0]
+    )
 
 
 def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

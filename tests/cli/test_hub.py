@@ -1,9 +1,11 @@
 """`python -m lin_jax.hub`: folders made and shown, and one line and exit code 2 for what a user can get wrong."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +47,8 @@ def test_import_of_llama2c(files: Path) -> None:
     assert load_tokenizer("out").encode("abc").tolist() == [3, 4, 5, 6]
     said = json.loads(Path("out/config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"]) == (1, 2)
+    # Texts of llama2.c follow each other, and each begins with its first token.
+    assert json.loads(Path("out/generation_config.json").read_text())["eos_token_id"] == [1, 2]
     card = Path("out/README.md").read_text()
     assert "made from model.bin" in card
     assert "| nats per token | 1.25 |" in card
@@ -79,6 +83,19 @@ def test_inspect(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown["decode"].startswith(f"state     {(2 * 32 * 2 * 2 * 4 + 2) * 4 / 1024:.1f} KiB per sequence")
     assert run("inspect", "out", "--attention", "augmented", "--attention.kernel_size", "3") == 0
     assert "begins anew" in capsys.readouterr().out
+    words = ("--attention", "exponential+window", "--attention.window", "8", "--attention.decay", "token")
+    assert run("inspect", "out", *words) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["attention"] == "exponential+window, window 8, decay token"
+    assert "query_map" in shown["begins"]
+    # 2 layers of 2 heads of 4 numbers: 7 tokens and their decays, 8 features of values and a normaliser; and positions.
+    assert shown["decode"].startswith(f"state     {(2 * (2 * 7 * (2 * 4 + 1) + 2 * 8 * 5) + 2) * 4 / 1024:.1f} KiB per")
+    for options in (
+        ("augmented,softmax", "--attention.window", "8"),
+        ("augmented", "--attention.window", "8", "--attention.layers", "1=softmax"),
+    ):
+        assert run("inspect", "out", "--attention", *options) == 0
+        assert "[augmented, softmax of 8]" in capsys.readouterr().out
     tensors = load_file("out/model.safetensors")
     tensors["model.extra"] = tensors.pop("model.norm.weight")
     save_file(tensors, "out/model.safetensors")
@@ -86,6 +103,74 @@ def test_inspect(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["does not fit     model.norm.weight is missing", f"{'':17}model.extra is unknown"]
     assert run("inspect", "model.bin") == 0
+
+
+def shown(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, str]]:
+    """Status and rows of a table."""
+    capsys.readouterr()
+    status = run("inspect", *words)
+    rows = (re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    return status, {name: value for name, value in rows if name}
+
+
+def test_inspect_tokenizers(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is beside the model, how far it fits, and what ends a text."""
+    assert run(*IMPORT) == 0
+    status, rows = shown(capsys, "out")
+    assert (status, rows["texts end at"]) == (0, "1 '<s>', 2 '</s>'")
+    assert rows["tokenizer"] == "11 entries"
+    tokenizer = load_tokenizer("out")
+    tokenizer.backend.add_special_tokens(["<pad>"])
+    tokenizer.save("out")
+    more = "12 entries, 1 more than the model: texts with '<pad>' and the like are refused"
+    assert shown(capsys, "out")[1]["tokenizer"] == more
+    Path("out/generation_config.json").write_text('{"eos_token_id": -1}')
+    assert "cannot be used: eos_token_id -1 in out/generation_config.json is no" in shown(capsys, "out")[1]["tokenizer"]
+    Path("out/tokenizer.json").write_text("{")
+    assert "cannot be used: cannot read a tokenizer from" in shown(capsys, "out")[1]["tokenizer"]
+    for file in Path("out").glob("tokenizer*"):
+        file.unlink()
+    Path("out/special_tokens_map.json").unlink()
+    assert shown(capsys, "out")[1]["tokenizer"].startswith("none; name one")
+
+
+def test_inspect_what_is_left_out(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*IMPORT) == 0
+    tensors = load_file("out/model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
+    save_file(tensors, "out/model.safetensors")
+    status, rows = shown(capsys, "out")
+    assert (status, rows["fits"]) == (0, "every tensor")
+    assert rows["left out"] == "1: model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "row", "value"),
+    [
+        ({}, 0, "what to do", "merge them: python -m lin_jax.hub import owner/base OUT --adapter adapter"),
+        ({}, 0, "layers", "1: model.layers.0.self_attn.q_proj"),
+        ({"use_rslora": True}, 0, "factors", "2.82843"),
+        ({"rank_pattern": {"q_proj": 2}, "r": 8}, 0, "ranks", "2"),
+        ({"init_lora_weights": "pissa"}, 1, "cannot be read", "adapter: init_lora_weights"),
+        ({"r": None}, 1, "cannot be read", "adapter: r is null; give the number"),
+    ],
+)
+def test_inspect_adapters(
+    change: dict[str, Any], status: int, row: str, value: str, files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the model that they belong to."""
+    Path("adapter").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 2, "lora_alpha": 4}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config | change))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {
+        f"{layer}.lora_A.weight": np.ones((2, 8), np.float32),
+        f"{layer}.lora_B.weight": np.ones((8, 2), np.float32),
+    }
+    save_file(pair, "adapter/adapter_model.safetensors")
+    found, rows = shown(capsys, "adapter")
+    assert found == status
+    assert rows[row].startswith(value)
 
 
 @pytest.mark.parametrize(

@@ -210,3 +210,15 @@ def test_says_when_the_text_is_not_the_same(tmp_path, tokenizer):
     page = write(tmp_path, tokenizer, ("medusa",), lossless=False)
     assert "Speculation changed the text" in page
     assert "Same text: no" in page
+
+
+def test_plans_without_drafts_are_called_plain(tmp_path, tokenizer, monkeypatch):
+    """Neither a speed-up nor an expectation is told of plain decoding, whatever the clock said."""
+    monkeypatch.setitem(TREES, "medusa", ())
+    monkeypatch.setitem(TREES, "ngram", ())
+    page = write(tmp_path, tokenizer, ("medusa", "ngram"), best_drafter="plain", speedup=1.05)
+    assert "no faster on this machine" in page
+    assert "times as fast" not in page
+    assert page.count("(plain: no tree was faster)") == 2
+    assert "best drafter" not in page
+    assert "plain decoding: drafts do not pay on this machine" in page

@@ -38,6 +38,21 @@ class TestAttention:
         memory = length * 2 * SIZE * SIZE * (HEADS + KV_HEADS)
         assert attention_flops(config, HEADS, KV_HEADS, SIZE, length) == local + memory
 
+    @pytest.mark.parametrize("length", [8, 13])
+    @pytest.mark.parametrize("name", ["exponential+window", "hedgehog+window"])
+    @pytest.mark.parametrize("options", [{}, {"window": 5}, {"window_groups": 2, "decay": "token"}], ids=str)
+    def test_windows_take_their_pairs_the_memory_and_learnt_features(self, length, name, options):
+        config = AttentionConfig(name, group_size=4, features=6, **options)
+
+        def seen(query, key):
+            return query - key < 5 if "window" in options else query // 4 - key // 4 <= config.window_groups
+
+        rows, matrix = (6, 6 * SIZE) if "exponential" in name else (2 * SIZE, SIZE * SIZE)
+        memory = length * 2 * (rows * SIZE + matrix) * (HEADS + KV_HEADS)
+        gates = length * 2 * KV_HEADS * SIZE if "decay" in options else 0
+        found = attention_flops(config, HEADS, KV_HEADS, SIZE, length)
+        assert found == by_hand(length, seen, 0) + memory + gates
+
     def test_augmented_costs_the_same_for_every_token(self):
         config = AttentionConfig("augmented", group_size=64)
         short, long = (attention_flops(config, HEADS, KV_HEADS, SIZE, length) / length for length in (2048, 32768))
@@ -51,7 +66,9 @@ def shapes(config, purpose="causal_lm"):
 class TestStep:
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160
 
-    @pytest.mark.parametrize("name", ["softmax", "augmented", "performer+local+convolution", "linformer", "yoso"])
+    @pytest.mark.parametrize(
+        "name", ["softmax", "augmented", "performer+local+convolution", "linformer", "yoso", "exponential+window"]
+    )
     @pytest.mark.parametrize(
         "options", [{}, {"tie_embeddings": True}, {"query_key_norm": True, "attention_bias": True, "output_bias": True}]
     )

@@ -11,6 +11,7 @@ import pytest
 import transformers
 from safetensors.numpy import load_file, save_file
 
+from lin_jax.attention import AttentionConfig
 from lin_jax.cli.hub.options import main
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained
@@ -266,15 +267,14 @@ class TestOptions:
         assert next(iter(option)) in line
 
     def test_a_window(self, llama: Arrays, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """Within it softmax is the same, beyond it texts are refused; another attention has none."""
+        """It is that of softmax, whose state it bounds; another attention has none."""
         mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 16}
         folder = write(tmp_path, LLAMA | mistral | {"num_key_value_heads": 2}, llama)
         model = from_pretrained(folder)
-        assert (model.config.window, model.config.max_positions) == (16, 16)
-        [line] = caplog.messages
-        assert "texts are bounded to sliding_window 16" in line
+        assert model.config.attention == AttentionConfig("softmax", window=16)
+        assert not caplog.messages
+        assert model.init_state(1, 1000).keys.shape[2] == 16
         linear = Pretrained.open(folder, attention="augmented")
-        assert linear.model.config.max_positions is None
         assert "falls away with the attention that is replaced" in linear.notes[0]
         assert main(["import", str(folder), str(tmp_path / "out")]) == 0
         said = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -383,6 +383,44 @@ class TestNames:
         assert "37 more are unknown, all of them model.layers.*.self_attn.q_proj.*.weight; it holds adapters" in line
         assert main(["inspect", str(folder)]) == 1
         assert "what to do" in capsys.readouterr().out.splitlines()[-1]
+
+
+class TestBertHeads:
+    """Checkpoints of other tasks, as bases."""
+
+    @pytest.mark.parametrize("architecture", ["BertForQuestionAnswering", "BertForTokenClassification"])
+    def test_heads_that_no_model_here_has(self, architecture: str, tmp_path: Path) -> None:
+        """Refused by name; with a head that is asked for, the trunk is read, and so it is said."""
+        config = BERT | {"architectures": [architecture]}
+        tensors = tensors_of(config)
+        folder = write(tmp_path, config, tensors)
+        assert f"names a {architecture}, which is not supported" in refused(lambda: from_pretrained(folder))
+        for head in ("classifier", "encoder"):
+            opened = Pretrained.open(folder, head=head)
+            assert not opened.problems()
+            assert f"config.json names a {architecture}, and a " in opened.notes[0]
+        model = from_pretrained(folder, head="classifier")
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+        words = tensors["bert.embeddings.word_embeddings.weight"]
+        assert np.array_equal(model.bert.embed.word.embedding[...], words)
+        assert np.array_equal(theirs.bert.embeddings.word_embeddings.weight.detach().numpy(), words)
+        # A classifier of the same form is read by transformers, too.
+        same = np.array_equal(model.head.kernel[...].T, theirs.classifier.weight.detach().numpy())
+        assert same == (architecture == "BertForTokenClassification")
+
+    @pytest.mark.parametrize("second", [True, False])
+    def test_the_bias_under_its_second_name(self, second: bool, tmp_path: Path) -> None:
+        tensors = tensors_of(BERT)
+        bias = tensors["cls.predictions.bias"]
+        tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
+        tensors["cls.predictions.decoder.bias"] = bias
+        if second:
+            del tensors["cls.predictions.bias"]
+        folder = write(tmp_path, BERT, tensors)
+        assert np.array_equal(from_pretrained(folder).bias[...], bias)
+        theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+        assert np.array_equal(theirs.cls.predictions.decoder.bias.detach().numpy(), bias)
+        assert not Pretrained.open(folder, head="classifier").problems()
 
 
 def test_files_are_left_as_they_are(llama: Arrays, tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from support.cells import cells
 from support.golden_files import assert_close
 from support.try_export import try_folder, write_exports
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, dynamic_module_utils
 
-from lin_jax.attention import REGISTRY, AttentionConfig, parse_name
+from lin_jax.attention import REGISTRY, AttentionConfig, has_growing_state, parse_name
 from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.decoding import Generator
 from lin_jax.errors import UserError
@@ -51,11 +52,13 @@ class Case:
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "-".join([self.family, self.attention, *self.options])
+        chosen = [f"{name}={value}" for name, value in self.sizes.items() if name not in ("pattern", "layers")]
+        mixed = [name for name in ("pattern", "layers") if name in self.sizes]
+        return "-".join([self.family, self.attention, *self.options, *chosen, *mixed])
 
     @property
     def has_growing_state(self) -> bool:
-        return REGISTRY[parse_name(self.attention).base].growing
+        return has_growing_state(AttentionConfig(self.attention, **self.sizes))
 
     def model(self, dtype: str = "float64") -> Any:
         attention = AttentionConfig(self.attention, **SMALL | self.sizes)
@@ -83,6 +86,26 @@ CASES = [
     Case("linear_angular+convolution", options={"attention_bias": True}),
     Case("square+convolution", "gpt2"),
     Case("softmax+local"),
+    Case("softmax", "gpt2", sizes={"window": 5}),
+    Case("augmented", sizes={"pattern": ("augmented", {"name": "softmax", "window": 3})}),
+    Case("augmented", "gpt2", sizes={"layers": {1: "softmax"}}),
+    Case("exponential+window"),
+    Case("exponential+window+convolution", "gpt2", sizes={"window": 5}),
+    Case("hedgehog+window", sizes={"window": 6, "decay": "token"}),
+    Case("elu+local", "gpt2", sizes={"decay": "constant"}),
+]
+THOROUGH = [
+    Case("hedgehog"),
+    Case("exponential", "gpt2"),
+    Case("elu"),
+    Case("exponential+window", "gpt2", sizes={"window": 1}),
+    Case("performer+window", sizes={"window_groups": 2, "decay": "constant"}),
+    Case("relu+window", "gpt2", sizes={"window_groups": 0, "decay": "token"}),
+    Case("augmented", sizes={"decay": "token"}),
+    Case("flash_global", "gpt2", sizes={"decay": "constant"}),
+    Case("flash+convolution", sizes={"decay": "constant"}),
+    Case("rfa", "gpt2", sizes={"decay": "token"}),
+    Case("performer+local", options={"num_kv_heads": 1}, sizes={"decay": "constant"}),
 ]
 FLAGSHIP = CASES[3]
 AUGMENTED = Case("linformer+local+convolution")  # has all that a state can have
@@ -157,7 +180,7 @@ def integers(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array.astype(np.int32))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", cells(CASES, THOROUGH), ids=str)
 def test_same_logits_and_tokens(case: Case, tmp_path: Path, x64: None) -> None:
     """Greedy text on the state, and logits of padded rows as a whole, and of parts of them on the state."""
     ours = case.model()
@@ -397,9 +420,20 @@ def test_the_tokenizer_of_old_versions(tmp_path: Path) -> None:
         assert again.all_special_tokens == pretrained.all_special_tokens
 
 
-def test_gradients(tmp_path: Path, x64: None) -> None:
+@pytest.mark.parametrize(
+    "case",
+    cells(
+        [Case("performer+local+convolution")],
+        [
+            Case("exponential+window", sizes={"decay": "token"}),
+            Case("hedgehog+window+convolution", sizes={"window": 6, "decay": "constant"}),
+            Case("augmented", sizes={"decay": "constant"}),
+        ],
+    ),
+    ids=str,
+)
+def test_gradients(case: Case, tmp_path: Path, x64: None) -> None:
     """Fine-tuning in PyTorch follows the same gradients."""
-    case = Case("performer+local+convolution")
     ours = case.model()
     theirs = opened(save_pretrained(ours, tmp_path / "model")).train()
     tokens = batch()[0]

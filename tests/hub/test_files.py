@@ -7,10 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
 from lin_jax.errors import UserError
-from lin_jax.hub.files import find_checkpoint, generation_ends, read_checkpoint, read_config
+from lin_jax.hub.files import UNWANTED, WANTED, find_checkpoint, generation_ends, read_checkpoint, read_config
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -130,7 +131,8 @@ class TestNames:
     def asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
         calls: list[tuple[str, list[str]]] = []
 
-        def download(name: str, *, allow_patterns: list[str]) -> str:
+        def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+            assert ignore_patterns == list(UNWANTED)
             calls.append((name, allow_patterns))
             if name == "nobody/nothing":
                 raise OSError("404: no such repository.\nAnd a page about it")
@@ -146,6 +148,16 @@ class TestNames:
         assert fetched == name.removeprefix("hub:")
         assert "*.safetensors" in patterns
         assert not [pattern for pattern in patterns if pattern.endswith((".bin", ".py", "*"))]
+
+    def test_what_is_fetched(self) -> None:
+        """All of a model and its tokenizer, once; as the Hub's client chooses files."""
+        wanted = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+        wanted += ["model.safetensors.index.json", "chat_template.jinja", "merges.txt", "vocab.bpe", "spiece.model"]
+        others = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "onnx/config.json"]
+        others += ["original/params.json", "model.fp16.safetensors", "model.fp16-00001-of-00002.safetensors"]
+        others += ["pytorch_model.bin", "modeling_own.py", "README.md", "tokenizer.pkl"]
+        found = filter_repo_objects([*others, *wanted], allow_patterns=WANTED, ignore_patterns=UNWANTED)
+        assert list(found) == wanted
 
     def test_folders_come_first(self, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "owner" / "name").mkdir(parents=True)

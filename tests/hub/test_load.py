@@ -24,6 +24,7 @@ from lin_jax.hub import from_pretrained, save_pretrained
 from lin_jax.hub.families.llama import entries
 from lin_jax.hub.files import LazyTensor
 from lin_jax.hub.medusa import load_medusa_heads, save_heads
+from lin_jax.hub.model_card import model_card
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads
 from lin_jax.models.params import abstract_model
 
@@ -287,7 +288,7 @@ def test_tokenizer_and_labels(tmp_path: Path) -> None:
     source = json.loads((first / "config.json").read_text())
     second = save_pretrained(from_pretrained(first), tmp_path / "second", tokenizer=first, source=source)
     assert load_tokenizer(second).fingerprint == tokenizer.fingerprint
-    assert json.loads((second / "generation_config.json").read_text()) == {"eos_token_id": [3, 4]}
+    assert json.loads((second / "generation_config.json").read_text()) == {"eos_token_id": [3, 4, tokenizer.eos_id]}
     with pytest.raises(UserError, match="holds no tokenizer"):
         save_pretrained(from_pretrained(first), tmp_path / "third", tokenizer=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
@@ -306,6 +307,21 @@ def test_model_card(tmp_path: Path) -> None:
     assert "With PyTorch and transformers 4.57 or newer (tried up to 5.24):" in card
     plain_card = (save_pretrained(random_model(config()), tmp_path / "plain") / "README.md").read_text()
     assert "trust_remote_code" not in plain_card
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("exponential+window", {"features": 6}, "group_size 4, features 6, window_groups 1)"),
+        ("hedgehog+window+convolution", {"window": 9, "decay": "token"}, "kernel_size 5, window 9, decay token)"),
+    ],
+)
+def test_model_card_of_a_window(name: str, options: dict[str, Any], expected: str) -> None:
+    """Its sizes are named, and those alone that it has."""
+    plain = config(name)
+    attention = replace(plain.attention, **options)
+    model = abstract_model(replace(plain, attention=attention))
+    assert f"Its attention: `{name}` ({expected}." in model_card(model, name="out")
 
 
 class TestWriting:

@@ -51,6 +51,21 @@ RELATIVES: dict[str, dict[str, Any]] = {
     "mistral": {"kind": "mistral", "sliding_window": None, "num_key_value_heads": 2},
     "qwen2": {"kind": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
     "qwen3": {"kind": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
+    "mistral_window": {"kind": "mistral", "sliding_window": 5, "num_key_value_heads": 2},
+    "qwen2_windows": {
+        "kind": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "qwen3_types": {
+        "kind": "qwen3",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -208,7 +223,7 @@ def test_architectures(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", RELATIVES)
 @pytest.mark.parametrize("dtype", ["float64"], indirect=True)
 def test_relatives(name: str, dtype: str) -> None:
-    """Biases, and the options of Mistral, Qwen2 and Qwen3."""
+    """Biases, the options of Mistral, Qwen2 and Qwen3, and windows that rows are longer than."""
     theirs = their_model(**RELATIVES[name])
     assert_same(our_model(theirs, dtype), theirs, dtype)
 

@@ -13,6 +13,8 @@ import os
 if "device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 from flax import nnx
@@ -26,9 +28,21 @@ from lin_jax.training.distributed.mesh import MeshConfig, make_mesh
 from lin_jax.training.distributed.partitioning import Shardings
 
 ATTENTION = AttentionConfig("augmented", group_size=8, kernel_size=7, initial_alpha=0.3)
+WINDOWED = AttentionConfig("exponential+window+convolution", group_size=8, kernel_size=7, features=12, decay="token")
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2}
 MODELS = {
     "llama": (Llama, LlamaConfig(**SIZES, intermediate_size=48, num_heads=4, num_kv_heads=2, attention=ATTENTION)),
+    "mix": (
+        Llama,
+        LlamaConfig(
+            **{**SIZES, "num_layers": 4},
+            intermediate_size=48,
+            num_heads=4,
+            num_kv_heads=2,
+            attention=replace(ATTENTION, pattern=("augmented", {"name": "softmax", "window": 6})),
+        ),
+    ),
+    "windowed": (Llama, LlamaConfig(**SIZES, intermediate_size=48, num_heads=4, num_kv_heads=2, attention=WINDOWED)),
     "gpt2": (Gpt2, Gpt2Config(**SIZES, num_heads=4, max_positions=64, attention=ATTENTION)),
     "flash": (Flash, FlashConfig(**SIZES, query_key_size=16, attention=ATTENTION)),
     "t5": (

@@ -29,6 +29,44 @@ def rfa_features(x: np.ndarray, mixer: Any) -> np.ndarray:
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) * np.sqrt(1 / angles.shape[-1])
 
 
+def positive_features(base: str, features: Any, kv_head: int, share: int | None) -> Attend:
+    """Features of a query (by its head's place among those that share a key head) or of keys, as a function."""
+    side = "key" if share is None else "query"
+    place = (kv_head,) if share is None else (kv_head, share)
+
+    def exponential(x: np.ndarray) -> np.ndarray:
+        x = x / x.shape[-1] ** 0.25
+        weights, bias = (
+            np.asarray(getattr(features, f"{side}_{part}")[...], np.float64)[place] for part in ("map", "bias")
+        )
+        half = np.sum(x**2, axis=-1, keepdims=True) / 2
+        return np.exp(np.minimum(x @ weights.T + bias - half, np.inf if share is not None else 40)) / len(bias) ** 0.5
+
+    def hedgehog(x: np.ndarray) -> np.ndarray:
+        projected = x @ np.asarray(getattr(features, f"{side}_map")[...], np.float64)[place].T
+        powers = np.exp(np.concatenate([projected, -projected], axis=-1))
+        return powers / powers.sum(axis=-1, keepdims=True)
+
+    def performer(x: np.ndarray) -> np.ndarray:
+        x = x / x.shape[-1] ** 0.25
+        weights = np.asarray(features.projection[...], np.float64)
+        return np.exp(x @ weights.T - np.sum(x**2, axis=-1, keepdims=True) / 2) / len(weights) ** 0.5
+
+    def rfa(x: np.ndarray) -> np.ndarray:
+        angles = unit(x) @ np.asarray(features.projection[...], np.float64).T
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) * np.sqrt(1 / angles.shape[-1])
+
+    maps: dict[str, Attend] = {
+        "exponential": exponential,
+        "hedgehog": hedgehog,
+        "performer": performer,
+        "rfa": rfa,
+        "relu": lambda x: np.maximum(x, 0),
+        "elu": lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))) + 1,
+    }
+    return maps.get(base, unit)
+
+
 def directions(mixer: Any) -> np.ndarray:
     return np.asarray(mixer.linear.features.projection[...], np.float64)
 
@@ -98,7 +136,10 @@ class Oracle:
         local = np.zeros_like(outputs)
         for head in range(heads):
             q, k, v = query[head], keys[:, head // share], values[:, head // share]
-            outputs[head] = self._base(q, k, v, same, place, here, both)
+            if self.name.window or self.config.decay != "none":
+                outputs[head] = self._window(q, k, v, place, here, both, (head // share, head % share), own is None)
+            else:
+                outputs[head] = self._base(q, k, v, same, place, here, both, (head // share, head % share))
             if self.name.local:
                 local[head] = np.maximum(unit(k[same]) @ unit(q), 0) ** 2 @ v[same]
         if self.name.base == "transnormer" and self.layer >= self.config.diagonal_layers:
@@ -115,8 +156,57 @@ class Oracle:
                         outputs[head] += weight * values[at, head // share]
         return outputs
 
+    def _window(
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        place: np.ndarray,
+        here: int,
+        both: bool,
+        head: tuple[int, int],
+        cross: bool,
+    ) -> np.ndarray:
+        """A window, a memory that decays, or both."""
+        config, base, mixer = self.config, self.name.base, self.base_mixer
+        groups, features = place // config.group_size, mixer.linear.features
+        if cross:
+            near = np.zeros_like(place, bool)
+        elif not self.name.window:
+            near = np.zeros_like(place, bool) if base not in ("flash", "flash_global") else groups == groups[here]
+        elif config.window is None:
+            near = np.abs(groups - here // config.group_size) <= config.window_groups
+        else:
+            near = np.abs(place - here) < config.window
+        decays = np.ones(len(place))
+        if config.decay == "constant":
+            decays = np.exp(-np.exp(float(mixer.decay.rate[head[0]]))) * decays
+        elif config.decay == "token":
+            weight, bias = (np.asarray(getattr(mixer.decay, part)[head[0]], np.float64) for part in ("weight", "bias"))
+            decays = (1 / (1 + np.exp(-(v @ weight + bias)))) ** (1 / 16)
+        since = np.array([np.prod(decays[s + 1 :]) for s in range(len(place))])
+        query_features = positive_features(base, features, head[0], head[1])(q)
+        far = positive_features(base, features, head[0], None)(k) @ query_features * since
+        if base in ("flash", "flash_global"):
+            local = np.maximum(unit(k) @ unit(q), 0) ** 2 if base == "flash" else np.zeros_like(far)
+            return np.where(near, local, far) @ v
+        if not self.name.window or cross:
+            total = max(far.sum(), 1e-2) if base == "rfa" else far.sum()
+            return far @ v / total if far.any() else np.zeros(v.shape[1])
+        balance = np.exp(float(mixer.balance[head]))
+        weights = np.where(near, np.exp(k @ q / np.sqrt(len(q))), balance * far)
+        return weights @ v / weights.sum()
+
     def _base(
-        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, same: np.ndarray, place: np.ndarray, here: int, both: bool
+        self,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        same: np.ndarray,
+        place: np.ndarray,
+        here: int,
+        both: bool,
+        head: tuple[int, int],
     ) -> np.ndarray:
         base, root = self.name.base, np.sqrt(len(q))
         cosines = unit(k) @ unit(q)
@@ -137,6 +227,11 @@ class Oracle:
         if base == "relu":
             weights = np.maximum(k, 0) @ np.maximum(q, 0)
             return weights @ v / weights.sum() if weights.any() else np.zeros(v.shape[1])
+        if base in ("elu", "hedgehog", "exponential"):
+            features = self.base_mixer.linear.features
+            return all_pairs(
+                positive_features(base, features, head[0], None)(k) @ positive_features(base, features, *head)(q), v
+            )
         if base == "performer":
             return all_pairs(performer_features(k, self.base_mixer) @ performer_features(q, self.base_mixer), v)
         if base == "rfa":

@@ -18,7 +18,11 @@ NEW = 37
 TREE = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0), (1, 0, 0)))
 
 
-def build_model(name: str = "augmented", seed: int = 0, layers: int = 2, dtype: str = "float64") -> Llama:
+def build_model(
+    attention: str | AttentionConfig = "augmented", seed: int = 0, layers: int = 2, dtype: str = "float64"
+) -> Llama:
+    if isinstance(attention, str):
+        attention = AttentionConfig(attention, GROUP, 7, initial_alpha=0.4)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -27,7 +31,7 @@ def build_model(name: str = "augmented", seed: int = 0, layers: int = 2, dtype: 
         num_heads=4,
         num_kv_heads=2,
         initializer_range=0.5,
-        attention=AttentionConfig(name, GROUP, 7, initial_alpha=0.4),
+        attention=attention,
         dtype=dtype,
         param_dtype=dtype,
     )

@@ -214,8 +214,9 @@ def small_models() -> dict[str, Callable[[], Any]]:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
     mixers = {"group_size": 4, "kernel_size": 5, "features": 6, "rank": 2}
     models: dict[str, Callable[[], Any]] = {}
-    for name in ("softmax", "augmented", "performer+local+convolution", "linformer"):
-        attention = AttentionConfig(name, **mixers)
+    windowed = {"window": 6, "decay": "token"}
+    for name in ("softmax", "augmented", "performer+local+convolution", "linformer", "exponential+window"):
+        attention = AttentionConfig(name, **mixers | (windowed if name.endswith("window") else {}))
         common = {**sizes, "dtype": "float64", "param_dtype": "float64", "attention": attention}
         llama = LlamaConfig(**common, num_kv_heads=2)
         models[f"llama-{name}"] = partial(Llama, llama, rngs=nnx.Rngs(0))

@@ -102,6 +102,20 @@ def test_another_base_is_noticed(finished, base_run, tmp_path):
         load_model(copy)
 
 
+def test_a_base_that_was_moved(finished, base_run, tmp_path):
+    """It is looked for where it was, seen from the run, then where `init_from` has it."""
+    copy = shutil.copytree(finished, tmp_path / "far" / "copy")
+    ours, theirs = (params_of(load_model(folder)[0]) for folder in (copy, finished))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(base_run), str(tmp_path / "gone")))
+    with pytest.raises(
+        UserError, match=r"stands on the model in .*base, which is not there; put it back, or a link"
+    ) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value)
+
+
 def test_export_merged_and_alone(finished, base_run, tmp_path, capsys):
     """The merged folder is the model; the adapters' folder makes the same layers of the base model."""
     assert main(["export", str(finished), str(tmp_path / "whole")]) == 0

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from lin_jax.cli.decode.prompts import given_prompts
 from lin_jax.cli.json_line import json_line
 from lin_jax.data.tokenizers.tokenizer import whole_characters
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
-from lin_jax.decoding.autotune.plan import SpeculationPlan
-from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.drafting.tree import DraftTree, chain, parse_tree
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import check_stops
@@ -26,12 +26,16 @@ from lin_jax.session import Session, check_length
 
 # What a shell expects of a program that Ctrl-C ended.
 INTERRUPTED = 130
+# Guesses of a chain where the acceptance rule needs a tree that stays and none is named.
+FIXED_LENGTH = 3
 
 
 def decode(options: argparse.Namespace) -> int:
     """Writes the continuation of every prompt to stdout, and figures to stderr; returns the exit status."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p, options.repetition_penalty)
     _check(options)
+    if options.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
     texts = _whole(given_prompts(options.prompt, options.prompt_file))
     devices = devices_shown()
     session = Session.load(
@@ -41,6 +45,9 @@ def decode(options: argparse.Namespace) -> int:
         draft_layers=options.draft_layers,
         step=options.step,
         tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        weights=options.weights,
+        same_bits=options.same_bits,
     )
     _note(f"decoding on {devices}")
     prompts = [session.encode_prompt(text, begins=not options.state) for text in texts]
@@ -50,14 +57,7 @@ def decode(options: argparse.Namespace) -> int:
         raise UserError(f"--save-state is for one prompt, and there are {len(prompts)}; give one")
     slots = options.batch or min(bucket(len(texts)), MAX_SLOTS)
     check_new_tokens(options.max_new_tokens, slots)
-    plan = _drafting(session, options, slots)
-    generator = session.generator(
-        plan.drafter,
-        plan.shape,
-        break_even_tokens=plan.break_even_tokens,
-        stops=options.stop,
-        acceptance=options.acceptance,
-    )
+    kind, generator = _generator(session, options, slots)
     if options.save_state:
         return _save_state(generator, prompts[0], options, sampling, slots)
     prefix = None
@@ -75,7 +75,8 @@ def decode(options: argparse.Namespace) -> int:
     )
     write = _print_stream if len(prompts) == 1 and not options.json else _print_all
     status = write(session, texts, scheduler, options)
-    _note(_figures(scheduler.generation, plan.drafter, scheduler.tree.size))
+    _note(_figures(scheduler.generation, kind))
+    session.save_costs()
     return status
 
 
@@ -106,12 +107,17 @@ def _whole(texts: Sequence[str]) -> list[str]:
     return whole
 
 
-def _drafting(session: Session, options: argparse.Namespace, slots: int) -> SpeculationPlan:
-    """Chooses the drafter and the tree: as asked for, or as measured on this machine."""
-    if options.tree != "auto":
-        kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
-        return SpeculationPlan(kind, slots, options.tree)
-    return session.plan(options.drafter, slots, _note)
+def _generator(session: Session, options: argparse.Namespace, slots: int) -> tuple[str, Generator]:
+    """Builds what decodes, by the drafter and tree asked for, or those that turn out to pay; names the drafter too."""
+    if options.plan:
+        _note(session.plan(options.drafter, slots, _note, shown=True).summary)
+    if options.tree == "auto" and options.acceptance == "exact" and options.drafter != "none":
+        kind, _ = session.adaptive_drafter(options.drafter, slots)
+        return kind, session.adaptive_generator(options.drafter, slots, stops=options.stop)
+    kind = options.drafter or ("path" if session.parts.path is not None else "ngram")
+    automatic = DraftTree() if kind == "none" else chain(FIXED_LENGTH)
+    tree = automatic if options.tree == "auto" else parse_tree(options.tree)
+    return kind, session.generator(kind, tree, stops=options.stop, acceptance=options.acceptance)
 
 
 def _save_state(
@@ -130,7 +136,7 @@ def _save_state(
 
 def _print_stream(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
     """Prints one continuation as it comes."""
-    text, status = StreamedText(session.tokenizer, options.stop, scheduler.prompts[0]), 0
+    text, status = StreamedText(session.tokenizer, options.stop, scheduler.tokens_before(0)), 0
     sys.stdout.write(texts[0])
     try:
         for update in scheduler:
@@ -157,7 +163,7 @@ def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, opt
     generation = scheduler.generation
     for row, text in enumerate(texts):
         tokens = generation.tokens[row]
-        continuation = session.decode(tokens, options.stop, scheduler.prompts[row])
+        continuation = session.decode(tokens, options.stop, scheduler.tokens_before(row))
         if not options.json:
             print(f"{text}{continuation}\n---")
             continue
@@ -168,13 +174,22 @@ def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, opt
     return status
 
 
-def _figures(generation: Generation, kind: str, size: int) -> str:
-    plain = f"; {generation.plain_steps:,} steps without drafts, which did not pay" if generation.plain_steps else ""
+def _figures(generation: Generation, kind: str) -> str:
     return (
         f"{sum(map(len, generation.tokens))} tokens, {generation.tokens_per_second:,.0f} tokens/s, "
-        f"{generation.mean_accepted_tokens:.2f} tokens per step (drafter {kind}, {size} nodes{plain}), "
+        f"{generation.mean_accepted_tokens:.2f} tokens per step ({_drafted(generation, kind)}), "
         f"ready after {generation.prefill_seconds:.2f} s, state {generation.state_bytes / 1024:,.0f} KiB"
     )
+
+
+def _drafted(generation: Generation, kind: str) -> str:
+    """Steps with drafts, in words; without any it is plain decoding, whatever might have been drafted."""
+    steps = {tree: count for tree, count in generation.steps_by_tree.items() if count}
+    drafted = {parse_tree(tree).size: count for tree, count in steps.items() if tree != "none"}
+    if not drafted:
+        return "plain decoding"
+    sizes = ", ".join(f"{count:,} of {size} nodes" for size, count in sorted(drafted.items()))
+    return f"drafter {kind}: {sizes}, {steps.get('none', 0):,} plain steps"
 
 
 def _note(line: str) -> None:

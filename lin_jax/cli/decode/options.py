@@ -17,7 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(sys.argv[1:] if argv is None else argv)
     # Help and wrong options need not wait for JAX.
     from lin_jax.cli.decode.command import decode
+    from lin_jax.user_cache import keep_programs
 
+    if not options.no_cache:
+        keep_programs()
     return decode(options)
 
 
@@ -52,11 +55,32 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="file with the prompt, taken as it is, last newline included, or - for standard input; or .jsonl with a "
         "field 'prompt' a line",
     )
+    _add_numbers(parser.add_argument_group("what is computed with"))
     _add_lengths(parser.add_argument_group("how much"))
     _add_sampling(parser.add_argument_group("how tokens are chosen"))
     _add_drafting(parser.add_argument_group("how drafts are made (none of it changes the text, but for 'typical')"))
     _add_output(parser.add_argument_group("what is kept and shown"))
     return parser.parse_args(argv)
+
+
+def _add_numbers(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float64"),
+        help="type that is computed in (default: the model's own, but float32 for bfloat16 on a CPU)",
+    )
+    group.add_argument(
+        "--weights",
+        default="stored",
+        choices=("stored", "int8"),
+        help="stored (default) keeps weights in the type of their files; int8 rounds those of linear layers and head",
+    )
+    group.add_argument(
+        "--same-bits",
+        action="store_true",
+        help="add up in one order for any number of drafts and prompts, so that drafts change no token in float32 and "
+        "bfloat16 either; somewhat slower",
+    )
 
 
 def _add_lengths(group: argparse._ArgumentGroup) -> None:
@@ -94,8 +118,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_drafting(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--drafter",
-        help="none, ngram, medusa, path, model or self, also joined as in path+ngram (default: what is measured to be "
-        "the fastest here)",
+        help="none, ngram, suffix (which also copies from what this run has written before), medusa, path, model or "
+        "self, also joined: path+ngram lays them side by side, path/suffix takes the likeliest of both (default: the "
+        "model's heads, if any, and ngram)",
     )
     group.add_argument(
         "--heads", metavar="DIR", action="append", default=[], help="run folder of draft heads; may be given twice"
@@ -107,8 +132,14 @@ def _add_drafting(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tree",
         default="auto",
-        help="auto (measured for this machine), none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH, or paths such as "
-        "'0;1;0,0'",
+        help="auto (whatever turns out to pay while it decodes), none, chain:LENGTH, mc_sim_7b_63, dynamic:SIZE:DEPTH, "
+        "or paths such as '0;1;0,0'",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="first search thoroughly for the tree that is fastest on this machine, which takes minutes, and keep it "
+        "in the model's folder",
     )
     group.add_argument(
         "--acceptance",
@@ -123,6 +154,11 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--state", metavar="F", help="go on from a saved state; the prompt follows what was read")
     group.add_argument("--log-probs", action="store_true", help="with --json: log-probabilities of the tokens")
     group.add_argument("--json", action="store_true", help="print one JSON object per prompt")
+    group.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="keep no compiled programs on the disk (default: in ~/.cache/lin_jax, or the folder LIN_JAX_CACHE)",
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.cli.hub.inspect import table
+from lin_jax.cli.hub.inspect import adapter_table, holds_adapters, table
 from lin_jax.data import Tokenizer
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
@@ -62,7 +62,11 @@ def import_checkpoint(
     heads = None
     if opened.folder.is_dir() and has_heads(opened.folder):
         heads = load_medusa_heads(opened.folder, model)
-    _save(model, out, found, heads, opened.hf_config, source, measured, max_shard_bytes, overwrite)
+    # A file of llama2.c names no end tokens: its texts follow each other.
+    ends: tuple[int, ...] = ()
+    if isinstance(found, Tokenizer) and opened.folder.is_file():
+        ends = ModelSource(opened.folder).end_tokens(found)
+    _save(model, out, found, heads, opened.hf_config, source, measured, max_shard_bytes, overwrite, ends)
 
 
 def export_run(
@@ -92,10 +96,10 @@ def export_run(
             source, out, dtype=dtype, figures=figures, max_shard_bytes=max_shard_bytes, overwrite=overwrite
         )
     measured = _read_figures(figures)
-    model, tokenizer, heads = _load_run(opened)
+    model, tokenizer, heads, ends = _load_run(opened)
     if dtype is not None:
         model, heads = _cast(model, dtype), None if heads is None else _cast(heads, dtype)
-    _save(model, out, tokenizer, heads, None, None, measured, max_shard_bytes, overwrite)
+    _save(model, out, tokenizer, heads, None, None, measured, max_shard_bytes, overwrite, ends)
     return None
 
 
@@ -112,14 +116,18 @@ def _export_adapters(source: ModelSource, out: str, overwrite: bool) -> None:
 
 
 def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None) -> int:
-    """Prints what a checkpoint is; 1 if some of its tensors do not fit, else 0."""
+    """Prints what a checkpoint or a folder of adapters is; 1 if it cannot be read as it is, else 0."""
+    if holds_adapters(Path(source)):
+        shown, readable = adapter_table(Path(source))
+        print(shown)
+        return 0 if readable else 1
     opened = Pretrained.open(source, attention=attention)
     print(table(opened))
     return 1 if opened.problems() else 0
 
 
-def _load_run(run: ModelSource) -> tuple[Any, Tokenizer, MedusaHeads | None]:
-    """Reads a run's model and tokenizer, and the heads that it trained, or that lie in its folder."""
+def _load_run(run: ModelSource) -> tuple[Any, Tokenizer, MedusaHeads | None, tuple[int, ...]]:
+    """Reads a run's model, tokenizer and end tokens, and the heads that it trained, or that lie in its folder."""
     trains = kind_of(run.run).trains
     inside = run.place / "heads"
     heads_source = run if trains.has_heads else ModelSource(inside) if inside.is_dir() else None
@@ -132,7 +140,7 @@ def _load_run(run: ModelSource) -> tuple[Any, Tokenizer, MedusaHeads | None]:
     heads = None if heads_source is None else heads_source.heads(model)
     if isinstance(heads, PathHead):
         raise UserError(f"{run.place} holds a path head, which has no published form; export {source.place} without it")
-    return model, tokenizer, heads
+    return model, tokenizer, heads, source.end_tokens(tokenizer)
 
 
 def _cast(module: Any, dtype: str) -> Any:
@@ -179,6 +187,7 @@ def _save(
     figures: dict[str, Any] | None,
     max_shard_bytes: int,
     overwrite: bool,
+    end_tokens: Sequence[int] = (),
 ) -> None:
     size = sum(variable[...].nbytes for variable in stored(model).values())
     with _bar("writing", size) as note:
@@ -190,6 +199,7 @@ def _save(
             source=source,
             base=None if base is None else Path(base).name,
             figures=figures,
+            end_tokens=end_tokens,
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             note=note,

@@ -58,10 +58,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("attention", "another attention than the checkpoint's own")
-    group.add_argument("--attention", metavar="NAME", help="such as augmented, or performer+local+convolution")
+    group.add_argument(
+        "--attention",
+        metavar="NAME",
+        help="such as augmented, or performer+local+convolution; several, between commas, are those of the layers in "
+        "turn, such as augmented,augmented,softmax",
+    )
+    group.add_argument("--attention.layers", metavar="N=NAME,...", help="of some layers, such as 3=softmax,7=softmax")
     hints = typing.get_type_hints(AttentionConfig)
     for each in fields(AttentionConfig):
-        if each.name != "name":
+        if each.name not in ("name", "pattern", "layers"):
             kind = next(part for part in (typing.get_args(hints[each.name]) or (hints[each.name],)))
             group.add_argument(
                 f"--attention.{each.name}",
@@ -86,6 +92,11 @@ def attention_of(options: argparse.Namespace) -> AttentionConfig | None:
         if given:
             raise UserError(f"--attention.{next(iter(given))} needs --attention NAME, the attention that it is for")
         return None
+    if "layers" in given:
+        pairs = [pair.partition("=") for pair in given["layers"].split(",")]
+        given["layers"] = [(number.strip(), name.strip()) for number, _, name in pairs]
+    if "," in options.attention:
+        return AttentionConfig(pattern=[name.strip() for name in options.attention.split(",")], **given)
     return AttentionConfig(name=options.attention, **given)
 
 

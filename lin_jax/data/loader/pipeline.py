@@ -3,7 +3,8 @@
 A batch is `{"tokens": int32 [B, T+1], "segment_ids": int32 [B, T+1]}`. Documents are concatenated and
 split into rows of T+1 tokens, inputs and targets overlapping by T. `segment_ids` numbers the documents of a
 row from 1, so that attention and state stop at document boundaries; 0 marks padding. It is left out where
-`separate_documents` is false and a row is one text.
+`separate_documents` is false and a row is one text. With instruction data there is `loss_mask` beside them, 1 where a
+token is a target.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 
-from lin_jax.data.config import DataConfig
+from lin_jax.data.config import TEXT, DataConfig
 from lin_jax.data.loader.epochs import EpochDocuments, EpochShuffle
 from lin_jax.data.loader.loader import TrainingBatches
 from lin_jax.data.loader.mixture import MixedRows, MixtureSource, SourceClock
@@ -21,8 +22,9 @@ from lin_jax.data.loader.window_shuffle import ShuffledWindows
 from lin_jax.data.sources.corpus import Corpus, CorpusPart
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.tokenizer import Tokenizer
+from lin_jax.data.tokens.examples import ExampleTokens, counted
 from lin_jax.data.tokens.tokenized import TokenizedStream, tokenized
-from lin_jax.data.types import Row
+from lin_jax.data.types import Row, TokenSource
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -102,7 +104,11 @@ def _check(batch_size: int, seed: int, rows: tuple[int, int]) -> None:
 def _source(part: CorpusPart, tokenizer: Tokenizer, config: DataConfig, seed: int) -> _ShardedSource:
     if not isinstance(part.documents, Sequence):
         return _ShardedSource(part.name, part.share, None, partial(_streamed, part, tokenizer, config.shards))
-    found = tokenized(part.documents, tokenizer, config.cache)
+    found: TokenSource = (
+        tokenized(part.documents, tokenizer, config.cache)
+        if part.format == TEXT
+        else ExampleTokens(part.documents, tokenizer)
+    )
     if len(found) < config.shards:
         raise UserError(
             f"{len(found)} training documents of {part.name} are fewer than {config.shards} shards; set "
@@ -116,30 +122,40 @@ def _streamed(part: CorpusPart, tokenizer: Tokenizer, count: int, number: int) -
     from datasets.distributed import split_dataset_by_node
 
     if count == 1:
-        return TokenizedStream(part.documents, tokenizer, part.name)
+        return TokenizedStream(part.documents, tokenizer, part.name, examples=part.format != TEXT)
     stream = split_dataset_by_node(part.documents, rank=number, world_size=count)
-    return TokenizedStream(stream, tokenizer, f"shard {number} of {count} of {part.name}")
+    name = f"shard {number} of {count} of {part.name}"
+    return TokenizedStream(stream, tokenizer, name, examples=part.format != TEXT)
 
 
 def _shard(
     sources: Sequence[_ShardedSource], config: DataConfig, seed: int, number: int, clock: SourceClock
 ) -> grain.IterDataset:
     """The endless rows of one shard."""
-    mixed = [MixtureSource(source.name, source.share, _pack(source.tokens(number), config)) for source in sources]
+    masked = config.has_loss_mask
+    mixed = [
+        MixtureSource(source.name, source.share, _pack(source.tokens(number), config, masked)) for source in sources
+    ]
     # Shards mix alike: without an order of its own for each, a batch would have all its rows from one source.
     return ShuffledWindows(MixedRows(mixed, clock), _SHUFFLED_ROWS, seed=(seed, number))
 
 
-def _pack(tokens: grain.IterDataset, config: DataConfig) -> grain.IterDataset:
-    """Concatenates `{"tokens": [N]}` and splits them into rows of T+1, with `segment_ids` if documents are separate."""
+def _pack(tokens: grain.IterDataset, config: DataConfig, masked: bool = False) -> grain.IterDataset:
+    """Concatenates `{"tokens": [N]}` and splits them into rows of T+1, with `segment_ids` if documents are separate.
+
+    If some source has loss masks, those that have none get one, all of whose tokens count.
+    """
     length = {"tokens": config.sequence_length + 1}
+    if masked:
+        length["loss_mask"] = config.sequence_length + 1
+        tokens = tokens.map(lambda row: row if "loss_mask" in row else counted(row))
     packed = grain.experimental.ConcatThenSplitIterDataset(tokens, length_struct=length)
     return packed.map(_numbered if config.separate_documents else _plain)
 
 
 def _numbered(row: dict[str, Any]) -> Row:
-    return {"tokens": row["tokens"], "segment_ids": row["tokens_segment_ids"]}
+    return {**_plain(row), "segment_ids": row["tokens_segment_ids"]}
 
 
 def _plain(row: dict[str, Any]) -> Row:
-    return {"tokens": row["tokens"]}
+    return {name: row[name] for name in ("tokens", "loss_mask") if name in row}

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lin_jax.data.config import DataConfig
+from lin_jax.data.config import TEXT, DataConfig
 from lin_jax.data.sources.corpus import Corpus, CorpusPart
 from lin_jax.data.sources.split import digest
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.tokenizer import Tokenizer
-from lin_jax.data.types import HostBatch
+from lin_jax.data.tokens.examples import counted, encode_example
+from lin_jax.data.types import HostBatch, Row
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,31 +37,40 @@ def validation_batches(
     """
     length = config.sequence_length + 1
     wanted = config.validation_batches * batch_size * length
-    pieces = [piece for part in Corpus.of(documents).parts for piece in _beginning(part, tokenizer, wanted)]
+    found = [piece for part in Corpus.of(documents).parts for piece in _beginning(part, tokenizer, wanted)]
+    pieces = [piece["tokens"] for piece in found]
     tokens = np.concatenate([np.zeros(0, np.int32), *pieces])[:wanted]
+    columns = {"tokens": tokens}
+    if config.has_loss_mask:
+        columns["loss_mask"] = np.concatenate([np.zeros(0, np.int32), *(each["loss_mask"] for each in found)])[:wanted]
     if not tokens.size:
         raise UserError(
             f"no text is held out; raise validation_fraction {config.validation_fraction}, or give more documents"
         )
     if not config.separate_documents:
-        return _whole_batches(tokens, length, batch_size)
+        return _whole_batches(columns, length, batch_size)
     owned = np.repeat(np.arange(1, len(pieces) + 1), [len(piece) for piece in pieces])[:wanted]
     padding = np.zeros(-tokens.size % (batch_size * length), np.int32)
-    rows = np.concatenate([tokens, padding]).reshape(-1, length)
+    rows = {name: np.concatenate([column, padding]).reshape(-1, length) for name, column in columns.items()}
     owners = np.concatenate([owned, padding]).reshape(-1, length)
     numbers = np.where(owners > 0, owners - owners[:, :1] + 1, 0).astype(np.int32)
+    rows["segment_ids"] = numbers
     return [
-        {"tokens": rows[start : start + batch_size], "segment_ids": numbers[start : start + batch_size]}
-        for start in range(0, len(rows), batch_size)
+        {name: part[start : start + batch_size] for name, part in rows.items()}
+        for start in range(0, len(numbers), batch_size)
     ]
 
 
-def _beginning(part: CorpusPart, tokenizer: Tokenizer, wanted: int) -> Iterator[np.ndarray]:
-    """Yields tokens of a part's documents until they make up its share of the wanted ones."""
+def _beginning(part: CorpusPart, tokenizer: Tokenizer, wanted: int) -> Iterator[Row]:
+    """Yields tokens of a part's documents, and which count, until they make up its share of the wanted ones."""
     left = max(1, round(part.share * wanted))
     for text in _texts(part):
-        piece = tokenizer.encode_document(text)[:left]
-        left -= len(piece)
+        if part.format == TEXT:
+            whole = counted({"tokens": tokenizer.encode_document(text)})
+        else:
+            whole = encode_example(text, tokenizer)
+        piece = {name: column[:left] for name, column in whole.items()}
+        left -= len(piece["tokens"])
         yield piece
         if not left:
             return
@@ -71,12 +81,16 @@ def _texts(part: CorpusPart) -> Iterator[str]:
     return iter(sorted(texts, key=digest)) if isinstance(part.documents, Sequence) else texts
 
 
-def _whole_batches(tokens: np.ndarray, length: int, batch_size: int) -> list[HostBatch]:
+def _whole_batches(columns: Row, length: int, batch_size: int) -> list[HostBatch]:
+    tokens = columns["tokens"]
     count = tokens.size // (batch_size * length)
     if not count:
         raise UserError(
             f"{tokens.size} tokens of held-out text are less than one batch of {batch_size} rows of {length}; raise "
             "validation_fraction, or set separate_documents to true, which fills the batch up"
         )
-    rows = tokens[: count * batch_size * length].reshape(count, batch_size, length)
-    return [{"tokens": batch} for batch in rows]
+    rows = {
+        name: column[: count * batch_size * length].reshape(count, batch_size, length)
+        for name, column in columns.items()
+    }
+    return [{name: part[number] for name, part in rows.items()} for number in range(count)]

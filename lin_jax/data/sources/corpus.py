@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lin_jax.data.config import DataConfig
+from lin_jax.data.config import TEXT, DataConfig
 from lin_jax.data.sources.split import split_documents
 from lin_jax.data.sources.text import Document, open_documents
+from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -20,11 +21,13 @@ class CorpusPart:
         name: of the source, for messages.
         share: share of the rows that come from them, above 0; those of all parts add up to 1.
         documents: documents in memory, or a stream of rows `{"text": str}`.
+        format: of the rows that they come from; of another than text, a document is an example as JSON.
     """
 
     name: str
     share: float
     documents: "Sequence[Document] | IterableDataset"
+    format: str = TEXT
 
     def texts(self) -> Iterator[str]:
         """Yields all texts, in order."""
@@ -52,7 +55,7 @@ class Corpus:
         shares = (weight / sum(config.weights) for weight in config.weights)
         return cls(
             tuple(
-                CorpusPart(part.name, share, open_documents(part))
+                CorpusPart(part.name, share, open_documents(part), part.format)
                 for part, share in zip(config.parts, shares, strict=True)
             )
         )
@@ -69,8 +72,11 @@ class Corpus:
         in both.
 
         Raises:
-            UserError: a source is a single document, too short to be split.
+            UserError: a source is a single document, too short to be split, or a single example.
         """
+        for part in self.parts:
+            if part.format != TEXT and isinstance(part.documents, Sequence) and len(part.documents) < 2:
+                raise UserError(f"{part.name} has a single example, and none to hold out; give more")
         sides = [split_documents(part.documents, validation_fraction) for part in self.parts]
         train, validation = (
             tuple(replace(part, documents=each) for part, each in zip(self.parts, side, strict=True))

@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from lin_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-TEXT_TABLES = (".jsonl", ".ndjson", ".json", *_SEPARATORS)
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TEXT_TABLES = (".jsonl", ".ndjson", ".json", *SEPARATORS)
 # Rows among which one must have the column: objects may lack what they have no value for.
 _COLUMN_WITHIN = 1000
 # Follows the last line of a table; it comes out as part of a cell if a quote was never closed.
@@ -43,9 +44,9 @@ def read_cells(path: str, column: str) -> Iterator[dict[str, str]]:
     Raises:
         UserError: the file cannot be read, has no rows, lacks the column, or a row is malformed or holds no text there.
     """
-    try:
-        is_separated = suffix_inside(Path(path)) in _SEPARATORS
-        cells = _separated_cells(Path(path), column) if is_separated else _json_cells(Path(path), column)
+    with readable_table(path):
+        is_separated = suffix_inside(Path(path)) in SEPARATORS
+        cells = separated_cells(Path(path), column) if is_separated else _json_cells(Path(path), column)
         mended = []
         for number, text in cells:
             whole = whole_characters(text)
@@ -53,10 +54,17 @@ def read_cells(path: str, column: str) -> Iterator[dict[str, str]]:
                 mended.append(number)
             if whole.strip():
                 yield {"text": whole}
-    except UNREADABLE as error:
-        raise UserError(f"cannot read {path}: {_reason(error)}; check its name and content") from error
     if mended:
         log.warning("%s: %d rows have half a character, now U+FFFD; row %d is the first", path, len(mended), mended[0])
+
+
+@contextmanager
+def readable_table(path: str) -> Iterator[None]:
+    """Turns failures to open, unpack or decode a file into a `UserError`."""
+    try:
+        yield
+    except UNREADABLE as error:
+        raise UserError(f"cannot read {path}: {_reason(error)}; check its name and content") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -66,7 +74,7 @@ def _reason(error: BaseException) -> str:
 def _json_cells(path: Path, column: str) -> Iterator[tuple[int, str]]:
     seen: dict[str, None] = {}
     count, found = 0, False
-    for count, (where, row) in enumerate(_json_rows(path), start=1):
+    for count, (where, row) in enumerate(json_rows(path), start=1):
         if not isinstance(row, dict):
             raise UserError(
                 f"{where} of {path} is {_kind(row)}, not an object; give rows such as {{{json.dumps(column)}: ...}}"
@@ -102,7 +110,7 @@ def _kind(value: Any) -> str:
     return {dict: "an object", list: "a list", str: "text", bool: "true or false"}.get(type(value), f"{value!r}"[:40])
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields rows, each with its place: lines, or if the first line is no object, the elements of the whole file."""
     with open_file(path) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip(b" \t\r\n\xef\xbb\xbf"))
@@ -135,11 +143,12 @@ def _parsed(line: bytes, path: Path, where: str) -> Any:
         raise UserError(f"cannot read {path}: {where} is no JSON ({_reason(error)}); mend or remove it") from error
 
 
-def _separated_cells(path: Path, column: str) -> Iterator[tuple[int, str]]:
+def separated_cells(path: Path, column: str) -> Iterator[tuple[int, str]]:
+    """Yields the numbers of a table's rows, from 1, and the cells of one column."""
     # Documents are longer than the 131,072 characters that the module takes for a cell's limit.
     csv.field_size_limit(sys.maxsize)
     with open_file(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        rows = csv.reader(chain(text, [_END]), delimiter=_SEPARATORS[suffix_inside(path)])
+        rows = csv.reader(chain(text, [_END]), delimiter=SEPARATORS[suffix_inside(path)])
         header, begin, count = None, 1, 0
         for row in rows:
             if row == [_END]:

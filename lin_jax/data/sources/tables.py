@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lin_jax.data.config import HUB_PREFIX, DataConfig
+from lin_jax.data.config import HUB_PREFIX, TEXT, DataConfig
+from lin_jax.data.sources.examples import COLUMNS, example_text, read_examples
 from lin_jax.data.sources.files import suffix_inside
 from lin_jax.data.sources.rows import TEXT_TABLES, EmptyTableError, read_cells
 from lin_jax.errors import UserError
@@ -26,10 +28,11 @@ def is_table(path: Path, *, in_folder: bool) -> bool:
     return suffix_inside(path) in (_IN_FOLDERS if in_folder else TABLES)
 
 
-def open_tables(paths: Sequence[Path], column: str) -> "IterableDataset":
+def open_tables(paths: Sequence[Path], column: str, format: str = TEXT) -> "IterableDataset":
     """Opens local tables as one stream of rows `{"text": str}`, file after file, without any network access.
 
-    Rows without text are left out, and so are tables without rows, with a warning, if another has some.
+    Rows without text are left out, and so are tables without rows, with a warning, if another has some. Rows of another
+    format than text are examples, whose text is their JSON; the column is of no effect then.
 
     Raises:
         UserError: a file cannot be read or lacks the column, or all are empty.
@@ -38,7 +41,7 @@ def open_tables(paths: Sequence[Path], column: str) -> "IterableDataset":
     for path in paths:
         try:
             with readable(str(path)):
-                streams.append(_open_table(path, column))
+                streams.append(_open_table(path, column, format))
         except EmptyTableError:
             if path == paths[-1] and not streams:
                 raise
@@ -66,7 +69,7 @@ def open_hub(config: DataConfig) -> "IterableDataset":
         rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
         if not config.streaming:
             rows = rows.to_iterable_dataset()
-        return _text_rows(rows, config.text_field, config.sources[0])
+        return _text_rows(rows, config.text_field, config.sources[0], config.format)
 
 
 def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:
@@ -80,7 +83,7 @@ def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:
             yield row["text"]
 
 
-def _open_table(path: Path, column: str) -> "IterableDataset":
+def _open_table(path: Path, column: str, format: str) -> "IterableDataset":
     """Opens one file by its kind; these readers, unlike `load_dataset`, never report to the hub."""
     from datasets import Features, IterableDataset, Value
 
@@ -89,18 +92,21 @@ def _open_table(path: Path, column: str) -> "IterableDataset":
         # Its readers log what they raise, too; the error says it once.
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
         rows = IterableDataset.from_file(str(path)) if kind == ".arrow" else IterableDataset.from_parquet(str(path))
-        return _text_rows(rows, column, str(path))
+        return _text_rows(rows, column, str(path), format)
     # What is wrong at the beginning of a table is found out before a run begins.
-    next(read_cells(str(path), column), None)
-    arguments = {"path": str(path), "column": column}
-    return IterableDataset.from_generator(read_cells, Features({"text": Value("string")}), gen_kwargs=arguments)
+    read: Any = read_cells if format == TEXT else read_examples
+    arguments = {"path": str(path), **({"column": column} if format == TEXT else {"format": format})}
+    next(read(**arguments), None)
+    return IterableDataset.from_generator(read, Features({"text": Value("string")}), gen_kwargs=arguments)
 
 
-def _text_rows(rows: "IterableDataset", column: str, source: str) -> "IterableDataset":
+def _text_rows(rows: "IterableDataset", column: str, source: str, format: str) -> "IterableDataset":
     """Keeps one column, under the name "text", and the rows that have something in it."""
     first = next(iter(rows), None)
     if first is None:
         raise EmptyTableError(f"{source} has no rows; give another file or split")
+    if format != TEXT:
+        return _example_rows(rows, first, format, source)
     if column not in first:
         columns = ", ".join(sorted(first))
         raise UserError(f"{source} has no column {column!r}; set text_field to one of its columns: {columns}")
@@ -111,6 +117,20 @@ def _text_rows(rows: "IterableDataset", column: str, source: str) -> "IterableDa
     if column != "text":
         texts = texts.rename_column(column, "text")
     return texts.filter(_has_text)
+
+
+def _example_rows(rows: "IterableDataset", first: dict[str, Any], format: str, source: str) -> "IterableDataset":
+    """Rows as JSON of examples, under the name "text"."""
+    if missing := [name for name in COLUMNS[format] if name not in first]:
+        columns = ", ".join(sorted(first))
+        raise UserError(f"{source} has no column {missing[0]!r}, which format {format} needs; it has {columns}")
+    example_text(first, format)
+    texts = rows.map(partial(_example_row, format=format), remove_columns=list(first))
+    return texts.filter(_has_text)
+
+
+def _example_row(row: dict[str, Any], format: str) -> dict[str, str]:
+    return {"text": example_text(row, format)}
 
 
 def _has_text(row: dict[str, Any]) -> bool:

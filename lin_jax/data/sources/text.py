@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lin_jax.data.config import PYTHON_STDLIB, DataConfig
+from lin_jax.data.config import PYTHON_STDLIB, TEXT, DataConfig
 from lin_jax.data.sources.files import PACKED, UNREADABLE, list_files, read_text
 from lin_jax.data.sources.rows import EmptyTableError
 from lin_jax.data.sources.tables import TABLES, concatenated, is_table, open_hub, open_tables, read_rows
@@ -53,7 +53,7 @@ def read_documents(config: DataConfig) -> tuple[Document, ...]:
     if config.mixture:
         return tuple(document for part in config.parts for document in read_documents(part))
     skipped: list[str] = []
-    documents = tuple(_capped(_each_document(config, skipped), config.max_bytes))
+    documents = tuple(_capped(_each_document(config, skipped), config.max_bytes, cut=config.format == TEXT))
     if skipped:
         log.warning("%s: left out %d files that are not UTF-8 text, %s first", config.source, len(skipped), skipped[0])
     if not documents:
@@ -80,7 +80,7 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
             f"data source {config.source!r} cannot be streamed; leave streaming off, "
             f"or give tables: {', '.join(TABLES)}"
         )
-    return open_tables(tables, config.text_field)
+    return open_tables(tables, config.text_field, config.format)
 
 
 def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
@@ -98,10 +98,14 @@ def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Docum
     files = list_files(root)
     tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
     texts = [path for path in files if path not in set(tables)]
+    if config.format != TEXT and texts:
+        if root in texts:
+            raise UserError(f"{root} is no table, and format {config.format} is for tables: {', '.join(TABLES)}")
+        texts = []
     yield from _text_documents(root, texts, config.document_separator, skipped)
     for path in tables:
         try:
-            rows = read_rows(open_tables([path], config.text_field), str(path))
+            rows = read_rows(open_tables([path], config.text_field, config.format), str(path))
         except EmptyTableError:
             if path == root:
                 raise
@@ -162,8 +166,8 @@ def _numbered(name: str, texts: Iterator[str]) -> Iterator[Document]:
             yield Document(f"{name}:{number}", text)
 
 
-def _capped(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Document]:
-    """Yields documents up to `max_bytes` of UTF-8, the last one truncated to fit."""
+def _capped(documents: Iterator[Document], max_bytes: int | None, *, cut: bool) -> Iterator[Document]:
+    """Yields documents up to `max_bytes` of UTF-8, the last one truncated to fit, or left out."""
     left = max_bytes
     for document in documents:
         if left is None:
@@ -175,6 +179,6 @@ def _capped(documents: Iterator[Document], max_bytes: int | None) -> Iterator[Do
             left -= len(data)
             continue
         text = data[:left].decode(errors="ignore")
-        if text.strip():
+        if cut and text.strip():
             yield Document(document.name, text)
         return

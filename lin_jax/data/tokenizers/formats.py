@@ -21,7 +21,21 @@ from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 # Files with which transformers opens a folder itself.
 _MODERN = ("tokenizer.json", "tokenizer_config.json")
 _CONFIG = "config.json"
-_WITH_LLAMA_PIECES = ("llama", "mistral")
+# Models of which a file, beside their config.json, is read here: transformers wants further packages for these pieces,
+# and does not know the first names of GPT-2's files. Vocabularies of other models look alike and split otherwise.
+_BESIDE_CONFIG = {
+    "tokenizer.model": ("llama", "mistral"),
+    "encoder.json": ("gpt2",),
+    "spiece.model": ("t5",),
+}
+# Linearized models, whose types transformers does not know, with the same files as those that they were made of.
+_LINEARIZED = {
+    "tokenizer.model": ("lin_jax_llama",),
+    "encoder.json": ("lin_jax_gpt2",),
+    "merges.txt": ("lin_jax_gpt2",),
+    "spiece.model": ("lin_jax_t5",),
+    "vocab.txt": ("lin_jax_bert",),
+}
 _BERT = {name + "_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
 _T5 = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 # T5's marks for gaps in a text, numbered downwards behind the pieces of the file.
@@ -35,11 +49,12 @@ def original_reader(folder: Path) -> Callable[[Path], Tokenizer] | None:
     """
     if any((folder / name).is_file() for name in _MODERN):
         return None
+    there = {file: read for file, read in _READERS.items() if (folder / file).is_file()}
     if (folder / _CONFIG).is_file():
-        # Vocabularies of pairs and words look alike for models that split texts differently; pieces of LLaMA do not.
-        own = (folder / "tokenizer.model").is_file() and _model_type(folder) in _WITH_LLAMA_PIECES
-        return _READERS["tokenizer.model"] if own else None
-    return next((read for file, read in _READERS.items() if (folder / file).is_file()), None)
+        kind = _model_type(folder)
+        own = [file for table in (_BESIDE_CONFIG, _LINEARIZED) for file, kinds in table.items() if kind in kinds]
+        there = {file: there[file] for file in own if file in there}
+    return next(iter(there.values()), None)
 
 
 def _model_type(folder: Path) -> Any:

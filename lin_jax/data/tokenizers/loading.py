@@ -1,8 +1,11 @@
 """Tokenizers from files, folders and the Hub, and the tokenizer of a data configuration."""
 
+import importlib.util
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
@@ -13,6 +16,7 @@ from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.formats import original_reader
 from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 from lin_jax.errors import UserError
+from lin_jax.files import copy_without_mark, has_mark
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -27,6 +31,10 @@ _USUAL_SPECIAL_TOKENS = {
     "sep_token": ("[SEP]",),
     "pad_token": ("[PAD]", "<pad>"),
 }
+# Vocabularies that transformers reads with what it brings; pieces of SentencePiece (*.model) need more.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Files of a tokenizer; those of weights are never copied.
+_SUFFIXES = (".json", ".txt", ".model", ".bpe", ".jinja")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -45,15 +53,35 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
     try:
         if path.is_file():
             return _from_json(path)
-        read = original_reader(path)
-        return _from_transformers(name) if read is None else read(path)
+        if name.startswith(HUB_PREFIX):
+            return _from_transformers(name)
+        with _without_marks(path) as folder:
+            read = original_reader(folder)
+            return _from_transformers(str(folder)) if read is None else read(folder)
     except UserError:
         raise
     except Exception as error:  # each kind of file fails in a way of its own, mostly with plain Exception
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-        raise UserError(
-            f"cannot read a tokenizer from {name!r}: {reason}; give a folder with a tokenizer.json"
-        ) from error
+        # What transformers could have made it of follows in further lines.
+        reason = reason.partition(" from one of:")[0]
+        raise _unreadable(name, reason) from error
+
+
+def _unreadable(name: str, reason: str) -> UserError:
+    return UserError(f"cannot read a tokenizer from {name!r}: {reason}; give a folder with a tokenizer.json")
+
+
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """Yields a folder whose files begin with no byte-order mark: the given one, or a copy of what a tokenizer is."""
+    files = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
+    if not any(has_mark(path) for path in files):
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        for path in files:
+            copy_without_mark(path, Path(place) / path.name)
+        yield Path(place)
 
 
 def prepare_tokenizer(config: DataConfig, documents: "Corpus | Sequence[Document] | IterableDataset") -> Tokenizer:
@@ -67,12 +95,14 @@ def prepare_tokenizer(config: DataConfig, documents: "Corpus | Sequence[Document
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     parts = Corpus.of(documents).parts
+    if config.has_loss_mask:
+        raise UserError("instruction data needs a tokenizer that exists; give data.tokenizer, or init_from")
     texts = (text for part in parts for text in _beginning(part, round(_TRAINING_CHARACTERS * part.share)))
     return Tokenizer.train(texts, config.vocab_size)
 
 
 def _from_json(path: Path) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_file(str(path))
+    backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
     found = {
         name: next((token for token in usual if backend.token_to_id(token) is not None), None)
         for name, usual in _USUAL_SPECIAL_TOKENS.items()
@@ -81,6 +111,8 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _from_transformers(name: str) -> Tokenizer:
+    if not name.startswith(HUB_PREFIX):
+        _check_files(Path(name))
     # Imported here because it takes more than a second, and a trained tokenizer does not need it.
     from transformers import AutoTokenizer
 
@@ -93,9 +125,23 @@ def _from_transformers(name: str) -> Tokenizer:
     backend = getattr(pretrained, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(pretrained).__name__} is not a fast tokenizer")
+    added = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if added.issuperset(backend.get_vocab()):
+        # As a class makes it of its defaults alone: every text would be unknown tokens, or none.
+        files = ", ".join(pretrained.vocab_files_names.values())
+        raise ValueError(f"a {type(pretrained).__name__} without a vocabulary ({files})")
     named = pretrained.special_tokens_map.items()
     texts = {name: str(token) for name, token in named if not isinstance(token, list)}
     return Tokenizer(backend, pretrained=pretrained, **texts)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses pieces of SentencePiece without the package that reads them, which transformers says in five lines."""
+    pieces = sorted(path.name for path in folder.glob("*.model"))
+    if not pieces or any((folder / name).is_file() for name in _VOCABULARIES):
+        return
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(f"{pieces[0]} is read with the package sentencepiece; install it (pip install sentencepiece)")
 
 
 def _neutral_config(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Text to token ids and back: one thin class over a fast tokenizer of the `tokenizers` library."""
 
+import copy
 import hashlib
 import itertools
 import json
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 END_OF_TEXT = "<|endoftext|>"
 # A byte-level vocabulary holds every byte and the end-of-text token, before any merge.
 SMALLEST_BPE = 257
+# Texts in front of a continuation, one of which makes no tokens together with it.
+_TEXTS_BEFORE = ("\n", ".", "a")
 
 
 class Tokenizer:
@@ -33,6 +36,7 @@ class Tokenizer:
         backend: the `tokenizers.Tokenizer` that does the work.
         bos_id: id of the token for the beginning of a text, or None.
         eos_id: id of the token that ends a document and a generated text, or None.
+        limit: ids from here on are refused, as a model has no embedding for them; None allows all.
 
     Args:
         backend: as above.
@@ -53,6 +57,7 @@ class Tokenizer:
         self.backend = backend
         self._tokens = {name: token for name, token in special_tokens.items() if token is not None}
         self.bos_id, self.eos_id = self.special_id("bos_token"), self.special_id("eos_token")
+        self.limit: int | None = None
         # The transformers object, if there was one, saves more: chat template, other special tokens.
         self._pretrained = pretrained
 
@@ -80,6 +85,27 @@ class Tokenizer:
         if backend.get_vocab_size() < vocab_size:
             log.info("the text yields %d vocabulary entries of %d", backend.get_vocab_size(), vocab_size)
         return cls(backend, eos_token=END_OF_TEXT)
+
+    def within(self, size: int | None) -> "Tokenizer":
+        """The tokenizer for a model that knows `size` tokens, which may be fewer: it refuses texts with one beyond."""
+        limited = copy.copy(self)
+        limited.limit = None if size is None or size >= self.vocab_size else size
+        return limited
+
+    def check(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the ids `[N]`.
+
+        Raises:
+            UserError: one of them is beyond the limit.
+        """
+        if self.limit is not None and len(ids) and ids.max() >= self.limit:
+            beyond = int(ids[ids >= self.limit][0])
+            raise UserError(
+                f"the text has the token {self.backend.id_to_token(beyond)!r} of id {beyond}, and the model knows "
+                f"{self.limit}; take it out of the text, or give the model a row for it with transformers: "
+                "resize_token_embeddings, then save_pretrained"
+            )
+        return ids
 
     def special_id(self, name: str) -> int | None:
         """Id of a special token by transformers' name for it, such as `sep_token`; None if there is none."""
@@ -128,14 +154,42 @@ class Tokenizer:
         return hashlib.blake2b(whole.encode(), digest_size=8).hexdigest()
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of a text, int32 `[N]`; half a character counts as `whole_characters` has it."""
+        """Returns the ids of a text, int32 `[N]`; half a character counts as `whole_characters` has it.
+
+        Raises:
+            UserError: one of them is beyond the limit.
+        """
         encoded = self.backend.encode(whole_characters(text), add_special_tokens=False)
-        return np.asarray(encoded.ids, dtype=np.int32)
+        return self.check(np.asarray(encoded.ids, dtype=np.int32))
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """Returns the ids of a text that goes on from another, int32 `[N]`; errors as in `encode`.
+
+        Tokenizers that mark where words begin (SentencePiece) take a text alone for a new one, and put a space in
+        front. The ids are those of the whole text where its tokens do not span the seam, as before a space.
+        """
+        if not self._marks_beginnings:
+            return self.encode(text)
+        for before in _TEXTS_BEFORE:
+            ids = self._behind(before, text)
+            if ids is not None:
+                return ids
+        return self.encode(text)
+
+    @cached_property
+    def _marks_beginnings(self) -> bool:
+        behind = self._behind(_TEXTS_BEFORE[0], "a")
+        return behind is not None and not np.array_equal(behind, self.encode("a"))
+
+    def _behind(self, before: str, text: str) -> np.ndarray | None:
+        """The ids of a text behind another; None if the two are not parted by tokens."""
+        front, whole = self.encode(before), self.encode(before + text)
+        return whole[len(front) :] if np.array_equal(whole[: len(front)], front) else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns the ids of each text, int32 `[N]`, on all processor cores."""
+        """Returns the ids of each text, int32 `[N]`, on all processor cores; errors as in `encode`."""
         encoded = self.backend.encode_batch(list(map(whole_characters, texts)), add_special_tokens=False)
-        return [np.asarray(each.ids, dtype=np.int32) for each in encoded]
+        return [self.check(np.asarray(each.ids, dtype=np.int32)) for each in encoded]
 
     def encode_document(self, text: str) -> np.ndarray:
         """Returns the ids of a whole document, int32 `[N]`: beginning, text, end token, as far as they exist.
@@ -153,7 +207,48 @@ class Tokenizer:
         """Adds beginning and end to the ids `[N]` of a part of a document, where it begins and ends that."""
         begin = self._document_begin if begins else ()
         eos = [self.eos_id] if ends and self.eos_id is not None else []
-        return np.concatenate([begin, ids, eos]).astype(np.int32)
+        return self.check(np.concatenate([begin, ids, eos]).astype(np.int32))
+
+    @property
+    def chat_template(self) -> str:
+        """The template that writes conversations.
+
+        Raises:
+            UserError: there is none.
+        """
+        template = getattr(self._pretrained, "chat_template", None)
+        if not isinstance(template, str):
+            raise UserError("the tokenizer has no chat template; give one that has, or rows of prompt and completion")
+        return template
+
+    def chat_text(self, messages: Sequence[Any], *, asks: bool = False) -> str:
+        """The text of a conversation, as the tokenizer's chat template writes it.
+
+        Args:
+            messages: each with `role` and `content`.
+            asks: end with what an answer of the assistant follows.
+
+        Raises:
+            UserError: there is no template, or it does not take these messages.
+        """
+        return str(self._chat(messages, tokenize=False, add_generation_prompt=asks))
+
+    def chat_tokens(self, messages: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Ids of a conversation, and 1 for those that the template says the assistant generates.
+
+        Raises:
+            UserError: there is no template, or it does not take these messages.
+        """
+        found = self._chat(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(found["input_ids"]), list(found["assistant_masks"])
+
+    def _chat(self, messages: Sequence[Any], **options: Any) -> Any:
+        assert self.chat_template
+        try:
+            return self._pretrained.apply_chat_template(list(messages), **options)
+        except Exception as error:  # templates raise whatever they like
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise UserError(f"the tokenizer's chat template does not take a conversation: {reason}; mend it") from error
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Returns the text of ids `[N]`; bytes that are not UTF-8 become U+FFFD."""

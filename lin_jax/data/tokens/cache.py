@@ -6,7 +6,7 @@ when it is whole; a lock, which the system drops when its holder dies, lets one 
 
 import fcntl
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,18 +32,22 @@ class CachedTokens:
         fingerprint: digest of the texts.
         tokens: all tokens, `[N]`.
         ends: int64 `[pieces + 1]` where each piece begins and the last one ends.
+        check: refuses ids that the model does not know; the file may be another model's, too.
     """
 
-    def __init__(self, fingerprint: str, tokens: np.ndarray, ends: np.ndarray) -> None:
+    def __init__(
+        self, fingerprint: str, tokens: np.ndarray, ends: np.ndarray, check: Callable[[np.ndarray], np.ndarray]
+    ) -> None:
         self.fingerprint = fingerprint
         self._tokens = tokens
         self._ends = ends
+        self._check = check
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return {"tokens": self._tokens[self._ends[index] : self._ends[index + 1]].astype(np.int32)}
+        return {"tokens": self._check(self._tokens[self._ends[index] : self._ends[index + 1]].astype(np.int32))}
 
     def __repr__(self) -> str:
         return f"CachedTokens({len(self)})"
@@ -61,10 +65,10 @@ def cached_tokens(folder: str, documents: Sequence[Document], tokenizer: Tokeniz
     path = Path(folder).expanduser() / f"{tokenizer.encoding_fingerprint}-{texts}-{LONGEST_PIECE}.tokens"
     try:
         with suppress(FileNotFoundError, DamagedError):
-            return CachedTokens(texts, *read_tokens(path))
+            return CachedTokens(texts, *read_tokens(path), tokenizer.check)
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
-            return CachedTokens(texts, *_read_or_write(path, documents, tokenizer))
+            return CachedTokens(texts, *_read_or_write(path, documents, tokenizer), tokenizer.check)
     except OSError as error:
         raise UserError(
             f"cannot keep tokens in {folder}: {error.strerror}; give another data.cache, or leave it out"

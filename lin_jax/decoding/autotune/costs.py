@@ -1,6 +1,6 @@
 """Costs of a step on this machine: verification by tree size and batch size, and drafting by depth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,8 @@ from lin_jax.decoding.generator import Generator
 from lin_jax.models import CausalModel
 
 SIZES = (1, 2, 4, 8, 16, 32)
+# Parts of the work of `measure_costs` that a progress bar counts.
+COST_TICKS = len(SIZES)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def measure_costs(
     max_cost: float = 8.0,
     steps: int = 32,
     rounds: int = 3,
+    tick: Callable[[], object] = lambda: None,
 ) -> Costs:
     """Times steps with trees of several sizes, in turn, and takes the median of each.
 
@@ -59,6 +62,7 @@ def measure_costs(
         max_cost: cost, in plain steps, above which larger sizes are not measured: they cannot pay.
         steps: steps per timing.
         rounds: number of timings.
+        tick: called after each of the `COST_TICKS` parts of the work, or fewer.
     """
     timed: list[Generator] = []
     first: list[float] = []
@@ -68,6 +72,7 @@ def measure_costs(
         seconds = seconds_per_step(generator, slots, max(steps // 4, 2))
         if first and seconds > max_cost * first[0]:
             break
+        tick()
         timed.append(generator)
         first.append(seconds)
     seconds_of = [[seconds_per_step(generator, slots, steps) for generator in timed] for _ in range(rounds)]

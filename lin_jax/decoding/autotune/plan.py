@@ -8,26 +8,31 @@ decoding, which is kept if none is faster.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int
 
+from lin_jax.attention import max_draft_depth
 from lin_jax.decoding.autotune.costs import Costs, measure_drafting
 from lin_jax.decoding.autotune.replay import draft_accuracy, dynamic_tree_ranks, tokens_per_step
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree, NodePath, parse_tree, tree_text
 from lin_jax.decoding.generator import Generator
-from lin_jax.devices import device_kind
+from lin_jax.devices import device_kind, machine_flags
 from lin_jax.files import write_durably
 from lin_jax.models import CausalModel
 
 # Smallest speedup that counts as one: less than that is noise.
 MIN_SPEEDUP = 1.02
 MAX_TREE_SIZE = 32
+# Name of decoding without drafts in all reports.
+PLAIN = "plain"
+# Parts of the work of `make_plan` that a progress bar counts.
+PLAN_TICKS = 7
 # Of dynamic trees: number of nodes per depth that get children, and largest number of children of a node.
 BEAM = 4
 
@@ -40,7 +45,8 @@ class SpeculationPlan:
         drafter: name of the drafter.
         slots: the batch size.
         tree: the tree, as `parse_tree` reads it.
-        device: kind of device that it was measured on.
+        device: kind of device that it was measured on, by name: a plan of another one is not used.
+        flags: instructions of its CPU, for the same reason.
         break_even_tokens: tokens that a step must yield to be as fast as plain decoding, as measured; None if nothing
             was timed.
         expected_tokens: tokens per step on the calibration texts.
@@ -56,6 +62,28 @@ class SpeculationPlan:
     expected_tokens: float = 1.0
     expected_speedup: float = 1.0
     measured_speedup: float = 1.0
+    flags: str = field(default_factory=machine_flags)
+
+    @property
+    def drafts(self) -> bool:
+        """False for plain decoding."""
+        return self.shape.size > 1
+
+    @property
+    def name(self) -> str:
+        """Name of the drafter, or "plain" if nothing is drafted."""
+        return self.drafter if self.drafts else PLAIN
+
+    @property
+    def summary(self) -> str:
+        """The plan in words: what was measured, and apart from it what was expected."""
+        if not self.drafts:
+            tried = "" if self.drafter == "none" else f" (no tree for {self.drafter} was measured to be faster)"
+            return f"batch {self.slots}: plain decoding, 1.00x{tried}"
+        return (
+            f"batch {self.slots}: {self.drafter}, {self.shape.size} nodes, measured {self.measured_speedup:.2f}x "
+            f"(expected {self.expected_speedup:.2f}x before it was timed)"
+        )
 
     @property
     def shape(self) -> AnyTree:
@@ -70,6 +98,8 @@ def make_plan(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     costs: Costs,
+    *,
+    tick: Callable[[], object] = lambda: None,
 ) -> SpeculationPlan:
     """Chooses the best tree for a drafter, timed against plain decoding at the batch size of the costs.
 
@@ -80,12 +110,14 @@ def make_plan(
         prompts: token ids of the calibration prompts.
         texts: the model's own continuations of them, all of one length.
         costs: costs of verification on this machine.
+        tick: called after each of the `PLAN_TICKS` parts of the work, or fewer.
     """
     plain = SpeculationPlan(kind, costs.slots, "none", device_kind())
-    candidates = candidate_plans(model, kind, drafter, prompts, texts, costs)
+    candidates = candidate_plans(model, kind, drafter, prompts, texts, costs, tick=tick)
     if not candidates:
         return plain
-    found = measure_speedups(model, drafter, [each.shape for each in candidates], prompts, len(texts[0]), costs.slots)
+    trees = [each.shape for each in candidates]
+    found = measure_speedups(model, drafter, trees, prompts, len(texts[0]), costs.slots, tick=tick)
     tried = [
         replace(each, measured_speedup=speedup, break_even_tokens=break_even_tokens)
         for each, (speedup, break_even_tokens) in zip(candidates, found, strict=True)
@@ -101,12 +133,15 @@ def candidate_plans(
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
     costs: Costs,
+    *,
+    tick: Callable[[], object] = lambda: None,
 ) -> list[SpeculationPlan]:
     """Plans with the best expected speedup, one static tree and one dynamic, as far as they expect any."""
     # A path must be shorter than a group, and pays only where it is likely to be right to its end.
-    group = model.config.attention.group_size
-    max_depth = min(drafter.depth, group - 1, 8)
+    deepest = max_draft_depth(model.config.attention)
+    max_depth = min(drafter.depth, 8 if deepest is None else deepest, 8)
     drafting = measure_drafting(model, drafter, costs, max_depth)
+    tick()
     largest = min(MAX_TREE_SIZE, max(costs.sizes))
 
     def plan(tree: AnyTree, tokens: float) -> SpeculationPlan:
@@ -114,6 +149,7 @@ def candidate_plans(
         return SpeculationPlan(kind, costs.slots, tree_text(tree), device_kind(), None, tokens, speedup)
 
     hits = draft_accuracy(model, drafter, prompts, texts, depth=max_depth)
+    tick()
     static = [
         plan(tree, tokens)
         for depth in range(1, max_depth + 1)
@@ -128,6 +164,7 @@ def candidate_plans(
             max_size = min(largest, replace(whole, depth=depth).max_size)
             for size, tokens in dynamic_tokens(ranks[:, :, depth - 1], max_size):
                 dynamic.append(plan(replace(whole, size=size, depth=depth), tokens))
+    tick()
     best = [max(each, key=lambda plan: plan.expected_speedup) for each in (static, dynamic) if each]
     return [each for each in best if each.expected_speedup > 1]
 
@@ -168,6 +205,7 @@ def measure_speedups(
     tokens: int,
     slots: int,
     rounds: int = 3,
+    tick: Callable[[], object] = lambda: None,
 ) -> list[tuple[float, float]]:
     """Times each tree against plain decoding: its speedup, and the tokens per step at which it breaks even.
 
@@ -181,6 +219,7 @@ def measure_speedups(
         tokens: new tokens per prompt.
         slots: the batch size.
         rounds: timed rounds, after one that compiles.
+        tick: called after each round.
     """
     generators = [Generator(model), *(Generator(model, drafter=drafter, tree=tree) for tree in trees)]
     # Whole batches only, and no more of them than it takes to see a difference.
@@ -191,6 +230,7 @@ def measure_speedups(
         for index, generator in enumerate(generators):
             done = generator.generate(asked, tokens, slots=slots)
             rates[turn, index], tokens_per_step[index] = done.tokens_per_second, done.mean_accepted_tokens
+        tick()
     speedups = np.median(rates[1:, 1:] / rates[1:, :1], axis=0)
     return list(zip(speedups.tolist(), (tokens_per_step[1:] / speedups).tolist(), strict=True))
 
@@ -212,7 +252,7 @@ def load_plans(path: Path) -> tuple[list[SpeculationPlan], list[Costs]]:
     """Reads plans and costs; empty lists if there are none that this version measured on this kind of device."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        plans = [SpeculationPlan(**each) for each in content["plans"]]
+        plans = [SpeculationPlan(**{"flags": None, **each}) for each in content["plans"]]
         costs = [Costs(each["slots"], tuple(each["sizes"]), tuple(each["seconds"])) for each in content["costs"]]
         usable = all(map(_is_usable, plans)) and all(map(_is_measured, costs))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -231,7 +271,7 @@ def _is_usable(plan: SpeculationPlan) -> bool:
     figures = [plan.expected_tokens, plan.expected_speedup, plan.measured_speedup]
     figures += [] if plan.break_even_tokens is None else [plan.break_even_tokens]
     names = isinstance(plan.drafter, str) and isinstance(plan.slots, int) and isinstance(plan.tree, str)
-    here = names and parse_tree(plan.tree).size > 0 and plan.device == device_kind()
+    here = names and parse_tree(plan.tree).size > 0 and (plan.device, plan.flags) == (device_kind(), machine_flags())
     return here and all(map(math.isfinite, figures))
 
 

@@ -31,15 +31,32 @@ def find_matches(recent: Int[Array, "B W"], depth: int, max_match: int, count: i
         count: number of occurrences M to return.
     """
     width = recent.shape[1]
-    index = jnp.arange(width)
+    index = jnp.arange(width, dtype=jnp.int32)
+    # Slices of one padded text: they are read in place.
+    padded = jnp.pad(recent, ((0, 0), (max_match, 0)), constant_values=-1)
     agree = (index < width - 1) & (recent >= 0)
     sizes = jnp.zeros(recent.shape, jnp.int32)
     for back in range(max_match):
-        shifted = jnp.pad(recent, ((0, 0), (back, 0)), constant_values=-1)[:, :width]
-        agree = agree & (shifted == recent[:, width - 1 - back, None]) & (shifted >= 0)
+        shifted = padded[:, max_match - back :][:, :width]
+        agree = agree & (shifted == shifted[:, -1:]) & (shifted >= 0)
         sizes = sizes + agree
-    best, ends = jax.lax.top_k(sizes * width + index, count)
+    best = _largest(sizes * width + index, count)
+    ends = best % width
     period = width - 1 - ends
     source = ends[:, :, None] + 1 + jnp.arange(depth) % jnp.maximum(period, 1)[:, :, None]
     followers = jnp.take_along_axis(recent[:, None, :], jnp.minimum(source, width - 1), axis=2)
     return Matches(followers, best // width)
+
+
+def _largest(keys: Int[Array, "B W"], count: int) -> Int[Array, "B M"]:
+    """Largest keys of each row, none of which occurs twice; 0 where there are no more.
+
+    `top_k` sorts all of a row on a CPU, which takes as long as a small model's step.
+    """
+
+    def following(last: Int[Array, " B"], _: None) -> tuple[Array, Array]:
+        found = jnp.max(keys, axis=1, initial=-1, where=keys < last[:, None])
+        return found, found
+
+    above_all = jnp.full(keys.shape[0], jnp.iinfo(keys.dtype).max, keys.dtype)
+    return jnp.maximum(jax.lax.scan(following, above_all, None, count)[1].T, 0)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lin_jax.decoding.acceptance.longest_path import Accepted
@@ -13,6 +15,7 @@ from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES, Verified
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing
 from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.decoding.engine.prefill import DecodeState, append_recent, mark_seen
+from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.engine.sampling import Sampling, choose_tokens, log_probabilities
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.models import CausalModel
@@ -76,6 +79,7 @@ class LoopState:
         seed: seed of the random numbers.
         stop: `[B]` state of the automaton of stop strings.
         status: `[B]` a `RowStatus`; int8.
+        finite: `[B]` whether the numbers behind the tokens are; as NaN stays in a recurrent state, the newest tell.
         steps: `[B]` target steps taken.
         accepted_histogram: `[B, P]` number of steps that gave 1, 2, ... tokens.
     """
@@ -91,6 +95,7 @@ class LoopState:
     seed: UInt[Array, ""]
     stop: Int[Array, " B"]
     status: Int[Array, " B"]
+    finite: Bool[Array, " B"]
     steps: Int[Array, " B"]
     accepted_histogram: Int[Array, "B P"]
 
@@ -151,6 +156,7 @@ def start(
         seed=seed,
         stop=jnp.zeros(batch, jnp.int32),
         status=jnp.where(limit > 0, RowStatus.RUNNING, RowStatus.EMPTY).astype(jnp.int8),
+        finite=jnp.all(jnp.isfinite(logits), axis=(1, 2)),
         steps=jnp.zeros(batch, jnp.int32),
         accepted_histogram=jnp.zeros((batch, max_step_tokens), jnp.int32),
     )
@@ -159,41 +165,66 @@ def start(
     return _emit(state, accepted, token_log_probs, stops, end_tokens)[0]
 
 
+class LossLimit(NamedTuple):
+    """Limit on what the steps of one call may lose against plain decoding, in plain steps.
+
+    Attributes:
+        cost: plain steps that a step costs.
+        allowance: plain steps that may be lost; the loop returns before a step that could exceed it.
+    """
+
+    cost: Float[Array, ""] | np.float32
+    allowance: Float[Array, ""] | np.float32
+
+
 @partial(jax.jit, static_argnames="options", donate_argnames="state")
 def run(
-    model: CausalModel,
-    drafter: Drafter,
+    modules: Flat,
     state: LoopState,
     stops: StopAutomaton | None,
     max_steps: Int[Array, ""],
     waiting: Bool[Array, ""],
+    loss_limit: LossLimit | None = None,
     *,
     options: DecodeOptions,
 ) -> tuple[LoopState, Int[Array, ""]]:
     """Takes steps until all rows are finished, or `max_steps` are done, or a row is free while prompts are waiting.
 
     Args:
-        model: the target.
-        drafter: fills the tree of `options`.
+        modules: the target, and the drafter that fills the tree of `options`.
         state: state of the loop; its buffers are donated.
         stops: automaton of the stop strings, or None.
         max_steps: largest number of steps.
         waiting: whether prompts wait for a free row.
+        loss_limit: limit on what may be lost against plain decoding; None sets none.
         options: static options.
 
     Returns:
         The new state, and the number of steps taken.
     """
+    model, drafter = modules.whole()
 
-    def unfinished(carry: tuple[Array, LoopState]) -> Array:
-        finished = carry[1].finished
-        return (carry[0] < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+    def unfinished(carry: tuple[Array, LoopState, Array]) -> Array:
+        count, state, lost = carry
+        finished = state.finished
+        goes_on = (count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+        if loss_limit is None:
+            return goes_on
+        # The first step is allowed by the caller, who may round in another way.
+        return goes_on & ((count == 0) | (lost + loss_limit.cost - 1 <= loss_limit.allowance))
 
-    def body(carry: tuple[Array, LoopState]) -> tuple[Array, LoopState]:
-        return carry[0] + 1, _step(model, drafter, carry[1], stops, options)
+    def body(carry: tuple[Array, LoopState, Array]) -> tuple[Array, LoopState, Array]:
+        count, before, lost = carry
+        after = _step(model, drafter, before, stops, options)
+        if loss_limit is not None:
+            tokens = after.written - before.written
+            lost = lost + loss_limit.cost - jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
+        return count + 1, after, lost.astype(jnp.float32)
 
-    steps, state = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))
-    return state, steps
+    begin = (jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32))
+    steps, state, _ = jax.lax.while_loop(unfinished, body, begin)
+    finite = state.finite & jnp.all(jnp.isfinite(state.decode_state.hidden), axis=1)
+    return replace(state, finite=finite), steps
 
 
 def _step(

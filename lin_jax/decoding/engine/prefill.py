@@ -104,7 +104,7 @@ def prefill(
             chunk = text[begin : begin + size]
             lengths[row] = len(chunk)
             tokens[row, : len(chunk)] = chunk
-        decode_state = prefill_chunk(model, drafter, decode_state, jnp.asarray(tokens), jnp.asarray(lengths))
+        decode_state = prefill_chunk(model, drafter, decode_state, tokens, lengths)
     return decode_state
 
 

@@ -1,5 +1,6 @@
 """Saved decode state of a common prefix: read once, continued many times, also in another process."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from lin_jax.errors import UserError
 from lin_jax.files import replacement
 
 FORMAT = "lin_jax prefix"
+# Tokens at the end of a text that are kept, on which the text of what follows may depend.
+TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Prefix:
         length: number of tokens in the text.
         capacity: longest sequence that a growing state can hold; a state of constant size has no limit.
         identity: fingerprint of the parameters of the model that read the text.
+        tail: last tokens of the text, `TAIL` at the most; a space between it and what follows is kept by them.
     """
 
     decode_state: DecodeState
     length: int
     capacity: int
     identity: str
+    tail: tuple[int, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file; it is complete or absent.
@@ -41,7 +46,7 @@ class Prefix:
         """
         path = Path(path)
         numbers = {"length": str(self.length), "capacity": str(self.capacity)}
-        metadata = {"format": FORMAT, **numbers, "identity": self.identity}
+        metadata = {"format": FORMAT, **numbers, "identity": self.identity, "tail": json.dumps(self.tail)}
         try:
             with replacement(path) as partial:
                 save_file(_named(self.decode_state), partial, metadata=metadata)
@@ -77,7 +82,9 @@ class Prefix:
             )
         leaves = [jnp.asarray(arrays[name]) for name in expected]
         decode_state = jax.tree.unflatten(jax.tree.structure(like(capacity)), leaves)
-        return cls(decode_state, int(metadata["length"]), capacity, identity)
+        # Files of earlier versions have no tail.
+        tail = tuple(json.loads(metadata.get("tail", "[]")))
+        return cls(decode_state, int(metadata["length"]), capacity, identity, tail)
 
 
 def _named(decode_state: DecodeState) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SHARED = (
     "other_attention_lin_jax.py",
     "recurrence_lin_jax.py",
     "versions_lin_jax.py",
+    "windowed_attention_lin_jax.py",
 )
 # By family: configuration, model and model with a head.
 CLASSES = {

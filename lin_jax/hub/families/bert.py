@@ -22,6 +22,8 @@ REPEATED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
+# Heads that no model here has: they give way where one of its heads is asked for.
+OTHER_HEADS = ("cls.seq_relationship.", "qa_outputs.")
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -105,10 +107,8 @@ def entries(model: Bert | BertMaskedLM | BertClassifier) -> Entries:
 
 
 def ignored(name: str) -> bool:
-    """True for tensors that are not read: buffers, and the head of next-sentence prediction."""
-    return name.startswith("cls.seq_relationship.") or name.endswith(
-        ("embeddings.position_ids", "embeddings.token_type_ids")
-    )
+    """True for tensors that are not read: buffers, and heads of next-sentence prediction and question answering."""
+    return name.startswith(OTHER_HEADS) or name.endswith(("embeddings.position_ids", "embeddings.token_type_ids"))
 
 
 def own_tensors(model: Bert | BertMaskedLM | BertClassifier, tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +119,9 @@ def own_tensors(model: Bert | BertMaskedLM | BertClassifier, tensors: Mapping[st
     """
     whole = rooted(plain_names(tensors), PREFIX, "embeddings.word_embeddings.weight", ("cls.", "classifier."))
     own = {_modern(name): tensor for name, tensor in whole.items() if not ignored(name)}
+    for second, first in REPEATED.items():
+        if second.endswith(".bias") and first not in own and second in own:
+            own[first] = own.pop(second)  # The head's bias, which is one parameter under two names.
     for second, first in REPEATED.items():
         own = without_copy(own, second, first)
     if isinstance(model, Bert) and any(name.startswith(PREFIX) for name in own):

@@ -9,9 +9,9 @@ from typing import Any
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.hub.families.config_fields import ConfigFields
-from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.mixers import layer_entries
 from lin_jax.hub.families.tensor_names import plain_names, rooted
-from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, stacked, without_copy
+from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, present, without_copy
 from lin_jax.models import Gpt2, Gpt2Classifier, Gpt2Config
 
 # Checkpoints of the trunk alone have names without it.
@@ -97,10 +97,9 @@ def config_to_huggingface(config: Gpt2Config, architecture: str = "GPT2LMHeadMod
 def entries(model: Gpt2 | Gpt2Classifier) -> Entries:
     """Entries of all tensors of a model, by name."""
     within = ("model",) if isinstance(model, Gpt2Classifier) else ()
-    stack = (*within, "layers", "layers")
-    mixer = mixer_entries(model, stack, ("attention", "mixer"), "attn", alpha="alpha", taps="dconv_ada.weight")
     names = {name: entry.inside(*within) for name, entry in TRUNK.items()}
-    names |= stacked(PREFIX + "h", LAYER | mixer, stack, model.config.num_layers)
+    stack, published = (*within, "layers"), {"alpha": "alpha", "taps": "dconv_ada.weight"}
+    names |= layer_entries(model, LAYER, stack, PREFIX + "h", "attn", **published)
     return present(model, names | {HEAD: kernel("head"), SCORE: kernel("score")})
 
 

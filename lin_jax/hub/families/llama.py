@@ -1,16 +1,17 @@
 """LLaMA checkpoints: Hugging Face's configuration and tensor names, and the published names of its linear attention."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from lin_jax.attention import AttentionConfig
+from lin_jax.attention import AttentionConfig, softmax_window
 from lin_jax.errors import UserError
 from lin_jax.hub.families.config_fields import ConfigFields
-from lin_jax.hub.families.mixers import mixer_entries
+from lin_jax.hub.families.mixers import layer_entries
 from lin_jax.hub.families.tensor_names import plain_names, rooted
-from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, named, present, stacked, without_copy
+from lin_jax.hub.tensors import Entries, TensorEntry, fill, kernel, named, present, without_copy
 from lin_jax.json_files import short, without_nulls
 from lin_jax.models import Llama, LlamaConfig, RotaryConfig
 from lin_jax.models.rotary import SCALINGS
@@ -36,14 +37,23 @@ LAYER = {
 LARGEST_HEAD = 2**16
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FULL, SLIDING = "full_attention", "sliding_attention"
+# Beyond any model; a number that stands in a file is not to fill the memory.
+MOST_LAYERS = 2**16
 # Defaults of transformers for options that a config.json leaves out, as far as the types differ.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "max_position_embeddings": 32768},
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_position_embeddings": 32768,
+    },
     "qwen3": {
         "num_key_value_heads": 32,
         "head_dim": 128,
         "use_sliding_window": False,
+        "sliding_window": 4096,
         "max_position_embeddings": 32768,
     },
 }
@@ -55,7 +65,7 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     Args:
         config: contents of the file. In that of a linearized model, `base_model_type` is one of these types, and
             `output_bias` and `query_key_norm` are its options.
-        attention: the token mixer; None is softmax.
+        attention: the token mixer; None is softmax, with the windows that the file says.
 
     Raises:
         UserError: a size is missing, or an option is set that this model does not have.
@@ -64,7 +74,7 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
     given = ConfigFields(DEFAULTS.get(kind, {}) | without_nulls(config), "LLaMA", REQUIRED)
     _refuse_options(given)
     biases = given.flag("attention_bias", False)
-    attention = attention or AttentionConfig(name="softmax")
+    attention = attention or softmax_of(given, kind)
     found = LlamaConfig(
         vocab_size=given.size("vocab_size"),
         hidden_size=given.size("hidden_size"),
@@ -81,7 +91,6 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
         initializer_range=given.number("initializer_range", 0.02),
         rotary=rotary_from_huggingface(given.content),
         attention=attention,
-        window=window_of(given),
     )
     _check_frequencies(found)
     return found
@@ -118,30 +127,54 @@ def _kv_heads(config: Mapping[str, Any], given: ConfigFields) -> int | None:
     return None if "num_key_value_heads" not in config and found is not None and heads % found else found
 
 
-def window_of(given: ConfigFields) -> int | None:
-    """The window of a configuration's attention, of some layers or all; None if every text fits into it."""
-    window, length = given.optional_size("sliding_window"), given.size("max_position_embeddings", 2048)
-    kinds = given.content.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+def softmax_of(given: ConfigFields, kind: str) -> AttentionConfig:
+    """Softmax attention as a configuration of a transformers type has it: of whole texts, or of a window, by layer.
+
+    Raises:
+        UserError: `layer_types` or `max_window_layers` is none of a model with these layers.
+    """
+    full, count = AttentionConfig("softmax"), given.size("num_hidden_layers")
+    window, kinds = given.optional_size("sliding_window"), given.content.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(each, str) for each in kinds)):
         raise UserError(f"layer_types is {short(kinds)} in the configuration; give a list of names")
-    windowed = given.flag("use_sliding_window", True) and not (kinds and set(kinds) == {"full_attention"})
-    return window if windowed and window is not None and window < length else None
+    if kind == "mistral":
+        # Of all layers: transformers does not heed layer_types either.
+        return AttentionConfig("softmax", window=window)
+    if kind not in ("qwen2", "qwen3"):
+        return full
+    sliding = AttentionConfig("softmax", window=window if given.flag("use_sliding_window", False) else None)
+    if kinds is not None:
+        return _softmax_of_types(kinds, count, full, sliding)
+    first = given.content.get("max_window_layers", 28)
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= MOST_LAYERS:
+        raise UserError(f"max_window_layers is {short(first)} in the configuration; give the number of the first layer")
+    if sliding == full or first >= count:
+        return full
+    return replace(sliding, layers={number: full for number in range(first)} or None)
+
+
+def _softmax_of_types(kinds: Any, count: int, full: AttentionConfig, sliding: AttentionConfig) -> AttentionConfig:
+    if not all(kind in (FULL, SLIDING) for kind in kinds):
+        raise UserError(f"layer_types is {short(kinds)} in the configuration; give a list of {FULL} and {SLIDING}")
+    if SLIDING not in kinds:
+        return full
+    if len(kinds) != count:
+        raise UserError(f"layer_types names {len(kinds)} layers in the configuration, which has {count}; name each")
+    if sliding == full:
+        raise UserError(f"layer_types names {SLIDING} without a window; set use_sliding_window and sliding_window")
+    return AttentionConfig(pattern=[sliding if kind == SLIDING else full for kind in kinds])
 
 
 def remarks(config: Mapping[str, Any], model_config: LlamaConfig) -> list[str]:
     """Lines about options of a `config.json` that are read another way than they stand there."""
-    given = ConfigFields(DEFAULTS.get(kind_of(config), {}) | without_nulls(config), "LLaMA")
+    kind = kind_of(config)
+    given = ConfigFields(DEFAULTS.get(kind, {}) | without_nulls(config), "LLaMA")
     lines = []
     if ignored := ignored_rotary_options(given.content):
         lines.append(f"rotary options {', '.join(ignored)} in config.json are not heeded, as in transformers")
-    window = window_of(given)
-    if window is not None and model_config.max_positions is None:
-        lines.append(f"sliding_window {window} in config.json falls away with the attention that is replaced")
-    elif window is not None:
-        lines.append(
-            f"softmax attention has no window here: texts are bounded to sliding_window {window}, within which it is "
-            "the same; another attention has no such bound"
-        )
+    windows = {each.window for each in softmax_of(given, kind).kinds if each.window is not None}
+    if windows - {softmax_window(each) for each in model_config.attention.kinds}:
+        lines.append(f"sliding_window {max(windows)} in config.json falls away with the attention that is replaced")
     return lines
 
 
@@ -178,7 +211,7 @@ def config_to_huggingface(config: LlamaConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
         **rotary_to_huggingface(config.rotary),
-        **_window_options(config),
+        **_window_options(config, kind),
         "torch_dtype": config.param_dtype,
     }
 
@@ -188,11 +221,38 @@ def linearized_options(config: LlamaConfig) -> dict[str, Any]:
     return {"output_bias": config.output_bias, "query_key_norm": config.query_key_norm}
 
 
-def _window_options(config: LlamaConfig) -> dict[str, Any]:
-    """The window of softmax attention, in all layers of the types that have one."""
-    if config.max_positions is None:
+def has_windows(config: LlamaConfig) -> bool:
+    """True if a type of transformers has the windows of a configuration's softmax attention."""
+    windows = _windows(config)
+    if set(windows) == {None}:
+        return True
+    if len(set(windows) - {None}) > 1:
+        return False
+    biases = config.attention_bias, config.output_bias
+    if config.query_key_norm or biases == (True, False):
+        return not config.query_key_norm or biases[0] == biases[1]
+    return None not in windows and biases == (False, False)
+
+
+def _windows(config: LlamaConfig) -> tuple[int | None, ...]:
+    """The window of each layer."""
+    return tuple(softmax_window(each) for each in config.attention.of_layers(config.num_layers))
+
+
+def _window_options(config: LlamaConfig, kind: str) -> dict[str, Any]:
+    """The windows of softmax attention, as a type of transformers has them."""
+    windows = _windows(config)
+    found = set(windows) - {None}
+    if not found or not has_windows(config):
         return {}
-    return {"sliding_window": config.max_positions, "use_sliding_window": True, "max_window_layers": 0}
+    if kind == "mistral":
+        return {"sliding_window": windows[0]}
+    return {
+        "use_sliding_window": True,
+        "sliding_window": found.pop(),
+        "max_window_layers": next(number for number, window in enumerate(windows) if window is not None),
+        "layer_types": [FULL if window is None else SLIDING for window in windows],
+    }
 
 
 def _type_of(config: LlamaConfig) -> tuple[str, str]:
@@ -200,7 +260,7 @@ def _type_of(config: LlamaConfig) -> tuple[str, str]:
     if config.attention_bias == config.output_bias:
         if config.query_key_norm:
             return "qwen3", "Qwen3ForCausalLM"
-        if config.max_positions is not None and not config.attention_bias:
+        if None not in _windows(config) and has_windows(config):
             return "mistral", "MistralForCausalLM"
         return "llama", "LlamaForCausalLM"
     if config.attention_bias and not config.query_key_norm:
@@ -318,9 +378,7 @@ def rotary_to_huggingface(rotary: RotaryConfig) -> dict[str, Any]:
 
 def entries(model: Llama) -> Entries:
     """Entries of all tensors of a model, by name."""
-    stack = ("layers", "layers")
-    mixer = mixer_entries(model, stack, ("attention", "mixer"), "self_attn")
-    return present(model, TOP | stacked("model.layers", LAYER | mixer, stack, model.config.num_layers))
+    return present(model, TOP | layer_entries(model, LAYER, ("layers",), "model.layers", "self_attn"))
 
 
 def ignored(name: str) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from lin_jax.attention import AttentionConfig, softmax_window
 from lin_jax.errors import UserError
 from lin_jax.hub.families import bert, flash, gpt2, llama, t5
 from lin_jax.hub.tensors import Entries
@@ -14,6 +15,12 @@ from lin_jax.models import MODELS
 
 PREFIX = "lin_jax_"
 LLAMAS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "LinJaxLlamaForCausalLM")
+
+
+def no_windows(config: Any) -> bool:
+    """True if no attention of a configuration has a window."""
+    attentions = [value for value in vars(config).values() if isinstance(value, AttentionConfig)]
+    return all(softmax_window(kind) is None for each in attentions for kind in each.kinds)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,7 @@ class Family:
         embedding_name: name of an embedding that is a head too where `config.json` ties a head that the model has.
         unties: whether a head of its own makes the model of a checkpoint the same but for that.
         remarks: lines about what is read another way than it stands in a `config.json`.
+        has_windows: whether transformers has a model with the windows of a configuration's softmax attention.
     """
 
     name: str
@@ -66,6 +74,7 @@ class Family:
     embedding_name: str = ""
     unties: bool = False
     remarks: Callable[[Mapping[str, Any], Any], list[str]] = lambda config, model_config: []
+    has_windows: Callable[[Any], bool] = no_windows
 
     @property
     def own_type(self) -> str:
@@ -96,6 +105,14 @@ class Family:
                 f"one of {known}, such as the model that it was trained from"
             )
         return next(iter(self.heads.values()))
+
+    def foreign(self, architectures: Any) -> str | None:
+        """The first of a `config.json`'s architectures, if the family has none of them; None if it has one."""
+        try:
+            self.head_for(None, architectures)
+        except UserError:
+            return str(architectures[0] if isinstance(architectures, list | tuple) else architectures)
+        return None
 
     def own_head(self, architectures: Any) -> Head:
         """The head of a checkpoint of these architectures; the first, if they are none of the family."""
@@ -129,6 +146,7 @@ FAMILIES = {
             bases=("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"),
             unties=True,
             remarks=llama.remarks,
+            has_windows=llama.has_windows,
             remote_code=True,
         ),
         Family(

@@ -8,6 +8,7 @@ from lin_jax.training.objectives.medusa_joint import MedusaJoint as MedusaJoint
 from lin_jax.training.objectives.next_token import NextToken as NextToken
 from lin_jax.training.objectives.objective import Objective as Objective
 from lin_jax.training.objectives.objective import PartRate as PartRate
+from lin_jax.training.objectives.objective import training_sums as training_sums
 from lin_jax.training.objectives.partial_training import PartialTraining as PartialTraining
 from lin_jax.training.objectives.partial_training import initial_key as initial_key
 from lin_jax.training.objectives.path_head import PathHeadObjective as PathHeadObjective

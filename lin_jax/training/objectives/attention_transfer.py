@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention import Layout, packed_rows, single_rows
 from lin_jax.errors import UserError
 from lin_jax.losses.cross_entropy import Batch, Sums, inputs_of
 from lin_jax.models.adapters import AdapterConfig
+from lin_jax.models.mixed_stack import pairwise
 from lin_jax.models.params import Params, filled
 from lin_jax.models.prenorm_block import PreNormBlock
 from lin_jax.models.stack import LayerStack
@@ -34,11 +35,17 @@ class AttentionTransfer(NextToken):
     The loss is `sum_l mean_t |student_l - teacher_l|^2 / E` over the layers l that learn and all tokens t but padding.
     The sums are `[2 L]`: the squared errors of L layers, and with weight zero the teacher's squares, to divide by.
 
+    A student's softmax window soon says most of what the teacher says, and then a linear memory beside it has little
+    to learn from. Window dropout narrows the window of a layer at random, in training alone: a mixer that has a method
+    `narrowed(tokens)` gives itself with a window of so many tokens, over the same parameters.
+
     Args:
         config: the student's model.
         adapters: on the student, or None.
         layers: the first layer that learns and the one after the last; None is all.
         progressive: whether the layers before them are the student's.
+        window_dropout: probability with which a layer's window is narrowed in a step.
+        narrowed_window: tokens of a narrowed window.
     """
 
     rates: Mapping[str, PartRate] = {}
@@ -50,6 +57,8 @@ class AttentionTransfer(NextToken):
         *,
         layers: tuple[int, int] | None = None,
         progressive: bool = False,
+        window_dropout: float = 0.0,
+        narrowed_window: int = 1,
     ) -> None:
         super().__init__(config, adapters)
         stack = getattr(self._abstract, "layers", None)
@@ -58,6 +67,12 @@ class AttentionTransfer(NextToken):
             raise UserError(f"objective 'attention_transfer' is for LLaMA and GPT-2, and the model is a {kind}")
         self._first, self._end = (0, int(config.num_layers)) if layers is None else layers
         self._progressive = progressive
+        if window_dropout and not _has_window(stack):
+            raise UserError(
+                f"transfer.window_dropout {window_dropout} is for attention with a softmax window beside a memory, and "
+                f"'{config.attention.name}' has none; leave it out"
+            )
+        self._window_dropout, self._narrowed_window = window_dropout, narrowed_window
         count = self._end - self._first
         self.coefficients = (1.0,) * count + (0.0,) * count
 
@@ -67,11 +82,21 @@ class AttentionTransfer(NextToken):
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[2 L]` over the tokens of a batch: squared errors, and squares of what the teacher says."""
+        return self._sums(params, frozen, batch, None)
+
+    def training_sums(self, params: Params, frozen: Params, batch: Batch, key: Array) -> Sums:
+        """The same sums, with the windows narrowed that a key draws."""
+        narrow = None
+        if self._window_dropout:
+            narrow = jax.random.bernoulli(key, self._window_dropout, (len(self.coefficients) // 2,))
+        return self._sums(params, frozen, batch, narrow)
+
+    def _sums(self, params: Params, frozen: Params, batch: Batch, narrow: Bool[Array, " L"] | None) -> Sums:
         student = filled(self._abstract, params)
         teacher = frozen["teacher"]
         layout = _layout(batch)
         hidden, contexts = self._entering(student, teacher, batch, layout)
-        errors, squares = self._compared(student, teacher, hidden, contexts, layout)
+        errors, squares = self._compared(student, teacher, hidden, contexts, layout, narrow)
         tokens = self.counts(batch)
         return Sums(jnp.concatenate([errors, squares]), jnp.zeros_like(tokens), tokens)
 
@@ -99,27 +124,54 @@ class AttentionTransfer(NextToken):
         return jax.lax.stop_gradient(hidden), (own_context, their_context)
 
     def _compared(
-        self, student: Any, teacher: Any, hidden: Float[Array, "B T E"], contexts: tuple[Any, Any], layout: Layout
+        self,
+        student: Any,
+        teacher: Any,
+        hidden: Float[Array, "B T E"],
+        contexts: tuple[Any, Any],
+        layout: Layout,
+        narrow: Bool[Array, " L"] | None,
     ) -> tuple[Float[Array, " L"], Float[Array, " L"]]:
         """Sums over tokens of the mean squares over E: of what differs, and of what the teacher says, in each layer."""
         own_layers, their_layers = (_between(each.layers, self._first, self._end) for each in (student, teacher))
-        graph, parameters = nnx.split(own_layers.layers)
         included = layout.valid[..., None]
 
-        def layer(block: PreNormBlock, x: Array, own: Any) -> tuple[Array, tuple[Array, Array]]:
-            expected, _ = block.attend(x, contexts[1], layout)
-            found, _ = nnx.merge(graph, own).attend(x, contexts[0], layout)
+        def layer(
+            own: PreNormBlock, theirs: PreNormBlock, x: Array, is_narrow: Array | None
+        ) -> tuple[Array, tuple[Array, Array]]:
+            expected, _ = theirs.attend(x, contexts[1], layout)
+            if is_narrow is None or not _has_window(own):
+                found, _ = own.attend(x, contexts[0], layout)
+            else:
+                found = jax.lax.cond(
+                    is_narrow,
+                    lambda: _narrowed(own, self._narrowed_window).attend(x, contexts[0], layout)[0],
+                    lambda: own.attend(x, contexts[0], layout)[0],
+                )
             squares = (jnp.square((found - expected).astype(wide)), jnp.square(expected.astype(wide)))
             sums = tuple(jnp.sum(jnp.where(included, jnp.mean(part, axis=-1, keepdims=True), 0)) for part in squares)
-            return block.finish(x, expected), (sums[0], sums[1])
+            return theirs.finish(x, expected), (sums[0], sums[1])
 
         wide = accumulation_dtype(hidden.dtype)
-        return their_layers(layer, hidden, parameters)[1]
+        return pairwise(own_layers, their_layers, layer, hidden, narrow)[1]
 
 
 def _layout(batch: Batch) -> Layout:
     tokens, segment_ids = inputs_of(batch)
     return single_rows(tokens.shape, None) if segment_ids is None else packed_rows(jnp.asarray(segment_ids))
+
+
+def _has_window(layers: nnx.Module) -> bool:
+    """True for layers with an attention whose softmax window can be narrowed."""
+    able = (module for _, module in nnx.iter_modules(layers) if hasattr(module, "narrowed"))
+    return any(getattr(module, "softmax", True) for module in able)
+
+
+def _narrowed(block: PreNormBlock, tokens: int) -> PreNormBlock:
+    """A layer over the same parameters whose window holds so many tokens."""
+    block = nnx.merge(*nnx.split(block))
+    block.attention.mixer = block.attention.mixer.narrowed(tokens)
+    return block
 
 
 def _between(stack: LayerStack, first: int, end: int) -> LayerStack:

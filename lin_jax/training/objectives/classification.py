@@ -16,7 +16,7 @@ from lin_jax.data.glue.tasks import Task
 from lin_jax.evaluation.classification import Answers, confusion, scored
 from lin_jax.losses.cross_entropy import Batch, Sums, sum_over_batches
 from lin_jax.models import CausalModel, ModelConfig
-from lin_jax.models.params import Params, abstract_model, filled, initial_params, new_params, params_of
+from lin_jax.models.params import Params, abstract_model, filled, initial_params, mixer_order, new_params, params_of
 from lin_jax.models.registry import CLASSIFIER
 from lin_jax.training.objectives.objective import PartRate
 
@@ -55,14 +55,15 @@ class Classification:
         if base is None:
             return fresh
         given = params_of(base)
+        orders = mixer_order(self._config), mixer_order(base.config)
         if isinstance(base, CausalModel):
             own = {name: part for name, part in given.items() if name in fresh[_BODY]}
-            return {**fresh, _BODY: initial_params(fresh[_BODY], own)}
+            return {**fresh, _BODY: initial_params(fresh[_BODY], own, orders=orders)}
         flat, wanted = flatten_dict(given), flatten_dict(fresh)
         for path in self._label_paths() & flat.keys():
             if flat[path].shape != wanted[path].shape:
                 flat[path] = wanted[path]
-        return initial_params(fresh, unflatten_dict(flat))
+        return initial_params(fresh, unflatten_dict(flat), orders=orders)
 
     def frozen(self, base: Any) -> Params:
         """None: a base model's parameters go on learning."""

@@ -18,7 +18,9 @@ LOGITS = 2**25
 
 
 class Distillation(NextToken):
-    """`CE + weight * tau^2 * KL(teacher || student)`, both at temperature tau in the divergence, within a document.
+    """`text_weight * CE + weight * tau^2 * KL(teacher || student)`, within a document.
+
+    In the divergence both are at temperature tau.
 
     `tau^2` keeps the size of the divergence's gradient. The sums are `[2]`: of the cross entropy, and of the
     divergence, where right is what the teacher finds likeliest.
@@ -26,13 +28,13 @@ class Distillation(NextToken):
     Args:
         config: the student's model.
         adapters: on the student, or None.
-        distillation: weight and temperature.
+        distillation: weights and temperature.
     """
 
     def __init__(self, config: Any, adapters: AdapterConfig | None, distillation: DistillationConfig) -> None:
         super().__init__(config, adapters)
         self._temperature = distillation.temperature
-        self.coefficients = (1.0, distillation.weight * distillation.temperature**2)
+        self.coefficients = (distillation.text_weight, distillation.weight * distillation.temperature**2)
 
     def counts(self, batch: Batch) -> Int[Array, "2"]:
         """Targets in the same document as their input, for both."""

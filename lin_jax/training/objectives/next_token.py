@@ -12,7 +12,7 @@ from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
 from lin_jax.losses.cross_entropy import Batch, Sums, shifted_targets
 from lin_jax.models import CausalModel, ModelConfig
 from lin_jax.models.adapters import AdapterConfig, adapted, with_adapters
-from lin_jax.models.params import Params, abstract_model, filled, initial_params, new_params, params_of
+from lin_jax.models.params import Params, abstract_model, filled, initial_params, mixer_order, new_params, params_of
 from lin_jax.training.objectives.objective import PartRate
 
 
@@ -34,7 +34,11 @@ class NextToken:
     def start(self, key: Array, base: CausalModel | None) -> Params:
         """Fresh parameters, or those of a base model, and adapters that do nothing yet."""
         draw = partial(new_params, self._config, key)
-        own = draw() if base is None else initial_params(self._plain, params_of(base), draw)
+        if base is None:
+            own = draw()
+        else:
+            orders = mixer_order(self._config), mixer_order(base.config)
+            own = initial_params(self._plain, params_of(base), draw, orders=orders)
         return with_adapters(own, self._abstract, key)
 
     def frozen(self, base: CausalModel | None) -> Params:

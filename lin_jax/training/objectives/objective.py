@@ -1,13 +1,14 @@
 """The contract of objectives.
 
-An objective is pure: it knows no data, no optimizer and no step. It gives sums over tokens, and the step divides them
+An objective is pure: it knows no data, no optimizer and no step, and what it draws at random in training comes from a
+key that the step hands it. It gives sums over tokens, and the step divides them
 by the counts of the whole batch, so that accumulating over microbatches is the same as one large batch.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Int
 
@@ -68,3 +69,18 @@ class Objective(Protocol):
 
     def report(self, params: Params, frozen: Params, batches: Sequence[Batch], folder: Path | None) -> str | None:
         """Evaluates what else is worth knowing after the last step, as text; writes it, if a folder is given."""
+
+
+@runtime_checkable
+class RandomObjective(Protocol):
+    """An objective that draws something at random in training, and nothing in validation."""
+
+    def training_sums(self, params: Params, frozen: Params, batch: Batch, key: Array) -> Sums:
+        """Sums over the tokens of a batch, as `sums`, with what a key draws."""
+
+
+def training_sums(objective: Objective, params: Params, frozen: Params, batch: Batch, key: Array | None) -> Sums:
+    """Sums of any objective in a training step; without a key, or anything to draw, those of validation."""
+    if key is not None and isinstance(objective, RandomObjective):
+        return objective.training_sums(params, frozen, batch, key)
+    return objective.sums(params, frozen, batch)

@@ -13,7 +13,7 @@ from lin_jax.losses.cross_entropy import Batch, Sums
 from lin_jax.models.adapters import TrainableFilter, is_adapter
 from lin_jax.models.lora import merge_lora
 from lin_jax.models.params import Params, filled, params_of
-from lin_jax.training.objectives.objective import PartRate
+from lin_jax.training.objectives.objective import PartRate, training_sums
 from pallas_kernels.precision import upcast
 
 
@@ -85,6 +85,10 @@ class PartialTraining:
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Those of the whole objective."""
         return self._whole.sums(self.joined(params, frozen), frozen, batch)
+
+    def training_sums(self, params: Params, frozen: Params, batch: Batch, key: Array) -> Sums:
+        """Those of the whole objective in training."""
+        return training_sums(self._whole, self.joined(params, frozen), frozen, batch, key)
 
     def figures(self, sums: Sums) -> dict[str, float]:
         """Those of the whole objective."""

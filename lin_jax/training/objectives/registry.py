@@ -91,7 +91,14 @@ def _transfer(config: RunConfig) -> AttentionTransfer:
         raise UserError(
             f"transfer.blocks is {transfer.blocks}, which takes a run for each block; make this a stage of 'stages'"
         )
-    return AttentionTransfer(model, config.adapters, layers=transfer.layers, progressive=transfer.progressive)
+    return AttentionTransfer(
+        model,
+        config.adapters,
+        layers=transfer.layers,
+        progressive=transfer.progressive,
+        window_dropout=transfer.window_dropout,
+        narrowed_window=transfer.narrowed_window,
+    )
 
 
 def _classification(config: RunConfig) -> Classification:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from jsonargparse import Namespace
 
 from lin_jax.errors import UserError
 
@@ -15,6 +16,8 @@ _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 # Far beyond any description of a run; a few aliases of aliases are more than any machine can hold.
 _DEEPEST, _MOST = 30, 100_000
 _Hints = Mapping[str, Any]
+# Texts that the option parser takes for null, quoted or not, and what hides them from it.
+_LIKE_NULL, _MARK = ("null", "Null", "NULL", "~"), "\x01"
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,6 +89,29 @@ def write_yaml(content: Mapping[str, Any], path: Path) -> None:
     path.write_text(yaml.dump(dict(content), Dumper=_Dumper), encoding="utf-8")
 
 
+def marked(content: Mapping[str, Any], hints: _Hints) -> dict[str, Any]:
+    """Hides texts that look like null from the option parser, in fields for text or null: `"null"` is a name."""
+    found = {}
+    for name, value in content.items():
+        hint = hints.get(name)
+        if isinstance(value, dict):
+            value = marked(value, _fields(hint))
+        elif isinstance(value, str) and value in _LIKE_NULL and {str, type(None)} <= set(_choices(hint)):
+            value = _MARK + value
+        found[name] = value
+    return found
+
+
+def unmarked(value: Any) -> Any:
+    """Undoes `marked` in what the option parser has made of it, in place where it can."""
+    if isinstance(value, str):
+        return value.removeprefix(_MARK)
+    if isinstance(value, Namespace):
+        for name, each in vars(value).items():
+            setattr(value, name, unmarked(each))
+    return value
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
@@ -142,10 +168,13 @@ def _present(content: dict[str, Any], hints: _Hints, where: str) -> dict[str, An
         if value is None and hint is not None and type(None) not in _choices(hint):
             continue
         if (inner := _fields(hint)) and value is not None:
-            # The attention of a model may be its name alone.
+            # The attention of a model may be its name alone, or a list of those of its layers.
             if not isinstance(value, dict) and not name.endswith("attention"):
                 raise UserError(f"{where}{name} is {value!r}; give its fields, such as '{next(iter(inner))}: ...'")
-            value = _present(value, inner, f"{where}{name}.") if isinstance(value, dict) else str(value)
+            if isinstance(value, dict):
+                value = _present(value, inner, f"{where}{name}.")
+            elif not isinstance(value, list):
+                value = str(value)
         found[name] = value
     return found
 

@@ -1,5 +1,7 @@
 """Runs the stages of a pipeline, and compares their models on held-out text."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,11 @@ from lin_jax.training.model_source import TOKENIZER_FOLDER, ModelSource, load_mo
 from lin_jax.training.monitoring.trackers import METRICS_FILE, read_metrics
 from lin_jax.training.objectives.registry import kind_of
 from lin_jax.training.run import train
+from lin_jax.training.settings.changes import changes_of_finished
 from lin_jax.training.stages.config import Pipeline, Stage, completed
 from lin_jax.training.stages.report import REPORT_FILE, StageReport, StageResult
+
+log = logging.getLogger(__name__)
 
 
 def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
@@ -37,9 +42,11 @@ def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
     _check_places(pipeline, report, resume)
     for number, stage in enumerate(pipeline.stages):
         if report.holds(stage.name, stage.last.training.steps):
+            _say_changes(stage.runs)
             continue
         for run in stage.runs:
             if (saved_steps(Path(run.output)) or [0])[-1] >= run.training.steps and run is not stage.last:
+                _say_changes([run])
                 continue
             outcome = train(run, resume=bool(saved_steps(Path(run.output))))
             if outcome.status:
@@ -48,6 +55,12 @@ def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
     report.finish()
     print(report.table())
     return 0
+
+
+def _say_changes(runs: Sequence[RunConfig]) -> None:
+    for run in runs:
+        for line in changes_of_finished(Path(run.output), run):
+            log.warning("%s", line)
 
 
 def _check_places(pipeline: Pipeline, report: StageReport, resume: bool) -> None:
@@ -78,9 +91,9 @@ def _measured(stage: Stage, text: DataConfig, *, first: bool) -> list[StageResul
         own: Any = replace(begin.model, vocab_size=base.config.vocab_size)
         if first:
             rows.append(_row(stage, "teacher", "as it is given", base, batches))
-        if own.attention != base.config.attention:
+        if own.attention.for_layers(own.num_layers) != base.config.attention:
             model = with_attention(base, own.attention, begin.training.seed)
-            rows.append(_row(stage, f"{own.attention.name}, untrained", "before any training", model, batches))
+            rows.append(_row(stage, f"{own.attention.label}, untrained", "before any training", model, batches))
     model, _, _ = load_model(run.output)
     steps = sum(each.training.steps for each in stage.runs)
     return [*rows, _row(stage, stage.name, described(run), model, batches, steps, _seconds(stage))]

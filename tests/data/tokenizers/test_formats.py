@@ -1,5 +1,6 @@
 """Tokenizers in their first published files: known token numbers, and the same again after saving."""
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,74 @@ def test_pieces_beside_a_configuration(
     assert beside.encode(text).tolist() == alone.encode(text).tolist()
     assert (beside.bos_id, beside.eos_id, beside.vocab_size) == (1, 2, 32000)
     assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("gpt2", "gpt2"),
+        ("lin_jax_gpt2", "gpt2"),
+        ("t5", "t5"),
+        ("lin_jax_t5", "t5"),
+        ("lin_jax_bert", "bert-base-uncased"),
+        ("lin_jax_llama", "llama2"),
+    ],
+)
+def test_first_files_beside_a_configuration(
+    model_type: str, name: str, tmp_path: Path, shared_data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Files that transformers does not know by name, or reads with other packages, or of our linearized models."""
+    folder = Path(shutil.copytree(shared_data / "tokenizers" / name, tmp_path / "folder"))
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    text, ids, size = KNOWN[name]
+    found = load_tokenizer(folder)
+    assert (found.encode(text).tolist(), found.vocab_size) == (ids, size)
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name", "message"),
+    [
+        ("bert", None, "a BertTokenizer without a vocabulary (vocab.txt, tokenizer.json); give a folder"),
+        ("gpt2", None, "a GPT2Tokenizer without a vocabulary (vocab.json, merges.txt); give a folder"),
+        ("qwen2", "gpt2", "a Qwen2Tokenizer without a vocabulary (vocab.json, merges.txt, tokenizer.json)"),
+        ("llama", "bert-base-uncased", "Couldn't instantiate the backend tokenizer; give a folder"),
+        ("mt5", "t5", "spiece.model is read with the package sentencepiece; install it (pip install sentencepiece)"),
+        ("gemma", "llama2", "tokenizer.model is read with the package sentencepiece"),
+    ],
+)
+def test_folders_without_a_tokenizer(
+    model_type: str,
+    name: str | None,
+    message: str,
+    tmp_path: Path,
+    shared_data: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Transformers makes some of these of defaults alone, to which every text is unknown tokens."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for file in (shared_data / "tokenizers" / name).iterdir() if name is not None else ():
+        shutil.copyfile(file, folder / file.name)
+    (folder / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(folder)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tuple(capfd.readouterr()) == ("", "")
+
+
+def test_a_byte_order_mark_before_pieces(tmp_path: Path, shared_data: Path) -> None:
+    """It would be a part of the first piece, which pads."""
+    pieces = (shared_data / "tokenizers/bert-base-uncased/vocab.txt").read_text(encoding="utf-8")
+    for name, encoding in (("plain", "utf-8"), ("marked", "utf-8-sig")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text(pieces, encoding=encoding)
+    plain, marked = (load_tokenizer(tmp_path / name) for name in ("plain", "marked"))
+    assert marked.fingerprint == plain.fingerprint
+    assert marked.special_id("pad_token") == 0
 
 
 def test_other_files_beside_a_configuration_are_for_transformers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers opened from what was saved, and the one that a configuration names or has trained."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,29 @@ def test_unreadable_tokenizers_say_what_to_do(tmp_path):
         assert str(path) in str(error.value)
         assert "tokenizer.json" in str(error.value)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"],
+)
+def test_byte_order_marks(name, trained, tmp_path):
+    """Some editors put one in front; the tokenizer is the same, and saves files without it."""
+    plain, marked = tmp_path / "plain", tmp_path / "marked"
+    trained.save(plain)
+    (plain / "config.json").write_text('{"model_type": "llama"}')
+    (plain / "added_tokens.json").write_text(json.dumps({"<more>": trained.vocab_size}))
+    shutil.copytree(plain, marked)
+    (marked / name).write_text((plain / name).read_text(), encoding="utf-8-sig")
+    before = (marked / name).read_bytes()
+    found, expected = load_tokenizer(marked), load_tokenizer(plain)
+    assert (found.fingerprint, found.eos_id) == (expected.fingerprint, expected.eos_id)
+    if name == "tokenizer.json":
+        assert load_tokenizer(marked / name).fingerprint == trained.fingerprint
+    found.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").fingerprint == expected.fingerprint
+    assert str(marked) not in (tmp_path / "again" / "tokenizer_config.json").read_text()
+    assert (marked / name).read_bytes() == before
 
 
 def test_configuration_chooses_the_tokenizer(trained, tmp_path):

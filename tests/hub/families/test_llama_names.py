@@ -283,6 +283,56 @@ def test_a_length_that_no_file_can_say() -> None:
         config_to_huggingface(replace(config(), rotary=replace(rotary(1e4, "dynamic", 2.0), context_length=8192)))
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 9}
+SLIDING = AttentionConfig("softmax", window=9)
+FULL = AttentionConfig("softmax")
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"model_type": "mistral", "sliding_window": 9}, [SLIDING] * 3),
+        ({"model_type": "mistral", "sliding_window": None}, [FULL] * 3),
+        ({"model_type": "llama", "sliding_window": 9}, [FULL] * 3),
+        ({"model_type": "qwen2", "sliding_window": 9}, [FULL] * 3),
+        ({"model_type": "qwen2", **WINDOWED}, [FULL] * 3),
+        ({"model_type": "qwen2", **WINDOWED, "max_window_layers": 1}, [FULL, SLIDING, SLIDING]),
+        ({"model_type": "qwen3", **WINDOWED, "max_window_layers": 0}, [SLIDING] * 3),
+        ({"model_type": "qwen3", **WINDOWED, "layer_types": TYPES}, [SLIDING, FULL, SLIDING]),
+    ],
+)
+def test_windows(options: dict[str, Any], expected: list[AttentionConfig]) -> None:
+    """As transformers reads them, layer by layer; they go out under the same names, and come back."""
+    sizes = HUGGING_FACE | {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 16}
+    found = config_from_huggingface(sizes | options)
+    assert list(found.attention.of_layers(3)) == expected
+    theirs = transformers.AutoConfig.for_model(**sizes | options)
+    kinds = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 3
+    window = None if options["model_type"] == "llama" else getattr(theirs, "sliding_window", None)
+    assert [each.window for each in expected] == [window if "sliding" in kind else None for kind in kinds]
+    said = config_to_huggingface(found)
+    again = config_from_huggingface(said)
+    assert again.attention.of_layers(3) == found.attention.of_layers(3)
+    if SLIDING in expected:
+        names = set(options) - {"layer_types"}
+        assert {name: said[name] for name in names} == {name: options[name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_types": TYPES[:2]}, "layer_types names 2 layers in the configuration, which has 3"),
+        ({"layer_types": ["sliding"] * 3}, "give a list of full_attention and sliding_attention"),
+        ({"layer_types": TYPES, "use_sliding_window": False}, "names sliding_attention without a window; set"),
+        ({"max_window_layers": -1}, "max_window_layers is -1 in the configuration; give"),
+    ],
+)
+def test_windows_that_no_model_has(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config_from_huggingface(HUGGING_FACE | {"num_hidden_layers": 3, "model_type": "qwen2", **WINDOWED, **options})
+
+
 BIASES = ("attention_bias", "output_bias", "query_key_norm")
 
 

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from lin_jax.attention import AttentionConfig
+from lin_jax.attention import AttentionConfig, registry
+from lin_jax.attention.composition import ComposedAttention
 from lin_jax.errors import UserError
 from lin_jax.models import FlashConfig, Llama, LlamaConfig
 from lin_jax.models.adapters import TrainableFilter
@@ -18,6 +19,7 @@ from lin_jax.training import RunConfig
 from lin_jax.training.objective_configs import TransferConfig
 from lin_jax.training.objectives import AttentionTransfer, PartialTraining
 from lin_jax.training.objectives.registry import check_run, objective_of
+from lin_jax.training.train_step import accumulate_gradients
 
 GROUP = 3
 CONFIG = LlamaConfig(
@@ -176,9 +178,69 @@ def test_a_student_that_is_the_teacher_misses_nothing(models, x64):
     assert objective.figures(jax.device_get(sums))["missed"] == 0
 
 
+class WindowBesideMemory(ComposedAttention):
+    """A stand-in for an attention whose window can be narrowed: groups of other sizes, over the same parameters."""
+
+    def narrowed(self, tokens):
+        mixer = nnx.merge(*nnx.split(self))
+        mixer.group_size = tokens
+        return mixer
+
+
+@pytest.fixture
+def windowed(monkeypatch):
+    """Lets every attention be one whose window can be narrowed."""
+    monkeypatch.setattr(registry, "ComposedAttention", WindowBesideMemory)
+
+
+def test_windows_are_narrowed_as_the_key_draws(models, windowed, x64):
+    """In training each layer has its whole window or the narrow one, as drawn for it; in validation, the whole one."""
+    student, teacher = models
+    params, frozen = params_of(student), {"teacher": teacher}
+    objective = AttentionTransfer(CONFIG, window_dropout=0.5, narrowed_window=2)
+    whole = jax.jit(objective.sums)(params, frozen, BATCH).loss
+    np.testing.assert_allclose(whole, AttentionTransfer(CONFIG).sums(params, frozen, BATCH).loss, rtol=1e-12)
+    narrow_config = replace(CONFIG, attention=replace(CONFIG.attention, group_size=2))
+    narrow = jax.jit(AttentionTransfer(narrow_config).sums)(params, frozen, BATCH).loss
+    assert not np.any(np.isclose(narrow[:3], whole[:3]))
+    drawn = set()
+    in_training = jax.jit(objective.training_sums)
+    for number in range(6):
+        found = in_training(params, frozen, BATCH, jax.random.key(number)).loss
+        layers = np.isclose(found[:3], narrow[:3], rtol=1e-10)
+        np.testing.assert_allclose(found[:3], np.where(layers, narrow[:3], whole[:3]), rtol=1e-10)
+        np.testing.assert_allclose(found[3:], whole[3:], rtol=1e-12)
+        drawn.add(tuple(layers.tolist()))
+    assert len(drawn) > 2
+
+
+def test_a_step_hands_the_key_through_to_what_learns(models, windowed, x64):
+    """With p = 1, loss and gradient of microbatches are those of a model whose windows are narrow."""
+    student, teacher = models
+    always = AttentionTransfer(CONFIG, window_dropout=1.0, narrowed_window=2)
+    partly = PartialTraining(always, TrainableFilter(("mixer", "projections"), "attention"), 0)
+    narrow_config = replace(CONFIG, attention=replace(CONFIG.attention, group_size=2))
+    narrow = PartialTraining(
+        AttentionTransfer(narrow_config), TrainableFilter(("mixer", "projections"), "attention"), 0
+    )
+    params = partly.start(jax.random.key(0), student)
+    frozen = {**partly.frozen(student), "teacher": teacher}
+    slopes = jax.jit(accumulate_gradients, static_argnums=(0, 1))
+    found = slopes(partly, 2, params, frozen, BATCH, jax.random.key(3))
+    expected = slopes(narrow, 2, params, frozen, BATCH)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-14), found, expected)
+
+
+def test_window_dropout_needs_a_window():
+    with pytest.raises(UserError, match=r"transfer.window_dropout 0.5 is for attention with a softmax window"):
+        AttentionTransfer(CONFIG, window_dropout=0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"transfer": {"window_dropout": 1.5}}, "transfer.window_dropout is 1.5; give a probability between 0 and 1"),
+        ({"transfer": {"narrowed_window": 0}}, "transfer.narrowed_window is 0; give 1 or more tokens"),
         ({"init_from": None}, "objective 'attention_transfer' needs init_from"),
         ({"transfer": {"learns": ("everything",)}}, "transfer.learns names 'everything'; choose among mixer, "),
         ({"transfer": {"layers": (2, 1)}}, r"transfer.layers is \[2, 1\]; give the first layer and the one after"),

@@ -31,7 +31,7 @@ CONFIG = LlamaConfig(
 DOCUMENTS = np.array([[1, 1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 1, 1, 1, 1, 0, 0, 0]], np.int32)
 TOKENS = np.random.default_rng(0).integers(0, 11, DOCUMENTS.shape).astype(np.int32)
 BATCH = {"tokens": TOKENS, "segment_ids": DOCUMENTS}
-WEIGHT, TEMPERATURE = 0.7, 2.5
+WEIGHT, TEMPERATURE, TEXT_WEIGHT = 0.7, 2.5, 0.3
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def models():
 def test_the_loss_is_the_formula(models, logits, x64, monkeypatch):
     monkeypatch.setattr(distillation, "LOGITS", logits)
     student, teacher = models
-    objective = Distillation(CONFIG, None, DistillationConfig(WEIGHT, TEMPERATURE))
+    objective = Distillation(CONFIG, None, DistillationConfig(WEIGHT, TEMPERATURE, TEXT_WEIGHT))
     own, theirs = (np.asarray(model(TOKENS[:, :-1], DOCUMENTS[:, :-1])) for model in models)
     entropy = divergence = tokens = right = 0
     for row, t in np.ndindex(2, 8):
@@ -62,7 +62,7 @@ def test_the_loss_is_the_formula(models, logits, x64, monkeypatch):
     np.testing.assert_allclose(sums.loss, [entropy, divergence], rtol=1e-10)
     assert list(sums.tokens) == list(objective.counts(BATCH)) == [tokens, tokens]
     assert int(sums.correct[1]) == right
-    assert objective.coefficients == (1.0, WEIGHT * TEMPERATURE**2)
+    assert objective.coefficients == (TEXT_WEIGHT, WEIGHT * TEMPERATURE**2)
     figures = objective.figures(jax.device_get(sums))
     assert figures["perplexity"] == pytest.approx(np.exp(entropy / tokens))
     assert figures["teacher_divergence"] == pytest.approx(divergence / tokens)
@@ -87,6 +87,8 @@ def test_gradients_are_the_same_in_pieces(models, x64, monkeypatch):
     [
         ({"weight": -1.0}, {}, "distillation.weight is -1.0; give 0 or more"),
         ({"weight": 1.0, "temperature": 0.0}, {}, "distillation.temperature is 0.0; give a positive"),
+        ({"weight": 1.0, "text_weight": -1.0}, {}, "distillation.text_weight is -1.0; give 0 or more"),
+        ({"text_weight": 0.0}, {}, "distillation.text_weight is 0.0 and there is no teacher; give distillation.weight"),
         ({"weight": 1.0}, {}, "distillation.weight 1.0 needs a teacher"),
         ({"weight": 1.0}, {"objective": "medusa", "init_from": "x"}, "is for objective language_model, not 'medusa'"),
         ({}, {"teacher": "x"}, "teacher x has nothing to teach"),

@@ -10,7 +10,7 @@ from lin_jax.training import OptimizerConfig, load_run_config
 from lin_jax.training.config import CONFIG_FILE
 from lin_jax.training.optimizer import learning_rate
 from lin_jax.training.run import train
-from lin_jax.training.settings.changes import changes
+from lin_jax.training.settings.changes import changes, changes_of_finished
 
 
 def test_every_difference_has_a_line(tmp_path: Path, tiny_run: Any) -> None:
@@ -32,6 +32,29 @@ def test_every_difference_has_a_line(tmp_path: Path, tiny_run: Any) -> None:
     assert changes(tmp_path, replace(before, data=replace(before.data, validation_batches=1)), 10) == [
         "data.validation_batches is 1 from step 10 on; it was 2"
     ]
+
+
+def test_a_finished_run_says_what_it_was_made_with(tmp_path: Path, tiny_run: Any) -> None:
+    """Without what it filled in itself, or what alters nothing that it has learnt."""
+    asked = tiny_run(tmp_path, steps=30)
+    filled = replace(asked, model=replace(asked.model, vocab_size=280), init_from="/moved/teacher")
+    filled.save(tmp_path / CONFIG_FILE)
+    asked = replace(asked, init_from=str(tmp_path / "teacher"))
+    assert changes_of_finished(tmp_path, asked) == []
+    quiet = replace(asked.training, log_every=3, keep_checkpoints=9, plot=True)
+    assert changes_of_finished(tmp_path, replace(asked, output="elsewhere", training=quiet)) == []
+    other = replace(
+        asked,
+        data=replace(asked.data, source="other.txt"),
+        model=replace(asked.model, attention="softmax"),
+        training=replace(asked.training, batch_size=8),
+    )
+    lines = changes_of_finished(tmp_path, other)
+    assert f"{tmp_path} is finished and stays as it is, with model.attention.name augmented, not softmax" in lines[0]
+    assert any("with data.source" in line and "not other.txt; give another output" in line for line in lines)
+    assert lines[-1].endswith("with training.batch_size 4, not 8; give another output to train anew")
+    (tmp_path / CONFIG_FILE).write_text("sheep: 3\n")
+    assert len(changes_of_finished(tmp_path, asked)) == 1
 
 
 @pytest.mark.parametrize("content", [None, "sheep: 3\n"])

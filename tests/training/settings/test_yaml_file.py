@@ -123,6 +123,15 @@ def test_other_files_are_refused_in_one_line(content: str | bytes, message: str,
     assert sorted(file.parent.iterdir()) == [file]
 
 
+def test_a_text_that_looks_like_null(file: Path, tmp_path: Path) -> None:
+    """In quotes it is a name; it is written and read as one."""
+    for text in ("null", "Null", "~"):
+        run = parse(file, f"output: {tmp_path}\ndata: {{source: 'hub:a/b', subset: '{text}', tokenizer: null}}\n")
+        assert (run.data.subset, run.data.tokenizer) == (text, None)
+        run.save(tmp_path / "config.yaml")
+        assert load_run_config(tmp_path) == run
+
+
 def test_places_without_a_file(tmp_path: Path) -> None:
     for place, reason in ((tmp_path, "Is a directory"), (tmp_path / "none.yaml", "No such file")):
         with pytest.raises(UserError, match=f"cannot read {place}: {reason}"):

@@ -126,7 +126,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(written, tmp_path, stages
     assert not (tmp_path / "out").exists()
 
 
-def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, capsys):
+def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, capsys, caplog):
     whole, *_ = parse_command([written(held_out={"validation_fraction": 0.3})])
     assert run_stages(whole) == 0
     table = capsys.readouterr().out
@@ -156,6 +156,15 @@ def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, c
     assert timeless[0] == timeless[1]
     unchanged = [path for path, time in times.items() if "teacher" in path.parts or "transfer" in path.parts]
     assert all(path.stat().st_mtime_ns == times[path] for path in unchanged)
+
+    # Asked for otherwise, stages that are finished say what they were made with; a moved folder is no difference.
+    assert "is finished" not in caplog.text
+    other, *_ = parse_command(
+        [written(held_out={"validation_fraction": 0.3}), "--output", str(copy), "--stages.teacher.optimizer.eps", "0.1"]
+    )
+    assert run_stages(other, resume=True) == 0
+    (line,) = [line for line in caplog.messages if "is finished" in line]
+    assert line.startswith(f"{copy / 'teacher'} is finished and stays as it is, with optimizer.eps 1e-08, not 0.1")
 
 
 def test_a_teacher_must_have_the_same_vocabulary(written, tmp_path, base_run, tiny_run):

@@ -23,7 +23,7 @@ class MedusaDrafter(Stateless):
     def __init__(self, heads: MedusaHeads, *, width: int = HEAD_WIDTH) -> None:
         self.heads = heads
         self.depth = heads.count
-        self.width = min(width, heads.output.shape[-1])
+        self.width = min(width, heads.vocab_size)
 
     def begin(self, context: DraftContext, state: Any) -> tuple[Array, Any]:
         """Shares the hidden vector that the heads read."""

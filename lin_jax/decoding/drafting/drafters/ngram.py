@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from lin_jax.decoding.drafting.api import DraftContext, Guesses, Stateless, TreeLevel
+from lin_jax.decoding.drafting.hindsight import LookupHindsight
 from lin_jax.decoding.drafting.ngram_lookup import Matches, find_matches
 
 
@@ -36,6 +37,10 @@ class NgramDrafter(Stateless):
         self.width = matches
         self.lookback = lookback
         self.confidence = confidence
+
+    def hindsight(self, depth: int) -> LookupHindsight:
+        """Follows a text on the host, where a lookup costs nothing."""
+        return LookupHindsight(min(depth, self.depth), len(self.confidence), self.lookback)
 
     def begin(self, context: DraftContext, state: Any) -> tuple[Matches, Bool[Array, "B 1 M"]]:
         """Finds the occurrences; all of them agree with the root."""

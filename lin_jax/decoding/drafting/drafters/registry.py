@@ -1,15 +1,19 @@
 """Drafters by name, and the parts that each of them needs."""
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.drafters.likeliest import LikeliestDrafter
 from lin_jax.decoding.drafting.drafters.medusa import MedusaDrafter
 from lin_jax.decoding.drafting.drafters.model import ModelDrafter, SelfDrafter
 from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
 from lin_jax.decoding.drafting.drafters.none import NoDrafter
 from lin_jax.decoding.drafting.drafters.path import PathDrafter
+from lin_jax.decoding.drafting.drafters.suffix import SuffixDrafter
 from lin_jax.decoding.drafting.drafters.union import UnionDrafter
+from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.errors import UserError
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
 
@@ -26,6 +30,7 @@ class DraftParts:
         path: its path-conditioned head.
         model: a small model with the same vocabulary.
         layers: indices of the target's layers that draft for it.
+        memory: earlier texts, from which the suffix drafter copies.
     """
 
     target: CausalModel
@@ -33,6 +38,7 @@ class DraftParts:
     path: PathHead | None = None
     model: CausalModel | None = None
     layers: tuple[int, ...] | None = None
+    memory: TextMemory = field(default_factory=TextMemory, compare=False)
 
     def __post_init__(self) -> None:
         count = self.target.layers.count
@@ -66,6 +72,7 @@ def _self(parts: DraftParts) -> Drafter | None:
 DRAFTERS: dict[str, Callable[[DraftParts], Drafter | None]] = {
     "none": lambda parts: NoDrafter(),
     "ngram": lambda parts: NgramDrafter(matches=NGRAM_MATCHES),
+    "suffix": lambda parts: SuffixDrafter(parts.memory),
     "medusa": _medusa,
     "path": _path,
     "model": _model,
@@ -80,7 +87,10 @@ NEEDS = {
 
 
 def build_drafter(kind: str, parts: DraftParts) -> Drafter:
-    """Builds a drafter by name, or a union by names joined with `+`; ranks continue from one to the next.
+    """Builds a drafter by name, or of several.
+
+    Names joined with `+` are a union, whose ranks continue from one drafter to the next; names joined with `/`, which
+    bind more closely, are one drafter that guesses the likeliest tokens of all.
 
     Args:
         kind: name or joined names.
@@ -89,19 +99,33 @@ def build_drafter(kind: str, parts: DraftParts) -> Drafter:
     Raises:
         UserError: a name is unknown, or a part that it needs is missing.
     """
-    built: list[Drafter] = []
-    for name in kind.split("+"):
-        if name not in DRAFTERS:
-            names = ", ".join(DRAFTERS)
-            raise UserError(f"drafter '{name}' is unknown; choose one of {names}, or several joined as in path+ngram")
-        drafter = DRAFTERS[name](parts)
-        if drafter is None:
-            raise UserError(f"drafter '{name}' needs {NEEDS[name]}; or choose ngram")
-        built.append(drafter)
+    sides = [[_single(name, parts) for name in side.split("/")] for side in kind.split("+")]
+    built = [side[0] if len(side) == 1 else LikeliestDrafter(*side) for side in sides]
     return built[0] if len(built) == 1 else UnionDrafter(*built)
 
 
+def _single(name: str, parts: DraftParts) -> Drafter:
+    if name not in DRAFTERS:
+        names = ", ".join(DRAFTERS)
+        raise UserError(
+            f"drafter '{name}' is unknown; choose one of {names}, or several joined as in path+ngram or path/suffix"
+        )
+    drafter = DRAFTERS[name](parts)
+    if drafter is None:
+        raise UserError(f"drafter '{name}' needs {NEEDS[name]}; or choose ngram")
+    return drafter
+
+
+def reads_memory(kind: str) -> bool:
+    """True for a drafter, by name or joined names, that copies from the memory of earlier texts."""
+    return "suffix" in re.split(r"[+/]", kind)
+
+
 def available(parts: DraftParts) -> Sequence[str]:
-    """Names of the drafters that can be built: each alone, and all but the n-gram drafter joined with it."""
-    alone = [name for name, build in DRAFTERS.items() if name != "none" and build(parts) is not None]
+    """Names of the drafters that can be compared in advance: each alone, and others joined with the n-gram drafter.
+
+    The suffix drafter's worth shows only in use, as its memory fills.
+    """
+    left_out = ("none", "suffix")
+    alone = [name for name, build in DRAFTERS.items() if name not in left_out and build(parts) is not None]
     return [*alone, *(f"{name}+ngram" for name in alone if name != "ngram")]

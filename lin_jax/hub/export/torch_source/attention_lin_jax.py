@@ -1,20 +1,32 @@
 """Token mixers by name, such as `performer+local+convolution`; `augmented` is `flash_global+local+convolution`.
 
 `o_t = local + factor * base + sum_{j<W} w_j v_{t-j}`: an attention, a local branch inside groups and a convolution on
-the values, each of them optional. They share one state, which `mix_tokens` carries from piece to piece.
+the values, each of them optional. They share one state, which `mix_tokens` carries from piece to piece. With `+window`
+or a decay, attention and local branch are those of `WindowedMemory`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .linear_attention_lin_jax import FlashGlobal, Performer, RandomFeatureAttention, ReluAttention, TransNormer, Yoso
-from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, local_outputs
+from .linear_attention_lin_jax import (
+    EluAttention,
+    Exponential,
+    FlashGlobal,
+    Hedgehog,
+    Performer,
+    RandomFeatureAttention,
+    ReluAttention,
+    TransNormer,
+    Yoso,
+)
+from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, SlidingSoftmax, local_outputs
 from .recurrence_lin_jax import Piece, Rows, State, empty_group, unit, wide
+from .windowed_attention_lin_jax import Window, WindowedMemory
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class AttentionOptions:
         local: whether there is a local branch.
         factor: whether the attention beside a local branch has a learnt factor.
         convolution: whether there is a convolution.
+        window: whether there is softmax over a window.
         sizes: all options of the configuration.
     """
 
@@ -33,25 +46,31 @@ class AttentionOptions:
     local: bool
     factor: bool
     convolution: bool
+    window: bool
     sizes: Mapping[str, Any]
 
     @classmethod
-    def of(cls, attention: Mapping[str, Any]) -> "AttentionOptions":
-        """Reads a configuration."""
+    def of(cls, attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], layer: int) -> "AttentionOptions":
+        """Reads a layer's of a configuration, in which all layers have one, or each its own."""
+        attention = attention if isinstance(attention, Mapping) else attention[layer]
         name = attention["name"]
         base, *added = ("flash_global+local+convolution" if name == "augmented" else name).split("+")
         local = "local" in added or base in ("flash_local", "flash", "linear_angular")
         factor = "local" in added or base == "linear_angular"
-        return cls(base, local, factor, "convolution" in added, attention)
+        return cls(base, local, factor, "convolution" in added, "window" in added, attention)
 
 
-def build_attention(options: AttentionOptions, head_dim: int, layer: int) -> nn.Module | None:
+def build_attention(
+    options: AttentionOptions, head_dim: int, layer: int, *, heads: int, kv_heads: int
+) -> nn.Module | None:
     """The attention that a configuration names, without what is added to it; None where that is all there is.
 
     Args:
         options: name and sizes.
         head_dim: size D of queries and keys.
         layer: number of the layer, from 0.
+        heads: query heads H.
+        kv_heads: key/value heads K.
 
     Raises:
         ValueError: the name is unknown.
@@ -65,6 +84,12 @@ def build_attention(options: AttentionOptions, head_dim: int, layer: int) -> nn.
             return FlashGlobal(head_dim)
         case "relu":
             return ReluAttention(head_dim)
+        case "elu":
+            return EluAttention(head_dim)
+        case "hedgehog":
+            return Hedgehog(head_dim, heads, kv_heads)
+        case "exponential":
+            return Exponential(features, head_dim, heads, kv_heads)
         case "performer":
             return Performer(features, head_dim)
         case "rfa":
@@ -75,6 +100,8 @@ def build_attention(options: AttentionOptions, head_dim: int, layer: int) -> nn.
             return GroupSoftmax() if layer < sizes["diagonal_layers"] else TransNormer(head_dim)
         case "linformer":
             return Linformer(sizes["group_size"], sizes["rank"])
+        case "softmax" if sizes.get("window") is not None:
+            return SlidingSoftmax(sizes["window"])
         case "softmax" | "square":
             return FullAttention(options.base)
     raise ValueError(f"attention '{sizes['name']}' is unknown")
@@ -83,6 +110,23 @@ def build_attention(options: AttentionOptions, head_dim: int, layer: int) -> nn.
 def build_factor(options: AttentionOptions) -> nn.Parameter | None:
     """The learnt factor `[1]` of the attention beside a local branch, if it has one."""
     return nn.Parameter(torch.full((1,), float(options.sizes["initial_alpha"]))) if options.factor else None
+
+
+def build_window(options: AttentionOptions, value_dim: int, *, heads: int, kv_heads: int) -> WindowedMemory | None:
+    """The window before the attention's memory, and its decay, if it has either.
+
+    Args:
+        options: name and sizes.
+        value_dim: size E of values.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+    """
+    decay = options.sizes.get("decay", "none")
+    if not options.window and decay == "none":
+        return None
+    grouped = options.local or options.base == "flash_global"
+    window = Window.of(options.sizes, windowed=options.window, grouped=grouped)
+    return WindowedMemory(window, heads, kv_heads, value_dim, softmax=options.window, decay=decay)
 
 
 def build_convolution(options: AttentionOptions, heads: int) -> "CausalConvolution | None":
@@ -127,6 +171,7 @@ class Mixer(NamedTuple):
     attention: nn.Module | None
     factor: Tensor | None
     convolution: CausalConvolution | None
+    windowed: WindowedMemory | None
 
 
 def mix_tokens(
@@ -145,7 +190,9 @@ def mix_tokens(
     # Sums over a text are taken in float32 or better, whatever the type of the activations.
     with torch.autocast(queries.device.type, enabled=False):
         queries = wide(queries).unflatten(2, (keys.shape[2], -1))
-        if state is None and isinstance(mixer.attention, Yoso):
+        if mixer.windowed is not None:
+            mixed, after = _mix_windowed(mixer, queries, keys, values, rows, state or {})
+        elif state is None and isinstance(mixer.attention, Yoso):
             expected = _scaled(mixer.attention.expected(queries, wide(keys), wide(values)), mixer.factor)
             mixed, after = _mix_pieces(mixer._replace(attention=None), queries, keys, values, rows, {})
             mixed = mixed + expected
@@ -181,6 +228,16 @@ def _mix_pieces(
             mixed = mixed + _scaled(base, mixer.factor)
         outputs.append(mixed)
     return torch.cat(outputs, dim=1), {"group": group, "attention": memory}
+
+
+def _mix_windowed(
+    mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State
+) -> tuple[Tensor, State]:
+    """The same of an attention whose memory has a window before it, or decays."""
+    local = LOCAL_SCORES[mixer.options.sizes["local_score"]] if mixer.options.local else None
+    state, inputs = state.get("windowed", {}), (queries, keys, values)
+    mixed, after = mixer.windowed(mixer.attention, inputs, rows, state, local=local, factor=mixer.factor)
+    return mixed, {"windowed": after}
 
 
 def _scaled(outputs: Tensor, factor: Tensor | None) -> Tensor:

@@ -110,7 +110,8 @@ class LinJaxModel(LinJaxPreTrainedModel):
 
     def _keeps_state(self, use_cache: bool | None) -> bool:
         if use_cache is None:
-            samples = self.config.attention["name"].startswith("yoso")
+            given = self.config.attention
+            samples = any(each["name"].startswith("yoso") for each in (given if isinstance(given, list) else [given]))
             return self.config.use_cache and not self.training and not samples
         return use_cache
 

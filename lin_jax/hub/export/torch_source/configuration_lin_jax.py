@@ -14,7 +14,8 @@ class LinJaxLlamaConfig(LlamaConfig):
     """A LLaMA's options, those that make a Mistral, Qwen2 or Qwen3 of it, and those of its token mixer.
 
     Attributes:
-        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`.
+        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`; a list of
+            such objects, one for each layer, where these differ.
         output_bias: whether the projection out of the heads has a bias; `attention_bias` is for those into them.
         query_key_norm: whether queries and keys of each head are normalised before they are rotated.
     """
@@ -23,7 +24,7 @@ class LinJaxLlamaConfig(LlamaConfig):
     base_model_tp_plan = None
     base_model_pp_plan = None
 
-    attention: dict[str, Any] | None = None
+    attention: dict[str, Any] | list[dict[str, Any]] | None = None
     output_bias: bool = False
     query_key_norm: bool = False
 
@@ -40,9 +41,10 @@ class LinJaxGPT2Config(GPT2Config):
     """A GPT-2's options and those of its token mixer. There is no dropout.
 
     Attributes:
-        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`.
+        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`; a list of
+            such objects, one for each layer, where these differ.
     """
 
     model_type = "lin_jax_gpt2"
 
-    attention: dict[str, Any] | None = None
+    attention: dict[str, Any] | list[dict[str, Any]] | None = None

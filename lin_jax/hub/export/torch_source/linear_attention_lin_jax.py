@@ -1,7 +1,7 @@
 """Linear attentions: `finish(sum phi(q_t)·phi(k_s) v_s)`, with the memory `sum phi(k) v^T` of finished groups as state.
 
 They differ in the feature map phi, in whether the query's own group takes part, and in what becomes of the sums.
-Random projections are not learnt; they are buffers, saved with the model.
+Random projections are not learnt; they are buffers, saved with the model. Maps of each head are.
 """
 
 import math
@@ -38,6 +38,10 @@ class LinearAttention(nn.Module):
         """`phi(k)`; the same as of queries, unless a subclass says otherwise."""
         return self.query_features(keys)
 
+    def log_scale(self, queries: Tensor) -> Tensor:
+        """The logarithm of what `query_features` divides by, which a normaliser must cancel; zero if nothing."""
+        return queries.new_zeros(queries.shape[:-1])
+
     def finish(self, sums: Tensor) -> Tensor:
         """Outputs `[B, N, K, R, E]` from the sums."""
         return sums
@@ -52,7 +56,7 @@ class LinearAttention(nn.Module):
         mask = piece.same_group | piece.earlier_group if self.own_group else piece.earlier_group
         queries, memory = self.query_features(queries), state["memory"]
         weights = pair_scores(queries, self.key_features(wide(piece.group_keys)))
-        sums = weighted_values(masked_weights(weights, mask), self._extended(wide(piece.group_values)))
+        sums = weighted_values(masked_weights(weights, mask), self.extended(wide(piece.group_values)))
         sums = sums + torch.einsum("btkrm,bkme->btkre", queries, memory)
         if piece.finished.any():
             memory = torch.where(piece.finished[:, None, None, None], memory + self._fold(*piece.first_group), memory)
@@ -60,9 +64,10 @@ class LinearAttention(nn.Module):
 
     def _fold(self, keys: Tensor, values: Tensor) -> Tensor:
         """What a group adds to the memory, `[B, K, M, E]`."""
-        return torch.einsum("bskm,bske->bkme", self.key_features(keys), self._extended(values))
+        return torch.einsum("bskm,bske->bkme", self.key_features(keys), self.extended(values))
 
-    def _extended(self, values: Tensor) -> Tensor:
+    def extended(self, values: Tensor) -> Tensor:
+        """Values as they are summed: with a one behind them where there is a normaliser."""
         return nn.functional.pad(values, (0, 1), value=1.0) if self.normalised else values
 
 
@@ -89,6 +94,14 @@ class ReluAttention(LinearAttention):
         """Sums divided by the normaliser; no weights at all give zero."""
         normaliser = sums[..., -1:]
         return sums[..., :-1] / torch.where(normaliser == 0, 1, normaliser)
+
+
+class EluAttention(ReluAttention):
+    """`phi(x) = elu(x) + 1`, divided by the sum of weights."""
+
+    def query_features(self, queries: Tensor) -> Tensor:
+        """Positive queries."""
+        return nn.functional.elu(queries) + 1
 
 
 class TransNormer(LinearAttention):
@@ -130,9 +143,7 @@ class OrthogonalProjection(RandomProjection):
 
     def initial_values(self) -> dict[str, Tensor]:
         """Newly drawn directions of Gaussian lengths."""
-        count, size = self.projection.shape
-        blocks = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(-(-count // size))]
-        return {"projection": torch.cat(blocks)[:count] * torch.randn(count, size).norm(dim=-1, keepdim=True)}
+        return {"projection": orthogonal_directions(*self.projection.shape)}
 
 
 class Performer(OrthogonalProjection):
@@ -152,6 +163,10 @@ class Performer(OrthogonalProjection):
     def key_features(self, keys: Tensor) -> Tensor:
         """Positive features; exponents are capped, so that float32 holds sums of products."""
         return self._exponent(keys).clamp(max=40).exp() / math.sqrt(self.features)
+
+    def log_scale(self, queries: Tensor) -> Tensor:
+        """The largest exponent of each query, less that of `M^0.5`."""
+        return self._exponent(queries).amax(-1).detach() - math.log(self.features) / 2
 
     def _exponent(self, x: Tensor) -> Tensor:
         scaled = x / x.shape[-1] ** 0.25
@@ -204,3 +219,89 @@ class Yoso(RandomProjection):
         """What tables stand for: `unit(sum_s (1 - arccos(q·k) / pi)^bits v_s)`, `[B, T, K, R, E]` of whole rows."""
         cosines = pair_scores(unit(queries), unit(keys)).clamp(-1 + 1e-6, 1 - 1e-6)
         return unit(weighted_values(((1 - cosines.arccos() / math.pi) ** self.bits).tril(), values))
+
+
+class Hedgehog(ReluAttention):
+    """`phi(x) = softmax([W x, -W x])` with learnt W of each head, divided by the sum of weights.
+
+    Args:
+        head_dim: size D of queries and keys.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+    """
+
+    def __init__(self, head_dim: int, heads: int, kv_heads: int) -> None:
+        super().__init__(2 * head_dim)
+        self.query_map = nn.Parameter(torch.zeros(kv_heads, heads // kv_heads, head_dim, head_dim))
+        self.key_map = nn.Parameter(torch.zeros(kv_heads, head_dim, head_dim))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Identities."""
+        maps = (("query_map", self.query_map), ("key_map", self.key_map))
+        return {name: torch.eye(weight.shape[-1]).expand(weight.shape) for name, weight in maps}
+
+    def query_features(self, queries: Tensor) -> Tensor:
+        """Positive features that sum up to one."""
+        projected = torch.einsum("btkrd,krmd->btkrm", queries, self.query_map.to(queries.dtype))
+        return torch.cat([projected, -projected], dim=-1).softmax(-1)
+
+    def key_features(self, keys: Tensor) -> Tensor:
+        """Positive features that sum up to one."""
+        projected = torch.einsum("bskd,kmd->bskm", keys, self.key_map.to(keys.dtype))
+        return torch.cat([projected, -projected], dim=-1).softmax(-1)
+
+
+class Exponential(ReluAttention):
+    """Learnt `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5` with `x' = x / D^0.25`, divided by the sum of weights.
+
+    Args:
+        features: size M of phi.
+        head_dim: size D of queries and keys.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+    """
+
+    def __init__(self, features: int, head_dim: int, heads: int, kv_heads: int) -> None:
+        super().__init__(features)
+        share = heads // kv_heads
+        self.key_map = nn.Parameter(torch.zeros(kv_heads, features, head_dim))
+        self.key_bias = nn.Parameter(torch.zeros(kv_heads, features))
+        self.query_map = nn.Parameter(torch.zeros(kv_heads, share, features, head_dim))
+        self.query_bias = nn.Parameter(torch.zeros(kv_heads, share, features))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Random directions, the same of keys and of the queries that see them; no biases."""
+        start = torch.stack([orthogonal_directions(*head.shape) for head in self.key_map])
+        return {
+            "key_map": start,
+            "key_bias": torch.zeros(self.key_bias.shape),
+            "query_map": start[:, None].expand(self.query_map.shape),
+            "query_bias": torch.zeros(self.query_bias.shape),
+        }
+
+    def query_features(self, queries: Tensor) -> Tensor:
+        """Positive features, the largest of each query one, which a normaliser cancels."""
+        exponents = self._exponents(queries)
+        return (exponents - exponents.amax(-1, keepdim=True).detach()).exp()
+
+    def key_features(self, keys: Tensor) -> Tensor:
+        """Positive features; exponents are capped, so that float32 holds sums of products."""
+        scaled = keys / keys.shape[-1] ** 0.25
+        exponents = torch.einsum("bskd,kmd->bskm", scaled, self.key_map.to(keys.dtype)) + self.key_bias.to(keys.dtype)
+        exponents = exponents - scaled.square().sum(-1, keepdim=True) / 2
+        return exponents.clamp(max=40).exp() / math.sqrt(self.features)
+
+    def log_scale(self, queries: Tensor) -> Tensor:
+        """The largest exponent of each query, less that of `M^0.5`."""
+        return self._exponents(queries).amax(-1).detach() - math.log(self.features) / 2
+
+    def _exponents(self, queries: Tensor) -> Tensor:
+        scaled = queries / queries.shape[-1] ** 0.25
+        exponents = torch.einsum("btkrd,krmd->btkrm", scaled, self.query_map.to(queries.dtype))
+        return exponents + self.query_bias.to(queries.dtype) - scaled.square().sum(-1, keepdim=True) / 2
+
+
+def orthogonal_directions(count: int, size: int) -> Tensor:
+    """Random directions `[count, size]` of Gaussian lengths, orthogonal in blocks."""
+    blocks = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(-(-count // size))]
+    return torch.cat(blocks)[:count] * torch.randn(count, size).norm(dim=-1, keepdim=True)

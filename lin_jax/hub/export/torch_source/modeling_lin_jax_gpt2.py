@@ -5,7 +5,15 @@ from torch.nn import init
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from .attention_lin_jax import AttentionOptions, Mixer, build_attention, build_convolution, build_factor, mix_tokens
+from .attention_lin_jax import (
+    AttentionOptions,
+    Mixer,
+    build_attention,
+    build_convolution,
+    build_factor,
+    build_window,
+    mix_tokens,
+)
 from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxGPT2Config
@@ -13,6 +21,7 @@ from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows, State
 from .versions_lin_jax import require_version  # noqa: F401
+from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
 
 
 class LinJaxGPT2Attention(nn.Module):
@@ -23,8 +32,10 @@ class LinJaxGPT2Attention(nn.Module):
         self.heads = config.n_head
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.options = AttentionOptions.of(config.attention)
-        self.mixer = build_attention(self.options, config.n_embd // config.n_head, layer)
+        self.options = AttentionOptions.of(config.attention, layer)
+        heads, head_dim = {"heads": self.heads, "kv_heads": self.heads}, config.n_embd // self.heads
+        self.mixer = build_attention(self.options, head_dim, layer, **heads)
+        self.windowed = build_window(self.options, head_dim, **heads)
         self.alpha = build_factor(self.options)
         self.dconv_ada = build_convolution(self.options, config.n_head)
 
@@ -35,7 +46,7 @@ class LinJaxGPT2Attention(nn.Module):
     def forward(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State | None]:
         """Outputs `[B, T, E]`, and the state after them if one was given."""
         queries, keys, values = self.c_attn(x).unflatten(2, (3, self.heads, -1)).unbind(2)
-        mixer = Mixer(self.options, self.mixer, self.alpha, self.dconv_ada)
+        mixer = Mixer(self.options, self.mixer, self.alpha, self.dconv_ada, self.windowed)
         mixed, state = mix_tokens(mixer, queries, keys, values, rows, state)
         return self.c_proj(mixed.flatten(2)), state
 

@@ -5,7 +5,15 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .attention_lin_jax import AttentionOptions, Mixer, build_attention, build_convolution, build_factor, mix_tokens
+from .attention_lin_jax import (
+    AttentionOptions,
+    Mixer,
+    build_attention,
+    build_convolution,
+    build_factor,
+    build_window,
+    mix_tokens,
+)
 from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxLlamaConfig
@@ -13,6 +21,7 @@ from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows, State, wide
 from .versions_lin_jax import require_version  # noqa: F401
+from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
 
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines `[B, T, 1, D/2]`."""
@@ -48,8 +57,10 @@ class LinJaxLlamaAttention(nn.Module):
             self.k_norm = LinJaxRMSNorm(self.head_dim, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
-        self.options = AttentionOptions.of(config.attention)
-        self.mixer = build_attention(self.options, self.head_dim, layer)
+        self.options = AttentionOptions.of(config.attention, layer)
+        heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
+        self.mixer = build_attention(self.options, self.head_dim, layer, **heads)
+        self.windowed = build_window(self.options, self.head_dim, **heads)
         self.global_factor = build_factor(self.options)
         self.dwconv = build_convolution(self.options, config.num_attention_heads)
 
@@ -63,7 +74,7 @@ class LinJaxLlamaAttention(nn.Module):
             part(x).unflatten(2, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
         queries, keys = rotate(self.q_norm(queries), rotations), rotate(self.k_norm(keys), rotations)
-        mixer = Mixer(self.options, self.mixer, self.global_factor, self.dwconv)
+        mixer = Mixer(self.options, self.mixer, self.global_factor, self.dwconv, self.windowed)
         mixed, state = mix_tokens(mixer, queries, keys, values, rows, state)
         return self.o_proj(mixed.flatten(2)), state
 

@@ -91,6 +91,51 @@ class FullAttention(nn.Module):
         return weighted_values(weights, values) / (piece.positions + 1)[..., None, None], after
 
 
+class SlidingSoftmax(nn.Module):
+    """Softmax of `q·k / D^0.5` over the last W tokens; its state is a ring of their keys and values, and does not grow.
+
+    Args:
+        window: tokens W that a query sees, itself among them.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def empty_state(self, keys: Tensor, values: Tensor) -> State:
+        """An empty ring, position p in slot `p % W`."""
+        return {
+            name: x.new_zeros(x.shape[0], self.window, *x.shape[2:]) for name, x in (("keys", keys), ("values", values))
+        }
+
+    def forward(self, queries: Tensor, piece: Piece, state: State) -> tuple[Tensor, State]:
+        """Outputs `[B, N, K, R, E]` of a piece over the last tokens, and the state after it."""
+        last = piece.rows.position[:, None] - 1
+        held = last - (last - torch.arange(self.window, device=last.device)) % self.window
+        known = torch.cat([held, piece.positions[..., 0].masked_fill(~self._real(piece), -1)], dim=1)[:, None]
+        distance = piece.positions - known
+        # A token sees itself, where it is padding too: a row of nothing would be no numbers.
+        own = torch.arange(distance.shape[2], device=last.device) - self.window
+        itself = own == torch.arange(distance.shape[1], device=last.device)[:, None]
+        seen = ((known >= 0) & (distance >= 0) & (distance < self.window)) | itself
+        keys, values = (torch.cat([state[name], getattr(piece, name)], dim=1) for name in ("keys", "values"))
+        outputs = weighted_values(softmax_weights(queries, wide(keys), seen), wide(values))
+        return outputs, self._after(piece, {"keys": keys, "values": values})
+
+    def _after(self, piece: Piece, seen: State) -> State:
+        """The ring after the real tokens of a piece: of every slot, its newest token."""
+        last = (piece.rows.position + piece.rows.count)[:, None] - 1
+        slots = torch.arange(self.window, device=last.device)
+        place = last - (last - slots) % self.window - piece.rows.position[:, None]
+        index = torch.where(place >= 0, self.window + place, slots)[..., None, None]
+        return {name: x.take_along_dim(index, dim=1) for name, x in seen.items()}
+
+    @staticmethod
+    def _real(piece: Piece) -> Tensor:
+        order = torch.arange(piece.keys.shape[1], device=piece.keys.device)
+        return order < piece.rows.count[:, None]
+
+
 class Linformer(nn.Module):
     """Softmax over the own group's tokens and r summaries of each finished group.
 

@@ -1,0 +1,137 @@
+"""Plain against adaptive decoding, prompt by prompt: what the choice of draft shapes gains, and what it can lose."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lib.prompts import read_prompts
+from tqdm import tqdm
+
+from lin_jax.decoding import Generation, Generator, Sampling
+from lin_jax.decoding.autotune.prompts import held_out_prompts
+from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.equivalence import is_rounding_tie
+from lin_jax.session import Session
+
+# Share of plain decoding's speed that no prompt should fall below.
+LEAST = 0.97
+
+
+@dataclass
+class Pair:
+    """A prompt decoded both ways, in turns.
+
+    Attributes:
+        prompt: its tokens.
+        seconds: `[turns, 2]` time of the loop, plain and adaptive.
+        cpu_seconds: the same in seconds of the process on any processor, which other programs disturb less.
+        last: the last generation of each way.
+    """
+
+    prompt: Sequence[int]
+    seconds: list[tuple[float, float]]
+    cpu_seconds: list[tuple[float, float]]
+    last: list[Generation]
+
+    def ratio(self, times: Sequence[tuple[float, float]]) -> float:
+        """Speed of adaptive decoding over that of plain decoding, median over turns; both write as many tokens."""
+        return float(np.median([plain / adaptive for plain, adaptive in times]))
+
+
+def adaptive_report(session: Session, prompts: Sequence[Sequence[int]], tokens: int, rounds: int) -> dict[str, Any]:
+    """Decodes every prompt plainly and adaptively in turns, and lists each prompt's ratio.
+
+    Shapes that the choice wants are compiled when it first wants them, before anything is timed. Every prompt begins
+    without evidence from others: what is measured is what a single call gets.
+
+    Args:
+        session: the model.
+        prompts: token ids.
+        tokens: new tokens per prompt; end tokens stop nobody.
+        rounds: timed turns of each prompt.
+    """
+    found = session.adaptive_generator(background=False)
+    plain = Generator(session.model)
+    pairs = []
+    for prompt in tqdm(prompts, desc="adaptive", file=sys.stderr):
+        pair = Pair(prompt, [], [], [])
+        for turn in range(-1, rounds):
+            adaptive = Generator(
+                session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
+            )
+            ways = [plain, adaptive]
+            done, spent = {}, {}
+            for index in (0, 1) if turn % 2 else (1, 0):
+                began = time.process_time()
+                done[index] = ways[index].generate([prompt], tokens)
+                spent[index] = time.process_time() - began
+            pair.last = [done[0], done[1]]
+            if turn >= 0:
+                pair.seconds.append((done[0].decode_seconds, done[1].decode_seconds))
+                pair.cpu_seconds.append((spent[0], spent[1]))
+        pairs.append(pair)
+    session.save_costs()
+    results = [_result(session, pair) for pair in pairs]
+    ratios = [each["ratio"] for each in results]
+    total = np.array([np.median(pair.seconds, axis=0) for pair in pairs]).sum(axis=0)
+    return {
+        "drafter": session.adaptive_drafter()[0],
+        "tokens": tokens,
+        "rounds": rounds,
+        "step_costs": session.step_costs,
+        "prompts": results,
+        "speedup": float(total[0] / total[1]),
+        "lowest": min(ratios),
+        "below_least": sum(ratio < LEAST for ratio in ratios),
+        "correct": not any(each["wrong"] for each in results),
+    }
+
+
+def _result(session: Session, pair: Pair) -> dict[str, Any]:
+    plain, adaptive = pair.last
+    same = plain.tokens == adaptive.tokens
+    tie = not same and is_rounding_tie(session.model, pair.prompt, plain.tokens[0], adaptive.tokens[0], Sampling(), 0)
+    sizes = {str(parse_tree(tree).size): count for tree, count in adaptive.steps_by_tree.items()}
+    return {
+        "prompt": session.decode(pair.prompt)[:60],
+        "plain_tokens_per_second": plain.decoded / float(np.median([each[0] for each in pair.seconds])),
+        "adaptive_tokens_per_second": adaptive.decoded / float(np.median([each[1] for each in pair.seconds])),
+        "ratio": pair.ratio(pair.seconds),
+        "cpu_ratio": pair.ratio(pair.cpu_seconds),
+        "mean_accepted_tokens": adaptive.mean_accepted_tokens,
+        "steps_by_nodes": sizes,
+        "rounding_tie": tie,
+        "wrong": not same and not tie,
+    }
+
+
+def chosen_prompts(session: Session, data: Path, count: int) -> list[list[int]]:
+    """Held-out beginnings of the text that a run was trained on, and real prompts of all kinds from the data folder."""
+    held_out: list[list[int]] = []
+    if session.data is not None:
+        held_out = held_out_prompts(session.data, session.tokenizer, count // 2)[: count // 2]
+    others = read_prompts(data, session.encode_prompt, count - len(held_out))
+    return [*held_out, *(each.tokens for each in others)]
+
+
+def print_adaptive(report: dict[str, Any], device: str) -> None:
+    """The report in words, a line for each prompt."""
+    for each in report["prompts"]:
+        told = (
+            "WRONG, no speed is told"
+            if each["wrong"]
+            else (
+                f"{each['ratio']:.3f}x plain ({each['cpu_ratio']:.3f}x by processor time), "
+                f"{each['adaptive_tokens_per_second']:,.0f} tokens/s, {each['mean_accepted_tokens']:.2f} tokens a step"
+            )
+        )
+        print(f"{told}  {each['prompt']!r}")
+    print(
+        f"on {device}: {report['drafter']}, {len(report['prompts'])} prompts of {report['tokens']} new tokens: "
+        f"{report['speedup']:.2f}x plain together, lowest {report['lowest']:.3f}, "
+        f"{report['below_least']} below {LEAST}"
+    )

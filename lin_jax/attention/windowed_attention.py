@@ -1,0 +1,335 @@
+"""Attention over a window and a linear memory of all that lies before it, in every form.
+
+Under one normaliser (LoLCATs, Zhang et al. 2025; Based, Arora et al. 2024):
+
+`o_t = (sum_{s near t} e^{c q_t·k_s} v_s + e^{b} sum_{s far} phi(q_t)·phi(k_s) d_ts v_s) / (the same sums of ones)`
+
+with a learnt balance b for each head and the decay `d_ts = prod_{s<r<=t} a_r`, which is one without decay. Apart, where
+the near branch is not softmax (or is missing): `o_t = sum_near a(q_t, k_s) v_s + alpha finish(sum_far ...)`.
+
+The state has a constant size: the window's keys and values, `C K (D + E)` numbers, and the memory, `K M (E + 1)`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from lin_jax.attention.bias import RelativeBias
+from lin_jax.attention.composition import SourceMemory
+from lin_jax.attention.convolution import Convolution
+from lin_jax.attention.decay import Decay, between
+from lin_jax.attention.layout import Layout
+from lin_jax.attention.linear import LinearBranch, divided
+from lin_jax.attention.local import LocalBranch
+from lin_jax.attention.pairs import merge_heads, pair_scores, per_head, split_heads, unit, weighted_values
+from lin_jax.attention.window import AttentionWindow, NearFarMasks
+from lin_jax.attention.windowed_rows import WindowedRows
+from lin_jax.attention.windowed_state import WindowedState, WindowNodes, advance, commit_path, held
+from lin_jax.errors import UserError
+from pallas_kernels.precision import accumulation_dtype, upcast
+from pallas_kernels.types import QKV, TreeArrays
+
+
+class Pairs(NamedTuple):
+    """Tokens that queries `[..., T, K, R, D]` are scored against one by one.
+
+    Attributes:
+        tokens: keys `[..., S, K, D]` and values `[..., S, K, E]`.
+        masks: of the pairs, `[..., T, S]`.
+        factors: `[..., K, 1, T, S]` decay between them; None is one.
+        bias: `[..., K, R, T, S]` added to the scores of near pairs, or None.
+    """
+
+    tokens: WindowNodes
+    masks: NearFarMasks
+    factors: Array | None
+    bias: Array | None
+
+
+class WindowedAttention(nnx.Module):
+    """A window and a memory, in every form.
+
+    Args:
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        head_dim: size D of queries and keys.
+        value_dim: size E of values.
+        window: the tokens that are near.
+        softmax: whether near pairs and the memory share a normaliser, by softmax.
+        near: otherwise, weights of near pairs apart from the memory; None leaves them out.
+        linear: feature map of the memory, and what becomes of its sums where they stand apart; if it reaches all keys,
+            near pairs beside a branch of their own count twice.
+        scale: factor of q·k in softmax.
+        decay: of the memory, or None.
+        convolution: added to the outputs, or None.
+        initial_alpha: start of the memory's learnt factor beside a near branch of its own; None is no factor.
+        unit_inputs: scale queries and keys to length one before all else.
+        param_dtype: type of the parameters.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        *,
+        window: AttentionWindow,
+        linear: LinearBranch,
+        softmax: bool = False,
+        near: LocalBranch | None = None,
+        scale: float = 1.0,
+        decay: Decay | None = None,
+        convolution: Convolution | None = None,
+        initial_alpha: float | None = None,
+        unit_inputs: bool = False,
+        param_dtype: Any = jnp.float32,
+    ) -> None:
+        self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
+        self.window, self.near, self.linear, self.decay = window, near, linear, decay
+        self.scale = scale
+        self.convolution = convolution
+        self.unit_inputs = unit_inputs
+        self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
+        self.softmax = softmax
+        self.balance = nnx.Param(jnp.zeros((kv_heads, heads // kv_heads), param_dtype)) if softmax else None
+
+    def narrowed(self, tokens: int) -> "WindowedAttention":
+        """This attention, of the same parameters, with a sliding window of so many tokens."""
+        other = nnx.merge(*nnx.split(self))
+        other.window = AttentionWindow(tokens)
+        return other
+
+    def ablations(self) -> tuple[str, ...]:
+        """Names of the branches that it can be without."""
+        named = {"window": self.softmax, "memory": self.softmax, "convolution": self.convolution is not None}
+        return tuple(name for name, there in named.items() if there)
+
+    def without(self, branch: str) -> "WindowedAttention":
+        """This attention without a branch: a window of the query's own token, an empty memory, no convolution."""
+        if branch == "window":
+            return self.narrowed(1)
+        other = nnx.merge(*nnx.split(self))
+        if branch == "convolution":
+            other.convolution = None
+        else:
+            assert other.balance is not None, "softmax is balanced with the memory"
+            other.balance = nnx.Param(jnp.full_like(other.balance[...], -jnp.inf))
+        return other
+
+    def init_state(self, batch: int, capacity: int, dtype: Any) -> WindowedState:
+        """The empty state; its size does not depend on `capacity`, the longest text."""
+        del capacity
+        wide, slots = accumulation_dtype(dtype), (batch, self.window.capacity, self.kv_heads)
+        width = 0 if self.convolution is None else self.convolution.width - 1
+        return WindowedState(
+            memory=self._empty_memory(batch, dtype),
+            keys=jnp.zeros((*slots, self.head_dim), dtype),
+            values=jnp.zeros((*slots, self.value_dim), dtype),
+            decays=None if self.decay is None else jnp.zeros(slots, wide),
+            convolved=None
+            if self.convolution is None
+            else jnp.zeros((batch, width, self.kv_heads, self.value_dim), dtype),
+            position=jnp.zeros((batch,), jnp.int32),
+        )
+
+    def parallel(
+        self,
+        qkv: QKV,
+        layout: Layout,
+        state: WindowedState | None = None,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B T H E"], WindowedState | None]:
+        """Outputs for whole rows, a chunk at a time, and the state after them if one was given.
+
+        The first document of a row continues the state; the state returned is that of the row's last document.
+        """
+        queries, tokens = self._inputs(qkv)
+        rows = WindowedRows.of(self.window, queries, tokens, layout, state)
+        whole = state is not None and not layout.continued
+        initial = self._empty_memory(queries.shape[0], qkv.keys.dtype) if state is None else state.memory
+        before, after = rows.memories(initial, self._fold, whole=whole)
+        read = self.linear.recall(rows.queries, before)
+        sums, masks = rows.sums_beside, self._reach(rows.masks)
+        factors = None
+        if sums is not None:
+            own = sums[:, :, -rows.window.chunk :]
+            read = read * jnp.exp(own)[..., None, None].astype(read.dtype)
+            factors = None if masks.far is None else between(own, sums, masks.far)
+        read = jnp.where(rows.reads_memory[..., None, None, None], read, 0)
+        outputs = self._outputs(rows.queries, Pairs(rows.beside, masks, factors, rows.bias(bias)), read)
+        outputs = rows.flatten(outputs)
+        if self.convolution is not None:
+            kept = None if state is None else state.convolved
+            outputs = outputs + self.convolution.parallel(qkv.values, layout, kept)
+        new_state = None
+        if state is not None and not layout.continued:
+            new_state = advance(self.window, state, tokens, layout, after)
+        return merge_heads(outputs).astype(qkv.values.dtype), new_state
+
+    def verify(
+        self,
+        qkv: QKV,
+        tree: TreeArrays,
+        state: WindowedState,
+        bias: RelativeBias | None = None,
+    ) -> tuple[Float[Array, "B N H E"], WindowNodes]:
+        """Outputs for the nodes of a tree on top of the state.
+
+        What lies before a node's window, though it is not in the memory yet, counts through the feature map.
+        """
+        queries, nodes = self._inputs(qkv)
+        slots = held(self.window, state.position)
+        positions = state.position[:, None] + tree.depth
+        key_positions = jnp.concatenate([slots.positions, positions], axis=1)
+        ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, positions.shape[1]))
+        ring = jnp.broadcast_to(slots.mask[:, None], (*positions.shape, slots.mask.shape[1]))
+        masks = self.window.masks(positions, key_positions, jnp.concatenate([ring, ancestors], axis=2))
+        if positions.shape[1] == 1 and self.window.tokens != 0:
+            masks = masks._replace(far=None)
+        masks = self._reach(masks)
+        tokens = WindowNodes(
+            jnp.concatenate([state.keys.astype(nodes.keys.dtype), nodes.keys], axis=1),
+            jnp.concatenate([state.values.astype(nodes.values.dtype), nodes.values], axis=1),
+            None,
+        )
+        read, factors = self.linear.recall(queries, state.memory), None
+        if nodes.decays is not None and state.decays is not None:
+            path = jnp.einsum("bnm,bmk->bnk", ancestors.astype(nodes.decays.dtype), nodes.decays)
+            later = slots.mask[:, None] & (slots.positions[:, None] > slots.positions[:, :, None])
+            since = jnp.einsum("bcd,bdk->bck", later.astype(state.decays.dtype), state.decays)
+            elapsed = jnp.sum(jnp.where(slots.mask[..., None], state.decays, 0), axis=1, keepdims=True)
+            read = read * jnp.exp(path + elapsed)[..., None, None].astype(read.dtype)
+            if masks.far is not None:
+                factors = between(path, jnp.concatenate([-since, path], axis=1), masks.far)
+        between_positions = None
+        if bias is not None:
+            between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
+        outputs = self._outputs(queries, Pairs(tokens, masks, factors, between_positions), read)
+        if self.convolution is not None and state.convolved is not None:
+            outputs = outputs + self.convolution.verify(qkv.values, tree.depth, tree.ancestors, state.convolved)
+        return merge_heads(outputs).astype(qkv.values.dtype), nodes
+
+    def commit(self, state: WindowedState, path: WindowNodes, length: Int[Array, " B"]) -> WindowedState:
+        """The state after the first `length` nodes of the path, row by row."""
+        return commit_path(self.window, state, path, length, self._fold)
+
+    def bidirectional(self, qkv: QKV, layout: Layout, bias: RelativeBias | None = None) -> Float[Array, "B T H E"]:
+        """Outputs for an encoder's rows: windows reach to both sides, the memory holds what is beyond them.
+
+        Its sums are those over the whole document less the near pairs'. Rows that hold several documents are scored as
+        one matrix of pairs.
+
+        Raises:
+            UserError: the memory decays, which has a direction.
+        """
+        if self.decay is not None:
+            raise UserError("attention.decay is for causal models; set it to 'none' in an encoder")
+        queries, tokens = self._inputs(qkv)
+        near = self.window.both_sides(layout.positions, layout.pairs)
+        between_positions = None
+        if bias is not None:
+            between_positions = per_head(bias.between(layout.positions, layout.positions), self.kv_heads)
+        if layout.aligned:
+            included = jnp.broadcast_to(layout.valid[..., None], (*layout.valid.shape, 1))
+            memory = jax.lax.optimization_barrier(self._fold(tokens.keys, tokens.values, included))
+            read = self.linear.recall(queries, memory)
+            weights = self.linear.weights(queries, tokens.keys, near)
+            beyond = jnp.any(layout.pairs & ~near, axis=-1)
+            read = jnp.where(
+                beyond[..., None, None, None], read - weighted_values(weights, self._extended(tokens.values)), 0
+            )
+            masks = NearFarMasks(near, None)
+        else:
+            read, masks = jnp.zeros((), accumulation_dtype(qkv.keys.dtype)), NearFarMasks(near, layout.pairs & ~near)
+        outputs = self._outputs(queries, Pairs(tokens, masks, None, between_positions), read)
+        if self.convolution is not None:
+            outputs = outputs + self.convolution.bidirectional(qkv.values, layout)
+        return merge_heads(outputs).astype(qkv.values.dtype)
+
+    def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceMemory:
+        """Sums an encoder's output up: all of it is far, and nothing decays."""
+        keys = unit(keys) if self.unit_inputs else keys
+        included = jnp.broadcast_to(layout.valid[..., None], (*layout.valid.shape, 1))
+        memory = jax.lax.optimization_barrier(self._fold(keys, values, included))
+        return SourceMemory(memory, None, layout.valid)
+
+    def read(
+        self, queries: Float[Array, "B T H D"], positions: Int[Array, "B T"], memory: SourceMemory
+    ) -> Float[Array, "B T H E"]:
+        """Outputs for a decoder's queries; their positions do not matter."""
+        assert memory.memory is not None, "there is a memory"
+        queries = split_heads(unit(queries) if self.unit_inputs else queries, self.kv_heads)
+        return merge_heads(self._finished(self.linear.recall(queries, memory.memory))).astype(queries.dtype)
+
+    def _reach(self, masks: NearFarMasks) -> NearFarMasks:
+        """The masks with near pairs among the far ones, if the memory's branch reaches all keys beside a near one."""
+        if self.near is None or self.linear.reach == "earlier":
+            return masks
+        return masks._replace(far=masks.near if masks.far is None else masks.near | masks.far)
+
+    def _inputs(self, qkv: QKV) -> tuple[Float[Array, "B T K R D"], WindowNodes]:
+        queries, keys, values = qkv
+        if self.unit_inputs:
+            queries, keys = unit(queries), unit(keys)
+        decays = None if self.decay is None else self.decay.logarithms(values)
+        return split_heads(queries, self.kv_heads), WindowNodes(keys, values, decays)
+
+    def _fold(self, keys: Array, values: Array, factors: Array | None) -> Array:
+        """The addition of tokens to the memory, each times its factor `[..., S, K]`."""
+        extended = self._extended(values)
+        if factors is not None:
+            extended = extended * factors[..., None].astype(extended.dtype)
+        return self.linear.features.fold(keys, extended)
+
+    def _extended(self, values: Array) -> Array:
+        return self.linear.extended(upcast(values))
+
+    def _outputs(
+        self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, read: Float[Array, "*#batch T K R E"]
+    ) -> Float[Array, "*batch T K R E"]:
+        """Outputs from pairs and from what was read from the memory."""
+        far = read
+        if pairs.masks.far is not None:
+            weights = self.linear.weights(queries, pairs.tokens.keys, pairs.masks.far)
+            weights = weights if pairs.factors is None else weights * pairs.factors.astype(weights.dtype)
+            far = far + weighted_values(weights, self._extended(pairs.tokens.values))
+        if self.balance is not None:
+            return self._normalised(queries, pairs, far)
+        outputs = self._finished(far)
+        if self.near is None:
+            return outputs
+        near = self.near.weights(queries, pairs.tokens.keys, pairs.masks.near, pairs.bias)
+        outputs = outputs if self.alpha is None else self.alpha[...].astype(outputs.dtype) * outputs
+        return weighted_values(near, pairs.tokens.values) + outputs
+
+    def _normalised(
+        self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, far: Float[Array, "*batch T K R E_1"]
+    ) -> Float[Array, "*batch T K R E"]:
+        """Softmax of near pairs and the memory's sums, under one normaliser."""
+        assert self.balance is not None, "near pairs and the memory are balanced"
+        scores = pair_scores(queries, pairs.tokens.keys) * self.scale
+        if pairs.bias is not None:
+            scores = scores + pairs.bias
+        allowed, lowest = pairs.masks.near[..., None, None, :, :], jnp.finfo(scores.dtype).min
+        largest = jnp.moveaxis(jnp.max(jnp.where(allowed, scores, lowest), axis=-1), -1, -3)
+        scale = self.linear.features.log_scale(queries) + self.balance[...].astype(scores.dtype)
+        total = far[..., -1]
+        seen = jnp.where(total > 0, scale + jnp.log(jnp.where(total > 0, total, 1)), lowest)
+        # Nothing is larger than one but for what is the largest, whose choice does not change the outputs.
+        top = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(largest, seen), lowest / 2))
+        # Masked before the exponential, whose gradient would not be a number otherwise.
+        weights = jnp.exp(jnp.where(allowed, scores - jnp.moveaxis(top, -3, -1)[..., None], -jnp.inf))
+        near = weighted_values(weights, self.linear.extended(pairs.tokens.values))
+        factor = jnp.exp(jnp.where(total > 0, scale - top, 0))
+        return divided(near + factor[..., None] * far)
+
+    def _finished(self, sums: Array) -> Array:
+        return self.linear.finished(sums)
+
+    def _empty_memory(self, batch: int, dtype: Any) -> Array:
+        width = self.value_dim + self.linear.normalised
+        return jnp.zeros((batch, self.kv_heads, self.linear.features.size, width), accumulation_dtype(dtype))

@@ -1,0 +1,199 @@
+"""Decode state of attention over a window and a memory, and the state after more tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from lin_jax.attention.layout import Layout, first_segment_id
+from lin_jax.attention.window import AttentionWindow
+from pallas_kernels.path_commit.xla import shift_window
+
+# What tokens add to the memory: keys `[B, S, K, D]`, values `[B, S, K, E]`, factors `[B, S, K]` or None.
+Fold = Callable[[Array, Array, Array | None], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowedState:
+    """Decode state of `B` sequences; its size does not grow with their length.
+
+    Attributes:
+        memory: `[B, K, M, E]` `sum phi(k) v^T` (with the normaliser behind the values, if there is one) over the tokens
+            before the next query's window, decayed up to the last of them; float32 or better.
+        keys: `[B, C, K, D]` keys of the window as they are scored, position p in slot `p % C`.
+        values: `[B, C, K, E]` its values.
+        decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
+        convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
+        position: `[B]` tokens consumed so far.
+    """
+
+    memory: Float[Array, "*layers B K M E"]
+    keys: Float[Array, "*layers B C K D"]
+    values: Float[Array, "*layers B C K E"]
+    decays: Float[Array, "*layers B C K"] | None
+    convolved: Float[Array, "*layers B W_1 K E"] | None
+    position: Int[Array, "*layers B"]
+
+
+class WindowNodes(NamedTuple):
+    """Keys, values and logarithms of decay of a draft tree's nodes (or of tokens), as a state keeps them.
+
+    Attributes:
+        keys: `[B, N, K, D]`.
+        values: `[B, N, K, E]`.
+        decays: `[B, N, K]`, or None.
+    """
+
+    keys: Float[Array, "*layers B N K D"]
+    values: Float[Array, "*layers B N K E"]
+    decays: Float[Array, "*layers B N K"] | None
+
+
+class Held(NamedTuple):
+    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use."""
+
+    positions: Int[Array, "B C"]
+    mask: Bool[Array, "B C"]
+
+
+def held(window: AttentionWindow, position: Int[Array, " B"]) -> Held:
+    """The slots in use when `position` tokens have been consumed."""
+    size = window.capacity
+    slots = jnp.arange(size)
+    last = position[:, None] - 1
+    positions = last - (last - slots) % max(size, 1)
+    return Held(positions, positions >= jnp.maximum(window.start(position), 0)[:, None])
+
+
+def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
+    """The window's tokens from the oldest slot to the newest."""
+    size = window.capacity
+    order = (state.position[:, None] + jnp.arange(size)) % max(size, 1)
+
+    def take(part: Array) -> Array:
+        return jnp.take_along_axis(part, order.reshape(*order.shape, *(1,) * (part.ndim - 2)), axis=1)
+
+    tokens = WindowNodes(take(state.keys), take(state.values), None if state.decays is None else take(state.decays))
+    slots = held(window, state.position)
+    return tokens, Held(take(slots.positions), take(slots.mask))
+
+
+def advance(
+    window: AttentionWindow, state: WindowedState, tokens: WindowNodes, layout: Layout, memory: Array
+) -> WindowedState:
+    """The state after whole rows: `memory` as given, everything else gathered from the rows and the old state."""
+    valid, index = layout.valid, jnp.arange(layout.segment_ids.shape[1])
+    last_index = jnp.max(jnp.where(valid, index, -1), axis=1)
+    last = jnp.take_along_axis(layout.segment_ids, jnp.maximum(last_index, 0)[:, None], axis=1)
+    count = jnp.sum(valid & (layout.segment_ids == last), axis=1)[:, None]
+    continues = (last[:, 0] == first_segment_id(layout.segment_ids)) | (last_index < 0)
+    position = (jnp.where(continues, state.position, 0) + count[:, 0]).astype(state.position.dtype)
+
+    def gather(old: Array, new: Array, distance: Array, old_index: Array) -> Array:
+        """Tokens `distance` before the end: from the rows where they reach that far, else from `old`."""
+        extended = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+        in_row = distance <= count
+        index = jnp.where(in_row, old.shape[1] + last_index[:, None] + 1 - distance, old_index)
+        index = jnp.clip(index, 0, extended.shape[1] - 1).reshape(*index.shape, *(1,) * (old.ndim - 2))
+        known = in_row | (continues[:, None] & (old_index >= 0))
+        found = jnp.take_along_axis(extended, index, axis=1)
+        return jnp.where(known.reshape(*known.shape, *(1,) * (old.ndim - 2)), found, 0)
+
+    slots = held(window, position)
+    ring = position[:, None] - slots.positions, jnp.broadcast_to(jnp.arange(window.capacity), slots.mask.shape)
+    convolved = state.convolved
+    if convolved is not None:
+        width = convolved.shape[1]
+        back = jnp.broadcast_to(jnp.arange(width, 0, -1), (position.shape[0], width))
+        convolved = gather(convolved, tokens.values, back, width - (back - count))
+    decays = None
+    if state.decays is not None and tokens.decays is not None:
+        decays = gather(state.decays, tokens.decays, *ring)
+    keys, values = gather(state.keys, tokens.keys, *ring), gather(state.values, tokens.values, *ring)
+    return WindowedState(memory, keys, values, decays, convolved, position)
+
+
+def commit_path(
+    window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state after the first `length` nodes of a path, row by row.
+
+    Node by node, by the operations that plain decoding uses, so that both leave the same bits.
+    """
+    convolved = None if state.convolved is None else shift_window(state.convolved, path.values, length)
+
+    def step(state: WindowedState, node: tuple[Array, WindowNodes]) -> tuple[WindowedState, None]:
+        number, token = node
+        return _commit_token(window, state, token, number < length, fold), None
+
+    count = path.keys.shape[1]
+    if count == 1:
+        state = step(state, (jnp.zeros((), int), jax.tree.map(lambda part: part[:, 0], path)))[0]
+    else:
+        nodes = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), path)
+        state = jax.lax.scan(step, state, (jnp.arange(count), nodes))[0]
+    return replace(state, convolved=convolved)
+
+
+def _commit_token(
+    window: AttentionWindow, state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state after one token `[B, ...]`, in the rows that take it."""
+    size, position = window.capacity, state.position
+    after = position + taken.astype(position.dtype)
+    if not size:
+        return replace(state, memory=_folded_token(state.memory, token, taken, fold), position=after)
+    rows, slot = jnp.arange(position.shape[0]), position % size
+    if window.tokens is not None:
+        # The oldest token leaves, and the new one takes its slot.
+        oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
+        state = replace(state, memory=_folded_token(state.memory, oldest, taken & (position >= size), fold))
+    slot = jnp.where(taken, slot, size)
+
+    def written(ring: Array | None, new: Array | None) -> Array | None:
+        return None if ring is None or new is None else ring.at[rows, slot].set(new.astype(ring.dtype), mode="drop")
+
+    keys, values = written(state.keys, token.keys), written(state.values, token.values)
+    assert keys is not None
+    assert values is not None
+    state = replace(state, keys=keys, values=values, decays=written(state.decays, token.decays), position=after)
+    if window.tokens is None:
+        finished = taken & (after % window.group_size == 0) & (after >= size)
+        state = replace(state, memory=_folded_groups(window, state, finished, fold))
+    return state
+
+
+def _folded_token(memory: Array, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold) -> Array:
+    decayed = memory
+    if token.decays is not None:
+        decayed = memory * jnp.exp(token.decays)[..., None, None].astype(memory.dtype)
+    added = fold(token.keys[:, None], token.values[:, None], None)
+    return jnp.where(taken[:, None, None, None], decayed + added, memory)
+
+
+def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool[Array, " B"], fold: Fold) -> Array:
+    """The memory with the group that has left the window, in the rows where one has: seldom all at the same time."""
+    size, rows = window.group_size, jnp.argsort(~finished)
+
+    def fold_row(number: Array, memory: Array) -> Array:
+        row = rows[number]
+        first = state.position[row] % window.capacity
+
+        def cut(part: Array) -> Array:
+            own = jax.lax.dynamic_slice_in_dim(part, row, 1)
+            return jax.lax.dynamic_slice_in_dim(own, first, size, axis=1)
+
+        old, factors = jax.lax.dynamic_slice_in_dim(memory, row, 1), None
+        if state.decays is not None:
+            decays = cut(state.decays)
+            after = jnp.cumsum(decays[:, ::-1], axis=1)[:, ::-1]
+            factors = jnp.exp(after - decays)
+            old = old * jnp.exp(after[:, 0])[..., None, None].astype(memory.dtype)
+        new = old + fold(cut(state.keys), cut(state.values), factors)
+        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0)
+
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)

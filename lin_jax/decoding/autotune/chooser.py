@@ -1,0 +1,246 @@
+"""Choice of the draft shape for the next steps, from what drafts gave so far; a pure policy without clock or device.
+
+The loop can decode plainly or with one of a few compiled draft shapes, its *arms*. The chooser learns how often guesses
+are accepted at each depth, row by row, and is told what a step of each arm costs, in plain steps. It takes the arm with
+the most tokens per cost, and plain decoding where none has more than one.
+
+An account bounds what can be lost. It counts in plain steps: a step of cost c that gives each row t tokens on average
+takes c - t longer than plain decoding would. Everything that is not plain decoding is paid from an allowance of
+`ALLOWANCE` plain steps and `RATE` more with each token; what drafts gain flows back, up to `LARGEST_GAIN`. The loop
+leaves an arm on the device, between two steps, as soon as the next one could exceed the account. Whatever the text,
+decoding T tokens so takes at most T + ALLOWANCE + RATE * T plain steps, as far as the costs are right: for 200 tokens
+0.97 of plain decoding's speed or more.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+ALLOWANCE, RATE, LARGEST_GAIN = 3.5, 0.0125, 8.0
+# Tokens per cost above which an arm is taken: less than that is noise.
+MIN_VALUE = 1.02
+# How much better than what is compiled an arm must promise to be to be compiled too.
+MIN_GAIN = 1.05
+# Steps of a trial, and of an arm that pays, between two choices; and of plain decoding: few at first, then ever more.
+TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 16, 128
+# Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
+# Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence.
+HOPE, PRIOR = 0.8, 0.3
+# Steps after which evidence counts half, of one row and of all; and weight of all rows' in a row's estimate.
+ROW_MEMORY, SHARED_MEMORY, SHARED_WEIGHT = 64.0, 256.0, 4.0
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Draft shape that the loop can take steps with.
+
+    Attributes:
+        family: number of the arms whose guesses at each depth are the same: what one shows holds for all of them.
+        depth: largest number of accepted guesses of a step; 0 is plain decoding.
+    """
+
+    family: int
+    depth: int
+
+
+class Choice(NamedTuple):
+    """Steps to take next.
+
+    Attributes:
+        arm: index of the arm, 0 for plain decoding.
+        steps: number of steps at the most.
+        cost: plain steps that a step of the arm costs.
+        allowance: plain steps that these steps may lose against plain decoding.
+    """
+
+    arm: int
+    steps: int
+    cost: float = 1.0
+    allowance: float = float("inf")
+
+
+@dataclass
+class Evidence:
+    """Accepted guesses by depth, counted with a memory that fades.
+
+    Attributes:
+        tries: `[R, F, D]` steps in which a row reached the guess of depth 1, 2, ... of each family.
+        hits: `[R, F, D]` steps in which it was accepted.
+    """
+
+    tries: Float[np.ndarray, "R F D"]
+    hits: Float[np.ndarray, "R F D"]
+
+    @classmethod
+    def none(cls, rows: int, families: int, depth: int) -> "Evidence":
+        """Evidence of nothing."""
+        return cls(np.zeros((rows, families, depth)), np.zeros((rows, families, depth)))
+
+    def add(self, row: int, family: int, reached: Float[np.ndarray, " P"], memory: float) -> None:
+        """Adds steps of which `reached` accepted at least 0, 1, ... guesses; older ones count half after `memory`."""
+        depth, fade = len(reached) - 1, 0.5 ** (reached[0] / memory)
+        for counts, new in ((self.tries, reached[:-1]), (self.hits, reached[1:])):
+            counts[row, family] *= fade
+            counts[row, family, :depth] += new
+
+    def shares(self, prior: Float[np.ndarray, "F D"] | None, weight: float) -> Float[np.ndarray, "R F D"]:
+        """Estimated share of accepted guesses at each depth, given those before it.
+
+        Args:
+            prior: what is assumed without evidence; None assumes `PRIOR` at depth 1, and then what is found above.
+            weight: steps that the prior counts as.
+        """
+        found = np.empty_like(self.tries)
+        for depth in range(found.shape[2]):
+            above = found[:, :, depth - 1] if depth else np.full(found.shape[:2], PRIOR)
+            before = above if prior is None else prior[:, depth]
+            found[:, :, depth] = (self.hits[:, :, depth] + weight * before) / (self.tries[:, :, depth] + weight)
+        return found
+
+
+class Chooser:
+    """Chooses among plain decoding and some arms, visit by visit.
+
+    Args:
+        arms: plain decoding first.
+        cost: cost of a step of an arm, in plain steps, as known by now; asked before every choice.
+        rows: rows of the batch.
+        observed: families of which evidence comes without any cost: they are tried when it speaks for them.
+        learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
+        visit_cost: plain steps that a sync with the host costs.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Arm],
+        cost: Callable[[int], float],
+        rows: int,
+        *,
+        observed: frozenset[int] = frozenset(),
+        learned: Evidence | None = None,
+        visit_cost: float = 0.0,
+    ) -> None:
+        assert arms[0].depth == 0, "plain decoding comes first"
+        self.arms = tuple(arms)
+        self.cost = cost
+        self.observed = observed
+        self.visit_cost = visit_cost
+        families, depth = evidence_shape(arms)
+        self.shared = Evidence.none(1, families, depth) if learned is None else learned
+        self.by_row = Evidence.none(rows, families, depth)
+        self.tokens = self.lost = 0.0
+        self.steps = 0
+        # For each family, the step at which it may be tried again, and the length of its next pause.
+        self.due = [0] * families
+        self.pause = [FIRST_PAUSE] * families
+        self.trial = False
+        # Values of some running rows, until something is learned.
+        self._known: tuple[bytes, list[float]] | None = None
+
+    @property
+    def balance(self) -> float:
+        """Plain steps that may be lost from now on."""
+        return ALLOWANCE + RATE * self.tokens - self.lost
+
+    def begin_row(self, row: int) -> None:
+        """Forgets what a row's last text has shown: another one takes its place."""
+        self.by_row.tries[row] = self.by_row.hits[row] = 0
+        self._known = None
+
+    def observe(self, row: int, family: int, histogram: Float[np.ndarray, " P"], weight: float = 1.0) -> None:
+        """Takes in evidence: how often a step of a row had, or would have had, 0, 1, ... accepted guesses."""
+        reached = weight * np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
+        self._known = None
+        if len(reached) > 1 and reached[0]:
+            self.by_row.add(row, family, reached, ROW_MEMORY)
+            self.shared.add(0, family, reached, SHARED_MEMORY)
+
+    def values(self, running: Bool[np.ndarray, " B"]) -> list[float]:
+        """Expected tokens of a step of each arm per cost, mean over the running rows; 1 for plain decoding."""
+        key = running.tobytes()
+        if self._known is not None and self._known[0] == key:
+            return self._known[1]
+        rows = running if running.any() else np.ones_like(running)
+        shares = self.by_row.shares(self.shared.shares(None, 1.0)[0], SHARED_WEIGHT)[rows]
+        tokens = 1 + np.cumsum(np.cumprod(shares, axis=2), axis=2).mean(axis=0)
+        costs = [self.cost(number) for number in range(1, len(self.arms))]
+        drafted = zip(self.arms[1:], costs, strict=True)
+        values = [1.0, *(float(tokens[arm.family, arm.depth - 1]) / cost for arm, cost in drafted)]
+        self._known = key, values
+        return values
+
+    def choose(self, running: Bool[np.ndarray, " B"], ready: Collection[int], max_steps: int) -> Choice:
+        """Chooses the next steps.
+
+        Args:
+            running: `[B]` mask of the rows that are not finished.
+            ready: indices of the arms that are compiled.
+            max_steps: largest number of steps.
+        """
+        values = self.values(running)
+        best = max((0, *ready), key=lambda arm: (values[arm], -arm))
+        trial = self._due(values, values[best])
+        self.trial = trial is not None and trial in ready
+        arm, steps = (trial, TRIAL_STEPS) if trial is not None and self.trial else (best, ARM_STEPS)
+        cost, allowance = self.cost(arm), self.balance - self.visit_cost
+        # A step that gives nothing but the target's own token must be affordable.
+        if arm and (self.trial or values[arm] >= MIN_VALUE) and cost - 1 <= allowance:
+            return Choice(arm, min(steps, max_steps), cost, allowance)
+        self.trial = False
+        return Choice(0, min(max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)), max_steps))
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int | None:
+        """Arm to compile next: one that should be tried, or promises more than those that are ready."""
+        values = self.values(running)
+        best = max(values[arm] for arm in (0, *ready))
+        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
+        trial = self._due(values, best)
+        if trial in missing:
+            return trial
+        most = max(missing, key=lambda arm: values[arm], default=0)
+        return most if values[most] > max(MIN_VALUE, MIN_GAIN * best) else None
+
+    def update(self, choice: Choice, steps: int, histogram: Int[np.ndarray, "B P"]) -> None:
+        """Takes in the steps of the last choice.
+
+        Args:
+            choice: the choice.
+            steps: steps taken.
+            histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
+        """
+        counts = np.asarray(histogram, float)
+        self._known = None
+        if not counts.any():
+            return
+        gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
+        self.tokens, self.steps = self.tokens + gained, self.steps + steps
+        if not choice.arm:
+            return
+        arm, spent = self.arms[choice.arm], steps * choice.cost
+        self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)
+        for row in range(len(counts)):
+            self.observe(row, arm.family, counts[row, : arm.depth + 1])
+        if self.trial:
+            pause = FIRST_PAUSE if gained >= spent else self.pause[arm.family]
+            self.due[arm.family] = self.steps + pause
+            self.pause[arm.family] = min(2 * pause, LONGEST_PAUSE)
+
+    def _due(self, values: Sequence[float], best: float) -> int | None:
+        """Arm that should be tried although nothing speaks for it yet, or any more; None if there is none."""
+        found: list[tuple[float, int]] = []
+        for number, arm in enumerate(self.arms[1:], 1):
+            if arm.family in self.observed or self.due[arm.family] > self.steps:
+                continue
+            hope = (1 + np.cumprod([HOPE] * arm.depth).sum()) / self.cost(number)
+            if values[number] < max(best, MIN_VALUE) < hope:
+                found.append((hope, -number))
+        return -max(found)[1] if found else None
+
+
+def evidence_shape(arms: Sequence[Arm]) -> tuple[int, int]:
+    """Number of families of some arms, and their largest depth."""
+    return max(arm.family for arm in arms) + 1, max(1, *(arm.depth for arm in arms))

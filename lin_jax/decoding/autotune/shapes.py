@@ -1,0 +1,71 @@
+"""Draft shapes that the loop chooses among while it decodes: chains of a few lengths and a tree, for any drafter."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lin_jax.decoding.autotune.chooser import Arm
+from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
+from lin_jax.decoding.drafting.drafters.union import UnionDrafter
+from lin_jax.decoding.drafting.hindsight import Hindsight, Retrospective
+from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
+
+# Guesses of the chains: 2, 4 and 8 nodes with the root.
+LENGTHS = (1, 3, 7)
+# A tree of 8 nodes for heads, whose second guesses are often right: ranks below the root.
+BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
+
+
+@dataclass(frozen=True)
+class DraftShapes:
+    """Shapes for one drafter, plain decoding first.
+
+    Attributes:
+        trees: the shapes.
+        arms: family and depth of each.
+        hindsight: for families whose guesses the host can follow, what does so.
+    """
+
+    trees: tuple[AnyTree, ...]
+    arms: tuple[Arm, ...]
+    hindsight: dict[int, Callable[[], Hindsight]]
+
+    @property
+    def depth(self) -> int:
+        """Depth of the deepest shape."""
+        return max(tree.depth for tree in self.trees)
+
+
+def draft_shapes(drafter: Drafter, deepest: int | None = None, extra: AnyTree | None = None) -> DraftShapes:
+    """Shapes for a drafter: of every drafter in a union chains of its own, of those with scores a tree too.
+
+    Args:
+        drafter: the drafter.
+        deepest: largest depth that the model's attention can verify; None sets no limit.
+        extra: one more shape, such as the one that a thorough search has found.
+    """
+    trees: list[AnyTree] = [DraftTree()]
+    arms, hindsight = [Arm(0, 0)], {}
+    family = first = 0
+    for each in drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,):
+        depth = each.depth if deepest is None else min(each.depth, deepest)
+        chains = sorted({min(length, depth) for length in LENGTHS} - {0})
+        if each.width and chains:
+            trees += [DraftTree(tuple((first,) * size for size in range(1, length + 1))) for length in chains]
+            arms += [Arm(family, length) for length in chains]
+            if isinstance(each, Retrospective):
+                hindsight[family] = _follower(each, chains[-1])
+            family += 1
+        bushy = DraftTree(tuple(tuple(first + rank for rank in path) for path in BUSHY if len(path) <= depth))
+        if isinstance(each, ScoringDrafter) and each.width > 1 and depth > 1:
+            trees.append(bushy)
+            arms.append(Arm(family, bushy.depth))
+            family += 1
+        first += each.width
+    if extra is not None and extra not in trees:
+        trees.append(extra)
+        arms.append(Arm(family, extra.depth))
+    return DraftShapes(tuple(trees), tuple(arms), hindsight)
+
+
+def _follower(drafter: Retrospective, depth: int) -> Callable[[], Hindsight]:
+    return lambda: drafter.hindsight(depth)

@@ -1,0 +1,169 @@
+"""Steering of the decode loop: which shape the next steps use, fixed with a fallback, or chosen while decoding."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from lin_jax.decoding.autotune.chooser import Choice, Chooser, Evidence, evidence_shape
+from lin_jax.decoding.autotune.fallback import SpeculationFallback
+from lin_jax.decoding.autotune.shapes import DraftShapes
+from lin_jax.decoding.autotune.step_costs import StepCosts
+from lin_jax.decoding.drafting.hindsight import Hindsight
+
+# Plain steps that another sync with the host costs, for small models on a CPU; less for all others.
+VISIT_COST = 0.1
+# Weight of evidence from a prompt, which others wrote.
+PROMPT_WEIGHT = 0.25
+
+
+class Steering(Protocol):
+    """Chooses the shapes of the loop's steps, by index; 0 is plain decoding."""
+
+    @property
+    def needed(self) -> int:
+        """Shape without which the loop cannot go on."""
+
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
+        """A prompt takes a row of the batch."""
+
+    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+        """Chooses the next steps; `ready` tells which shapes are compiled."""
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+        """Shape to compile next, or None."""
+
+    def update(
+        self,
+        choice: Choice,
+        steps: int,
+        seconds: float,
+        histogram: Int[np.ndarray, "B P"],
+        tokens: Callable[[int], list[int]],
+    ) -> None:
+        """Takes in the steps since the last sync.
+
+        Args:
+            choice: what was chosen.
+            steps: steps taken.
+            seconds: their time.
+            histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
+            tokens: new tokens of a row since they were last asked for.
+        """
+
+
+class FixedShape:
+    """One shape, which gives way to plain decoding for a while where it does not pay.
+
+    Args:
+        shape: its index.
+        break_even_tokens: tokens that a step must yield for each row; None uses the shape whatever it yields.
+    """
+
+    def __init__(self, shape: int, break_even_tokens: float | None) -> None:
+        self.shape = shape
+        self.fallback = SpeculationFallback(break_even_tokens)
+
+    @property
+    def needed(self) -> int:
+        """The shape in use."""
+        return self.shape if self.fallback.drafts else 0
+
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
+        """Makes no difference."""
+
+    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+        """Takes the shape, or plain decoding during a pause."""
+        return Choice(self.needed, self.fallback.steps_until_check(max_steps))
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+        """Wants no more than it needs."""
+
+    def update(
+        self,
+        choice: Choice,
+        steps: int,
+        seconds: float,
+        histogram: Int[np.ndarray, "B P"],
+        tokens: Callable[[int], list[int]],
+    ) -> None:
+        """Counts the tokens of the steps."""
+        self.fallback.update(steps, histogram.sum(axis=0))
+
+
+class AdaptiveShape:
+    """Shapes chosen while decoding, from what drafts gave so far and what steps cost.
+
+    Args:
+        shapes: the shapes.
+        costs: their costs on this machine.
+        rows: rows of the batch.
+        learned: evidence of earlier texts, which goes on growing here.
+    """
+
+    def __init__(self, shapes: DraftShapes, costs: StepCosts, rows: int, learned: Evidence | None = None) -> None:
+        self.shapes = shapes
+        self.costs = costs
+        self.chooser = Chooser(
+            shapes.arms,
+            costs.cost,
+            rows,
+            observed=frozenset(shapes.hindsight),
+            learned=learned,
+            visit_cost=VISIT_COST,
+        )
+        self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
+
+    @property
+    def needed(self) -> int:
+        """Plain decoding: the text goes on while everything else is compiled."""
+        return 0
+
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
+        """Follows a new text, beginning with its prompt."""
+        self.chooser.begin_row(row)
+        self.followed[row] = {family: begin() for family, begin in self.shapes.hindsight.items()}
+        for family, hindsight in self.followed[row].items():
+            self._observe(row, family, hindsight.push(prompt), PROMPT_WEIGHT)
+
+    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+        """Chooses by expected tokens per cost, within the account of what may be lost."""
+        return self.chooser.choose(running, self._ready(ready), max_steps)
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+        """Wants what should be tried, or promises most."""
+        return self.chooser.wanted(running, self._ready(ready))
+
+    def update(
+        self,
+        choice: Choice,
+        steps: int,
+        seconds: float,
+        histogram: Int[np.ndarray, "B P"],
+        tokens: Callable[[int], list[int]],
+    ) -> None:
+        """Learns acceptance, cost, and what lookups would have given."""
+        self.costs.record(choice.arm, steps, seconds)
+        self.chooser.update(choice, steps, histogram)
+        used = self.shapes.arms[choice.arm].family if choice.arm else None
+        for row, followed in enumerate(self.followed):
+            new = tokens(row) if followed else []
+            for family, hindsight in followed.items():
+                accepted = hindsight.push(new)
+                # What was really drafted has been counted.
+                if family != used:
+                    self._observe(row, family, accepted, 1.0)
+
+    def _ready(self, ready: Callable[[int], bool]) -> list[int]:
+        return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)]
+
+    def _observe(self, row: int, family: int, accepted: Sequence[int], weight: float) -> None:
+        depth = max(arm.depth for arm in self.shapes.arms if arm.family == family)
+        if accepted:
+            self.chooser.observe(row, family, np.bincount(accepted, minlength=depth + 1), weight)
+
+
+def no_evidence(shapes: DraftShapes) -> Evidence:
+    """Evidence to begin with, shared by all texts of a generator."""
+    return Evidence.none(1, *evidence_shape(shapes.arms))

@@ -1,0 +1,123 @@
+"""Costs of draft shapes in plain steps: assumed by size at first, measured by the steps themselves, kept by machine."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from lin_jax.devices import instruction_set
+from lin_jax.files import write_durably
+from lin_jax.models import CausalModel
+from lin_jax.user_cache import cache_folder
+
+# Plain steps that one step with 1, 2, 4, 8, 16 and 32 nodes costs before anything was measured.
+SIZES = (1, 2, 4, 8, 16, 32)
+ASSUMED: Mapping[str, tuple[float, ...]] = {
+    "gpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
+    "tpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
+    "AVX-512": (1.0, 1.35, 1.55, 1.8, 2.4, 3.6),
+    "cpu": (1.0, 1.85, 2.15, 2.45, 3.4, 5.5),
+}
+# Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
+KEPT, ENOUGH = 15, 5
+# Fewer steps between two syncs than this say little about the cost of one.
+LEAST_STEPS = 2
+FILE = "step_costs.json"
+
+
+class StepCosts:
+    """Costs of a few draft shapes on this machine.
+
+    The cost of a shape is the median of its measurements and, as long as there are fewer than `ENOUGH`, of the
+    assumption as often as is missing: one disturbed measurement decides nothing.
+
+    Args:
+        sizes: numbers of nodes of the shapes, plain decoding (1) first.
+        measured: earlier measurements of each shape, in plain steps.
+    """
+
+    def __init__(self, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None) -> None:
+        self.assumed = [assumed_cost(size) for size in sizes]
+        self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
+        self.found: list[list[float]] = [[] for _ in sizes]
+        self.plain_seconds: list[float] = []
+
+    def cost(self, shape: int) -> float:
+        """Plain steps that a step of a shape costs; at least 1."""
+        earlier = self.earlier[shape]
+        known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
+        known = [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
+        return max(float(np.median(known)), 1.0) if shape else 1.0
+
+    def record(self, shape: int, steps: int, seconds: float) -> None:
+        """Takes the time of some steps; that of a shape is compared with plain steps of the same moments."""
+        if steps < LEAST_STEPS:
+            return
+        if not shape:
+            self.plain_seconds = [*self.plain_seconds[-8:], seconds / steps]
+        elif self.plain_seconds:
+            found = seconds / steps / float(np.median(self.plain_seconds))
+            self.found[shape] = [*self.found[shape], found][-KEPT:]
+
+    @property
+    def measured(self) -> list[list[float]]:
+        """The newest measurements of each shape."""
+        return [[*old, *new][-KEPT:] for old, new in zip(self.earlier, self.found, strict=True)]
+
+
+def size_key(model: CausalModel) -> str:
+    """Short name for all models of the same architecture, sizes and types: steps cost the same in them."""
+    parts = sorted(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(model) if hasattr(leaf, "shape"))
+    return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
+
+
+def assumed_cost(size: int) -> float:
+    """Plain steps that a step with `size` nodes is assumed to cost on this kind of device."""
+    platform = jax.default_backend()
+    table = ASSUMED.get(instruction_set() if platform == "cpu" else platform, ASSUMED["cpu"])
+    return float(np.interp(size, SIZES, table))
+
+
+class CostFile:
+    """Measured costs in the user's cache folder, by model size, batch size and draft shape.
+
+    Args:
+        path: the file; None takes that of this machine, if there is a cache folder.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        folder = cache_folder() if path is None else path.parent
+        self.path = path or (None if folder is None else folder / FILE)
+
+    def load(self, names: Sequence[str]) -> list[list[float]]:
+        """Measurements of the shapes of some names; none where the file is missing or damaged."""
+        kept = self._read()
+        return [kept.get(name, []) for name in names]
+
+    def save(self, names: Sequence[str], measured: Sequence[Sequence[float]]) -> None:
+        """Keeps measurements beside those of other shapes; that it cannot be done costs only time."""
+        if self.path is None or not any(measured):
+            return
+        new = {name: [round(each, 4) for each in costs] for name, costs in zip(names, measured, strict=True) if costs}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(self.path, json.dumps({**self._read(), **new}, indent=0) + "\n")
+
+    def _read(self) -> dict[str, list[float]]:
+        if self.path is None:
+            return {}
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        rows = content.items() if isinstance(content, dict) else ()
+        return {name: costs for name, costs in rows if isinstance(costs, list) and all(map(_is_cost, costs))}
+
+
+def _is_cost(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf

@@ -1,0 +1,82 @@
+"""Memory of the texts of a session, from which the suffix drafter copies; bounded, the oldest are forgotten."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from flax import nnx
+
+from lin_jax.decoding.drafting.suffix_index import MAX_MATCH, build_index
+from lin_jax.errors import UserError
+
+# Tokens that are kept; eight bytes each on the device.
+MEMORY_TOKENS = 2**16
+# Largest memory whose places and match lengths fit into one 32-bit key.
+LARGEST_MEMORY = 2**25
+# Texts are sorted in as soon as they are this share of what is remembered, and at least so many tokens.
+_PENDING_SHARE, _PENDING_TOKENS = 1 / 8, 512
+
+
+class TextMemory:
+    """Texts of a session, the newest last, at most `limit` tokens of them, each text counted with one more for its end.
+
+    Added texts are found after the next `refresh`; when they are an eighth of all they are sorted in on the way, so
+    that sorting stays a small part of the work. A text that begins with an older one takes its place, as the same text
+    again does. Contents and order follow from the added texts alone.
+
+    Args:
+        limit: number of tokens to keep.
+
+    Attributes:
+        index: the sorted texts, a `SuffixIndex`; drafters that were built with this memory share it.
+
+    Raises:
+        UserError: the limit is out of range.
+    """
+
+    def __init__(self, limit: int = MEMORY_TOKENS) -> None:
+        if not MAX_MATCH <= limit <= LARGEST_MEMORY:
+            raise UserError(f"a memory of {limit} tokens is not possible; give {MAX_MATCH} to {LARGEST_MEMORY}")
+        self.limit = limit
+        # Bytes of 32-bit tokens, in order; quick to compare.
+        self._texts: dict[bytes, None] = {}
+        self._size = self._pending = 0
+        self.index = nnx.Variable(build_index([], limit))
+
+    @property
+    def size(self) -> int:
+        """Number of tokens in memory, with one more for the end of each text."""
+        return self._size
+
+    @property
+    def texts(self) -> list[list[int]]:
+        """Texts in memory, the oldest first."""
+        return [text.tolist() for text in self._arrays()]
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Remembers a text, of which only the last `limit - 1` tokens are kept; the oldest texts make room."""
+        text = np.asarray(tokens, np.int32)[-(self.limit - 1) :]
+        if not text.size:
+            return
+        new = text.tobytes()
+        for replaced in [old for old in self._texts if new.startswith(old)]:
+            self._forget(replaced)
+        self._texts[new] = None
+        self._size += text.size + 1
+        while self._size > self.limit:
+            self._forget(next(iter(self._texts)))
+        self._pending += text.size
+        if self._pending >= max(_PENDING_TOKENS, _PENDING_SHARE * self._size):
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Sorts in the texts that were added since the last time."""
+        if self._pending:
+            self.index.set_value(build_index(self._arrays(), self.limit))
+            self._pending = 0
+
+    def _arrays(self) -> list[np.ndarray]:
+        return [np.frombuffer(text, np.int32) for text in self._texts]
+
+    def _forget(self, text: bytes) -> None:
+        del self._texts[text]
+        self._size -= len(text) // np.dtype(np.int32).itemsize + 1

@@ -1,0 +1,1 @@
+"""Report on students and their teacher: quality by position, free-running agreement, ablations, state, speed."""

@@ -1,0 +1,73 @@
+"""Costs of steps: assumed, measured, kept by machine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support.samples import build_model
+
+from lin_jax.decoding.autotune.step_costs import ENOUGH, KEPT, CostFile, StepCosts, assumed_cost, size_key
+from lin_jax.user_cache import VARIABLE, cache_folder
+
+
+def test_measurements_take_the_place_of_the_assumption() -> None:
+    costs = StepCosts([1, 8])
+    assert costs.cost(0) == 1
+    assert costs.cost(1) == assumed_cost(8) > 1
+    costs.record(1, 4, 1.0)
+    assert costs.measured == [[], []]
+    costs.record(0, 10, 1.0)
+    # One disturbed measurement decides nothing.
+    costs.record(1, 4, 100.0)
+    assert costs.cost(1) == assumed_cost(8)
+    for _ in range(ENOUGH):
+        costs.record(1, 4, 0.5)
+    assert costs.cost(1) == pytest.approx(1.25)
+    costs.record(1, 1, 50.0)
+    assert len(costs.measured[1]) == ENOUGH + 1
+
+
+def test_kept_measurements_hold_for_a_whole_call() -> None:
+    """Choices then depend on counts alone, and are the same whenever the same text is decoded."""
+    costs = StepCosts([1, 8], [[], [1.5] * ENOUGH])
+    costs.record(0, 10, 1.0)
+    for _ in range(2 * KEPT):
+        costs.record(1, 4, 4.0)
+        assert costs.cost(1) == 1.5
+    assert costs.measured[1] == [10.0] * KEPT
+    assert StepCosts([1, 8], [[], [0.5] * ENOUGH]).cost(1) == 1
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"8": ["a"]}', '{"8": [-1]}', '{"8": 3}'])
+def test_files(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "machine" / "step_costs.json"
+    costs = CostFile(file)
+    assert costs.load(["4", "8"]) == [[], []]
+    costs.save(["4", "8"], [[1.25], []])
+    costs.save(["8"], [[1.5, 1.75]])
+    assert costs.load(["4", "8", "16"]) == [[1.25], [1.5, 1.75], []]
+    file.write_text(damage)
+    assert costs.load(["8"]) == [[]]
+    costs.save(["4"], [[2.0]])
+    assert json.loads(file.read_text())["4"] == [2.0]
+
+
+def test_nothing_is_kept_where_nothing_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "off")
+    assert cache_folder() is None
+    CostFile().save(["4"], [[2.0]])
+    assert CostFile().load(["4"]) == [[]]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "file"))
+    CostFile().save(["4"], [[2.0]])
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
+    CostFile().save(["4"], [[2.0]])
+    assert CostFile().load(["4"]) == [[2.0]]
+    assert cache_folder().parent == tmp_path / "cache"
+
+
+def test_models_of_one_size_share_costs() -> None:
+    one, same, other = (
+        build_model(seed=seed, layers=layers, dtype="float32") for seed, layers in ((0, 2), (1, 2), (0, 1))
+    )
+    assert size_key(one) == size_key(same) != size_key(other)

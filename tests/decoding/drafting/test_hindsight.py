@@ -1,0 +1,59 @@
+"""Lookups in hindsight against a slow copy of the definition, and against the drafter on the device."""
+
+import numpy as np
+import pytest
+from support.samples import VOCABULARY, build_model
+
+from lin_jax.decoding import Generator, NgramDrafter, chain
+from lin_jax.decoding.drafting.hindsight import LookupHindsight
+
+
+def slow(text: list[int], depth: int, longest: int, lookback: int) -> list[int]:
+    """Accepted guesses of every step that is complete, by a search through the whole text at each step."""
+    found, place = [], 0
+    while place < len(text):
+        known, guesses = text[: place + 1], []
+        for size in range(min(longest, len(known)), 0, -1):
+            ends = [end for end in range(size - 1, place) if known[end - size + 1 : end + 1] == known[-size:]]
+            if ends and place - ends[-1] < lookback:
+                period = place - ends[-1]
+                guesses = [known[ends[-1] + 1 + number % period] for number in range(depth)]
+                break
+        accepted = 0
+        while accepted < len(guesses) and text[place + 1 + accepted : place + 2 + accepted] == [guesses[accepted]]:
+            accepted += 1
+        if place + 1 + accepted >= len(text):
+            break
+        found.append(accepted)
+        place += accepted + 1
+    return found
+
+
+@pytest.mark.parametrize("letters", [2, 5, 40])
+def test_steps_are_those_of_the_definition(letters: int) -> None:
+    rng = np.random.default_rng(letters)
+    text = rng.integers(0, letters, 90).tolist() * 3
+    for depth, longest in ((1, 1), (7, 3)):
+        hindsight = LookupHindsight(depth, longest, 1000)
+        pieces = [text[begin : begin + 17] for begin in range(0, len(text), 17)]
+        assert [each for piece in pieces for each in hindsight.push(piece)] == slow(text, depth, longest, 1000)
+
+
+def test_memory_is_bounded() -> None:
+    hindsight = LookupHindsight(7, 3, 50)
+    for _ in range(100):
+        hindsight.push(np.random.default_rng(0).integers(0, 9, 40).tolist())
+        assert len(hindsight.text) <= 100
+        assert len(hindsight.ends) <= 300
+
+
+def test_it_foretells_what_the_drafter_gives() -> None:
+    """On a text that goes round in circles, as greedy ones of random models do."""
+    model = build_model("augmented", dtype="float32")
+    drafter = NgramDrafter(depth=7, lookback=256)
+    prompt = np.random.default_rng(1).integers(0, VOCABULARY, 12).tolist()
+    done = Generator(model, drafter=drafter, tree=chain(7)).generate([prompt], 120)
+    hindsight = drafter.hindsight(7)
+    hindsight.push([*prompt, done.tokens[0][0]])
+    foretold = np.bincount(hindsight.push(done.tokens[0][1:]), minlength=8)
+    assert np.abs(foretold - done.accepted_histogram).sum() <= 3
