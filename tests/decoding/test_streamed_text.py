@@ -92,6 +92,14 @@ def test_pieces_do_not_matter(data: st.DataObject) -> None:
     assert {shown(tokenizer, tokens, stops, size) for size in (1, 2, 3)} == {whole}
 
 
+def test_half_a_character_before_a_name_stays_half() -> None:
+    """Its other bytes, behind a special token that a stop string names, do not make it whole."""
+    half, *rest = CHAT.encode("日").tolist()
+    name = CHAT.encode(END).tolist()
+    for size in (1, 2, 4):
+        assert shown(CHAT, [half, *name, *rest], [f"{END}\n"], size) == "\ufffd" * (1 + len(rest))
+
+
 CHAT = chat_tokenizer()
 
 

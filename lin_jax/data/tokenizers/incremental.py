@@ -44,7 +44,14 @@ class StreamDecoder:
 
     def settle(self) -> str:
         """Returns the text of the tokens that still wait, as it stands; the text goes on."""
-        return self._release(self._added()) if self._waiting else ""
+        if not self._waiting:
+            return ""
+        text, before = self._added(), self._before
+        self._release(text)
+        if text.endswith("\ufffd"):
+            # What was shown as half a character is not made whole by what follows.
+            self._before = before
+        return text
 
     def flush(self) -> str:
         """Returns the text of the tokens that still wait, and resets for another text."""
