@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lin_jax.cli.measured_text import ALL
 from lin_jax.data import Corpus, DataConfig, Tokenizer, validation_batches
 from lin_jax.errors import OptionParser, UserError
 
 if TYPE_CHECKING:
     from lin_jax.training.model_source import ModelSource
 
-_ALL = 2**31
 # Tokens that rows have, as a multiple of those in training, so that the report shows what comes after.
 _LONGER = 4
 # Characters of a document that prompts are taken from.
@@ -141,7 +141,7 @@ def _text(options: argparse.Namespace, sources: Sequence["ModelSource"], length:
     """The held-out text: all of what is named, or what the first student's run held out."""
     cut: dict[str, Any] = {
         "sequence_length": options.sequence_length or _LONGER * length,
-        "validation_batches": options.batches or _ALL,
+        "validation_batches": options.batches or ALL,
         "separate_documents": not options.joined,
     }
     if options.text is not None:

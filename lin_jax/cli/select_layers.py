@@ -5,7 +5,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import yaml
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.cli.json_line import json_line
-from lin_jax.data import Corpus, DataConfig, validation_batches
+from lin_jax.cli.measured_text import read_measured_text
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.files import write_durably
 from lin_jax.json_files import read_json
@@ -22,7 +22,6 @@ from lin_jax.progress_bar import progress_bar
 from lin_jax.training.checkpoint.selector import parse_selector
 
 RECORD = ".layers.json"
-_ALL = 2**31
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     device_kind()
     source = ModelSource.open(options.model, options.step)
     tokenizer = source.tokenizer(options.tokenizer)
-    data = _data(options, source.run.data if source.is_run else None)
-    documents = Corpus.open(data)
-    if options.text is None:
-        _, documents = documents.split(data.validation_fraction)
-    batches = list(validation_batches(documents, tokenizer, data, batch_size=options.batch))
+    for name in ("keep", "one_in"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+    batches, _ = read_measured_text(options, tokenizer, source.run.data if source.is_run else None)
     student, teacher = source.model(), ModelSource.open(options.teacher).model()
     _check_pair(student, teacher, options, batches)
     own, theirs = (each.config.attention.of_layers(each.config.num_layers) for each in (student, teacher))
@@ -239,18 +237,3 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, default=8, metavar="N", help="batches read at the most (default: 8)")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="sequences in a batch (default: 8)")
     return parser.parse_args(argv)
-
-
-def _data(options: argparse.Namespace, own: DataConfig | None) -> DataConfig:
-    """The text to measure on, cut as the options say."""
-    for name in ("batch", "batches", "keep", "one_in"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; give at least 1")
-    if options.text is None and own is None:
-        raise UserError(f"{options.model} is no run, and so has no held-out text; give a text with --text")
-    data = own or DataConfig(sequence_length=512)
-    if options.text is not None:
-        data = DataConfig(options.text, sequence_length=data.sequence_length, validation_batches=_ALL)
-    if options.sequence_length is not None:
-        data = replace(data, sequence_length=options.sequence_length)
-    return replace(data, validation_batches=options.batches)

@@ -208,9 +208,9 @@ class Scheduler:
             if update.finished:
                 self.accepted_histogram += np.asarray(state.accepted_histogram[slot])
                 self.slot_to_prompt[slot] = None
-                if self.spec.memory is not None:
-                    self.spec.memory.add([*self.prompts[index][-MAX_MATCH:], *result.tokens])
-                    # The drafter may read another index now.
+                memory = self.spec.memory
+                if memory is not None and memory.add([*self.prompts[index][-MAX_MATCH:], *result.tokens]):
+                    # The drafter reads the new index.
                     self.modules = Flat.of(self.spec.model, self.spec.drafter)
         return updates
 

@@ -52,11 +52,15 @@ class TextMemory:
         """Texts in memory, the oldest first."""
         return [text.tolist() for text in self._arrays()]
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Remembers a text, of which only the last `limit - 1` tokens are kept; the oldest texts make room."""
+    def add(self, tokens: Sequence[int]) -> bool:
+        """Remembers a text, of which only the last `limit - 1` tokens are kept; the oldest texts make room.
+
+        Returns:
+            True if the index is another one now.
+        """
         text = np.asarray(tokens, np.int32)[-(self.limit - 1) :]
         if not text.size:
-            return
+            return False
         new = text.tobytes()
         for replaced in [old for old in self._texts if new.startswith(old)]:
             self._forget(replaced)
@@ -65,8 +69,10 @@ class TextMemory:
         while self._size > self.limit:
             self._forget(next(iter(self._texts)))
         self._pending += text.size
-        if self._pending >= max(_PENDING_TOKENS, _PENDING_SHARE * self._size):
+        full = self._pending >= max(_PENDING_TOKENS, _PENDING_SHARE * self._size)
+        if full:
             self.refresh()
+        return full
 
     def refresh(self) -> None:
         """Sorts in the texts that were added since the last time."""
