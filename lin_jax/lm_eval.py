@@ -205,7 +205,7 @@ class LinJaxLM(TemplateLM):
         """Log-likelihoods of continuations, and whether greedy decoding writes them; requests come tokenized."""
         longest = max((len(each) for _, _, each in requests), default=0)
         if longest > self.max_length:
-            raise UserError(f"an answer has {longest} tokens, more than max_length {self.max_length}; give a larger one")
+            raise UserError(f"an answer has {longest} tokens, max_length is {self.max_length}; give a larger one")
         found = self._scored([(context, each) for _, context, each in requests], disable_tqdm)
         for (texts, _, _), each in zip(requests, found, strict=True):
             if texts is not None:
@@ -311,9 +311,7 @@ class LinJaxLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation; without an end of its last message, if no answer is asked for."""
-        return self.tokenizer.chat_text(
-            chat_history, asks=add_generation_prompt, continues=not add_generation_prompt
-        )
+        return self.tokenizer.chat_text(chat_history, asks=add_generation_prompt, continues=not add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         """Facts about the model, for the harness's report."""
@@ -336,7 +334,9 @@ def _max_length(given: int | None, config: Any) -> int:
         return known or DEFAULT_LENGTH
     positions = getattr(config, "max_positions", None)
     if int(given) < 2 or (positions is not None and int(given) > positions):
-        raise UserError(f"max_length is {given}; give 2 tokens or more, up to the model's {positions or 'own'} positions")
+        raise UserError(
+            f"max_length is {given}; give 2 tokens or more, up to the model's {positions or 'own'} positions"
+        )
     return int(given)
 
 

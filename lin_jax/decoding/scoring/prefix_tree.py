@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ class _Builder:
 
     def __init__(self, whole: list[tuple[int, ...]], ends: list[list[int]]) -> None:
         self.whole, self.ends = whole, ends
-        self.common = np.asarray([0, *(_common(one, other) for one, other in zip(whole, whole[1:], strict=False))])
+        self.common = np.asarray([0, *(_common(one, other) for one, other in pairwise(whole))])
 
     def build(self) -> list[PrefixNode]:
         roots: list[PrefixNode] = []
@@ -96,7 +97,7 @@ class _Builder:
         while ranges:
             first, last, depth = ranges.pop()
             edges = [first, *(first + 1 + np.flatnonzero(self.common[first + 1 : last] <= depth)).tolist(), last]
-            for low, high in zip(edges, edges[1:], strict=False):
+            for low, high in pairwise(edges):
                 if high - low == 1:
                     yield low, high, len(self.whole[low])
                     continue

@@ -72,9 +72,7 @@ class ContinuationScorer:
         share: False reads every text from its beginning.
     """
 
-    def __init__(
-        self, model: CausalModel, *, batch_size: int = 16, chunk_size: int = 256, share: bool = True
-    ) -> None:
+    def __init__(self, model: CausalModel, *, batch_size: int = 16, chunk_size: int = 256, share: bool = True) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size is {batch_size}; give at least 1")
         self.model = model

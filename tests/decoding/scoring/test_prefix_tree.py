@@ -26,7 +26,8 @@ def size(nodes):
 def test_a_tree_spells_all_its_sequences(seed):
     chance = np.random.default_rng(seed)
     pieces = [chance.integers(0, 3, chance.integers(1, 30)).tolist() for _ in range(5)]
-    sequences = [sum((pieces[n] for n in chance.integers(0, 5, chance.integers(1, 5))), []) for _ in range(40)]
+    orders = [chance.integers(0, 5, chance.integers(1, 5)) for _ in range(40)]
+    sequences = [[token for number in order for token in pieces[number]] for order in orders]
     tree, flat = build_prefix_tree(sequences), build_prefix_tree(sequences, share=False)
     whole = {number: tuple(sequence) for number, sequence in enumerate(sequences)}
     assert spelled(tree) == spelled(flat) == whole

@@ -17,8 +17,9 @@ SIZES = {"vocab_size": 13, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "i
 
 def llama(attention="augmented", dtype="float64"):
     mixer = AttentionConfig(attention, group_size=4, kernel_size=5, initial_alpha=0.3)
-    return Llama(LlamaConfig(**SIZES, intermediate_size=12, dtype=dtype, param_dtype=dtype, attention=mixer),
-                 rngs=nnx.Rngs(0))
+    return Llama(
+        LlamaConfig(**SIZES, intermediate_size=12, dtype=dtype, param_dtype=dtype, attention=mixer), rngs=nnx.Rngs(0)
+    )
 
 
 def few_shot_requests():
