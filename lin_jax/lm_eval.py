@@ -24,6 +24,8 @@ from lin_jax.progress_bar import progress_bar
 from lin_jax.session import PREFILL_CHUNK, SAME_BITS_CHUNK, Session
 
 try:
+    # The harness registers its own models only while it knows none.
+    import lm_eval.models
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -279,8 +281,9 @@ class LinJaxLM(TemplateLM):
             common = encoded[members[0]][: group.length]
             room = len(rests[0]) + writing.new_tokens
             prefix = generator.prefix(common, sampling=writing.sampling, slots=slots, room=room)
-        options = {"sampling": writing.sampling, "seed": self.seed, "slots": slots, "prefix": prefix}
-        stream = generator.stream(rests, writing.new_tokens, **options)
+        stream = generator.stream(
+            rests, writing.new_tokens, sampling=writing.sampling, seed=self.seed, slots=slots, prefix=prefix
+        )
         tokens: list[list[int]] = [[] for _ in members]
         for update in stream:
             tokens[update.row] += update.tokens
