@@ -25,7 +25,7 @@ from lin_jax.session import PREFILL_CHUNK, SAME_BITS_CHUNK, Session
 
 try:
     # The harness registers its own models only while it knows none.
-    import lm_eval.models
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
