@@ -21,25 +21,7 @@ from lib.report import header, write
 
 from lin_jax.errors import UserError, exit_cleanly
 
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-]
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 ANSWERS = (" yes it is", " no it is not", " nobody knows", " perhaps")
 # Log-likelihoods in float32 may differ by the order in which tokens were read.
 CLOSE = 1e-3

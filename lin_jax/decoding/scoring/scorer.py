@@ -80,18 +80,22 @@ class ContinuationScorer:
         self.chunk_size = chunk_size
         self.share = share
         self.tokens_read = 0
+        self._tokens_done: Callable[[int], object] | None = None
         self._modules = Flat.of(model)
 
     def score(
         self,
         requests: Sequence[tuple[Sequence[int], Sequence[int]]],
         done: Callable[[int], object] = lambda count: None,
+        *,
+        tokens_done: Callable[[int], object] | None = None,
     ) -> list[TokenScores]:
         """Scores the continuations of some contexts.
 
         Args:
             requests: token ids of a context, which must not be empty, and of what follows it.
             done: told how many more requests are finished.
+            tokens_done: told how many more tokens are being read.
 
         Returns:
             The scores of each request's continuation, in their order.
@@ -109,10 +113,16 @@ class ContinuationScorer:
         if asked:
             self._check_positions(max(len(texts[number]) for number in asked) - 1)
             firsts = [len(requests[number][0]) for number in asked]
-            self._read(_Requests([texts[number] for number in asked], firsts, asked), found, done)
+            self._tokens_done = tokens_done
+
+            def finished(result: _Result) -> None:
+                result.write(found)
+                done(result.requests)
+
+            self._read(_Requests([texts[number] for number in asked], firsts, asked), finished)
         return found
 
-    def _read(self, requests: "_Requests", found: list[TokenScores], done: Callable[[int], object]) -> None:
+    def _read(self, requests: "_Requests", finished: Callable[["_Result"], None]) -> None:
         """Walks through the tree of the texts, batch by batch, depth first: few states are alive at a time."""
         roots = build_prefix_tree([text[:-1] for text in requests.texts], share=self.share)
         capacity = bucket(max(map(len, requests.texts)), 64)
@@ -138,9 +148,9 @@ class ContinuationScorer:
             if below:
                 levels.append(_Level(deque(_longest_first(requests.entries(below))), after))
             while len(results) > (AHEAD if levels else 0):
-                done(results.popleft().write(found))
+                finished(results.popleft())
         while results:
-            done(results.popleft().write(found))
+            finished(results.popleft())
 
     def _read_batch(self, batch: Sequence[_Entry], states: Any) -> tuple["_Result", Any]:
         """Reads nodes on top of their parents' states: scores of their targets, and the states after them."""
@@ -148,26 +158,46 @@ class ContinuationScorer:
         parents = np.zeros(rows, np.int32)
         parents[: len(batch)] = [entry.row for entry in batch]
         state = _take_rows(states, parents)
-        scores = []
+        waiting = [deque(entry.targets) for entry in batch]
+        scores: list[tuple[list[list[_Target]], Array, Array]] = []
         for begin, size in chunk_sizes(len(batch[0].node.tokens), self.chunk_size):
             tokens, lengths = np.zeros((rows, size), np.int32), np.zeros(rows, np.int32)
             for row, entry in enumerate(batch):
                 chunk = entry.node.tokens[begin : begin + size]
                 lengths[row] = len(chunk)
                 tokens[row, : len(chunk)] = chunk
-            self.tokens_read += int(lengths.sum())
-            inside = [[each for each in entry.targets if begin <= each.position < begin + size] for entry in batch]
-            count = max(map(len, inside))
-            if not count:
-                state = _read_chunk(self._modules, tokens, lengths, state)
-                continue
-            asked = np.zeros((2, rows, max(_coarse(count), 4)), np.int32)
-            for row, targets in enumerate(inside):
-                for column, target in enumerate(targets):
-                    asked[:, row, column] = target.position - begin, target.token
-            log_probs, greedy, state = _score_chunk(self._modules, tokens, lengths, state, *asked)
-            scores.append((inside, log_probs, greedy))
+            inside = [_taken(targets, begin + size) for targets in waiting]
+            state = self._read_piece(tokens, lengths, state, inside, begin, scores)
+            self._count(int(lengths.sum()))
+            if len(scores) > AHEAD:
+                jax.block_until_ready(scores[-1 - AHEAD][1])
         return _Result([entry.node for entry in batch], scores), state
+
+    def _read_piece(
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        lengths: Int[np.ndarray, " B"],
+        state: Any,
+        inside: list[list[_Target]],
+        begin: int,
+        scores: list[tuple[list[list[_Target]], Array, Array]],
+    ) -> Any:
+        """Reads a chunk and adds the scores of the targets in it; the state after it."""
+        count = max(map(len, inside))
+        if not count:
+            return _read_chunk(self._modules, tokens, lengths, state)
+        asked = np.zeros((2, len(lengths), max(_coarse(count), 4)), np.int32)
+        for row, targets in enumerate(inside):
+            for column, target in enumerate(targets):
+                asked[:, row, column] = target.position - begin, target.token
+        log_probs, greedy, state = _score_chunk(self._modules, tokens, lengths, state, *asked)
+        scores.append((inside, log_probs, greedy))
+        return state
+
+    def _count(self, tokens: int) -> None:
+        self.tokens_read += tokens
+        if self._tokens_done is not None:
+            self._tokens_done(tokens)
 
     def _check_positions(self, length: int) -> None:
         positions = getattr(self.model.config, "max_positions", None)
@@ -207,7 +237,7 @@ class _Requests:
                 for place in range(max(first, node.begin + 1), min(len(self.texts[text]), node.end + 1)):
                     key = place - 1 - node.begin, self.texts[text][place]
                     targets.setdefault(key, _Target(*key, [])).places.append((self.numbers[text], place - first))
-        return list(targets.values())
+        return sorted(targets.values(), key=lambda target: target.position)
 
 
 class _Result(NamedTuple):
@@ -216,8 +246,8 @@ class _Result(NamedTuple):
     nodes: list[PrefixNode]
     scores: list[tuple[list[list[_Target]], Array, Array]]
 
-    def write(self, found: list[TokenScores]) -> int:
-        """Writes the scores to their places; returns how many requests ended in the batch."""
+    def write(self, found: list[TokenScores]) -> None:
+        """Writes the scores to their places."""
         for inside, *arrays in self.scores:
             log_probs, greedy = jax.device_get(arrays)
             for row, targets in enumerate(inside):
@@ -225,7 +255,19 @@ class _Result(NamedTuple):
                     for request, place in target.places:
                         found[request].log_probs[place] = log_probs[row, column]
                         found[request].greedy[place] = greedy[row, column]
+
+    @property
+    def requests(self) -> int:
+        """Number of requests that end in the batch."""
         return sum(len(node.ends) for node in self.nodes)
+
+
+def _taken(targets: deque[_Target], end: int) -> list[_Target]:
+    """Takes the targets before a position, which come first."""
+    taken = []
+    while targets and targets[0].position < end:
+        taken.append(targets.popleft())
+    return taken
 
 
 def _longest_first(entries: Iterator[_Entry]) -> list[_Entry]:
