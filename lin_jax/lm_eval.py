@@ -22,6 +22,7 @@ from lin_jax.errors import UserError
 from lin_jax.hub.sizes import context_length, parameter_count
 from lin_jax.progress_bar import progress_bar
 from lin_jax.session import PREFILL_CHUNK, SAME_BITS_CHUNK, Session
+from lin_jax.training.checkpoint.selector import parse_selector
 
 try:
     # The harness registers its own models only while it knows none.
@@ -111,7 +112,7 @@ class LinJaxLM(TemplateLM):
         self.session = Session.load(
             pretrained,
             () if heads is None else heads,
-            step=step,
+            step=parse_selector(step) if isinstance(step, str) else step,
             tokenizer=tokenizer,
             dtype=None if dtype == "auto" else dtype,
             weights=weights,

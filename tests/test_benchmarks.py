@@ -46,6 +46,21 @@ def test_few_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_lm_eval_prefixes(tmp_path: Path) -> None:
+    """Answers are the same with and without the states of shared prefixes."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    file = tmp_path / "prefixes.json"
+    sizes = ("--hidden", "16", "--layers", "1", "--questions", "4", "--shots", "2", "--tokens", "2", "--rounds", "1")
+    done = run_benchmark("lm_eval_prefixes", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    scored, written = json.loads(file.read_text())["tasks"]
+    assert (scored["task"], scored["requests"]) == ("scored", 16)
+    assert (written["task"], written["requests"]) == ("written", 4)
+    assert scored["same"]
+    assert written["same"]
+
+
+@pytest.mark.thorough
 def test_decode_speed(tmp_path: Path) -> None:
     """Every cell is right with and without drafts, and the state as large after any context."""
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"

@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -35,7 +36,7 @@ def model(tokenizer):
 def place(model, tokenizer, tmp_path_factory):
     place = tmp_path_factory.mktemp("evaluate")
     save_pretrained(model, place / "model", tokenizer=tokenizer)
-    (place / "text.txt").write_text("\n<|endoftext|>\n".join(TEXTS))
+    (place / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
     return place
 
 
@@ -48,28 +49,35 @@ def report(place, capsys):
     return run
 
 
+@jax.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
 def log_probs(model, tokens):
     """Log-probability of each token but the first, in one pass over the text."""
-    logits = np.asarray(model(np.asarray([tokens], np.int32)), np.float64)[0]
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    logits = np.asarray(forward(model, padded), np.float64)[0]
     every = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     return every[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def test_whole_documents_and_windows(report, place, model, tokenizer):
-    documents = [[tokenizer.eos_id, *tokenizer.encode_document(text.strip()).tolist()] for text in TEXTS]
+    documents = [[tokenizer.eos_id, *tokenizer.encode_document(text).tolist()] for text in TEXTS]
     expected = np.concatenate([log_probs(model, each) for each in documents])
-    found = report("--text", place / "text.txt", "--context", "document", "--batch", 4)
+    found = report("--text", place / "text.jsonl", "--context", "document", "--batch", 4)
     assert found["loss"] == pytest.approx(-expected.mean(), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert (found["tokens"], found["documents"], found["context"]) == (len(expected), 4, "document")
     # Bytes of the texts: what ends them has none.
-    assert found["bytes"] == sum(len(text.strip()) for text in TEXTS)
+    assert found["bytes"] == sum(len(text) for text in TEXTS)
     assert found["bits_per_byte"] == pytest.approx(-expected.sum() / math.log(2) / found["bytes"], rel=1e-5)
     assert found["peak_memory_bytes"] > 10**7
     options = ("--context", "sliding", "--sequence-length", 12, "--stride", 5, "--batch", 4)
     windows = [window for each in documents[:2] for window in sliding_windows(each, 12, 5)]
     expected = np.concatenate([log_probs(model, [*one, *other])[-len(other) :] for one, other in windows])
-    found = report("--text", place / "text.txt", *options, "--documents", 2)
+    found = report("--text", place / "text.jsonl", *options, "--documents", 2)
     assert found["loss"] == pytest.approx(-expected.mean(), rel=1e-5)
     assert found["tokens"] == sum(len(each) - 1 for each in documents[:2])
 
@@ -85,7 +93,7 @@ def test_windows_score_every_token_once():
 
 
 def test_rows_have_bits_per_byte(report, place, model, tokenizer):
-    found = report("--text", place / "text.txt", "--sequence-length", 16, "--batch", 2, "--batches", 1)
+    found = report("--text", place / "text.jsonl", "--sequence-length", 16, "--batch", 2, "--batches", 1)
     assert found["bits_per_byte"] == pytest.approx(found["loss"] * found["tokens"] / math.log(2) / found["bytes"])
     assert 0 < found["bytes"] < sum(map(len, TEXTS))
 

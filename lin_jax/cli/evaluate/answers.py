@@ -95,13 +95,13 @@ def _question(line: str, place: str) -> Question:
     except ValueError as error:
         raise UserError(f"{place} is no JSON: {error}; mend it") from None
     given = given if isinstance(given, dict) else {}
-    prompt, choices, answer = (given.get(name) for name in ("prompt", "choices", "answer"))
-    texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(each, str) and each for each in choices)
-    if not isinstance(prompt, str) or not texts:
+    prompt, choices, answer = given.get("prompt"), given.get("choices"), given.get("answer")
+    texts = [each for each in choices if isinstance(each, str) and each] if isinstance(choices, list) else []
+    if not isinstance(prompt, str) or len(texts) < 2 or texts != choices:
         raise UserError(f"{place} is no question; give a text as 'prompt', and two texts or more as 'choices'")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise UserError(f"the 'answer' of {place} is {answer!r}; give a number from 0 to {len(choices) - 1}")
-    return Question(prompt, tuple(choices), answer)
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(texts):
+        raise UserError(f"the 'answer' of {place} is {answer!r}; give a number from 0 to {len(texts) - 1}")
+    return Question(prompt, tuple(texts), answer)
 
 
 def split_tokens(tokenizer: Tokenizer, prompt: str, choice: str) -> tuple[list[int], list[int]]:

@@ -143,7 +143,7 @@ class _Grouping(NamedTuple):
 
 def _best_groups(node: PrefixNode, smallest: int) -> _Grouping:
     """The groups of a node and below that leave out most."""
-    saved, groups, alone = 0, [], list(node.ends)
+    saved, groups, alone = 0, list[PrefixGroup](), list(node.ends)
     for child in node.children:
         below = _best_groups(child, smallest)
         saved, groups, alone = saved + below.saved, groups + below.groups, alone + below.alone
