@@ -59,6 +59,7 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:
     return capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}
     for drafter, tree in (
@@ -93,6 +94,7 @@ def test_a_run_remembers_its_texts(run_folder: Path, tmp_path: Path, capsys: pyt
     assert accepted["ngram"] < accepted["suffix"]
 
 
+@pytest.mark.thorough
 def test_a_thorough_search_is_kept(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

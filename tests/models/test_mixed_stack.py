@@ -58,6 +58,7 @@ def test_drafts_change_nothing(name: str, x64: None) -> None:
     assert found.mean_accepted_tokens > 1.3
 
 
+@pytest.mark.thorough
 def test_layers_apart_and_together_again(x64: None) -> None:
     model = model_of("by number")
     tokens, expected = jnp.arange(12).reshape(1, 12), params_of(model)

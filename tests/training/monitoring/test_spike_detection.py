@@ -91,6 +91,7 @@ def assert_same(folder, params):
     jax.tree.map(np.testing.assert_array_equal, params_of(load_model(folder)[0]), params)
 
 
+@pytest.mark.thorough
 def test_bad_updates_are_left_out(tmp_path, tiny_run, capsys):
     plan = {5: NAN, 9: 50.0}
     watch = LossSpikesConfig(on_nan="skip", on_spike="skip", window=6)
