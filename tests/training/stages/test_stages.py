@@ -126,6 +126,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(written, tmp_path, stages
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, capsys, caplog):
     whole, *_ = parse_command([written(held_out={"validation_fraction": 0.3})])
     assert run_stages(whole) == 0
