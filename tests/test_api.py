@@ -145,6 +145,7 @@ def test_saving_twice(loaded, tmp_path):
         lin_jax.save_pretrained(model, tmp_path / "mine")
 
 
+@pytest.mark.thorough
 def test_running_a_configuration(corpus, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

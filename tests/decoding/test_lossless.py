@@ -110,6 +110,7 @@ def test_every_drafter_leaves_the_output(prompts: list[list[int]], name: str) ->
     assert (found.mean_accepted_tokens > 1) == (name != "no guess")
 
 
+@pytest.mark.thorough
 def test_a_model_drafts_for_itself(prompts: list[list[int]]) -> None:
     """A draft model that is the target, and all of the target's own layers, are always right, whatever the groups."""
     model = build_model()
@@ -131,6 +132,7 @@ def test_rows_do_not_depend_on_the_batch(prompts: list[list[int]]) -> None:
         assert generator.generate([prompt], 12, sampling=sampling, seed=1, first_row=row).tokens == [together[row]]
 
 
+@pytest.mark.thorough
 def test_state_is_that_of_plain_decoding(prompts: list[list[int]]) -> None:
     """When rows have written as much, their states are equal, whatever was accepted on the way."""
     model = build_model()
@@ -180,6 +182,7 @@ def test_typical_acceptance_is_another_text(prompts: list[list[int]]) -> None:
     assert lossy.mean_accepted_tokens > exact.mean_accepted_tokens
 
 
+@pytest.mark.thorough
 def test_rejection_has_the_targets_distribution() -> None:
     """In the loop: the first tokens of many rows are distributed as those of plain sampling (chi-square)."""
     from scipy.stats import chi2_contingency

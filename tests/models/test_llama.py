@@ -97,6 +97,7 @@ def test_packed_documents_are_separate_documents(attention: str, x64: None) -> N
 
 
 @pytest.mark.parametrize("attention", some_of(ATTENTIONS, 1))
+@pytest.mark.thorough
 def test_remat_and_unroll_change_nothing(attention: str, x64: None) -> None:
     tokens, segment_ids = jnp.asarray(draw_tokens(1, 11)), jnp.asarray([[1] * 6 + [2] * 5])
     results = []
@@ -109,6 +110,7 @@ def test_remat_and_unroll_change_nothing(attention: str, x64: None) -> None:
 
 
 @pytest.mark.parametrize("attention", some_of(ATTENTIONS, 1))
+@pytest.mark.thorough
 def test_bfloat16_activations(attention: str) -> None:
     """Parameters, memory, logits and gradients stay float32; the numbers stay near those of float32."""
     tokens, lengths = jnp.asarray(draw_tokens(2, 13)), jnp.asarray([13, 10])

@@ -37,6 +37,7 @@ def model_of(name: str) -> Llama:
 
 
 @pytest.mark.parametrize("name", cells(["by number"], ["repeated"]))
+@pytest.mark.thorough
 def test_forms_agree(name: str, x64: None) -> None:
     """Drafts of more layers and fewer, and rows of several documents, as in models of one attention."""
     model = model_of(name)

@@ -159,6 +159,7 @@ def test_low_precision_keeps_wide_moments(dtype, param_dtype):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.thorough
 def test_float64_is_float64_throughout():
     with jax.enable_x64(True):
         objective = NextToken(replace(CONFIG, dtype="float64", param_dtype="float64"))
