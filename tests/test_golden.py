@@ -76,7 +76,15 @@ def mask_of(golden: Golden, name: str) -> jax.Array | None:
     return None if mask is None else jnp.asarray(mask)
 
 
+LOGITS = (
+    *("flash-augmented-laplace", "flash-augmented", "flash-castling", "flash-encoder-mask", "flash-softmax"),
+    *("gpt2-augmented", "gpt2-both", "gpt2-softmax"),
+    *("llama-augmented-gqa", "llama-augmented-k63", "llama-castling", "llama-softmax", "llama-yoso"),
+)
+
+
 @pytest.mark.users_settings
+@pytest.mark.always(*LOGITS)
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family(*CAUSAL)
 @pytest.mark.parametrize("dtype", cells(DTYPES[:1], DTYPES[1:]))
