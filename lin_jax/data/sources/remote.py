@@ -245,7 +245,7 @@ def _failures(name: RemoteName) -> Iterator[None]:
 
 
 def _kept(name: RemoteName, kind: str, *inner: str) -> Path:
-    """Where a file of the web, or the beginning of one, is kept beside what the Hub's client keeps."""
+    """The place of a file of the web, or of the beginning of one, beside what the Hub's client keeps."""
     from huggingface_hub import constants
 
     *folders, last = str(name.file).split("/")
