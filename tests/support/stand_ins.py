@@ -137,6 +137,8 @@ def _changes(content: Mapping[str, Any], places: StandIns, base: Path) -> Iterat
             yield from ((f"model.{name}", size) for name, size in SCRATCH[family].items())
     if "tokenizer" in data:
         yield "data.tokenizer", places.pieces if is_remote_file(data["tokenizer"]) else places.words
+    if "width" in content.get("heads", {}):
+        yield "heads.width", 8
     if "unroll" in model:
         yield "model.unroll", 2
     yield from _small_attentions(model).items()
