@@ -41,7 +41,8 @@ def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
     pipeline = completed(pipeline)
     if pipeline.held_out.is_remote:
         # Fetched now, not found missing after the first stage.
-        with given_by("--held_out.source"):
+        own = pipeline.held_out.parts != pipeline.stages[0].last.data.parts
+        with given_by("--held_out.source" if own else "--data.source"):
             Corpus.open(pipeline.held_out)
     report = StageReport.open(pipeline.output / REPORT_FILE)
     _check_places(pipeline, report, resume)
