@@ -130,7 +130,8 @@ def test_decoding_begins_at_once(
         raise AssertionError("calibration")
 
     for name in ("measure_costs", "make_plan", "calibration_prompts"):
-        monkeypatch.setattr(f"lin_jax.session.{name}", refuse)
+        place = "session" if name == "calibration_prompts" else "plan_search"
+        monkeypatch.setattr(f"lin_jax.session.{place}.{name}", refuse)
     words = (str(run_folder), "import os\n", "--max-new-tokens", "60")
     plain, figures = output(capsys, *words, "--drafter", "none")
     assert "(plain decoding)" in figures
