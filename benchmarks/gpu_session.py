@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ from lib.session_tables import (  # noqa: E402
 
 from lin_jax.errors import OptionParser, UserError, exit_cleanly  # noqa: E402
 
-LIMIT = 720.0
+LIMIT, REHEARSAL_PATIENCE = 720.0, 10.0
 SHIPPED = ROOT / "pallas_kernels" / "tiles.json"
 INSTALL_SECONDS = 55.0
 # What the package index is asked for; the package itself runs from this folder.
@@ -166,6 +167,8 @@ NOTES = (
 
 def main() -> int:
     """Runs the parts, and says what is missing; 1 if anything is."""
+    # Whoever ends the session (a lease's own clock, say) ends its part, and what is known is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = parse()
     parts = chosen(options)
     session = prepared(options)
@@ -183,13 +186,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="default: in the system's temporary folder")
     parser.add_argument("--resume", action="store_true", help="go on with what OUTPUT says is not done")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on this machine's CPU")
-    parser.add_argument("--limit", type=float, default=LIMIT, metavar="SECONDS", help="of all parts together")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"of all parts together, {LIMIT:.0f} by default")
+    parser.add_argument(
+        "--patience", type=float, metavar="TIMES", help="that a part may take its limit, 10 to rehearse"
+    )
     names = [part.name for part in (*PARTS, *FURTHER)]
     parser.add_argument("--parts", nargs="+", choices=names, metavar="NAME", help=f"only these of {', '.join(names)}")
     install = parser.add_mutually_exclusive_group()
     install.add_argument("--wheels", type=Path, metavar="FOLDER", help="install these first, without an index")
     install.add_argument("--install", action="store_true", help="install what is needed first, from the index")
-    return parser.parse_args()
+    options = parser.parse_args()
+    # A rehearsal shares its processors with others, and nobody waits for it.
+    options.patience = options.patience or (REHEARSAL_PATIENCE if options.rehearse else 1.0)
+    options.limit = options.limit or LIMIT * options.patience
+    if min(options.limit, options.patience) <= 0:
+        raise UserError("--limit and --patience must be above 0")
+    return options
 
 
 def chosen(options: argparse.Namespace) -> list[Part]:
@@ -218,12 +230,11 @@ def prepared(options: argparse.Namespace) -> Session:
         raise UserError(
             "there is no NVIDIA GPU here (nvidia-smi finds none); give --rehearse to try the parts on the CPU"
         )
-    if options.limit <= 0:
-        raise UserError(f"--limit is {options.limit}; give seconds above 0")
     kind = "rehearsal" if options.rehearse else "session"
     scratch = options.scratch or Path(tempfile.gettempdir()) / f"lin_jax_gpu_{kind}"
     scratch, output = scratch.resolve(), options.output.resolve()
-    session = Session(output, scratch, options.limit, options.rehearse, variables(output, scratch, options), NOTES)
+    environment = variables(output, scratch, options)
+    session = Session(output, scratch, options.limit, options.rehearse, options.patience, environment, NOTES)
     earlier = read_results(session)
     if earlier is not None and not options.resume:
         raise UserError(f"{output} has results already; give --resume, or another --output")

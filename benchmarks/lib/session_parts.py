@@ -5,6 +5,7 @@ It needs nothing but Python: a machine may be bare when a session begins.
 
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -61,6 +62,7 @@ class Session:
         scratch: folder of what parts keep for themselves and for a later try: compiled programs, models.
         limit: seconds of all parts together.
         rehearsal: whether parts run with tiny sizes on a CPU.
+        patience: how many times its limit a part may take.
         environment: variables of all parts.
         notes: lines of the summary.
     """
@@ -69,6 +71,7 @@ class Session:
     scratch: Path
     limit: float
     rehearsal: bool = False
+    patience: float = 1.0
     environment: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -112,11 +115,12 @@ def run_session(session: Session, parts: Sequence[Part]) -> dict[str, Any]:
             say(f"{part.name}: done already")
             continue
         left = session.limit - (time.monotonic() - began)
-        if left < min(part.seconds, LEAST_SECONDS):
+        most = session.patience * part.seconds
+        if left < min(most, LEAST_SECONDS):
             say(f"{part.name}: not begun, {max(left, 0):.0f} s are left")
             found = {"state": NOT_BEGUN, "seconds": 0.0, "last_line": f"{max(left, 0):.0f} s were left", "report": None}
         else:
-            found = run_part(session, part, min(part.seconds, left), began)
+            found = run_part(session, part, min(most, left), began)
         results["parts"][part.name] = found
         results["seconds"] = before + time.monotonic() - began
         keep(session, parts, results)
@@ -150,7 +154,7 @@ def run_part(session: Session, part: Part, limit: float, began: float) -> dict[s
     left = session.limit - (time.monotonic() - began)
     say(f"\n{part.name}: at most {limit:.0f} s, {clock(left)} left for all\n  {shlex.join(words)}")
     environment = {**os.environ, **session.environment, **part.environment, "PYTHONUNBUFFERED": "1"}
-    started = time.monotonic()
+    started, before = time.monotonic(), processor_seconds()
     process = subprocess.Popen(
         words,
         cwd=ROOT,
@@ -182,6 +186,7 @@ def run_part(session: Session, part: Part, limit: float, began: float) -> dict[s
         "state": state,
         "status": process.returncode,
         "seconds": spent,
+        "processor_seconds": processor_seconds() - before,
         "limit": limit,
         "command": words,
         "last_line": last,
@@ -242,10 +247,11 @@ def summary(session: Session, parts: Sequence[Part], results: Mapping[str, Any])
     found = {part.name: results["parts"].get(part.name, {"state": NOT_BEGUN, "seconds": 0.0}) for part in parts}
     title = "Rehearsal of a session, tiny sizes on a CPU" if session.rehearsal else "Session on a device"
     lines = [f"# {title}", "", f"{results['seconds']:.0f} s in all.", ""]
-    lines += ["| part | state | seconds | limit |", "| --- | --- | --- | --- |"]
-    lines += [
-        f"| {p.name} | {found[p.name]['state']} | {found[p.name]['seconds']:.0f} | {p.seconds:.0f} |" for p in parts
-    ]
+    lines += ["| part | state | seconds | processor seconds | limit |", "| --- | --- | --- | --- | --- |"]
+    for part in parts:
+        each = found[part.name]
+        spent = f"{each['seconds']:.0f} | {each.get('processor_seconds', 0):.0f}"
+        lines.append(f"| {part.name} | {each['state']} | {spent} | {session.patience * part.seconds:.0f} |")
     wrong = [name for name, each in found.items() if each["state"] != DONE]
     if wrong:
         lines += ["", "## What is missing", ""]
@@ -265,6 +271,12 @@ def _rows(part: Part, report: Any) -> list[str] | None:
         return part.table(report) or None
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:
         return [f"The report could not be told ({type(problem).__name__}: {problem}); it is in `session.json`."]
+
+
+def processor_seconds() -> float:
+    """Processor time of all processes that have ended, in all threads."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def clock(seconds: float) -> str:
