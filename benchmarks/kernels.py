@@ -201,8 +201,13 @@ def prepared(job: tuple[Operation, Shape], options: argparse.Namespace) -> Row |
 
 def told_failure(operation: Operation, shape: Shape, problem: Exception) -> dict[str, Any]:
     """The result of a row that could not be computed."""
-    reason = f"{type(problem).__name__}: {' '.join(str(problem).split())[:500]}"
-    return {"operation": operation.name, "shape": str(shape), "implementations": {}, "failed": reason}
+    return {"operation": operation.name, "shape": str(shape), "implementations": {}, "failed": reason_of(problem)}
+
+
+def reason_of(problem: Exception) -> str:
+    """An error in one line; of a long one, how it begins and ends."""
+    words = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return words if len(words) <= 400 else f"{words[:200]} ... {words[-200:]}"
 
 
 def timed(row: Row, roof: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
@@ -243,13 +248,21 @@ def peers_of(
             tqdm.write(f"{peer.name} is left out: {missing}", file=sys.stderr)
             continue
         off = 0.0
-        if operation.name in peer.same:
-            few = operation.few_heads(arrays, CHECKED_HEADS)
-            expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
-            off = difference(peer.build(few, operation.name)[0](), expected)
+        try:
+            if operation.name in peer.same:
+                few = operation.few_heads(arrays, CHECKED_HEADS)
+                expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
+                off = difference(peer.build(few, operation.name)[0](), expected)
+            pair = peer.build(arrays, operation.name)
+            for call in pair:
+                jax.block_until_ready(call())
+        except Exception as problem:
+            # Heads that are too large for it, for instance.
+            tqdm.write(f"{peer.name} is left out of {operation.name}: {reason_of(problem)}", file=sys.stderr)
+            continue
         ways[peer.name] = {"error": off, "checked": operation.name in peer.same, "peak_memory_bytes": None}
         if off <= ERRORS[options.dtype]:
-            calls[peer.name] = peer.build(arrays, operation.name)
+            calls[peer.name] = pair
     return calls
 
 

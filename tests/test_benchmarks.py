@@ -281,7 +281,7 @@ def test_session_of_parts(tmp_path: Path, session_parts: Any, capsys: pytest.Cap
     assert "* left out: nothing" in summary
     assert "The report could not be told (KeyError: 'question')" in summary
     assert "it is tiny" in (session.output / "log.txt").read_text()
-    assert "good: at most 60 s, 4:5" in capsys.readouterr().out
+    assert "good: at most 120 s, 4:5" in capsys.readouterr().out
     # The second try leaves alone what is done, and begins nothing for which there is no time.
     parts = [part("slow", SAYS), part("bad", FAILS), parts[2], part("late", SAYS)]
     results = session_parts.run_session(replace(session, limit=16), parts)
@@ -330,7 +330,7 @@ def test_gpu_session_rehearsal(tmp_path: Path) -> None:
     told = {name: (each["state"], each["last_line"]) for name, each in results["parts"].items()}
     assert {state for state, _ in told.values()} == {"done"}, told
     assert done.returncode == 0, done.stderr
-    names = ["install", "machine", "smoke", "tune", "kernels", "train", "drafting", "verify", "commit"]
+    names = ["install", "machine", "smoke", "tune", "kernels", "beside-fla", "train", "drafting", "verify", "commit"]
     assert list(told) == names
     assert (tmp_path / "scratch" / "site" / "something_new.py").exists()
     summary = (tmp_path / "out" / "summary.md").read_text()

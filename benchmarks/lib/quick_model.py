@@ -22,6 +22,7 @@ from lin_jax.training.optimizer import build_optimizer
 from lin_jax.training.train_step import TrainState, make_step
 
 ROOT = Path(__file__).parents[2]
+OWN = ("lin_jax", "pallas_kernels", "benchmarks", "tests", "docs")
 # Of the documents, held out for prompts.
 HELD_OUT = 0.05
 LEARNING_RATE, WARM_UP = 6e-4, 30
@@ -71,9 +72,8 @@ class WordText:
 
 def own_documents() -> list[str]:
     """The sources and documents of this repository."""
-    files = (path for ending in ("*.py", "*.md") for path in sorted(ROOT.rglob(ending)))
-    inside = (path for path in files if not any(part.startswith(".") for part in path.relative_to(ROOT).parts))
-    return [path.read_text(encoding="utf-8", errors="replace") for path in inside]
+    files = [path for folder in OWN for path in sorted((ROOT / folder).rglob("*")) if path.suffix in (".py", ".md")]
+    return [path.read_text(encoding="utf-8", errors="replace") for path in [*files, *sorted(ROOT.glob("*.md"))]]
 
 
 def quick_config(sizes: dict[str, int]) -> LlamaConfig:

@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[2]
 DONE, FAILED, TOO_SLOW, NOT_BEGUN, INTERRUPTED = "done", "failed", "too slow", "not begun", "interrupted"
 # A part begins only if so many seconds are left, or as many as it may take.
 LEAST_SECONDS = 15.0
+# Of its limit, that a part may take where others have left time over.
+MOST_TIMES = 2.0
 # Seconds between a polite signal and the one that cannot be refused, and between two looks at the clock on the screen.
 GRACE, TICK = 2.0, 10.0
-TAIL = 30
+TAIL, LINE = 30, 500
 OWN_REPORT = "{scratch}/{name}.json"
 
 
@@ -35,7 +37,7 @@ class Part:
     Attributes:
         name: name in the results, by which it is chosen.
         command: words behind the Python interpreter; `{report}`, `{scratch}` and `{output}` in them are places.
-        seconds: its time limit.
+        seconds: its time limit, and up to twice that where all the other parts keep theirs.
         arguments: further words on the machine that is asked.
         rehearsal: further words in their place for a rehearsal on a CPU.
         environment: further variables.
@@ -110,13 +112,17 @@ def run_session(session: Session, parts: Sequence[Part]) -> dict[str, Any]:
     results = read_results(session) or {"rehearsal": session.rehearsal, "seconds": 0.0, "parts": {}}
     began = time.monotonic()
     before = results["seconds"]
-    for part in parts:
-        if results["parts"].get(part.name, {}).get("state") == DONE:
+    for number, part in enumerate(parts):
+        if state_of(results, part) == DONE:
             say(f"{part.name}: done already")
             continue
         left = session.limit - (time.monotonic() - began)
-        most = session.patience * part.seconds
-        if left < min(most, LEAST_SECONDS):
+        own = session.patience * part.seconds
+        later = [each for each in parts[number + 1 :] if state_of(results, each) != DONE]
+        # What others have left over is for whoever needs it, within reason.
+        spare = left - session.patience * sum(each.seconds for each in later)
+        most = min(max(own, spare), MOST_TIMES * own)
+        if left < min(own, LEAST_SECONDS):
             say(f"{part.name}: not begun, {max(left, 0):.0f} s are left")
             found = {"state": NOT_BEGUN, "seconds": 0.0, "last_line": f"{max(left, 0):.0f} s were left", "report": None}
         else:
@@ -127,6 +133,11 @@ def run_session(session: Session, parts: Sequence[Part]) -> dict[str, Any]:
         if found["state"] == INTERRUPTED:
             break
     return results
+
+
+def state_of(results: Mapping[str, Any], part: Part) -> str:
+    """How a part has ended."""
+    return str(results["parts"].get(part.name, {}).get("state", NOT_BEGUN))
 
 
 def read_results(session: Session) -> dict[str, Any] | None:
@@ -255,7 +266,7 @@ def summary(session: Session, parts: Sequence[Part], results: Mapping[str, Any])
     wrong = [name for name, each in found.items() if each["state"] != DONE]
     if wrong:
         lines += ["", "## What is missing", ""]
-        lines += [f"* {name}: {found[name]['state']}. {found[name].get('last_line', '')}" for name in wrong]
+        lines += [f"* {name}: {found[name]['state']}. {found[name].get('last_line', '')[:LINE]}" for name in wrong]
     lines += ["", *(f"* {note}" for note in session.notes)]
     for part in parts:
         if (rows := _rows(part, found[part.name].get("report"))) is not None:
