@@ -178,8 +178,10 @@ def main() -> int:
     parts = chosen(options)
     session = prepared(options)
     say(f"{len(parts)} parts, at most {clock(session.limit)}, results in {session.output}")
-    results = run_session(session, parts)
-    say(f"\n{(session.output / 'summary.md').read_text(encoding='utf-8')}")
+    names = {part.name for part in parts}
+    results = run_session(session, parts, [part for part in (*PARTS, *FURTHER) if part.name not in names])
+    if session.file.exists():
+        say(f"\n{(session.output / 'summary.md').read_text(encoding='utf-8')}")
     states = [results["parts"].get(part.name, {}).get("state") for part in parts]
     return 130 if INTERRUPTED in states else int(any(state != DONE for state in states))
 

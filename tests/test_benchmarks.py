@@ -288,7 +288,8 @@ def test_session_of_parts(tmp_path: Path, session_parts: Any, capsys: pytest.Cap
     assert "good: done already" in capsys.readouterr().out
     assert results["parts"]["slow"]["state"] == "done"
     assert results["parts"]["slow"]["limit"] <= 16
-    results = session_parts.run_session(replace(session, limit=1), parts)
+    results = session_parts.run_session(replace(session, limit=1), parts[1:], parts[:1])
+    assert "| slow | done |" in (session.output / "summary.md").read_text()
     assert results["parts"]["late"]["state"] in ("done", "not begun")
     assert results["parts"]["bad"]["state"] == "not begun"
 

@@ -102,12 +102,13 @@ class Session:
             return None
 
 
-def run_session(session: Session, parts: Sequence[Part]) -> dict[str, Any]:
+def run_session(session: Session, parts: Sequence[Part], others: Sequence[Part] = ()) -> dict[str, Any]:
     """Runs all parts that are not done, one after another, and keeps what is known after each of them.
 
     Args:
         session: where and how.
         parts: the most valuable one first.
+        others: parts that are not run, whose results of earlier tries the summary tells too.
     """
     results = read_results(session) or {"rehearsal": session.rehearsal, "seconds": 0.0, "parts": {}}
     began = time.monotonic()
@@ -129,7 +130,7 @@ def run_session(session: Session, parts: Sequence[Part]) -> dict[str, Any]:
             found = run_part(session, part, min(most, left), began)
         results["parts"][part.name] = found
         results["seconds"] = before + time.monotonic() - began
-        keep(session, parts, results)
+        keep(session, [*parts, *(each for each in others if each.name in results["parts"])], results)
         if found["state"] == INTERRUPTED:
             break
     return results
