@@ -17,6 +17,7 @@ from lib.prompts import Prompt, read_prompts
 from tqdm import tqdm
 
 from lin_jax.attention import max_draft_depth
+from lin_jax.data.sources.remote import MODEL, fetch_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.data.tokenizers.token_bytes import token_bytes
 from lin_jax.decoding import DraftTree, Generator, Sampling, TextMemory, chain
@@ -35,6 +36,8 @@ from lin_jax.session import Session
 SEED = 11
 PIECE = 64
 HEADS = 4
+# Where the data folder does not hold it.
+STORIES260K = "hub:karpathy/tinyllamas/stories260K"
 DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram", "suffix", "path/suffix")
 TREES: dict[str, AnyTree] = {
     "chain": chain(4),
@@ -148,9 +151,12 @@ def load(options: argparse.Namespace) -> Session:
         place = options.data / "checkpoints" / "stories260K"
         attention = attention_of(options.attention, group_size=16, kernel_size=7)
         types = {"dtype": options.dtype, "param_dtype": options.dtype}
-        model = from_pretrained(place / "stories260K.bin", attention=attention, **types)
+        model, tokens = (place / name for name in ("stories260K.bin", "tok512.bin"))
+        if not place.is_dir():
+            model, tokens = f"{STORIES260K}/{model.name}", fetch_file(f"{STORIES260K}/{tokens.name}", MODEL)
+        model = from_pretrained(model, attention=attention, **types)
         stir(model)
-        tokenizer = read_sentencepiece(place / "tok512.bin", model.config.vocab_size)
+        tokenizer = read_sentencepiece(tokens, model.config.vocab_size)
         session = Session(DraftParts(model), tokenizer, ())
     count = model.layers.count
     parts = DraftParts(
