@@ -88,11 +88,14 @@ class Subject:
 
 @dataclass
 class Way:
-    """One way to decode one cell: a generator, where it goes on from, what it wrote, and its seconds round by round."""
+    """One way to decode one cell: a generator, where it goes on from, what it wrote, and its seconds round by round.
+
+    Without a prefix the tails are whole prompts.
+    """
 
     generator: Generator
     drafter: str
-    prefix: Prefix
+    prefix: Prefix | None
     tails: list[list[int]]
     tokens: int
     last: Generation | None = None

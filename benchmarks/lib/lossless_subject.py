@@ -186,15 +186,32 @@ def stir(model: CausalModel) -> None:
             parameter[...] = parameter[...] + drawn
 
 
-def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 256, steps: int = 60) -> DraftParts:
-    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand."""
+def fitted(
+    parts: DraftParts,
+    texts: Sequence[Sequence[int]],
+    *,
+    places: int = 256,
+    steps: int = 60,
+    learning_rate: float = 1e-2,
+    medusa: bool = True,
+) -> DraftParts:
+    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand.
+
+    Args:
+        parts: the model, and the heads that there are.
+        texts: token ids.
+        places: how many places of the texts are learned from, all of them in every step.
+        steps: of Adam.
+        learning_rate: of Adam.
+        medusa: whether Medusa heads are wanted beside the path head.
+    """
     model, width = parts.target, max(map(len, texts))
     tokens = np.array([[*text, *[0] * (width - len(text))] for text in texts])
     every = [(row, index) for row, text in enumerate(texts) for index in range(len(text) - HEADS - 1)]
     rows, index = np.random.default_rng(SEED).permutation(every)[:places].T
     hidden = jax.jit(lambda model: model.hidden(jnp.asarray(tokens))[rows, index])(model)
     ahead = jnp.asarray(tokens[rows[:, None], index[:, None] + np.arange(1, HEADS + 2)])
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(learning_rate)
 
     def trained(heads: Any) -> Any:
         graph, state = nnx.split(heads)
@@ -212,7 +229,7 @@ def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 2
 
     return replace(
         parts,
-        medusa=parts.medusa or trained(MedusaHeads.on(model, HEADS)),
+        medusa=parts.medusa or (trained(MedusaHeads.on(model, HEADS)) if medusa else None),
         path=parts.path or trained(PathHead.on(model, max(model.config.hidden_size // 2, 1), nnx.Rngs(SEED))),
     )
 
