@@ -209,6 +209,7 @@ def test_a_stopped_run_continues_exactly(make, tmp_path, monkeypatch):
         assert (run.config.model.attention.name, run.config.model.num_labels) == ("softmax", 2 if same else 1)
 
 
+@pytest.mark.thorough
 def test_a_classifier_on_a_language_model(tiny_run, make, tmp_path):
     model = replace(FAMILIES["gpt2"][1], tie_embeddings=False)
     train(replace(tiny_run(tmp_path / "text", steps=1), family="gpt2", model=model))
