@@ -32,6 +32,19 @@ def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> 
 
 
 @pytest.mark.thorough
+def test_train_cpu(tmp_path: Path) -> None:
+    """Steps and their parts are timed, on rows of several documents."""
+    file = tmp_path / "step.json"
+    sizes = ("--hidden-size", "16", "--intermediate-size", "32", "--vocab-size", "64", "--num-layers", "1")
+    sizes += ("--num-heads", "2", "--rows", "2", "--length", "64", "--turns", "1", "--attention", "augmented")
+    done = run_benchmark("train_cpu", *sizes, "--documents", "--without-peer", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["steps"]["augmented"]["tokens_per_second"] > 0
+    assert {"forward", "forward and backward", "optimiser"} < set(found["parts"]["augmented"])
+
+
+@pytest.mark.thorough
 def test_few_rows(tmp_path: Path) -> None:
     """Every form has a time for every number of rows that it is for."""
     file = tmp_path / "rows.json"
