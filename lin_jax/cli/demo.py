@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.demo.context import measure_context
 from lin_jax.demo.decoding import measure_decoding
 from lin_jax.demo.figures import build_report
@@ -16,7 +17,6 @@ from lin_jax.demo.progress import say
 from lin_jax.demo.quality import measure_quality
 from lin_jax.demo.report import write_report
 from lin_jax.demo.runs import BEST, STUDENTS, DemoRuns, described_text, find_model, run_all
-from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.devices import devices_shown
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.files import write_durably
@@ -84,9 +84,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="tokens of the texts after which a token is timed",
     )
     options = parser.parse_args(argv)
-    for name in ("prompts", "new_tokens", "rounds"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least 1")
+    for name, least in (("prompts", 1), ("new_tokens", 2), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least {least}")
     return options
 
 
@@ -175,7 +175,9 @@ def _finish(options: argparse.Namespace, runs: DemoRuns, ledger: Ledger, cpu: st
     write_durably(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_report(runs.folder / "report.html", report, runs.source.tokenizer(runs.tokenizer))
     say(f"\n{report['headline']}.\n")
-    say(f"open {runs.folder / 'report.html'}; or try: .venv/bin/python decode.py {runs.student_folder(BEST)} 'def main('")
+    say(
+        f"open {runs.folder / 'report.html'}; or try: .venv/bin/python decode.py {runs.student_folder(BEST)} 'def main('"
+    )
 
 
 def _described(runs: DemoRuns) -> str:

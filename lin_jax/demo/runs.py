@@ -24,7 +24,8 @@ from lin_jax.training.stages.config import Pipeline, parse_command
 # The students: a plain linear attention, the paper's, and the one that is closest to softmax at a constant state.
 BARE, AUGMENTED, BEST = "exponential", "augmented", "exponential+window"
 STUDENTS = (BARE, AUGMENTED, BEST)
-TEACHER_FOLDER, HEAD_FOLDER = "teacher", "heads"
+# A path head lies where sessions look for it, and exports, which have no form for it, do not.
+TEACHER_FOLDER, HEAD_FOLDER = "teacher", "path"
 # What separates stories and web pages in files of text.
 SEPARATOR = "<|endoftext|>"
 # Bytes of a text that are looked at for it.
