@@ -12,7 +12,7 @@ from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.demo.context import measure_context
 from lin_jax.demo.decoding import measure_decoding
 from lin_jax.demo.figures import build_report
-from lin_jax.demo.ledger import Ledger, TrainingStopped
+from lin_jax.demo.ledger import Ledger, TrainingStoppedError
 from lin_jax.demo.progress import say
 from lin_jax.demo.quality import measure_quality
 from lin_jax.demo.report import write_report
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 result = work()
             ledger.finish(name, result)
             say(f"    {ledger.seconds[name]:.0f} s")
-    except TrainingStopped as stop:
+    except TrainingStoppedError as stop:
         say("stopped; the same command goes on from here")
         return stop.status
     except KeyboardInterrupt:
@@ -175,9 +175,8 @@ def _finish(options: argparse.Namespace, runs: DemoRuns, ledger: Ledger, cpu: st
     write_durably(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
     write_report(runs.folder / "report.html", report, runs.source.tokenizer(runs.tokenizer))
     say(f"\n{report['headline']}.\n")
-    say(
-        f"open {runs.folder / 'report.html'}; or try: .venv/bin/python decode.py {runs.student_folder(BEST)} 'def main('"
-    )
+    say(f"open {runs.folder / 'report.html'}")
+    say(f"or try: .venv/bin/python decode.py {runs.student_folder(BEST)} 'def main('")
 
 
 def _described(runs: DemoRuns) -> str:

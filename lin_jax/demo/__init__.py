@@ -1,1 +1,1 @@
-"""The demo: a softmax model becomes linear, and decodes with and without drafts; what that cost and brought is shown."""
+"""The demo: a softmax model becomes linear, and decodes with and without drafts; a report shows what that brought."""

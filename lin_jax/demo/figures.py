@@ -105,12 +105,11 @@ def _drafts(report: Mapping[str, Any]) -> Finding:
 
 
 def _augmentation(bare: float, augmented: float) -> Finding:
-    figures = f"{augmented:.3f} times the teacher's perplexity, {BARE} {bare:.3f}"
+    figures = f"{augmented:.3f} times its perplexity, {BARE} {bare:.3f}"
     if augmented < bare - SAME_QUALITY:
-        return Finding(f"the augmentation brings the plain linear attention nearer to the teacher: {figures}", won=True)
-    return Finding(
-        f"the augmented attention is not nearer to the teacher than a plain linear one: {figures}", won=False
-    )
+        return Finding(f"the augmented attention is nearer to the teacher than a plain linear one: {figures}", won=True)
+    text = f"the augmented attention is no nearer to the teacher than a plain linear one: {figures}"
+    return Finding(text, won=False)
 
 
 def _memory(ratio: float, name: str, alone: float) -> Finding:

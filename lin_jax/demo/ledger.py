@@ -1,4 +1,4 @@
-"""Results of the demo's parts, on disk as soon as a part is finished, so that an interrupted demo goes on from there."""
+"""Results of the demo's parts, on disk as soon as a part is finished: an interrupted demo goes on from there."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from lin_jax.files import write_durably
 LEDGER_FILE = "parts.json"
 
 
-class TrainingStopped(Exception):
+class TrainingStoppedError(Exception):
     """A signal has ended a training run, which is saved.
 
     Attributes:

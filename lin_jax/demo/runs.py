@@ -8,7 +8,7 @@ from typing import Any
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import DataConfig, read_documents
-from lin_jax.demo.ledger import TrainingStopped
+from lin_jax.demo.ledger import TrainingStoppedError
 from lin_jax.errors import UserError
 from lin_jax.hub.config_json import attentions_of, is_softmax
 from lin_jax.hub.llama2c import read_header
@@ -169,7 +169,7 @@ def run_all(runs: Sequence[RunConfig]) -> None:
     """Trains runs one after the other; those that are finished are left alone, and one that was begun goes on.
 
     Raises:
-        TrainingStopped: a signal has ended one.
+        TrainingStoppedError: a signal has ended one.
     """
     for run in runs:
         folder = Path(run.output)
@@ -178,7 +178,7 @@ def run_all(runs: Sequence[RunConfig]) -> None:
             continue
         outcome = train(run, resume=bool(steps))
         if outcome.status:
-            raise TrainingStopped(outcome.status)
+            raise TrainingStoppedError(outcome.status)
 
 
 def find_model(place: str, tokenizer: str | None) -> GivenModel:

@@ -207,7 +207,7 @@ def test_models_are_found(tmp_path, model_folder):
     assert find_model(str(model_folder), None).place == str(model_folder)
     assert find_model("owner/name", None).place == "hub:owner/name"
     write_file(tmp_path / "model.bin", HEADER)
-    with pytest.raises(UserError, match="holds no file that may be the tokenizer of model.bin"):
+    with pytest.raises(UserError, match=r"holds no file that may be the tokenizer of model\.bin"):
         find_model(str(tmp_path), None)
     (tmp_path / "tok32.bin").write_bytes(b"a tokenizer")
     found = find_model(str(tmp_path), None)
@@ -217,7 +217,7 @@ def test_models_are_found(tmp_path, model_folder):
         find_model(str(tmp_path), None)
     assert find_model(str(tmp_path), "mine").tokenizer == "mine"
     write_file(tmp_path / "second.bin", HEADER)
-    with pytest.raises(UserError, match=r"holds 2 models, model.bin first; name the file"):
+    with pytest.raises(UserError, match=r"holds 2 models, model\.bin first; name the file"):
         find_model(str(tmp_path), None)
 
 

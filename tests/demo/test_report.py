@@ -214,7 +214,7 @@ def test_a_headline_of_what_was_won(tmp_path, tokenizer):
         ({"drafts": 0.8}, "the same text, slower on this machine (0.80 times as fast)"),
         ({"drafts": 1.01}, "the same text, no faster on this machine"),
         ({"ratios": (1.3, 1.2, 1.25, 1.3)}, f"{BEST} loses 25.0% of perplexity"),
-        ({"ratios": (1.2, 1.3, 1.02, 1.1)}, "Not won: the augmented attention is not nearer to the teacher"),
+        ({"ratios": (1.2, 1.3, 1.02, 1.1)}, "Not won: the augmented attention is no nearer to the teacher"),
         ({"ratios": (1.3, 1.2, 1.02, 1.01)}, "Not won: the trained memory is no better than the window alone"),
         ({"softmax": 300.0}, "Not won: the linear model decodes short texts no faster than its softmax teacher"),
         ({"long": 0.5}, "Not won: after 16,384 tokens the linear model is no faster"),
