@@ -72,7 +72,8 @@ class Ledger:
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; give --fresh to begin anew, or another --output") from None
         now = json.loads(json.dumps(dict(settings)))
-        for name in sorted({*before, *now}):
+        # Those that say most come first.
+        for name in dict.fromkeys((*now, *before)):
             if before.get(name) != now.get(name):
                 raise UserError(
                     f"{folder} was begun with another {name}: {_short(before.get(name))}, now "

@@ -84,7 +84,6 @@ def write_report(path: Path, report: Mapping[str, Any], tokenizer: Tokenizer) ->
         best_name=BEST,
         plain=report["best_drafter"] == PLAIN,
         main_line="; ".join(each["text"] for each in report["findings"][:2]),
-        lost=[each["text"] for each in report["findings"][2:] if not each["won"]],
         cards=_cards(report),
         charts=_charts(report),
         shares=_shares(report["seconds"]),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from html import unescape
 
 import pytest
 import yaml
@@ -126,7 +127,7 @@ def test_samples_are_the_texts_of_the_prompts(report, folder):
     assert all(len(each["origins"]) == 16 for each in report["samples"])
     page = (folder / "report.html").read_text()
     assert page.count("<article") == 2
-    assert report["findings"][0]["text"][1:] in page
+    assert report["findings"][0]["text"][1:] in unescape(page)
 
 
 def test_nothing_was_trained_on_held_out_text(folder):

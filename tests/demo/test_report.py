@@ -239,7 +239,7 @@ def test_nothing_drafted_is_no_speedup(tmp_path, tokenizer):
 
 
 def test_a_changed_text_is_said(tmp_path, tokenizer):
-    page = page_of(tmp_path, tokenizer, equal=2)
+    page = page_of(tmp_path, tokenizer, equal=2, long=0.5)
     assert report_of(tokenizer, equal=2)["lossless"] is False
     assert "Same text: no" in page
     assert "drafts changed the text.</h1>" in page
