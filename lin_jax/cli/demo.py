@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def _parts(options: argparse.Namespace, runs: DemoRuns) -> Iterator[Part]:
 
     def trained(configs: Callable[[], Sequence[Any]]) -> Callable[[], dict[str, Any]]:
         def work() -> dict[str, Any]:
+            # Configurations read what the parts before have left.
             run_all(configs())
             return {}
 
@@ -131,7 +133,7 @@ def _parts(options: argparse.Namespace, runs: DemoRuns) -> Iterator[Part]:
     if runs.given is None:
         yield "teacher", "training the softmax teacher", trained(lambda: [runs.teacher])
     for name in STUDENTS:
-        yield name, f"linearizing it: {name}", trained(lambda name=name: runs.student_runs(name))
+        yield name, f"linearizing it: {name}", trained(partial(runs.student_runs, name))
     yield "quality", "perplexity of all of them on held-out text", lambda: measure_quality(runs)
     yield "head", f"training a draft head on {BEST}", trained(lambda: [runs.head_run()])
     yield "decoding", "decoding with softmax, plainly, and with drafts, in turn", lambda: _decode(options, runs)

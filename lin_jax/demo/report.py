@@ -15,7 +15,7 @@ from lin_jax.data import StreamDecoder, Tokenizer
 from lin_jax.decoding import TokenOrigin
 from lin_jax.decoding.autotune.plan import PLAIN
 from lin_jax.demo import charts
-from lin_jax.demo.runs import BEST
+from lin_jax.demo.runs import BARE, BEST
 from lin_jax.files import write_durably
 
 SHOWN_PROMPTS = 4
@@ -82,6 +82,7 @@ def write_report(path: Path, report: Mapping[str, Any], tokenizer: Tokenizer) ->
     page = environment.get_template("report.html.j2").render(
         report=report,
         best_name=BEST,
+        bare_name=BARE,
         plain=report["best_drafter"] == PLAIN,
         main_line="; ".join(each["text"] for each in report["findings"][:2]),
         cards=_cards(report),

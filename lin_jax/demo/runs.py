@@ -22,7 +22,7 @@ from lin_jax.training.run import train
 from lin_jax.training.stages.config import Pipeline, parse_command
 
 # The students: a plain linear attention, the paper's, and the one that is closest to softmax at a constant state.
-BARE, AUGMENTED, BEST = "exponential", "augmented", "exponential+window"
+BARE, AUGMENTED, BEST = "hedgehog", "augmented", "exponential+window"
 STUDENTS = (BARE, AUGMENTED, BEST)
 # A path head lies where sessions look for it, and exports, which have no form for it, do not.
 TEACHER_FOLDER, HEAD_FOLDER = "teacher", "path"
@@ -93,7 +93,7 @@ class DemoRuns:
 
     @property
     def teacher_place(self) -> str:
-        """Where the teacher is, or will be."""
+        """Place of the teacher, trained or to be trained."""
         return self.teacher.output if self.given is None else self.given.place
 
     @property
@@ -128,10 +128,15 @@ class DemoRuns:
         return self.folder / name
 
     def attention_of(self, name: str) -> AttentionConfig:
-        """A student's attention: its sizes are those of the students' file."""
-        sizes: AttentionConfig = self.students[-1].model.attention
-        window = sizes.window if "window" in name.split("+")[1:] else None
-        return replace(sizes, name=name, window=window)
+        """A student's attention: its sizes are those of the students' file.
+
+        Without a window the state has room for the usual number of features.
+        """
+        model: Any = self.students[-1].model
+        sizes: AttentionConfig = model.attention
+        if "window" in name.split("+")[1:]:
+            return replace(sizes, name=name)
+        return replace(sizes, name=name, window=None, features=None)
 
     def student_runs(self, name: str) -> list[RunConfig]:
         """The runs of one student, each from where the one before ended."""

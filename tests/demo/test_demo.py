@@ -11,7 +11,7 @@ from support.llama2c_files import HEADER, write_file
 
 from lin_jax.cli.demo import main
 from lin_jax.demo.decoding import measure_decoding
-from lin_jax.demo.runs import BEST, SEPARATOR, STUDENTS, described_text, find_model
+from lin_jax.demo.runs import BARE, BEST, SEPARATOR, STUDENTS, described_text, find_model
 from lin_jax.errors import UserError
 from lin_jax.hub import save_pretrained
 from lin_jax.training.checkpoint.files import saved_steps
@@ -187,12 +187,12 @@ def test_a_given_model_is_the_teacher(model_folder, words, tmp_path, monkeypatch
     given = [*words, "--model", str(model_folder), "--data", str(text), "--output", str(output)]
     with stopping_after(1, monkeypatch):
         assert main(given) == 143
-    assert "1/7 linearizing it: exponential" in capsys.readouterr().err
-    run = load_run_config(output / "exponential")
+    assert f"1/7 linearizing it: {BARE}" in capsys.readouterr().err
+    run = load_run_config(output / BARE)
     assert (run.init_from, run.teacher) == (str(model_folder), str(model_folder))
-    assert (run.model.attention.name, run.model.attention.window, run.model.hidden_size) == ("exponential", None, 16)
+    assert (run.model.attention.name, run.model.attention.window, run.model.hidden_size) == (BARE, None, 16)
     assert (run.data.source, run.data.document_separator) == (str(text), SEPARATOR)
-    assert saved_steps(output / "exponential") == [1]
+    assert saved_steps(output / BARE) == [1]
     assert not (output / "teacher").exists()
 
 
