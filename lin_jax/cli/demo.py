@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,12 @@ def _runs(options: argparse.Namespace, folder: Path) -> DemoRuns:
 
 
 def _settings(options: argparse.Namespace, runs: DemoRuns, cpu: str) -> dict[str, Any]:
-    """What results depend on, by the names of options."""
+    """Everything that results depend on, by the names of options; a folder may be moved."""
     return {
         "--model": options.model,
         "--tokenizer": options.tokenizer,
         "--data": options.data,
-        "--config": plain(runs.teacher),
+        "--config": plain(replace(runs.teacher, output="")),
         "--students-config": [plain(each) for each in runs.students],
         "--heads-config": plain(runs.heads),
         "--prompts": options.prompts,
