@@ -19,7 +19,7 @@ from lin_jax.demo.progress import say
 from lin_jax.demo.quality import measure_quality
 from lin_jax.demo.report import write_report
 from lin_jax.demo.runs import BEST, STUDENTS, DemoRuns, described_text, find_model, run_all
-from lin_jax.devices import devices_shown
+from lin_jax.devices import devices_shown, keep_freed_memory
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.files import write_durably
 from lin_jax.session import Session
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    keep_freed_memory()
     cpu = devices_shown()
     say(f"on {cpu}")
     folder = Path(options.output)
