@@ -143,7 +143,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["correct"] is True
-    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed"}
+    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed", "windowed"}
     for way in ("xla", "softmax"):
         assert all(each["implementations"][way]["forward"]["milliseconds"] > 0 for each in report["results"])
     assert "flash-linear-attention is left out" in done.stderr

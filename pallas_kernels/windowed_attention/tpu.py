@@ -59,17 +59,19 @@ def forward(
         out_specs=(
             call.rows(call.query_heads * size),
             call.block_memory if differentiated else None,
-            call.memory,
+            call.memory if call.placed else None,
         ),
         out=(
             _struct((batch, length, heads * size), problem.values.dtype),
             call.block_memory_structs if differentiated else None,
-            call.memory_structs,
+            call.memory_structs if call.placed else None,
         ),
         scratch=(call.memory_scratch,),
         interpret=interpret,
         name="windowed_attention",
     )
+    if after is None:
+        after = jax.tree.map(lambda each: jnp.zeros(each.shape), call.memory_structs)
     return WindowedResult(outputs.reshape(batch, length, heads, size), before, _memory(after))
 
 
@@ -93,8 +95,12 @@ def backward(
     )
     (found,) = call(
         gradient_kernel,
-        (flatten_heads(outputs), before, _feature_memory(after)),
-        in_specs=(call.rows(call.query_heads * heads.value_size), call.block_memory, call.memory),
+        (flatten_heads(outputs), before, _feature_memory(after) if call.placed else None),
+        in_specs=(
+            call.rows(call.query_heads * heads.value_size),
+            call.block_memory,
+            call.memory if call.placed else None,
+        ),
         out_specs=(_gradient_specs(call),),
         out=(_gradient_structs(problem, call),),
         scratch=(scratch,),
@@ -127,14 +133,14 @@ def backward(
 
 def _gradient_specs(call: "_Call") -> WindowedGradientOutputs:
     """Block specs of the gradients."""
-    specs, like = call.specs(), call.arrays
+    specs = call.specs()
     return WindowedGradientOutputs(
         queries=specs.queries,
         own=specs.own,
         first=specs.first,
         maps=specs.maps,
         balance=call.of_heads(call.query_heads, SUBLANES, LANES),
-        memory=call.memory if like.memory is None else specs.memory,
+        memory=specs.memory,
     )
 
 
@@ -143,7 +149,9 @@ def _gradient_structs(problem: WindowedProblem, call: "_Call") -> WindowedGradie
     arrays = call.arrays
     queries, own, first, maps = jax.tree.map(_like, (arrays.queries, arrays.own, arrays.first, arrays.maps))
     balance = _struct((problem.queries.shape[2], SUBLANES, LANES))
-    return WindowedGradientOutputs(queries, own, first, maps, balance, call.memory_structs)
+    return WindowedGradientOutputs(
+        queries, own, first, maps, balance, None if arrays.memory is None else call.memory_structs
+    )
 
 
 class _Call(NamedTuple):
@@ -189,6 +197,11 @@ class _Call(NamedTuple):
             WindowedScalars(problem.balance.astype(jnp.float32), carried, finished),
             arrays,
         )
+
+    @property
+    def placed(self) -> bool:
+        """True where rows have segment ids; otherwise the memory after them has no meaning."""
+        return self.arrays.segments is not None
 
     @property
     def query_heads(self) -> int:
@@ -257,7 +270,6 @@ class _Call(NamedTuple):
         plan, arrays, heads = self.plan, self.arrays, self.heads
         ratio = plan.block // plan.before
         sizes = heads.key_size, self.features
-        placed = arrays.segments is not None
         return WindowedInputs(
             queries=self.rows(self.query_heads * heads.key_size),
             own=self.tokens(plan.block, self.order),
@@ -271,9 +283,9 @@ class _Call(NamedTuple):
                 None if arrays.maps.key_bias is None else self.of_heads(heads.together, 1, self.features),
             ),
             memory=None if arrays.memory is None else self.memory,
-            segments=_spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))) if placed else None,
+            segments=_spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))) if self.placed else None,
             previous_segments=_spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio))
-            if placed
+            if self.placed
             else None,
         )
 

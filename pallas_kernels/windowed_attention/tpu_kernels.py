@@ -160,13 +160,13 @@ def forward_kernel(
     inputs: WindowedInputs,
     outputs: Ref,
     before: FeatureMemory | None,
-    after: FeatureMemory,
+    after: FeatureMemory | None,
     memory: FeatureMemory,
     *,
     plan: WindowedPlan,
     heads: ProgramHeads,
 ) -> None:
-    """Outputs `[C, k R E]` of a block, and the memory after the row.
+    """Outputs `[C, k R E]` of a block, and the memory after the row, where it has a meaning.
 
     To be differentiated also the memory before every block; else `before` is None.
     """
@@ -196,9 +196,11 @@ def forward_kernel(
             features, window.values, held, normaliser, window.ages, masks
         )
 
-    @pl.when(block == plan.blocks - 1)
-    def _() -> None:
-        after.values[...], after.keys[...] = memory.values[...], memory.keys[...]
+    if after is not None:
+
+        @pl.when(block == plan.blocks - 1)
+        def _() -> None:
+            after.values[...], after.keys[...] = memory.values[...], memory.keys[...]
 
 
 class WindowedGradientOutputs(NamedTuple):
@@ -210,7 +212,7 @@ class WindowedGradientOutputs(NamedTuple):
         first: of the tokens before the row, None without a state.
         maps: float32, summed over blocks and rows.
         balance: `[k R, 8, 128]` float32, likewise, the same number everywhere.
-        memory: of the memory before the row.
+        memory: of the memory before the row, None if there was nothing.
     """
 
     queries: Ref
@@ -218,7 +220,7 @@ class WindowedGradientOutputs(NamedTuple):
     first: TokenRows | None
     maps: MapRefs
     balance: Ref
-    memory: FeatureMemory
+    memory: FeatureMemory | None
 
 
 class CarriedGradients(NamedTuple):
@@ -242,7 +244,7 @@ def gradient_kernel(
     inputs: WindowedInputs,
     cotangents: Ref,
     before: FeatureMemory,
-    after: FeatureMemory,
+    after: FeatureMemory | None,
     gradients: WindowedGradientOutputs,
     carried: CarriedGradients,
     *,
@@ -251,13 +253,14 @@ def gradient_kernel(
 ) -> None:
     """All gradients, from the last block to the first.
 
-    `before` is the memory before the block, `after` the gradient of the memory after the row.
+    `before` is the memory before the block, `after` the gradient of the memory after the row, None for zero.
     """
     block = plan.blocks - 1 - pl.program_id(2)
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
-        carried.memory.values[...], carried.memory.keys[...] = after.values[...], after.keys[...]
+        for number, part in enumerate(carried.memory):
+            part[...] = jnp.zeros_like(part) if after is None else after[number][...]
         for part in carried[1:]:
             if part is not None:
                 part[...] = jnp.zeros_like(part)
@@ -272,11 +275,12 @@ def gradient_kernel(
     for head in range(heads.together):
         _head_gradients(scalars, inputs, cotangents, before, gradients, carried, head, block, masks, plan, heads)
 
-    @pl.when(block == 0)
-    def _() -> None:
-        for number, part in enumerate(gradients.memory):
-            part[...] = carried.memory[number][...]
-        if gradients.first is not None:
+    if gradients.memory is not None and gradients.first is not None:
+
+        @pl.when(block == 0)
+        def _() -> None:
+            for number, part in enumerate(gradients.memory):
+                part[...] = carried.memory[number][...]
             _write_first(gradients.first, carried, heads)
 
 

@@ -56,12 +56,13 @@ class Case:
             rng.normal(size=(kv_heads, size, key_size)) / 2,
             *(biases if features == "exponential" else (None, None)),
         )
-        self.balance = rng.normal(size=heads)
+        # Near and far weigh about the same, so that no gradient is what is left of much larger numbers.
+        self.balance = rng.normal(size=heads) + (3 if features == "hedgehog" else 0)
         self.log_decays = None
         if decay == "constant":
-            self.log_decays = np.broadcast_to(-rng.uniform(0.002, 0.1, kv_heads), (batch, length, kv_heads))
+            self.log_decays = np.broadcast_to(-rng.uniform(0.002, 0.02, kv_heads), (batch, length, kv_heads))
         elif decay == "token":
-            self.log_decays = -rng.uniform(0.0, 0.2, (batch, length, kv_heads))
+            self.log_decays = -rng.uniform(0.0, 0.04, (batch, length, kv_heads))
         self.cotangents = rng.normal(size=(batch, length, heads, value_size))
         self.segment_ids = np.ones((batch, length), int)
         if packed:
