@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.problem import PackedRows
+from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
 from pallas_kernels.linear_attention.problem import Memory
 from pallas_kernels.over_devices import over_devices
-from pallas_kernels.windowed_attention import tpu
+from pallas_kernels.windowed_attention import gpu, tpu
 from pallas_kernels.windowed_attention.problem import (
     FEATURES,
     AttentionWindowPlan,
@@ -67,8 +68,9 @@ def windowed_attention(
         log_decays: `[B, T, K]` logarithms of each token's decay `a`, not positive; None for no decay.
         packed: segment ids and positions of rows with several documents or padding; None for whole rows from 0 on.
         prior: context before the rows; it needs `packed`.
-        implementation: `tpu` or `tpu_interpreted` (anywhere, slow, for tests), several in order of preference, or None
-            for what suits the platform. There is none in plain XLA here: models compute that by themselves.
+        implementation: `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several in
+            order of preference, or None for what suits the platform. Plain XLA is not among them: models compute this
+            by themselves there.
 
     Returns:
         outputs `[B, T, H, E]` in the type of the values, and the memory, float32, of the last document's tokens before
@@ -167,7 +169,7 @@ DIMENSIONS = WindowedProblem._make(
     ]
 )
 # Modules with `plan_for`, `forward` and `backward`.
-PROGRAMS: dict[str, Any] = {"tpu": tpu}
+PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
 IMPLEMENTATIONS: dict[str, Any] = {
     f"{platform}_interpreted" if interpret else platform: partial(_programs, platform=platform, interpret=interpret)
     for platform in PROGRAMS
@@ -184,7 +186,10 @@ def _obstacle(name: str, queries: Array, keys: Array, values: Array) -> str | No
     kinds = {str(each.dtype) for each in (queries, keys, values)}
     if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    return None
+    if not name.startswith("gpu"):
+        return None
+    sizes = keys.shape[3], values.shape[3]
+    return obstacle("windowed_attention.outputs", *sizes, keys.dtype, interpret=name == "gpu_interpreted")
 
 
 def _check(
