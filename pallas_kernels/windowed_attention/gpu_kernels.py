@@ -386,14 +386,14 @@ def query_gradients_kernel(
         chosen = part * PART_M + tl.arange(0, PART_M)
         index = (batch * blocks + block) * KV_HEADS + kv_head
         held = tl.load(normalisers + index * M + chosen, mask=chosen < M, other=0.0)
-        found = memory_product(cotangent, tl.trans(load_memory(memories, index, chosen, outer, M, E)))
-        found -= mean[:, None] * held[None, :]
+        moved = memory_product(cotangent, tl.trans(load_memory(memories, index, chosen, outer, M, E)))
+        moved -= mean[:, None] * held[None, :]
         reads = segment > 0
         if PLACED:
             reads = reads & (segment == tl.load(carried + batch * (blocks + 1) + block))
         if DECAYED:
-            found *= tl.exp(load_clock(clock, lane, asked, block, length, BLOCK, BEFORE))[:, None]
-        found = tl.where(reads[:, None], found, 0.0)
+            moved *= tl.exp(load_clock(clock, lane, asked, block, length, BLOCK, BEFORE))[:, None]
+        moved = tl.where(reads[:, None], moved, 0.0)
         for key_begin in range(lowest, end_far(begin + TILE - 1, GROUP, GROUPS, TOKENS, PLACED), TILE):
             rows = key_begin + tl.arange(0, TILE)
             other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
@@ -407,10 +407,10 @@ def query_gradients_kernel(
             other = load_joined(
                 features, first_features, batch, key_begin, chosen, there, length, kv_head, KV_HEADS, M, BEFORE, STARTED
             )
-            found += product(narrowed(slope, other.dtype), other)
+            moved += product(narrowed(slope, other.dtype), other)
         scale = load_numbers(scales, own_lane, asked, length) - total
-        found *= tl.exp(tl.minimum(scale, LARGEST))[:, None]
-        store_rows(feature_gradients, found, batch, begin, chosen, asked < length, length, head, HEADS, M)
+        moved *= tl.exp(tl.minimum(scale, LARGEST))[:, None]
+        store_rows(feature_gradients, moved, batch, begin, chosen, asked < length, length, head, HEADS, M)
 
 
 @triton.jit

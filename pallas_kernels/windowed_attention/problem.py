@@ -158,7 +158,9 @@ class WindowedPlan(RowBlocks):
         """Blocks of about `block` rows, with windows whose sizes are multiples of a number."""
         length = problem.queries.shape[1]
         if window.tokens is None and problem.packed is None:
-            return cls(*blocks_of_groups(length, block, window.groups * window.group, window.group, multiple), length, window)
+            return cls(
+                *blocks_of_groups(length, block, window.groups * window.group, window.group, multiple), length, window
+            )
         reach = (window.groups + 1) * window.group if window.tokens is None else window.tokens - 1
         before = rounded(max(reach, 1), multiple)
         return cls(before, rounded(min(block, length), before), length, window)

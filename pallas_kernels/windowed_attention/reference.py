@@ -59,7 +59,9 @@ def windowed_attention_reference(
     return outputs
 
 
-def _features(row: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, name: Features, scale: float) -> np.ndarray:
+def _features(
+    row: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, name: Features, scale: float
+) -> np.ndarray:
     if name == "hedgehog":
         raised = np.exp(np.concatenate([weight @ row, -weight @ row]))
         return raised / raised.sum()

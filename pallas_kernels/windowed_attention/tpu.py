@@ -237,9 +237,7 @@ class _Call(NamedTuple):
         def index(b: Any, k: Any, i: Any) -> tuple[Any, ...]:
             return b, self.order(i), k, 0, 0
 
-        return FeatureMemory(
-            *(_spec((None, None, self.heads.together, *each), index) for each in self.memory_shapes)
-        )
+        return FeatureMemory(*(_spec((None, None, self.heads.together, *each), index) for each in self.memory_shapes))
 
     def rows(self, columns: int) -> pl.BlockSpec:
         """A block's rows, of the program's heads."""
@@ -283,7 +281,9 @@ class _Call(NamedTuple):
                 None if arrays.maps.key_bias is None else self.of_heads(heads.together, 1, self.features),
             ),
             memory=None if arrays.memory is None else self.memory,
-            segments=_spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i))) if self.placed else None,
+            segments=_spec((None, SUBLANES, plan.block), lambda b, k, i: (b, 0, self.order(i)))
+            if self.placed
+            else None,
             previous_segments=_spec((None, SUBLANES, plan.before), lambda b, k, i: (b, 0, self.order(i) * ratio))
             if self.placed
             else None,

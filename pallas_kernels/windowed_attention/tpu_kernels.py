@@ -192,9 +192,7 @@ def forward_kernel(
             )
             found = block_outputs(weights, asked, window.values, held)
             outputs[:, heads.values(query_head)] = found.astype(outputs.dtype)
-        memory.values[head], memory.keys[head] = joined(
-            features, window.values, held, normaliser, window.ages, masks
-        )
+        memory.values[head], memory.keys[head] = joined(features, window.values, held, normaliser, window.ages, masks)
 
     if after is not None:
 
@@ -309,9 +307,7 @@ def _head_gradients(
         cotangent = zero_absent(cotangents[:, heads.values(query_head)], masks.queries)
         balance = _balance(scalars, query_head, heads)
         weights = block_weights(queries, window.keys, asked, features, held[1], balance, window.clock, masks, plan)
-        found = head_gradients(
-            cotangent, queries, window.keys, window.values, asked, features, *held, weights, plan
-        )
+        found = head_gradients(cotangent, queries, window.keys, window.values, asked, features, *held, weights, plan)
         feature_rows, value_rows = feature_rows + found.key_features, value_rows + found.values
         key_rows, memory, normaliser = key_rows + found.keys, memory + found.memory, normaliser + found.normaliser
         if decays is not None:
