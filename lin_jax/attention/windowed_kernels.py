@@ -28,7 +28,7 @@ def windowed_program(
     if not isinstance(features, Exponential | Hedgehog) or window.tokens == 0 or layout.present is not None:
         return None
     # What no kernel computes, plain XLA does.
-    name = windowed_implementation(*qkv, asked if asked is None else (asked, "xla"))
+    name = windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
     return None if name == "xla" else name
 
 

@@ -15,6 +15,7 @@ from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
 from pallas_kernels.linear_attention.problem import Memory
 from pallas_kernels.over_devices import over_devices
+from pallas_kernels.tiles import SIZES
 from pallas_kernels.windowed_attention import gpu, tpu
 from pallas_kernels.windowed_attention.problem import (
     FEATURES,
@@ -48,11 +49,11 @@ def windowed_attention(
 ) -> _Returned:
     """Outputs in one pass over queries, keys and values, and the memory after the rows.
 
-    `o_t = (sum_{s near t} e^{scale q_t·k_s} v_s + e^b sum_{s far} phi(q_t)·phi(k_s) d_ts v_s) / (the same sums of ones)`
+    `o_t = (sum_{s near} e^{scale q_t·k_s} v_s + e^b sum_{s far} phi(q_t)·phi(k_s) d_ts v_s) / (the same sums of ones)`
     with `d_ts = prod_{s<r<=t} a_r` (LoLCATs, Zhang et al. 2025; Based, Arora et al. 2024). Features are taken inside:
     `hedgehog` is `softmax([W x, -W x])` (Zhang et al. 2024), `exponential` is
-    `exp(scale^0.5 W x + b - scale |x|^2 / 2) / m^0.5` (Choromanski et al. 2021), keys' exponents capped at 40. It can be
-    differentiated in everything that is a float.
+    `exp(scale^0.5 W x + b - scale |x|^2 / 2) / m^0.5` (Choromanski et al. 2021), keys' exponents capped at 40. It can
+    be differentiated in everything that is a float.
 
     Args:
         queries: `[B, T, H, D]`, bfloat16 or float32.
@@ -82,7 +83,9 @@ def windowed_attention(
         ValueError: shapes do not fit each other.
     """
     _check(queries, keys, values, weights, features, tokens, packed, prior)
-    name = windowed_implementation(queries, keys, values, implementation, xla="it is not part of this operation")
+    size = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)
+    told = "it is not part of this operation"
+    name = windowed_implementation(queries, keys, values, size, implementation, xla=told)
     heads = queries.shape[2]
     balance = jnp.zeros((heads,)) if balance is None else balance.astype(jnp.float32)
     decays = None if log_decays is None else log_decays.astype(jnp.float32)
@@ -93,7 +96,13 @@ def windowed_attention(
 
 
 def windowed_implementation(
-    queries: Array, keys: Array, values: Array, asked: str | Sequence[str] | None, *, xla: str | None = None
+    queries: Array,
+    keys: Array,
+    values: Array,
+    size: int,
+    asked: str | Sequence[str] | None,
+    *,
+    xla: str | None = None,
 ) -> str:
     """The name of the implementation to run, or `xla` for the caller's own program.
 
@@ -101,13 +110,14 @@ def windowed_implementation(
         queries: as in `windowed_attention`.
         keys: likewise.
         values: likewise.
+        size: features M of a key.
         asked: an implementation, several in order of preference, or None for what suits the platform.
         xla: why there is no such program; None if there is.
 
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
-    obstacles = {name: _obstacle(name, queries, keys, values) for name in IMPLEMENTATIONS}
+    obstacles = {name: _obstacle(name, queries, keys, values, size) for name in IMPLEMENTATIONS}
     return choose_implementation("windowed_attention", asked, {"xla": xla} | obstacles)
 
 
@@ -181,13 +191,15 @@ def _no_gradient(numbers: Array) -> Any:
     return np.zeros(numbers.shape, jax.dtypes.float0)
 
 
-def _obstacle(name: str, queries: Array, keys: Array, values: Array) -> str | None:
+def _obstacle(name: str, queries: Array, keys: Array, values: Array, size: int) -> str | None:
     """The reason why an implementation cannot take a problem, None if it can."""
     kinds = {str(each.dtype) for each in (queries, keys, values)}
     if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
     if not name.startswith("gpu"):
         return None
+    if size > SIZES[-1]:
+        return f"{size} features are too many for it"
     sizes = keys.shape[3], values.shape[3]
     return obstacle("windowed_attention.outputs", *sizes, keys.dtype, interpret=name == "gpu_interpreted")
 

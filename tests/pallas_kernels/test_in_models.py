@@ -1,6 +1,7 @@
 """A model says the same whichever implementation computes its attention: training, reading, speculation."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ CONFIG = LlamaConfig(
 )
 
 
-def build(implementation: str, name: str = "augmented") -> Llama:
-    attention = replace(CONFIG.attention, name=name, implementation=implementation)
+def build(implementation: str, name: str = "augmented", **fields: Any) -> Llama:
+    attention = replace(CONFIG.attention, name=name, implementation=implementation, **fields)
     model = Llama(replace(CONFIG, attention=attention), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     for _, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -67,3 +68,49 @@ class TestImplementation:
         )
         assert found.tokens == expected.tokens
         assert found.mean_accepted_tokens > 1
+
+
+@pytest.mark.parametrize("implementation", cells(KERNELS[:1], KERNELS[1:]))
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    cells(
+        [("exponential+window+convolution", {"decay": "token", "features": 16})],
+        [("hedgehog+window", {"window": 20}), ("exponential+window", {"decay": "constant", "window_groups": 2})],
+    ),
+)
+class TestWindowAndMemory:
+    def test_training(self, implementation: str, name: str, fields: dict[str, Any]) -> None:
+        """Logits and gradients of documents side by side."""
+        rng = np.random.default_rng(1)
+        tokens = jnp.asarray(rng.integers(0, VOCABULARY, (2, 70)))
+        segment_ids = jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [49, 14, 7], axis=1))
+        found, expected = (
+            jax.jit(nnx.value_and_grad(loss))(build(each, name, **fields), tokens, segment_ids)
+            for each in (implementation, "xla")
+        )
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+        for one, other in zip(*(jax.tree.leaves(nnx.to_pure_dict(each[1])) for each in (found, expected)), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()) + 1e-8)
+
+    @pytest.mark.thorough
+    def test_speculation(self, implementation: str, name: str, fields: dict[str, Any]) -> None:
+        """Prompts are read in pieces, and what is written goes on from the state that kernels leave."""
+        prompts = [[1, 2, 3, 4] * 9, [5, 6] * 3, [7] * 17]
+        found, expected = (
+            Generator(
+                build(each, name, **fields),
+                drafter=NgramDrafter(depth=3, lookback=32),
+                tree=chain(3),
+                prefill_chunk_size=32,
+            ).generate(prompts, 12, slots=2)
+            for each in (implementation, "xla")
+        )
+        assert found.tokens == expected.tokens
+
+
+def test_what_no_kernel_computes_is_left_to_xla() -> None:
+    """The configuration's implementation is of those attentions that have kernels."""
+    tokens = jnp.asarray([[1, 2, 3]])
+    for name, fields in (("performer+window", {}), ("exponential", {"decay": "token"})):
+        outputs = [build(each, name, **fields)(tokens) for each in (KERNELS[0], "xla")]
+        np.testing.assert_array_equal(*outputs)

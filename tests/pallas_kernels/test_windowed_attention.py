@@ -274,4 +274,4 @@ def test_inputs_that_do_not_fit():
         windowed_attention(half, half, half, weights, implementation="tpu_interpreted", **options)
     with pytest.raises(UnsupportedError, match=r"'xla' \(it is not part of this operation\); choose among xla, tpu"):
         windowed_attention(rows, rows, rows, weights, implementation="xla", **options)
-    assert windowed_implementation(rows, rows, rows, "xla") == "xla"
+    assert windowed_implementation(rows, rows, rows, 8, "xla") == "xla"
