@@ -159,6 +159,11 @@ def difference(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / (scale if scale > 0 else 1)
 
 
+def several_blocks(implementation):
+    """Tokens of more than one block; Triton's interpreter takes its time for each."""
+    return 140 if implementation == "gpu_interpreted" else 300
+
+
 # Windows, decays and maps; each value of each of them is met by the cells that are tried always.
 GROUPS = {"group": 16, "groups": 1, "features": "exponential", "decay": "token"}
 SLIDING = {"tokens": 20, "features": "hedgehog", "size": 8, "decay": None}
@@ -180,7 +185,7 @@ class TestImplementation:
 
     @pytest.mark.parametrize("kind", cells([SLIDING], [GROUPS, *FURTHER]))
     def test_documents_heads_and_sizes(self, implementation, kind):
-        case = Case(300, batch=2, heads=4, kv_heads=2, key_size=32, packed=True, **kind)
+        case = Case(several_blocks(implementation), batch=2, heads=4, kv_heads=2, key_size=32, packed=True, **kind)
         outputs = np.asarray(case.run(implementation)[0])
         assert difference(outputs[case.there], case.expected()[case.there]) < TOLERANCE
 
@@ -196,7 +201,7 @@ class TestImplementation:
     @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
     @pytest.mark.parametrize("packed", cells([True], [False]))
     def test_gradients(self, implementation, kind, packed):
-        case = Case(300, heads=2, kv_heads=1, packed=packed, **kind)
+        case = Case(several_blocks(implementation), packed=packed, **kind)
         with jax.enable_x64(True):
             pull = jax.vjp(case.dense, *case.of(jnp.float64))[1]
             expected = jax.tree.map(np.asarray, pull(jnp.asarray(case.cotangents)))
