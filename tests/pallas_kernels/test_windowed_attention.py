@@ -173,22 +173,26 @@ FURTHER = (
     {"tokens": 1, "features": "exponential", "decay": "token"},
     {"tokens": 140, "features": "exponential", "decay": "constant"},
 )
+# The last of several is for `make test-all` where it adds little.
+FEWER = cells(KERNELS[:1], KERNELS[1:])
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
 class TestImplementation:
+    @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
     @pytest.mark.parametrize("length", cells([17], [1, 15, 300]))
     def test_whole_rows(self, implementation, kind, length):
         case = Case(length, **kind)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
 
+    @pytest.mark.parametrize("implementation", KERNELS)
     @pytest.mark.parametrize("kind", cells([SLIDING], [GROUPS, *FURTHER]))
     def test_documents_heads_and_sizes(self, implementation, kind):
         case = Case(several_blocks(implementation), batch=2, heads=4, kv_heads=2, key_size=32, packed=True, **kind)
         outputs = np.asarray(case.run(implementation)[0])
         assert difference(outputs[case.there], case.expected()[case.there]) < TOLERANCE
 
+    @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.thorough
     def test_what_is_not_there_is_not_read(self, implementation):
         case = Case(140, packed=True, **GROUPS)
@@ -198,6 +202,7 @@ class TestImplementation:
         outputs = np.asarray(case.run(implementation)[0])
         np.testing.assert_array_equal(outputs[case.there], expected[case.there])
 
+    @pytest.mark.parametrize("implementation", KERNELS)
     @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
     @pytest.mark.parametrize("packed", cells([True], [False]))
     def test_gradients(self, implementation, kind, packed):
@@ -212,6 +217,7 @@ class TestImplementation:
             for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
                 assert difference(mine, its) < TOLERANCE, name
 
+    @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
     def test_goes_on_from_a_start(self, implementation, kind):
         """Outputs, memory and gradients of a row in two pieces are those of the whole row."""
@@ -247,6 +253,7 @@ class TestImplementation:
         for one, other in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
             assert difference(one, np.asarray(other)) < TOLERANCE
 
+    @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.parametrize("kind", cells([], [GROUPS, SLIDING]))
     def test_half_precision(self, implementation, kind):
         """Bfloat16 in and out; sums are not rounded on the way."""

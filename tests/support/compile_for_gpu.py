@@ -167,7 +167,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], metavar="CC")
     parser.add_argument("--all", action="store_true", help="every row of the table")
-    parser.add_argument("--operations", nargs="+", choices=tuple(MODULES), help="only these operations' own kernels")
+    parser.add_argument("--operations", nargs="+", choices=(*MODULES, "gpu"), help="only their own kernels")
     options = parser.parse_args()
     for module in MODULES.values():
         gpu_launch.kernels_of(module.KERNELS, False)
