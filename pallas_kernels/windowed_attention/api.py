@@ -159,8 +159,8 @@ def _backward(
     prior = None
     if problem.prior is not None and found.prior is not None:
         like = problem.prior[:4]
-        grads = jax.tree.map(lambda grad, own: grad.astype(own.dtype), found.prior, like)
-        prior = WindowedPrior(*grads, _no_gradient(problem.prior.positions))
+        memory, keys, values, decays = jax.tree.map(lambda grad, own: grad.astype(own.dtype), found.prior, like)
+        prior = WindowedPrior(memory, keys, values, decays, _no_gradient(problem.prior.positions))
     packed = None if problem.packed is None else jax.tree.map(_no_gradient, problem.packed)
     rows = found.queries, found.keys, found.values
     return (WindowedProblem(*rows, found.weights, found.balance, found.log_decays, packed, prior),)

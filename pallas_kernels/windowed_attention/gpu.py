@@ -431,15 +431,16 @@ def _mapped_heads_gradients(
 ) -> tuple[Array, Array, Array]:
     """Gradients of rows, and of all heads' weights and biases."""
     run = partial(mapped_gradients, plan=plan, queries=queries)
-    over_heads = jax.vmap(run, in_axes=(1, 1, 0, 1), out_axes=MapGradients(1, 0, 0))
+    axes: Any = (1, 0, 0)
+    over_heads = jax.vmap(run, in_axes=(1, 1, 0, 1), out_axes=MapGradients(*axes))
     own = jax.vmap(over_heads, in_axes=(0, 0, None, 0))(rows, found, jnp.swapaxes(weight, 1, 2), upstream)
     return own.rows, jnp.swapaxes(jnp.sum(own.weight, axis=0), 1, 2), jnp.sum(own.bias, axis=0)[:, 0]
 
 
 def _tiles(problem: WindowedProblem, kernel: str) -> Tiles:
     size = problem.features if kernel == "memories" else problem.keys.shape[3]
-    options = {"placed": problem.packed is not None}
-    return tiles_for(f"windowed_attention.{kernel}", size, problem.values.shape[3], problem.keys.dtype, **options)
+    sizes = size, problem.values.shape[3]
+    return tiles_for(f"windowed_attention.{kernel}", *sizes, problem.keys.dtype, placed=problem.packed is not None)
 
 
 def _piece(problem: WindowedProblem, tiles: Tiles) -> int:

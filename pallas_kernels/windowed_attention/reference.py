@@ -1,5 +1,7 @@
 """Reference of attention over a window and a memory: plain loops over tokens, in float64."""
 
+from typing import Any
+
 import numpy as np
 
 from pallas_kernels.windowed_attention.problem import Features, FeatureWeights
@@ -59,9 +61,7 @@ def windowed_attention_reference(
     return outputs
 
 
-def _features(
-    row: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, name: Features, scale: float
-) -> np.ndarray:
+def _features(row: np.ndarray, weight: Any, bias: Any, name: Features, scale: float) -> np.ndarray:
     if name == "hedgehog":
         raised = np.exp(np.concatenate([weight @ row, -weight @ row]))
         return raised / raised.sum()

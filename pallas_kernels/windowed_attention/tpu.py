@@ -170,7 +170,7 @@ class _Call(NamedTuple):
     def of(cls, problem: WindowedProblem, plan: WindowedPlan, order: Order) -> "_Call":
         packed = packed_windows(problem, plan)
         carried, finished = (None, None) if packed is None else (packed.carried, packed.finished)
-        segments = (None, None)
+        segments: tuple[Array | None, Array | None] = (None, None)
         if packed is not None:
             segments = _sublanes(packed.rows), _sublanes(jnp.concatenate([packed.first, packed.rows], axis=2))
         prior, first = problem.prior, None

@@ -273,13 +273,14 @@ def gradient_kernel(
     for head in range(heads.together):
         _head_gradients(scalars, inputs, cotangents, before, gradients, carried, head, block, masks, plan, heads)
 
-    if gradients.memory is not None and gradients.first is not None:
+    first, memory = gradients.first, gradients.memory
+    if first is not None and memory is not None:
 
         @pl.when(block == 0)
         def _() -> None:
-            for number, part in enumerate(gradients.memory):
+            for number, part in enumerate(memory):
                 part[...] = carried.memory[number][...]
-            _write_first(gradients.first, carried, heads)
+            _write_first(first, carried, heads)
 
 
 def _head_gradients(

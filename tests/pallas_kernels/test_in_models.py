@@ -12,8 +12,13 @@ from support.backends import KERNELS
 from support.cells import cells
 
 from lin_jax.attention import AttentionConfig
+from lin_jax.attention.feature_maps import EluPlusOne, Hedgehog
+from lin_jax.attention.layout import masked_rows, whole_rows
+from lin_jax.attention.window import AttentionWindow
+from lin_jax.attention.windowed_kernels import windowed_program
 from lin_jax.decoding import Generator, NgramDrafter, chain
 from lin_jax.models import Llama, LlamaConfig
+from pallas_kernels.types import QKV
 
 VOCABULARY = 17
 CONFIG = LlamaConfig(
@@ -109,8 +114,13 @@ class TestWindowAndMemory:
 
 
 def test_what_no_kernel_computes_is_left_to_xla() -> None:
-    """The configuration's implementation is of those attentions that have kernels."""
-    tokens = jnp.asarray([[1, 2, 3]])
-    for name, fields in (("performer+window", {}), ("exponential", {"decay": "token"})):
-        outputs = [build(each, name, **fields)(tokens) for each in (KERNELS[0], "xla")]
-        np.testing.assert_array_equal(*outputs)
+    """The configuration's implementation is for those attentions that have kernels."""
+    rows, window = QKV(*jnp.zeros((3, 1, 8, 1, 16))), AttentionWindow(None, 16)
+    learnt, layout = Hedgehog(16, 1, 1), whole_rows(1, 8)
+    assert windowed_program(learnt, window, rows, layout, KERNELS[0]) == KERNELS[0]
+    assert windowed_program(learnt, window, rows, layout, "xla") is None
+    assert windowed_program(learnt, AttentionWindow(0), rows, layout, KERNELS[0]) is None
+    assert windowed_program(learnt, window, rows, masked_rows(jnp.ones((1, 8))), KERNELS[0]) is None
+    assert windowed_program(EluPlusOne(16), window, rows, layout, KERNELS[0]) is None
+    half = QKV(*(each.astype(jnp.float16) for each in rows))
+    assert windowed_program(learnt, window, half, layout, KERNELS[0]) is None

@@ -164,7 +164,7 @@ def several_blocks(implementation):
     return 140 if implementation == "gpu_interpreted" else 300
 
 
-# Windows, decays and maps; each value of each of them is met by the cells that are tried always.
+# Both kinds of windows, both maps, with decay and without; and more of each.
 GROUPS = {"group": 16, "groups": 1, "features": "exponential", "decay": "token"}
 SLIDING = {"tokens": 20, "features": "hedgehog", "size": 8, "decay": None}
 FURTHER = (
@@ -224,9 +224,10 @@ class TestImplementation:
         case, cut = Case(150, **kind), 70
         arrays = case.of(jnp.float32)
         weight = jnp.asarray(case.cotangents, jnp.float32)
-        start = case.options["tokens"] or 0
-        start = cut - start + 1 if start else (cut // case.options["group_size"] - case.options["groups"]) * 16
-        start = min(max(start, 0), cut)
+        group, tokens = case.options["group_size"], case.options["tokens"]
+        # The row's second piece begins with the window of its first query.
+        start = (cut // group - case.options["groups"]) * group if tokens is None else cut - tokens + 1
+        start = max(start, 0)
 
         def piece(arrays, begin, end, prior):
             queries, keys, values, weights, balance, log_decays = arrays
