@@ -161,7 +161,7 @@ def difference(found, expected):
 
 def several_blocks(implementation):
     """Tokens of more than one block; Triton's interpreter takes its time for each."""
-    return 140 if implementation == "gpu_interpreted" else 300
+    return 100 if implementation == "gpu_interpreted" else 300
 
 
 # Both kinds of windows, both maps, with decay and without; and more of each.
