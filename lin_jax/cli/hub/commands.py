@@ -17,6 +17,7 @@ from lin_jax.cli.hub.inspect import adapter_table, holds_adapters, table
 from lin_jax.data import Tokenizer
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
+from lin_jax.hub.conversion.convert import convert, converted_bytes
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.medusa import has_heads, load_medusa_heads
 from lin_jax.hub.peft import load_adapters, save_adapters
@@ -54,18 +55,33 @@ def import_checkpoint(
     opened = Pretrained.open(source, attention=attention, param_dtype=dtype, head=head)
     found = _find_tokenizer(opened, tokenizer)
     measured = _read_figures(figures)
-    with _bar("reading", sum(tensor.nbytes for tensor in opened.tensors.values())) as note:
-        model = opened.load(seed=seed, note=note)
-    if adapter is not None:
-        load_adapters(model, adapter)
-        merge_lora(model)
-    heads = None
-    if opened.folder.is_dir() and has_heads(opened.folder):
-        heads = load_medusa_heads(opened.folder, model)
     # A file of llama2.c names no end tokens: its texts follow each other.
     ends: tuple[int, ...] = ()
     if isinstance(found, Tokenizer) and opened.folder.is_file():
         ends = ModelSource(opened.folder).end_tokens(found)
+    if adapter is None:
+        with _bar("converting", converted_bytes(opened)) as note:
+            folder = convert(
+                opened,
+                out,
+                tokenizer=found,
+                base=Path(source).name,
+                figures=measured,
+                end_tokens=ends,
+                seed=seed,
+                max_shard_bytes=max_shard_bytes,
+                overwrite=overwrite,
+                note=note,
+            )
+        print(f"{folder} holds the model")
+        return
+    with _bar("reading", sum(tensor.nbytes for tensor in opened.tensors.values())) as note:
+        model = opened.load(seed=seed, note=note)
+    load_adapters(model, adapter)
+    merge_lora(model)
+    heads = None
+    if opened.folder.is_dir() and has_heads(opened.folder):
+        heads = load_medusa_heads(opened.folder, model)
     _save(model, out, found, heads, opened.hf_config, source, measured, max_shard_bytes, overwrite, ends)
 
 
