@@ -1,9 +1,9 @@
-"""Configurations of LLaMA and GPT-2 models whose token mixing is linear attention."""
+"""Configurations of LLaMA, GPT-2 and BERT models whose token mixing is linear attention."""
 
 from typing import Any
 
 import transformers
-from transformers import GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from .versions_lin_jax import require_version
 
@@ -46,5 +46,17 @@ class LinJaxGPT2Config(GPT2Config):
     """
 
     model_type = "lin_jax_gpt2"
+
+    attention: dict[str, Any] | list[dict[str, Any]] | None = None
+
+
+class LinJaxBertConfig(BertConfig):
+    """A BERT's options and those of its token mixer. There is no dropout.
+
+    Attributes:
+        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`.
+    """
+
+    model_type = "lin_jax_bert"
 
     attention: dict[str, Any] | list[dict[str, Any]] | None = None

@@ -21,10 +21,12 @@ class Rows:
     Attributes:
         position: `[B]` how many tokens each row has consumed before these.
         count: `[B]` how many of these are real, not padding.
+        mixers: where each layer leaves a function of rows and its state that mixes these tokens again; None is nowhere.
     """
 
     position: Tensor
     count: Tensor
+    mixers: list[Any] | None = None
 
     def piece(self, begin: int, size: int) -> "Rows":
         """The same for the tokens from `begin` to `begin + size`."""
