@@ -115,7 +115,10 @@ def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
 def has_remote_code(model: nnx.Module) -> bool:
     """True if a model is saved with PyTorch code of its own for transformers: linearized ones of some families."""
     family = family_of_model(model)
-    return has_source(family.name, type(model).__name__) and not is_known(family, model.config)
+    if is_known(family, model.config):
+        return False
+    bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
+    return has_source(family.name, type(model).__name__, bases)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

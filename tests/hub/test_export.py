@@ -445,5 +445,7 @@ def test_the_files(tmp_path: Path) -> None:
         if module.startswith("modeling"):  # From a folder, transformers 4.57 copies what this file names, no more.
             named = re.findall(r"^from \.(\w+) import", (tmp_path / f"{module}.py").read_text(), flags=re.MULTILINE)
             assert {*named, module} == {path.stem for path in tmp_path.glob("*.py")}
-    with pytest.raises(UserError, match="of the family 't5' cannot be opened in PyTorch; llama, gpt2 and bert can"):
+    with pytest.raises(
+        UserError, match="of the family 't5' cannot be opened in PyTorch; llama, gpt2, bert and flash can"
+    ):
         write_remote_code(tmp_path, "t5")

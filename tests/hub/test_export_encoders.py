@@ -113,18 +113,13 @@ def test_other_heads(kind: type, tmp_path: Path, x64: None) -> None:
 
 def test_losses_and_saving_again(tmp_path: Path) -> None:
     """What is trained in PyTorch is saved by transformers, and opens in JAX."""
-    model = theirs(
-        BertClassifier, save_pretrained(encoder("performer+local", BertClassifier), tmp_path / "model")
-    ).float()
-    batch = outputs(model, rows())
-    assert batch.loss is None
-    tokens = torch.tensor(rows()["tokens"])
-    loss = model(tokens, labels=torch.tensor([0, 2, 1])).loss
+    folder = save_pretrained(encoder("performer+local", BertClassifier), tmp_path / "model")
+    model = theirs(BertClassifier, folder).float()
+    tokens, labels = torch.tensor(rows()["tokens"]), torch.tensor([0, 2, 1])
+    assert model(tokens).loss is None
+    loss = model(tokens, labels=labels).loss
     loss.backward()
-    assert (
-        abs(float(loss) - float(torch.nn.functional.cross_entropy(model(tokens).logits, torch.tensor([0, 2, 1]))))
-        < 1e-6
-    )
+    assert abs(float(loss) - float(torch.nn.functional.cross_entropy(model(tokens).logits, labels))) < 1e-6
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad

@@ -160,12 +160,10 @@ def _load_run(run: ModelSource) -> tuple[Any, Tokenizer, MedusaHeads | None, tup
 
 
 def _cast(module: Any, dtype: str) -> Any:
-    """The module with its parameters in another type."""
-    state = nnx.state(module, nnx.Param)
-    nnx.update(
-        module,
-        nnx.from_flat_state([(p, v.replace(v[...].astype(jnp.dtype(dtype)))) for p, v in nnx.to_flat_state(state)]),
-    )
+    """The module with its parameters in another type; one of them at a time is there in both."""
+    for path in [path for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))]:
+        variable = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))[path]
+        nnx.update(module, nnx.from_flat_state([(path, variable.replace(variable[...].astype(jnp.dtype(dtype))))]))
     if hasattr(module, "config"):
         module.config = replace(module.config, param_dtype=dtype)
     return module

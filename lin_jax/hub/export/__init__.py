@@ -5,7 +5,7 @@ here imports PyTorch.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +37,14 @@ class RemoteCode:
         heads: by the name of a model here, the automatic class of transformers that opens it, and its own class; the
             first is the family's own.
         shared: files beside that of the family.
+        attentions: base attentions that the source has; None is all.
     """
 
     config: str
     base: str
     heads: Mapping[str, tuple[str, str]]
     shared: tuple[str, ...] = CAUSAL
+    attentions: tuple[str, ...] | None = None
 
 
 CLASSES = {
@@ -62,12 +64,27 @@ CLASSES = {
         },
         (*MIXERS, "both_sides_lin_jax.py"),
     ),
+    "flash": RemoteCode(
+        "LinJaxFlashConfig",
+        "LinJaxFlashForCausalLM",
+        {"Flash": ("AutoModelForCausalLM", "LinJaxFlashForCausalLM")},
+        attentions=("flash_local", "flash_global", "flash", "linear_angular"),
+    ),
 }
 
 
-def has_source(family: str, model: str) -> bool:
-    """True if there is source that opens linearized models of a family by the name of their class here."""
-    return family in CLASSES and model in CLASSES[family].heads
+def has_source(family: str, model: str, attentions: Iterable[str]) -> bool:
+    """True if there is source that opens linearized models of a family.
+
+    Args:
+        family: the model's.
+        model: name of its class here.
+        attentions: names of its attentions, without what is added to them.
+    """
+    code = CLASSES.get(family)
+    if code is None or model not in code.heads:
+        return False
+    return code.attentions is None or {*attentions} <= {*code.attentions}
 
 
 def write_remote_code(folder: Path, family: str) -> None:

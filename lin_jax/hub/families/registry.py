@@ -190,7 +190,7 @@ FAMILIES = {
         Family(
             name="flash",
             model_types=(flash.MODEL_TYPE,),
-            heads=_heads("flash", causal_lm=("FlashForCausalLM",), encoder=("FlashEncoder",)),
+            heads=_heads("flash", causal_lm=("FlashForCausalLM", "LinJaxFlashForCausalLM"), encoder=("FlashEncoder",)),
             config_from_huggingface=flash.config_from_huggingface,
             config_to_huggingface=flash.config_to_huggingface,
             entries=flash.entries,

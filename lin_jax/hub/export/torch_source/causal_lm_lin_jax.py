@@ -167,7 +167,7 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
             cache: the same as `past_key_values`, by its name since transformers 5.24.
             kwargs: for the loss; a state is taken from here, too.
         """
-        outputs = self.base_model(
+        outputs = self.trunk(
             input_ids,
             attention_mask,
             given_state((cache, past_key_values), kwargs.values()),
@@ -182,6 +182,10 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         state = {STATE_FIELD: getattr(outputs, STATE_FIELD)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **state)
+
+    def trunk(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """What the head reads; arguments are those of `LinJaxModel.forward`."""
+        return self.base_model(*args, **kwargs)
 
     # What it takes differs between versions, and `generate` looks at the names.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())

@@ -81,6 +81,12 @@ class Piece:
         return slots // self.size < own // self.size
 
     @property
+    def distances(self) -> Tensor:
+        """`[B, N, G + N]` how far a slot is before a token of the piece; negative behind it."""
+        slots, own = self._slots
+        return own - slots
+
+    @property
     def finished(self) -> Tensor:
         """`[B]` whether the first group is full."""
         return self.rows.position % self.size + self.rows.count >= self.size

@@ -29,13 +29,16 @@ def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> s
     """
 
     def given(*names: str) -> bool:
-        return any(getattr(config, name, None) not in (None, False, 1) for name in names)
+        return any(getattr(config, name, None) not in (None, False) for name in names)
 
     results = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+    beams = (config.num_beams or 1) > 1
     reasons = {
-        "it takes one prompt as input_ids": input_ids is None or input_ids.shape[0] != 1,
-        "it is greedy; leave sampling and beams out": given("do_sample", "num_beams", "penalty_alpha", "dola_layers"),
-        "it writes one text; leave num_return_sequences out": given("num_return_sequences"),
+        "it takes one prompt as input_ids": input_ids is None
+        or input_ids.shape[0] != 1
+        or options.get("inputs_embeds") is not None,
+        "it is greedy; leave sampling and beams out": beams or given("do_sample", "penalty_alpha", "dola_layers"),
+        "it writes one text; leave num_return_sequences out": (config.num_return_sequences or 1) > 1,
         "it drafts by itself; leave assistant_model and prompt_lookup_num_tokens out": given("prompt_lookup_num_tokens")
         or options.get("assistant_model") is not None,
         "it returns no scores, logits or hidden states; leave them out": given(*results),
@@ -75,7 +78,7 @@ def decode(
         guesses = [] if hidden is None else drafts.next(hidden, _room(model, generation_config, input_ids, cache))
         if hidden is None:  # the text before, but what is in the state
             mask = inputs.get("attention_mask")
-            left = model.base_model(input_ids[:, cache.length :], mask, cache, use_cache=True).last_hidden_state[:, -1:]
+            left = model.trunk(input_ids[:, cache.length :], mask, cache, use_cache=True).last_hidden_state[:, -1:]
             commit = None
         else:
             left, commit = verify(model.base_model, [*input_ids[0, -1:].tolist(), *guesses], cache)
