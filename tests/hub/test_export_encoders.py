@@ -46,9 +46,9 @@ AUTOMATIC = {
 }
 
 
-def encoder(name: str, kind: type = BertMaskedLM, **sizes: Any) -> Any:
+def encoder(name: str, kind: type = BertMaskedLM, dtype: str = "float64", **sizes: Any) -> Any:
     attention = AttentionConfig(name, **SMALL | sizes)
-    types = {"dtype": "float64", "param_dtype": "float64"}
+    types = {"dtype": dtype, "param_dtype": dtype}
     config = BertConfig(**SIZES, **types, attention=attention, max_positions=20, num_labels=3)
     return random_model(lambda: kind(config, rngs=nnx.Rngs(0)))
 
@@ -113,7 +113,7 @@ def test_other_heads(kind: type, tmp_path: Path, x64: None) -> None:
 
 def test_losses_and_saving_again(tmp_path: Path) -> None:
     """What is trained in PyTorch is saved by transformers, and opens in JAX."""
-    folder = save_pretrained(encoder("performer+local", BertClassifier), tmp_path / "model")
+    folder = save_pretrained(encoder("performer+local", BertClassifier, "float32"), tmp_path / "model")
     model = theirs(BertClassifier, folder).float()
     tokens, labels = torch.tensor(rows()["tokens"]), torch.tensor([0, 2, 1])
     assert model(tokens).loss is None

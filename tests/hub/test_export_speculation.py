@@ -124,7 +124,6 @@ class TestText:
         [
             ({"do_sample": True}, "it is greedy"),
             ({"num_beams": 2}, "it is greedy"),
-            ({"num_return_sequences": 2, "do_sample": False}, "it writes one text"),
             ({"output_scores": True}, "it returns no scores"),
             ({"use_cache": False}, "it needs the state"),
             ({"prompt_lookup_num_tokens": 3}, "it drafts by itself"),

@@ -11,14 +11,15 @@ from lin_jax.hub.files import LazyTensor
 BLOCK = 1 << 22
 
 
-def blocks_of(tensor: Any) -> Iterator[np.ndarray]:
+def blocks_of(tensor: Any, row: int = 1) -> Iterator[np.ndarray]:
     """The numbers of a tensor in memory's order, a block `[N]` at a time.
 
     Args:
         tensor: an array, or a tensor in a file.
+        row: N is a multiple of it, for tensors whose last axis is as long.
     """
     if isinstance(tensor, LazyTensor):
-        yield from _of_file(tensor, BLOCK)
+        yield from _of_file(tensor, max(BLOCK // row, 1) * row)
         return
     array = np.atleast_1d(np.asarray(tensor))
     rows = max(1, BLOCK * len(array) // max(array.size, 1))

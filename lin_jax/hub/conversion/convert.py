@@ -17,6 +17,7 @@ from lin_jax.hub.files import LazyTensor
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.medusa import HEADS_FILE, entries, has_heads, note_heads, open_heads
 from lin_jax.hub.model_card import CARD_FILE, model_card
+from lin_jax.hub.peft import adapter_updates
 from lin_jax.hub.save import write_settings, write_tensors
 from lin_jax.hub.tensors import mismatches, summary
 from lin_jax.models import MedusaHeads
@@ -26,6 +27,7 @@ def convert(
     opened: Pretrained,
     folder: str | Path,
     *,
+    adapter: str | Path | None = None,
     tokenizer: Tokenizer | str | Path | None = None,
     base: str | None = None,
     figures: Mapping[str, Any] | None = None,
@@ -43,6 +45,7 @@ def convert(
     Args:
         opened: the checkpoint; use it for nothing else afterwards.
         folder: the folder to write.
+        adapter: PEFT folder of LoRA adapters that are merged into the model.
         tokenizer: as in `save_pretrained`, like all that is not named here.
         base: as there.
         figures: as there.
@@ -61,9 +64,9 @@ def convert(
     """
     opened.begin(seed)
     model, folder = opened.model, Path(folder)
-    tensors = _streams(opened)
+    tensors = _streams(opened, None if adapter is None else Path(adapter))
     heads, head_tensors = _heads(opened)
-    fingerprint = _fingerprint(opened, seed, max_shard_bytes)
+    fingerprint = _fingerprint(opened, adapter, seed, max_shard_bytes)
     with resumable_folder(folder, fingerprint, overwrite=overwrite) as unfinished:
         place = unfinished.path
         write_settings(model, place, tokenizer=tokenizer, source=opened.hf_config, end_tokens=end_tokens)
@@ -81,8 +84,9 @@ def converted_bytes(opened: Pretrained) -> int:
     return sum(tensor.nbytes for each in (_streams(opened), _heads(opened)[1]) for tensor in each.values())
 
 
-def _streams(opened: Pretrained) -> dict[str, StreamedTensor]:
-    return streams(opened.model, family_of_model(opened.model).entries(opened.model), opened.tensors)
+def _streams(opened: Pretrained, adapter: Path | None = None) -> dict[str, StreamedTensor]:
+    updates = {} if adapter is None else adapter_updates(opened.model, adapter)
+    return streams(opened.model, family_of_model(opened.model).entries(opened.model), opened.tensors, updates)
 
 
 def _heads(opened: Pretrained) -> tuple[MedusaHeads | None, dict[str, StreamedTensor]]:
@@ -95,13 +99,15 @@ def _heads(opened: Pretrained) -> tuple[MedusaHeads | None, dict[str, StreamedTe
     return heads, streams(heads, entries(heads), tensors)
 
 
-def _fingerprint(opened: Pretrained, seed: int, max_shard_bytes: int) -> str:
+def _fingerprint(opened: Pretrained, adapter: str | Path | None, seed: int, max_shard_bytes: int) -> str:
     """All that the files of tensors follow from: the source's files, the model, and the options."""
     paths = {tensor.pages.path for tensor in opened.tensors.values() if isinstance(tensor, LazyTensor)}
     if opened.folder.is_file():
         paths = {opened.folder}
     elif has_heads(opened.folder):
         paths.add(opened.folder / HEADS_FILE)
+    if adapter is not None:
+        paths |= {path for path in Path(adapter).iterdir() if path.is_file()}
     sizes = sorted((str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
     content = [sizes, config_json(opened.model), seed, max_shard_bytes]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
