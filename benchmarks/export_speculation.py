@@ -105,7 +105,7 @@ def compared(model: PreTrainedModel, prompt: torch.Tensor, options: argparse.Nam
 
 
 class _CountedCalls:
-    """How often a module is called."""
+    """Counts the calls of a module."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.count = 0

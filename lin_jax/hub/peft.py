@@ -100,7 +100,7 @@ def load_adapters(model: nnx.Module, folder: str | Path) -> None:
 
 
 def adapter_updates(model: nnx.Module, folder: str | Path) -> dict[tuple[Any, ...], KernelUpdate]:
-    """What the adapters of a PEFT folder add to a model's kernels, by their paths.
+    """Updates that the adapters of a PEFT folder add to a model's kernels, by the paths of these.
 
     Args:
         model: the model, which may be abstract, and is what it was afterwards.

@@ -126,7 +126,7 @@ def test_adapters_are_merged_as_in_memory(family: str, tmp_path: Path, monkeypat
 
 
 class Interrupted(BaseException):
-    """What ends a conversion in the middle."""
+    """Ends a conversion in the middle."""
 
 
 @pytest.fixture

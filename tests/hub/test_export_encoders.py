@@ -112,7 +112,7 @@ def test_other_heads(kind: type, tmp_path: Path, x64: None) -> None:
 
 
 def test_losses_and_saving_again(tmp_path: Path) -> None:
-    """What is trained in PyTorch is saved by transformers, and opens in JAX."""
+    """A model that was trained in PyTorch is saved by transformers, and opens in JAX."""
     folder = save_pretrained(encoder("performer+local", BertClassifier, "float32"), tmp_path / "model")
     model = theirs(BertClassifier, folder).float()
     tokens, labels = torch.tensor(rows()["tokens"]), torch.tensor([0, 2, 1])

@@ -74,7 +74,7 @@ def model(code_folder: None, tmp_path_factory: pytest.TempPathFactory) -> PreTra
 
 
 class TestText:
-    """What else `generate` does is as without speculation."""
+    """All else that `generate` does is as without speculation."""
 
     @pytest.mark.parametrize(
         "options",

@@ -184,7 +184,7 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **state)
 
     def trunk(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """What the head reads; arguments are those of `LinJaxModel.forward`."""
+        """The vectors that the head reads; arguments are those of `LinJaxModel.forward`."""
         return self.base_model(*args, **kwargs)
 
     # What it takes differs between versions, and `generate` looks at the names.

@@ -11,7 +11,7 @@ HEADS_FILE = "medusa_lm_head.safetensors"
 
 
 class NGrams:
-    """What followed the last tokens of a text where they stood before, the longest run of them first.
+    """Finds what followed the last tokens of a text where they stood before, the longest run of them first.
 
     Args:
         tokens: the text so far.

@@ -1,4 +1,4 @@
-"""What transformers finds as `custom_generate/generate.py`: texts of the model beside it, with drafts if asked for."""
+"""The function in `custom_generate/generate.py`: texts of the model beside it, with guesses where they are asked for."""
 
 from typing import Any
 

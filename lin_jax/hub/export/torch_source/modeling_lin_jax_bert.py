@@ -40,7 +40,7 @@ class LinJaxBertSelfAttention(nn.Module):
         self.dwconv = build_convolution(self.options, self.heads)
 
     def initial_values(self) -> dict[str, Tensor]:
-        """Where the learnt factor starts."""
+        """The start of the learnt factor."""
         return {} if self.global_factor is None else {"global_factor": build_factor(self.options).data}
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ class LinJaxFlashForCausalLM(LinJaxForCausalLM, LinJaxModel):
         return self.to_logits[1]
 
     def trunk(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        """What the head reads; arguments are those of `LinJaxModel.forward`."""
+        """The vectors that the head reads; arguments are those of `LinJaxModel.forward`."""
         return LinJaxModel.forward(self, *args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:

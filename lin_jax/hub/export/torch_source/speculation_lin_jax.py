@@ -20,7 +20,7 @@ FIRST, MOST = 4, 16
 
 
 def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> str | None:
-    """Why a text cannot be written by speculation; None if it can.
+    """The reason why a text cannot be written by speculation; None if it can.
 
     Args:
         input_ids: `[B, T]` the text before.
@@ -106,7 +106,7 @@ def decode(
 
 
 def verify(model: Any, tokens: Sequence[int], cache: LinJaxCache) -> tuple[Tensor, Callable[[int], None]]:
-    """What the head reads after each of some tokens, `[1, N, E]`; and a function that takes the first of them in.
+    """Runs some tokens: the vectors `[1, N, E]` that the head reads, and a function that takes the first of them in.
 
     Args:
         model: without the head.
