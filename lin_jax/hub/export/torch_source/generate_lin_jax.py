@@ -1,4 +1,4 @@
-"""The function in `custom_generate/generate.py`: texts of the model beside it, with guesses where they are asked for."""
+"""The function in `custom_generate/generate.py`: texts of the model beside it, with guesses if asked for."""
 
 from typing import Any
 
