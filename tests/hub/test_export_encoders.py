@@ -119,7 +119,8 @@ def test_losses_and_saving_again(tmp_path: Path) -> None:
     assert model(tokens).loss is None
     loss = model(tokens, labels=labels).loss
     loss.backward()
-    assert abs(float(loss) - float(torch.nn.functional.cross_entropy(model(tokens).logits, labels))) < 1e-6
+    expected = torch.nn.functional.cross_entropy(model(tokens).logits, labels)
+    assert abs((loss - expected).item()) < 1e-6
     with torch.no_grad():
         for parameter in model.parameters():
             parameter -= 0.1 * parameter.grad

@@ -57,7 +57,7 @@ def test_same_logits_and_texts(name: str, options: dict[str, Any], tmp_path: Pat
     assert from_pretrained(folder).config == ours.config
 
 
-def test_other_attentions_open_here_only(tmp_path: Path) -> None:
+def test_other_attentions_open_here_only(tmp_path: Path, x64: None) -> None:
     folder = save_pretrained(flash("performer"), tmp_path / "model")
     assert "opens with `lin_jax` only" in (folder / "README.md").read_text()
     assert not list(folder.glob("*.py"))
