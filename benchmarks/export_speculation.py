@@ -23,8 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lin_jax.errors import exit_cleanly
 
-THREADS = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, 1 if a text differs."""
@@ -36,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=512, help="of that model")
     parser.add_argument("--tokens", type=int, default=120, help="new tokens of a text")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--json", metavar="FILE", help="write the report to this file")
     options = parser.parse_args(argv)
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary)
         if options.folder is None:
@@ -56,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"median of the ratios: {statistics.median(row['ratio'] for row in rows):.2f}")
     if options.json:
         write(
-            {**header("export_speculation"), "torch": torch.__version__, "threads": THREADS, "rows": rows}, options.json
+            {**header("export_speculation"), "torch": torch.__version__, "threads": options.threads, "rows": rows},
+            options.json,
         )
     return int(not all(row["equal"] for row in rows))
 
