@@ -2,11 +2,11 @@
 
     python benchmarks/export_speculation.py [--folder DIR --prompt TEXT ...] [--tokens 120] [--rounds 5] [--json FILE]
 
-Without a folder, a linearized LLaMA with random weights is made and exported, whose greedy text soon turns in circles:
-text that repeats itself, which n-gram drafts are for. With one, prompts are continued by its model; texts that quote
-their prompt show what drafts are worth, others what they cost. Both ways take turns, text by text and round by round,
-and the ratio is that of the fastest of each, by the clock and by processor time. The texts must be equal, token for
-token.
+Without a folder, a linearized LLaMA is made and exported whose layers do their work and change next to nothing, so that
+the next token follows from the last one alone, among 32: greedy text turns in a circle, as text that repeats itself,
+which n-gram drafts are for. With a folder, prompts are continued by its model; texts that quote their prompt show what
+drafts are worth, others what they cost. Both ways take turns, text by text and round by round, and the ratio is that of
+the fastest of each, by the clock and by processor time. The texts must be equal, token for token.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attention", default="augmented", help="of the model with random weights")
     parser.add_argument("--layers", type=int, default=8, help="of that model")
     parser.add_argument("--width", type=int, default=512, help="of that model")
+    parser.add_argument("--texts", type=int, default=3, help="texts of that model")
     parser.add_argument("--tokens", type=int, default=120, help="new tokens of a text")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_folder(folder, options.attention, options.layers, options.width)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         rows = []
-        for prompt in prompts(folder, options.prompt):
+        for prompt in prompts(folder, options.prompt, options.texts):
             rows.append(row := compared(model, prompt, options))
             print(
                 f"{row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, with drafts "
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_folder(folder: Path, attention: str, layers: int, width: int) -> None:
-    """Exports a LLaMA with random weights."""
+    """Exports a LLaMA with random weights, whose text turns in a circle."""
     from flax import nnx
 
     from lin_jax.attention import AttentionConfig
@@ -70,15 +71,21 @@ def make_folder(folder: Path, attention: str, layers: int, width: int) -> None:
     from lin_jax.models import Llama, LlamaConfig
 
     sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_layers": layers, "num_heads": width // 64}
-    config = LlamaConfig(vocab_size=8000, **sizes, attention=AttentionConfig(attention))
-    save_pretrained(Llama(config, rngs=nnx.Rngs(0)), folder, overwrite=True)
+    config = LlamaConfig(vocab_size=8000, **sizes, attention=AttentionConfig(attention), tie_embeddings=False)
+    model = Llama(config, rngs=nnx.Rngs(0))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        if path[-2:] in (("out", "kernel"), ("down", "kernel")):
+            variable.set_value(variable[...] * 1e-3)
+        if path == ("head", "kernel"):
+            variable.set_value(variable[...].at[:, 32:].set(0))
+    save_pretrained(model, folder, overwrite=True)
 
 
-def prompts(folder: Path, given: Sequence[str] | None) -> list[torch.Tensor]:
-    """Tokens `[1, T]` of texts; without any, random ones."""
+def prompts(folder: Path, given: Sequence[str] | None, count: int) -> list[torch.Tensor]:
+    """Tokens `[1, T]` of texts; without any, so many random ones."""
     if not given:
         draw = torch.Generator().manual_seed(0)
-        return [torch.randint(1, 200, (1, 32), generator=draw) for _ in range(3)]
+        return [torch.randint(1, 200, (1, 32), generator=draw) for _ in range(count)]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return [tokenizer(text, return_tensors="pt")["input_ids"] for text in given]
 
