@@ -79,6 +79,32 @@ def test_lm_eval_prefixes(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_conversion_memory(tmp_path: Path) -> None:
+    """A conversion block by block takes less memory than allowed, and writes what one in memory writes."""
+    file = tmp_path / "memory.json"
+    sizes = ("--gigabytes", "0.25", "--shards", "2", "--in-memory")
+    done = run_benchmark("conversion_memory", *sizes, "--folder", str(tmp_path), "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["rows"]["in memory"]["same_bytes"] is True
+    assert report["rows"]["hub import"]["peak_bytes"] < min(
+        report["allowed"], report["rows"]["in memory"]["peak_bytes"]
+    )
+
+
+@pytest.mark.thorough
+def test_export_speculation(tmp_path: Path) -> None:
+    """Texts with drafts are those without, in fewer passes."""
+    file = tmp_path / "drafts.json"
+    sizes = ("--layers", "1", "--width", "64", "--tokens", "40", "--rounds", "1")
+    done = run_benchmark("export_speculation", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["equal"] for row in rows] == [True] * 3
+    assert all(row["passes"] <= row["tokens"] for row in rows)
+
+
+@pytest.mark.thorough
 def test_decode_speed(tmp_path: Path) -> None:
     """Every cell is right with and without drafts, and the state as large after any context."""
     file, plot = tmp_path / "speed.json", tmp_path / "speed.png"

@@ -57,7 +57,7 @@ class Case:
             *(biases if features == "exponential" else (None, None)),
         )
         # Near and far weigh about the same, so that no gradient is what is left of much larger numbers.
-        self.balance = rng.normal(size=heads) + (3 if features == "hedgehog" else 0)
+        self.balance = rng.normal(size=heads) + (3 if features == "hedgehog" or (tokens or 0) > 100 else 0)
         self.log_decays = None
         if decay == "constant":
             self.log_decays = np.broadcast_to(-rng.uniform(0.002, 0.02, kv_heads), (batch, length, kv_heads))
@@ -214,7 +214,7 @@ class TestImplementation:
         for name, one, other in zip(NAMES, found, expected, strict=True):
             for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
                 scale = terms if name == "balance" else np.abs(its).max()
-                assert np.abs(np.asarray(mine, np.float64) - its).max() < TOLERANCE * scale, name
+                assert np.abs(np.asarray(mine, np.float64) - its).max() <= TOLERANCE * scale, name
 
     @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
