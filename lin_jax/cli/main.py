@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.extras import require
 
 
 class Subcommand(NamedTuple):
-    """A command: the module whose `main(argv)` runs it, imported only then, and a line about it."""
+    """A command.
+
+    Attributes:
+        module: the module whose `main(argv)` runs it, imported only then.
+        about: a line about it.
+        needs: packages of extras without which it cannot begin.
+    """
 
     module: str
     about: str
+    needs: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -25,7 +33,9 @@ COMMANDS = {
     "plot": Subcommand("lin_jax.cli.plot", "draw the curves of one or several runs"),
     "self-generate": Subcommand("lin_jax.cli.self_generate", "write a model's own texts, to train its draft heads on"),
     "glue-predictions": Subcommand("lin_jax.cli.glue_predictions", "write a run's predictions for GLUE's server"),
-    "demo": Subcommand("lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes"),
+    "demo": Subcommand(
+        "lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes", ("jinja2", "matplotlib")
+    ),
 }
 
 
@@ -36,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: `COMMAND [options]`; None takes the process's own.
 
     Raises:
-        UserError: there is no such command, or the command raises one.
+        UserError: there is no such command, it needs a package that is not installed, or it raises one itself.
     """
     name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("--help", "-h"):
@@ -44,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"command '{name}' is unknown; choose one of {', '.join(COMMANDS)}")
+    for package in COMMANDS[name].needs:
+        require(package, f"the command {name}")
     status: int = importlib.import_module(COMMANDS[name].module).main(options)
     return status
 
