@@ -10,17 +10,10 @@ from lin_jax.extras import require
 
 
 class Subcommand(NamedTuple):
-    """A command.
-
-    Attributes:
-        module: the module whose `main(argv)` runs it, imported only then.
-        about: a line about it.
-        needs: packages of extras without which it cannot begin.
-    """
+    """A command: the module whose `main(argv)` runs it, imported only then, and a line about it."""
 
     module: str
     about: str
-    needs: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -33,10 +26,11 @@ COMMANDS = {
     "plot": Subcommand("lin_jax.cli.plot", "draw the curves of one or several runs"),
     "self-generate": Subcommand("lin_jax.cli.self_generate", "write a model's own texts, to train its draft heads on"),
     "glue-predictions": Subcommand("lin_jax.cli.glue_predictions", "write a run's predictions for GLUE's server"),
-    "demo": Subcommand(
-        "lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes", ("jinja2", "matplotlib")
-    ),
+    "demo": Subcommand("lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes"),
 }
+
+# Packages of extras without which a command cannot begin.
+_NEEDS = {"demo": ("jinja2", "matplotlib")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"command '{name}' is unknown; choose one of {', '.join(COMMANDS)}")
-    for package in COMMANDS[name].needs:
+    for package in _NEEDS.get(name, ()):
         require(package, f"the command {name}")
     status: int = importlib.import_module(COMMANDS[name].module).main(options)
     return status
