@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo docs dist test test-all lint clean
 
 env: .venv/installed
 
@@ -25,6 +25,20 @@ env: .venv/installed
 
 demo: env
 	$(RUN) -m lin_jax demo $(if $(DATA),--data $(DATA))
+
+# The site, in site/, with no warning; SERVE=1 shows it at http://127.0.0.1:8000 and follows changes.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs $(if $(SERVE),serve,build --strict)
+
+.venv/installed-docs: .venv/installed
+	@echo "installing what the site needs into .venv"
+	@$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# The wheel and the source distribution, in dist/.
+dist: .venv/installed
+	@$(RUN) -m pip install --quiet build 'hatchling>=1.27'
+	$(RUN) -m build --no-isolation
 
 test: .venv/installed-test
 	$(RUN) -m pytest $(PYTEST)

@@ -1,6 +1,6 @@
 """Writes the parts of the reference that follow from the code: options of YAML files, command lines, sizes of states.
 
-    python docs/write_reference.py            # after a change of an option; a test says when
+python docs/write_reference.py            # after a change of an option; a test says when
 """
 
 import argparse
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import docstring_parser
