@@ -64,9 +64,9 @@ def options_page() -> str:
     lines = [
         "# Options of YAML files",
         NOTE,
-        "A file for `train.py` (or `lin-jax train`) is a mapping of these fields; what it does not say has its default. On a "
-        "command line, `--section.field VALUE` overrides a field, such as `--training.steps 2000`. Recipes to begin from "
-        "are in `configs/`; a run's folder holds all of its fields, resolved, in `config.yaml`.",
+        "A file for `train.py` (or `lin-jax train`) is a mapping of these fields; what it does not say has its "
+        "default. On a command line, `--section.field VALUE` overrides a field, such as `--training.steps 2000`. "
+        "Recipes to begin from are in `configs/`; a run's folder holds all of its fields, resolved, in `config.yaml`.",
         "A file may also have `stages`, a list of names with fields of their own, and `held_out`, fields of `data`: "
         "[linearizing](../linearizing.md#stages). `attention` may be a name or a list: [attentions](../attention.md).",
         *_section("The run", RunConfig, ""),
@@ -151,8 +151,9 @@ def commands_page() -> str:
     lines = [
         "# Command lines",
         NOTE,
-        "`lin-jax COMMAND`, or `python -m lin_jax COMMAND`; in a working copy, `python train.py` is `lin-jax train` and "
-        "`python decode.py` is `lin-jax decode`. A wrong value ends a command with one line and status 2, Ctrl-C with 130.",
+        "`lin-jax COMMAND`, or `python -m lin_jax COMMAND`; in a working copy, `python train.py` is `lin-jax train` "
+        "and `python decode.py` is `lin-jax decode`. A wrong value ends a command with one line and status 2, Ctrl-C "
+        "with 130.",
     ]
     for name, command in COMMANDS.items():
         lines += [f"## {name}", f"{command.about[0].upper()}{command.about[1:]}."]

@@ -1,4 +1,4 @@
-"""The documentation: links that lead somewhere, pages in the navigation, a reference as the code has it, a site without warnings."""
+"""The documentation: links lead somewhere, all pages are in the navigation, the reference is as the code has it."""
 
 import importlib.util
 import os

@@ -431,8 +431,8 @@ def register_feature_map(
         name: of the attention, to which augmentations are added like to any other.
         build: makes the feature map.
         positive: True if features are never negative, so that a window may share a normaliser with them.
-        finish: what becomes of the sums: divided (by the sum of scores) or divided_above_floor (which counts 0.01 at the
-            least).
+        finish: what becomes of the sums: divided (by the sum of scores) or divided_above_floor (which counts 0.01
+            at the least).
 
     Raises:
         UserError: the name has other characters than letters, digits and underscores, or is one of the package's own.
