@@ -88,11 +88,14 @@ class Subject:
 
 @dataclass
 class Way:
-    """One way to decode one cell: a generator, where it goes on from, what it wrote, and its seconds round by round."""
+    """One way to decode one cell: a generator, where it goes on from, what it wrote, and its seconds round by round.
+
+    Without a prefix the tails are whole prompts.
+    """
 
     generator: Generator
     drafter: str
-    prefix: Prefix
+    prefix: Prefix | None
     tails: list[list[int]]
     tokens: int
     last: Generation | None = None
@@ -222,7 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plot", metavar="FILE", help="write a plot (PNG)")
     parser.add_argument("--model", metavar="RUN", help="run or Hugging Face folder; default: random, the demo's size")
     parser.add_argument("--attention", default="augmented", help="token mixer, where no folder is given")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="texts for a Hugging Face folder")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="texts for a Hugging Face folder")
     parser.add_argument("--drafter", metavar="KIND", help="default: the plan's, if the run has heads; none: no drafts")
     parser.add_argument("--tree", help="default: the plan's")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64], metavar="B")
@@ -250,7 +253,7 @@ def load(options: argparse.Namespace) -> Subject:
     return Subject(None, model, array("i", np.random.default_rng(0).integers(0, 2048, 1 << 16).tolist()))
 
 
-def real_text(session: Session, data: Path) -> Iterator[int]:
+def real_text(session: Session, data: Path | None) -> Iterator[int]:
     """The documents that a run held out, one after the other; other models get those of the data folder."""
     if (session.folder / CONFIG_FILE).exists():
         config = load_run_config(session.folder).data

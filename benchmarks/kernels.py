@@ -13,7 +13,9 @@ Verifying a tree is held against as many single steps as it has nodes.
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -56,27 +58,38 @@ def main() -> int:
         results = [row for name in options.operations for shape in shapes for row in moved(name, shape, options.dtype)]
         report = header("kernel traffic") | {"dtype": options.dtype, "results": results}
     else:
-        roof = roofline(options.dtype)
-        moves, computes = roof["bytes_per_second"] / 1e9, roof["operations_per_second"] / 1e12
-        print(f"copy {moves:,.0f} GB/s, product {computes:,.2f} TFLOP/s")
-        jobs = [(OPERATIONS[name], shape) for name in options.operations for shape in shapes]
-        results = [compared(*job, roof, options) for job in tqdm(jobs, desc="rows", file=sys.stderr)]
-        trees = [] if options.without_verify else verified(options)
-        errors = [way["error"] for each in results for way in each["implementations"].values()]
-        errors += [each["error"] for each in trees]
-        report = header("kernels") | {"dtype": options.dtype, "roofline": roof, "results": results, "verify": trees}
-        report["correct"] = max(errors) <= ERRORS[options.dtype]
+        report = measured(shapes, options)
     print_summary(report)
     if options.json is not None:
         write(report, options.json)
     return 0 if report.get("correct", True) else 1
 
 
+def measured(shapes: list[Shape], options: argparse.Namespace) -> dict[str, Any]:
+    """Times and errors of operations and trees; whatever has been found is kept if the rest is interrupted."""
+    report: dict[str, Any] = header("kernels") | {"dtype": options.dtype, "correct": True, "results": [], "verify": []}
+    jobs = [(OPERATIONS[name], shape) for name in options.operations for shape in shapes]
+    if jobs:
+        report["roofline"] = roofline(options.dtype)
+        moves, computes = (report["roofline"][f"{each}_per_second"] for each in ("bytes", "operations"))
+        print(f"copy {moves / 1e9:,.0f} GB/s, product {computes / 1e12:,.2f} TFLOP/s", flush=True)
+    rows = tqdm(compared(jobs, report.get("roofline", {}), options), "rows", len(jobs), file=sys.stderr)
+    found = [("results", rows)] + ([] if options.without_verify else [("verify", verified(options))])
+    for kind, cells in found:
+        for each in cells:
+            report[kind].append(each)
+            errors = [way["error"] for way in each.get("implementations", {"": each}).values() if "error" in way]
+            report["correct"] &= "failed" not in each and max(errors) <= ERRORS[options.dtype]
+            if options.json not in (None, "-"):
+                write(report, options.json)
+    return report
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     platform = jax.default_backend()
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--operations", nargs="+", choices=tuple(OPERATIONS), default=tuple(OPERATIONS))
+    parser.add_argument("--operations", nargs="+", choices=(*OPERATIONS, "none"), default=tuple(OPERATIONS))
     parser.add_argument("--shapes", nargs="+", metavar="B,T,H,D", default=CPU if platform == "cpu" else ACCELERATOR)
     parser.add_argument("--sweep", action="store_true", help="65,536 tokens in rows of many lengths instead")
     parser.add_argument("--implementations", nargs="+", default=PREFERRED.get(platform, ("xla",)), metavar="NAME")
@@ -85,12 +98,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=tuple(ERRORS), default="float32" if platform == "cpu" else "bfloat16")
     parser.add_argument("--rounds", type=int, default=5, help="all implementations take turns; medians are taken")
     parser.add_argument("--seconds", type=float, default=0.2, help="length of one timing")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="rows that are compiled at a time")
     parser.add_argument("--without-verify", action="store_true", help="leave draft trees out")
+    parser.add_argument("--nodes", nargs="+", type=int, default=NODES, metavar="N", help="of draft trees")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B", help="rows with a tree each")
     parser.add_argument("--traffic", action="store_true", help="bytes that the TPU programs move; nothing is run")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
-    if options.rounds < 1:
-        raise UserError(f"--rounds is {options.rounds}; give 1 or more")
+    for name in ("rounds", "threads"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; give 1 or more")
+    if min(*options.nodes, *options.batches) < 1:
+        raise UserError("--nodes and --batches must be 1 or more")
+    if "none" in options.operations:
+        options.operations = []
     return options
 
 
@@ -130,37 +151,89 @@ def seconds(program: Callable[..., Any], arguments: Sequence[Any], least: float)
     return spent / calls
 
 
-def compared(operation: Operation, shape: Shape, roof: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Row:
+    """An operation on one shape, compiled and checked.
+
+    Attributes:
+        operation: the operation.
+        shape: the shape.
+        arrays: inputs.
+        ways: error and memory of each implementation.
+        calls: forward, and forward and backward, of those that are not wrong.
+    """
+
+    operation: Operation
+    shape: Shape
+    arrays: list[jax.Array]
+    ways: dict[str, dict[str, Any]]
+    calls: dict[str, tuple[Call, Call]]
+
+
+def compared(
+    jobs: Sequence[tuple[Operation, Shape]], roof: dict[str, float], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Results row by row; some rows are compiled at a time, and timed one after another when that is done."""
+    with ThreadPoolExecutor(options.threads) as pool:
+        for begin in range(0, len(jobs), options.threads):
+            some = jobs[begin : begin + options.threads]
+            for job, row in zip(some, pool.map(lambda job: prepared(job, options), some), strict=True):
+                yield told_failure(*job, row) if isinstance(row, Exception) else timed(row, roof, options)
+
+
+def prepared(job: tuple[Operation, Shape], options: argparse.Namespace) -> Row | Exception:
+    """An operation on one shape by our implementations, or why that cannot be."""
+    operation, shape = job
+    try:
+        row = Row(operation, shape, operation.inputs(shape, options.dtype), {}, {})
+        for name in options.implementations:
+            row.ways[name] = {"error": error(operation, name, row.arrays), "peak_memory_bytes": None}
+            if row.ways[name]["error"] <= ERRORS[options.dtype]:
+                programs = (each(operation, name) for each in (forward, forward_and_backward))
+                one, both = (each.lower(*row.arrays).compile() for each in programs)
+                row.ways[name]["peak_memory_bytes"] = memory(both)
+                row.calls[name] = partial(one, *row.arrays), partial(both, *row.arrays)
+    except Exception as problem:
+        # Too little memory, for instance.
+        return problem
+    return row
+
+
+def told_failure(operation: Operation, shape: Shape, problem: Exception) -> dict[str, Any]:
+    """The result of a row that could not be computed."""
+    return {"operation": operation.name, "shape": str(shape), "implementations": {}, "failed": reason_of(problem)}
+
+
+def reason_of(problem: Exception) -> str:
+    """An error in one line; of a long one, how it begins and ends."""
+    words = f"{type(problem).__name__}: {' '.join(str(problem).split())}"
+    return words if len(words) <= 400 else f"{words[:200]} ... {words[-200:]}"
+
+
+def timed(row: Row, roof: dict[str, float], options: argparse.Namespace) -> dict[str, Any]:
     """All implementations of an operation on one shape, in turns."""
-    arrays = operation.inputs(shape, options.dtype)
-    ways: dict[str, dict[str, Any]] = {}
-    programs = {}
-    for name in options.implementations:
-        ways[name] = {"error": error(operation, name, arrays), "peak_memory_bytes": None}
-        if ways[name]["error"] <= ERRORS[options.dtype]:
-            programs[name] = forward(operation, name), forward_and_backward(operation, name)
-            ways[name]["peak_memory_bytes"] = memory(programs[name][1], arrays)
-    calls = {name: tuple(partial(each, *arrays) for each in pair) for name, pair in programs.items()} | peers_of(
-        operation, arrays, ways, options
-    )
-    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
-    for _ in range(options.rounds):
-        for name, pair in calls.items():
-            taken[name].append(tuple(seconds(each, (), options.seconds) for each in pair))
+    try:
+        calls = row.calls | peers_of(row.operation, row.arrays, row.ways, options)
+        taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+        for _ in range(options.rounds):
+            for name, pair in calls.items():
+                taken[name].append(tuple(seconds(each, (), options.seconds) for each in pair))
+    except Exception as problem:
+        return told_failure(row.operation, row.shape, problem)
     itemsize = jnp.dtype(options.dtype).itemsize
     for name, rounds in taken.items():
         for index, label in enumerate(("forward", "forward_and_backward")):
             spent = float(np.median([each[index] for each in rounds]))
             least = max(
-                least_bytes(shape, itemsize, index == 1) / roof["bytes_per_second"],
-                least_operations(shape, index == 1) / roof["operations_per_second"],
+                least_bytes(row.shape, itemsize, index == 1) / roof["bytes_per_second"],
+                least_operations(row.shape, index == 1) / roof["operations_per_second"],
             )
-            ways[name][label] = {
+            row.ways[name][label] = {
                 "milliseconds": 1e3 * spent,
-                "tokens_per_second": shape.tokens / spent,
+                "tokens_per_second": row.shape.tokens / spent,
                 "share_of_roofline": least / spent,
             }
-    return {"operation": operation.name, "shape": str(shape), "implementations": ways}
+    return {"operation": row.operation.name, "shape": str(row.shape), "implementations": row.ways}
 
 
 def peers_of(
@@ -175,13 +248,21 @@ def peers_of(
             tqdm.write(f"{peer.name} is left out: {missing}", file=sys.stderr)
             continue
         off = 0.0
-        if operation.name in peer.same:
-            few = operation.few_heads(arrays, CHECKED_HEADS)
-            expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
-            off = difference(peer.build(few, operation.name)[0](), expected)
+        try:
+            if operation.name in peer.same:
+                few = operation.few_heads(arrays, CHECKED_HEADS)
+                expected = forward(operation, "xla")(*jax.tree.map(_wider, few))
+                off = difference(peer.build(few, operation.name)[0](), expected)
+            pair = peer.build(arrays, operation.name)
+            for call in pair:
+                jax.block_until_ready(call())
+        except Exception as problem:
+            # Heads that are too large for it, for instance.
+            tqdm.write(f"{peer.name} is left out of {operation.name}: {reason_of(problem)}", file=sys.stderr)
+            continue
         ways[peer.name] = {"error": off, "checked": operation.name in peer.same, "peak_memory_bytes": None}
         if off <= ERRORS[options.dtype]:
-            calls[peer.name] = peer.build(arrays, operation.name)
+            calls[peer.name] = pair
     return calls
 
 
@@ -198,31 +279,45 @@ def error(operation: Operation, implementation: str, arrays: list[jax.Array]) ->
     )
 
 
-def memory(program: Any, arrays: list[jax.Array]) -> int | None:
+def memory(compiled: Any) -> int | None:
     """Bytes that a compiled program needs at the most: arguments, results and what lies between."""
-    found = program.lower(*arrays).compile().memory_analysis()
+    found = compiled.memory_analysis()
     if found is None:
         return None
-    return found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return int(found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes)
 
 
-def verified(options: argparse.Namespace) -> list[dict[str, Any]]:
+def verified(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Trees of several sizes on several rows, against one node, with the heads of a LLaMA of 7 billion parameters."""
-    heads, size = (32, 128) if jax.default_backend() != "cpu" else (4, 64)
-    cells = [(nodes, batch, name) for batch in BATCHES for name in options.implementations for nodes in NODES]
-    results: list[dict[str, Any]] = []
+    cells = [
+        (nodes, batch, name) for batch in options.batches for name in options.implementations for nodes in options.nodes
+    ]
     single: dict[tuple[int, str], float] = {}
-    for nodes, batch, name in tqdm(cells, desc="trees", file=sys.stderr):
-        inputs = verify_inputs(nodes, batch, heads, size, options.dtype)
-        program = verify(name)
-        off = difference(program(*inputs), verify("xla")(*jax.tree.map(_wider, inputs)))
-        cell: dict[str, Any] = {"nodes": nodes, "batch": batch, "implementation": name, "error": off}
-        if off <= ERRORS[options.dtype]:
-            spent = float(np.median([seconds(program, inputs, options.seconds) for _ in range(options.rounds)]))
-            single.setdefault((batch, name), spent)
-            cell |= {"milliseconds": 1e3 * spent, "times_one_node": spent / single[batch, name]}
-        results.append(cell)
-    return results
+    with ThreadPoolExecutor(options.threads) as pool, tqdm(total=len(cells), desc="trees", file=sys.stderr) as bar:
+        for begin in range(0, len(cells), options.threads):
+            some = cells[begin : begin + options.threads]
+            for key, (program, off) in zip(some, pool.map(lambda key: tree(key, options), some), strict=True):
+                nodes, batch, name = key
+                cell: dict[str, Any] = {"nodes": nodes, "batch": batch, "implementation": name, "error": off}
+                if off <= ERRORS[options.dtype]:
+                    spent = float(np.median([seconds(program, (), options.seconds) for _ in range(options.rounds)]))
+                    cell["milliseconds"] = 1e3 * spent
+                    if nodes == 1:
+                        single[batch, name] = spent
+                    if (batch, name) in single:
+                        cell["times_one_node"] = spent / single[batch, name]
+                bar.update()
+                yield cell
+
+
+def tree(cell: tuple[int, int, str], options: argparse.Namespace) -> tuple[Call, float]:
+    """Verification of a tree, compiled, and its error."""
+    nodes, batch, name = cell
+    heads, size = (32, 128) if jax.default_backend() != "cpu" else (4, 64)
+    inputs = verify_inputs(nodes, batch, heads, size, options.dtype)
+    program = verify(name).lower(*inputs).compile()
+    off = difference(program(*inputs), verify("xla")(*jax.tree.map(_wider, inputs)))
+    return partial(program, *inputs), off
 
 
 def difference(found: jax.Array, expected: jax.Array) -> float:
@@ -258,6 +353,8 @@ def print_summary(report: dict[str, Any]) -> None:
             where = f"{each['operation']:10} {each['shape']:18} {each['pass']:21}"
             print(f"{where} {each['times_least']:.2f} times the least")
             continue
+        if "failed" in each:
+            print(f"{each['operation']:10} {each['shape']:18} FAILED, {each['failed']}")
         for name, way in each["implementations"].items():
             told = f"WRONG by {way['error']:.1e}"
             if "forward" in way:
@@ -270,7 +367,9 @@ def print_summary(report: dict[str, Any]) -> None:
     for each in report.get("verify", ()):
         told = "WRONG"
         if "milliseconds" in each:
-            told = f"{each['milliseconds']:.3f} ms, {each['times_one_node']:.2f} times one node"
+            told = f"{each['milliseconds']:.3f} ms"
+        if "times_one_node" in each:
+            told += f", {each['times_one_node']:.2f} times one node"
         print(f"verify     {each['nodes']:>2} nodes, {each['batch']:>2} rows  {each['implementation']:16} {told}")
 
 

@@ -1,7 +1,7 @@
 """Speculative output against plain decoding's, token for token: real prompts, every drafter, tree and batch size.
 
     python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16]
-        [--prompts N] [--new-tokens N] [--configurations NAME ...] [--data FOLDER]
+        [--prompts N] [--new-tokens N] [--configurations NAME ...] --data FOLDER
 
 Without `--model` it is the pretrained stories260K with augmented attention in groups of 16 on its weights, or with
 `--attention`, whose factor, taps, balance and decay are drawn at random so that every branch matters. What plain
@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME",
         help="of stories260K, with options behind it, such as exponential+window/window=16/decay=token",
     )
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="FOLDER")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of prompts: see lib/prompts.py")
     parser.add_argument("--dtype", choices=STATE_ROUNDING, default="float64")
     parser.add_argument("--prompts", type=int, metavar="N", help="how many; default: 564")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")

@@ -127,7 +127,7 @@ def parse() -> argparse.Namespace:
         "--adaptive", action="store_true", help="only plain against adaptive decoding, prompt by prompt"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="with --adaptive: folder of prompts")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --adaptive: folder of prompts")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)

@@ -19,6 +19,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=65536, help="of a step")
     parser.add_argument("--part", type=int, default=16384, metavar="TOKENS", help="of a part of a step, at least a row")
     parser.add_argument("--steps", type=int, default=6, help="that are timed; the median is taken")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="steps that are compiled at a time")
     parser.add_argument("--dtype", choices=tuple(ERRORS), default="bfloat16", help="of activations")
     parser.add_argument("--param-dtype", choices=tuple(ERRORS), default="float32", help="of parameters")
     parser.add_argument("--remat", choices=("off", "products", "nothing"), default="products", help="what it keeps")
@@ -90,8 +92,9 @@ def parse() -> argparse.Namespace:
     for length in options.lengths:
         if length < 2 or options.tokens % length:
             raise UserError(f"--lengths {length} does not divide --tokens {options.tokens}; give one that does")
-    if options.steps < 1:
-        raise UserError(f"--steps is {options.steps}; give 1 or more")
+    for name in ("steps", "threads"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; give 1 or more")
     return options
 
 
@@ -142,9 +145,10 @@ def measured(name: str, options: argparse.Namespace, report: dict[str, Any]) -> 
         if not tried["correct"]:
             yield tried
             return
+    compiled = compiled_steps(config, objective, optimizer, state, options)
     for length in options.lengths:
         try:
-            state, row = timed(config, objective, optimizer, state, length, options)
+            state, row = timed(config, compiled[length], state, length, options)
         except Exception as problem:
             # Too little memory, for instance; what was donated is gone.
             yield tried | {"length": length, "failed": f"{type(problem).__name__}: {str(problem)[:1500]}"}
@@ -195,16 +199,42 @@ def tokens(rows: int, length: int, vocabulary: int) -> np.ndarray:
     return drawn
 
 
+def compiled_steps(
+    config: LlamaConfig, objective: Any, optimizer: Any, state: TrainState, options: argparse.Namespace
+) -> dict[int, tuple[Any, float] | Exception]:
+    """A step for every length and the seconds that it took to compile, or why there is none; some at a time."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+    def one(length: int) -> tuple[Any, float] | Exception:
+        batch = {"tokens": jax.ShapeDtypeStruct((options.tokens // length, length + 1), jnp.int32)}
+        began = time.perf_counter()
+        try:
+            compiled = make_step(objective, optimizer, parts_of(length, options)).lower(shapes, {}, batch).compile()
+        except Exception as problem:
+            return problem
+        return compiled, time.perf_counter() - began
+
+    with ThreadPoolExecutor(options.threads) as pool:
+        return dict(zip(options.lengths, pool.map(one, options.lengths), strict=True))
+
+
+def parts_of(length: int, options: argparse.Namespace) -> int:
+    """Parts that a step is taken in."""
+    return int(min(options.tokens // length, max(1, options.tokens // options.part)))
+
+
 def timed(
-    config: LlamaConfig, objective: Any, optimizer: Any, state: TrainState, length: int, options: argparse.Namespace
+    config: LlamaConfig,
+    program: tuple[Any, float] | Exception,
+    state: TrainState,
+    length: int,
+    options: argparse.Namespace,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Steps on one batch again and again: what they take, and the state after them."""
-    rows = options.tokens // length
-    parts = min(rows, max(1, options.tokens // options.part))
-    batch = {"tokens": jax.device_put(tokens(rows, length, config.vocab_size or 0))}
-    began = time.perf_counter()
-    compiled = make_step(objective, optimizer, parts).lower(state, {}, batch).compile()
-    compiling = time.perf_counter() - began
+    if isinstance(program, Exception):
+        raise program
+    compiled, compiling = program
+    batch = {"tokens": jax.device_put(tokens(options.tokens // length, length, config.vocab_size or 0))}
     losses, taken = [], []
     for _ in range(WARM_UP + options.steps):
         began = time.perf_counter()
@@ -214,7 +244,7 @@ def timed(
     memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     row = {
-        "parts": parts,
+        "parts": parts_of(length, options),
         "compile_seconds": compiling,
         "step_seconds": float(np.median(taken[WARM_UP:])),
         "all_seconds": taken,

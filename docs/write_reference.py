@@ -49,6 +49,14 @@ STATES: tuple[tuple[str, AttentionConfig], ...] = (
     ("transnormer", AttentionConfig("transnormer")),
 )
 
+# Commands whose options are not a parser's.
+OTHERWISE = {
+    "train": "`lin-jax train CONFIG.yaml [--resume] [--section.field VALUE ...]`: the fields are those of "
+    "[YAML files](options.md). `--resume` goes on from the newest checkpoint in the output folder. A "
+    "`configs/NAME.yaml` that is not there is looked for among the recipes of the package.",
+    "lm-eval": "What follows is the harness's own command line: [Evaluation](../evaluation.md#lm-evaluation-harness).",
+}
+
 
 def pages() -> dict[Path, str]:
     """The text of every page that follows from the code."""
@@ -157,12 +165,8 @@ def commands_page() -> str:
     ]
     for name, command in COMMANDS.items():
         lines += [f"## {name}", f"{command.about[0].upper()}{command.about[1:]}."]
-        if name == "train":
-            lines.append(
-                "`lin-jax train CONFIG.yaml [--resume] [--section.field VALUE ...]`: the fields are those of "
-                "[YAML files](options.md). `--resume` goes on from the newest checkpoint in the output folder. "
-                "A `configs/NAME.yaml` that is not there is looked for among the recipes of the package."
-            )
+        if name in OTHERWISE:
+            lines.append(OTHERWISE[name])
             continue
         parser = _parser_of(command.module)
         commands = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]

@@ -1,12 +1,14 @@
 """Tile sizes of kernels: a small table for each kind of device, kernel, size of heads and type.
 
-`tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand.
+`tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand. The environment
+variable `PALLAS_KERNELS_TILES` names another file in its place.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TABLE = Path(__file__).with_name("tiles.json")
+TABLE = Path(os.environ.get("PALLAS_KERNELS_TILES") or Path(__file__).with_name("tiles.json"))
 # Entries of devices that have none of their own.
 COMMON = "any"
 SIZES = (32, 64, 128, 256)

@@ -12,6 +12,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
+from support.cells import some_of
 from support.processes import SHARED
 
 from lin_jax.attention import AttentionConfig
@@ -57,11 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_file" in metafunc.fixturenames:
-        holds, family = (metafunc.definition.get_closest_marker(name) for name in ("holds", "family"))
+        holds, family, always = (metafunc.definition.get_closest_marker(name) for name in ("holds", "family", "always"))
         files = sorted(metafunc.config.getoption("golden").glob("*.safetensors"))
         files = [file for file in files if holds is None or _holds(file, holds.args[0])]
         files = [file for file in files if family is None or file.stem.split("-")[0] in family.args]
-        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+        named = files if always is None else [file for file in files if file.stem in always.args]
+        metafunc.parametrize("golden_file", some_of(files, named), ids=lambda file: file.stem)
 
 
 def _holds(file: Path, pattern: str) -> bool:
@@ -71,8 +73,9 @@ def _holds(file: Path, pattern: str) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """What importing left is not looked through again whenever tracing makes garbage."""
+    """What importing left is not looked through again whenever tracing makes garbage, nor garbage as often."""
     gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_unconfigure() -> None:

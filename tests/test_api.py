@@ -79,6 +79,7 @@ def test_in_memory(place, loaded, corpus):
     assert jax.tree.map(np.shape, values_of(tuned)) == jax.tree.map(np.shape, before)
 
 
+@pytest.mark.thorough
 def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
     """Stopped in the middle and called again, the result is that of a call that nothing stopped."""
     model, tokenizer = loaded
@@ -144,6 +145,7 @@ def test_saving_twice(loaded, tmp_path):
         lin_jax.save_pretrained(model, tmp_path / "mine")
 
 
+@pytest.mark.thorough
 def test_running_a_configuration(corpus, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(

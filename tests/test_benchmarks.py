@@ -1,11 +1,14 @@
 """The benchmarks run, check themselves, and write what they promise."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import ROOT
@@ -14,16 +17,31 @@ from lin_jax.attention import REGISTRY
 from lin_jax.decoding.autotune.costs import Costs
 from lin_jax.decoding.autotune.plan import SpeculationPlan, save_plans
 from lin_jax.devices import device_kind
+from lin_jax.errors import UserError
 from lin_jax.session import PLAN_FILE
 from lin_jax.training import load_run_config
 from lin_jax.training.monitoring.trackers import read_metrics
 from lin_jax.training.run import train
+from pallas_kernels.tiles import TABLE
 
 
 def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"benchmarks/{script}.py", *options]
     environment = {name: value for name, value in os.environ.items() if name not in without}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.thorough
+def test_train_cpu(tmp_path: Path) -> None:
+    """Steps and their parts are timed, on rows of several documents."""
+    file = tmp_path / "step.json"
+    sizes = ("--hidden-size", "16", "--intermediate-size", "32", "--vocab-size", "64", "--num-layers", "1")
+    sizes += ("--num-heads", "2", "--rows", "2", "--length", "64", "--turns", "1", "--attention", "augmented")
+    done = run_benchmark("train_cpu", *sizes, "--documents", "--without-peer", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["steps"]["augmented"]["tokens_per_second"] > 0
+    assert {"forward", "forward and backward", "optimiser"} < set(found["parts"]["augmented"])
 
 
 @pytest.mark.thorough
@@ -43,6 +61,21 @@ def test_few_rows(tmp_path: Path) -> None:
     }
     assert set(found["bfloat16", "split"]) == {"1", "32"}
     assert set(found["int8", "sum"]) == {"1"}
+
+
+@pytest.mark.thorough
+def test_lm_eval_prefixes(tmp_path: Path) -> None:
+    """Answers are the same with and without the states of shared prefixes."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    file = tmp_path / "prefixes.json"
+    sizes = ("--hidden", "16", "--layers", "1", "--questions", "4", "--shots", "2", "--tokens", "2", "--rounds", "1")
+    done = run_benchmark("lm_eval_prefixes", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    scored, written = json.loads(file.read_text())["tasks"]
+    assert (scored["task"], scored["requests"]) == ("scored", 16)
+    assert (written["task"], written["requests"]) == ("written", 4)
+    assert scored["same"]
+    assert written["same"]
 
 
 @pytest.mark.thorough
@@ -237,3 +270,102 @@ def test_kills(tmp_path: Path) -> None:
     assert report["most_steps_repeated"] <= 2 * report["checkpoint_every"]
     lines = read_metrics(tmp_path / "killed" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, report["steps"] + 1))
+
+
+# Processes in place of a session's parts: they write a report, hang, and fail.
+SAYS = "import json, sys; json.dump({'answer': 42}, open(sys.argv[1], 'w')); print('it is', sys.argv[2])"
+HANGS = "import json, sys, time; json.dump({'answer': 1}, open(sys.argv[1], 'w')); print('half'); time.sleep(60)"
+FAILS = "import sys; print('one line', file=sys.stderr); sys.exit('what went wrong')"
+
+
+@pytest.fixture
+def session_parts(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The library of sessions, which benchmarks import beside themselves."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("lib.session_parts")
+
+
+def test_session_of_parts(tmp_path: Path, session_parts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """A part that hangs or fails stops no other, keeps what it wrote, and alone is tried again."""
+
+    def part(name: str, script: str, seconds: float = 60) -> Any:
+        words = ("-c", script, "{report}")
+        table = lambda report: [f"The answer is {report['answer']}.", str(report["question"])]  # noqa: E731
+        return session_parts.Part(name, words, seconds, ("real",), ("tiny",), table=table)
+
+    session = session_parts.Session(tmp_path / "out", tmp_path, 300, rehearsal=True, notes=("left out: nothing",))
+    session.output.mkdir()
+    parts = [part("slow", HANGS, 2), part("bad", FAILS), part("good", SAYS)]
+    results = session_parts.run_session(session, parts)
+    assert json.loads(session.file.read_text()) == results
+    states = {name: each["state"] for name, each in results["parts"].items()}
+    assert states == {"slow": "too slow", "bad": "failed", "good": "done"}
+    assert results["parts"]["slow"]["report"] == {"answer": 1}
+    assert results["parts"]["slow"]["seconds"] < 20
+    assert results["parts"]["bad"]["report"] is None
+    assert results["parts"]["bad"]["tail"] == ["one line", "what went wrong"]
+    summary = (session.output / "summary.md").read_text()
+    assert "* bad: failed. what went wrong" in summary
+    assert "* left out: nothing" in summary
+    assert "The report could not be told (KeyError: 'question')" in summary
+    assert "it is tiny" in (session.output / "log.txt").read_text()
+    assert "good: at most 120 s, 4:5" in capsys.readouterr().out
+    # The second try leaves alone what is done, and begins nothing for which there is no time.
+    parts = [part("slow", SAYS), part("bad", FAILS), parts[2], part("late", SAYS)]
+    results = session_parts.run_session(replace(session, limit=16), parts)
+    assert "good: done already" in capsys.readouterr().out
+    assert results["parts"]["slow"]["state"] == "done"
+    assert results["parts"]["slow"]["limit"] <= 16
+    results = session_parts.run_session(replace(session, limit=1), parts[1:], parts[:1])
+    assert "| slow | done |" in (session.output / "summary.md").read_text()
+    assert results["parts"]["late"]["state"] in ("done", "not begun")
+    assert results["parts"]["bad"]["state"] == "not begun"
+
+
+def test_gpu_session_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts with installation take less than twelve minutes; without a GPU there is nothing to begin."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("gpu_session")
+    assert script.INSTALL_SECONDS + sum(part.seconds for part in script.PARTS) <= script.LIMIT == 720
+    monkeypatch.setattr(script, "has_gpu", lambda: False)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["gpu_session.py", "--output", "nowhere"])
+    with pytest.raises(UserError, match="there is no NVIDIA GPU here"):
+        script.main()
+
+
+def wheel(folder: Path) -> Path:
+    """A package of one module, as a wheel."""
+    file = folder / "something_new-1.0-py3-none-any.whl"
+    about = "something_new-1.0.dist-info"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("something_new.py", "ANSWER = 42\n")
+        archive.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: something-new\nVersion: 1.0\n")
+        archive.writestr(
+            f"{about}/WHEEL", "Wheel-Version: 1.0\nGenerator: none\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        names = ("something_new.py", f"{about}/METADATA", f"{about}/WHEEL", f"{about}/RECORD")
+        archive.writestr(f"{about}/RECORD", "".join(f"{name},,\n" for name in names))
+    return file
+
+
+@pytest.mark.thorough
+def test_gpu_session_rehearsal(tmp_path: Path) -> None:
+    """Every part of the session runs on the CPU with tiny sizes, after an installation from wheels."""
+    wheel(tmp_path)
+    places = ("--output", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch"), "--wheels", str(tmp_path))
+    done = run_benchmark("gpu_session", *places, "--rehearse", without=("TRITON_INTERPRET",))
+    results = json.loads((tmp_path / "out" / "session.json").read_text())
+    told = {name: (each["state"], each["last_line"]) for name, each in results["parts"].items()}
+    assert {state for state, _ in told.values()} == {"done"}, told
+    assert done.returncode == 0, done.stderr
+    names = ["install", "machine", "smoke", "tune", "kernels", "beside-fla", "train", "drafting", "verify", "commit"]
+    assert list(told) == names
+    assert (tmp_path / "scratch" / "site" / "something_new.py").exists()
+    summary = (tmp_path / "out" / "summary.md").read_text()
+    assert "could not be told" not in summary
+    assert "flash-linear-attention's own model" in summary
+    for name in names[1:]:
+        assert name == "smoke" or f"\n## {name}\n" in summary
+    # Nobody's table but the session's own is changed.
+    assert json.loads((tmp_path / "out" / "tiles.json").read_text()) != json.loads(TABLE.read_text())

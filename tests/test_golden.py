@@ -76,7 +76,15 @@ def mask_of(golden: Golden, name: str) -> jax.Array | None:
     return None if mask is None else jnp.asarray(mask)
 
 
+LOGITS = (
+    *("flash-augmented-laplace", "flash-augmented", "flash-castling", "flash-encoder-mask", "flash-softmax"),
+    *("gpt2-augmented", "gpt2-both", "gpt2-softmax"),
+    *("llama-augmented-gqa", "llama-augmented-k63", "llama-castling", "llama-softmax", "llama-yoso"),
+)
+
+
 @pytest.mark.users_settings
+@pytest.mark.always(*LOGITS)
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family(*CAUSAL)
 @pytest.mark.parametrize("dtype", cells(DTYPES[:1], DTYPES[1:]))
@@ -91,6 +99,7 @@ def test_logits(golden: Golden, dtype: str) -> None:
             assert_close(loss, golden.outputs[f"loss_{name}"], dtype)
 
 
+@pytest.mark.always("gpt2-augmented", "gpt2-softmax")
 @pytest.mark.holds("outputs/classification_logits_")
 @pytest.mark.family("gpt2")
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,6 +110,7 @@ def test_gpt2_classification(golden: Golden, dtype: str) -> None:
     assert_close(logits, golden.outputs["classification_logits_pad"], dtype)
 
 
+@pytest.mark.always("llama-augmented-gqa", "gpt2-both", "flash-augmented", "flash-both", "gpt2-augmented")
 @pytest.mark.holds("grads/")
 @pytest.mark.family(*CAUSAL)
 @pytest.mark.parametrize("dtype", DTYPES[:1])
@@ -148,6 +158,7 @@ def assert_pieces_are_the_whole(golden: Golden, dtype: str) -> None:
     assert_close(in_pieces(build(golden, dtype), ids), golden.outputs[f"logits_{name}"], dtype)
 
 
+@pytest.mark.always("llama-augmented-k63", "llama-both", "llama-yoso")
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family("llama", "medusa")
 @pytest.mark.parametrize("dtype", DTYPES[:1])
@@ -194,6 +205,7 @@ def test_exact_greedy_decoding(golden: Golden, dtype: str) -> None:
         assert_close(forward(model, ids)[0, len(prompt) - 1 :], golden.outputs[f"full_logits_{suffix}"], dtype)
 
 
+@pytest.mark.always("medusa-small")
 @pytest.mark.holds("outputs/greedy_full_tokens_")
 @pytest.mark.parametrize("dtype", cells(["float64"], ["float32"]))
 def test_exact_tree_decoding(golden: Golden, dtype: str) -> None:
@@ -221,6 +233,7 @@ def verify(model: Llama, tokens: jax.Array, tree: TreeArrays, state: Any) -> jax
     return model.logits(model.verify(tokens, tree, state)[0])
 
 
+@pytest.mark.always("medusa-mc63")
 @pytest.mark.holds("outputs/first_tree_tokens_")
 @pytest.mark.parametrize("dtype", cells(["float64"], ["float32"]))
 def test_first_tree(golden: Golden, dtype: str) -> None:
@@ -229,12 +242,13 @@ def test_first_tree(golden: Golden, dtype: str) -> None:
     model, heads = golden.llama(dtype), golden.heads(dtype)
     tree = DraftTree(tuple(map(tuple, golden.config["tree"])))
     drafter = MedusaDrafter(heads, width=golden.config["topk"])
+    grow = jax.jit(lambda context: tree.grow(drafter, context, None))
     for suffix, (prompt, tokens) in cases.items():
         ids = jnp.asarray([prompt])
         hidden, state = prefill(model, ids)
         root = jnp.argmax(model.logits(hidden[:, -1]), axis=-1)
         context = DraftContext(root, hidden[:, -1], jnp.zeros((1, 0), int))
-        drafted = tree.grow(drafter, context, None).tokens
+        drafted = grow(context).tokens
         if dtype == "float64":
             assert drafted[0].tolist() == tokens
         logits = verify(model, jnp.asarray([tokens]), tree.arrays(), state)
@@ -245,6 +259,7 @@ def test_first_tree(golden: Golden, dtype: str) -> None:
 def test_tree_tables(golden: Golden) -> None:
     """Ancestors, depths and root-to-leaf paths of every tree, as the published code numbers them."""
     trees = golden.config.get("trees") or {"buffers": golden.config.get("tree")}
+    longest = jax.jit(longest_path, static_argnums=3)
     for name, paths in trees.items():
         tree = DraftTree(tuple(map(tuple, paths)))
         arrays = tree.arrays()
@@ -252,12 +267,12 @@ def test_tree_tables(golden: Golden) -> None:
         assert np.array_equal(arrays.depth, golden.outputs[f"{name}_medusa_position_ids"])
         ranks = [0, *(1 + golden.config["topk"] * (len(path) - 1) + path[-1] for path in tree.paths)]
         assert ranks == golden.outputs[f"{name}_tree_indices"].tolist()
-        nothing = jnp.zeros((1, tree.size), int)
-        draft = Draft(nothing, jnp.asarray([(0, *tree.parents[1:])]), arrays)
+        nothing = np.zeros((1, tree.size), int)
+        draft = Draft(nothing, np.asarray([(0, *tree.parents[1:])]), arrays)
         for row in golden.outputs[f"{name}_retrieve_indices"]:
             nodes = row[row >= 0]
-            stands = jnp.isin(jnp.arange(tree.size), nodes)[None]
-            accepted = longest_path(draft, stands, nothing, tree.depth + 1)
+            stands = np.isin(np.arange(tree.size), nodes)[None]
+            accepted = longest(draft, stands, nothing, tree.depth + 1)
             assert accepted.path[0, : len(nodes)].tolist() == nodes.tolist()
 
 
@@ -294,6 +309,7 @@ def assert_t5_logits(golden: Golden, dtype: str) -> None:
     assert_close(logits, golden.outputs["logits_b"], dtype)
 
 
+@pytest.mark.always("t5-augmented-encoder", "t5-both-alpha", "t5-softmax")
 @pytest.mark.family("t5")
 def test_t5_logits(golden: Golden) -> None:
     assert_t5_logits(golden, "float64")
@@ -305,6 +321,7 @@ def test_t5_logits_in_single_precision(golden: Golden) -> None:
     assert_t5_logits(golden, "float32")
 
 
+@pytest.mark.always("t5-augmented", "t5-local")
 @pytest.mark.family("t5")
 def test_t5_classification(golden: Golden) -> None:
     ids, _, mask = t5_inputs(golden, "a", "pad")

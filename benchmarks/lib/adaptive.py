@@ -109,7 +109,7 @@ def _result(session: Session, pair: Pair) -> dict[str, Any]:
     }
 
 
-def chosen_prompts(session: Session, data: Path, count: int) -> list[list[int]]:
+def chosen_prompts(session: Session, data: Path | None, count: int) -> list[list[int]]:
     """Held-out beginnings of the text that a run was trained on, and real prompts of all kinds from the data folder."""
     held_out: list[list[int]] = []
     if session.data is not None:

@@ -101,12 +101,12 @@ OPERATIONS = {
 }
 
 
-def forward(operation: Operation, implementation: str) -> Callable[..., jax.Array]:
+def forward(operation: Operation, implementation: str) -> Any:
     """The outputs, as a compiled program."""
     return jax.jit(lambda *arrays: operation.run(*arrays, implementation=implementation))
 
 
-def forward_and_backward(operation: Operation, implementation: str) -> Callable[..., Any]:
+def forward_and_backward(operation: Operation, implementation: str) -> Any:
     """Outputs, and the gradients of all arrays given the outputs' own values as theirs, as a compiled program."""
 
     @jax.jit
@@ -151,7 +151,7 @@ def verify_inputs(nodes: int, batch: int, heads: int, size: int, dtype: Any) -> 
     return (*rows, tree, state, random(heads, kind=jnp.float32), random(heads, TAPS, kind=jnp.float32))
 
 
-def verify(implementation: str) -> Callable[..., jax.Array]:
+def verify(implementation: str) -> Any:
     """Verification of a tree, as a compiled program."""
 
     @jax.jit

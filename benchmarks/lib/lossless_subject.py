@@ -17,6 +17,7 @@ from lib.prompts import Prompt, read_prompts
 from tqdm import tqdm
 
 from lin_jax.attention import max_draft_depth
+from lin_jax.data.sources.remote import MODEL, fetch_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.data.tokenizers.token_bytes import token_bytes
 from lin_jax.decoding import DraftTree, Generator, Sampling, TextMemory, chain
@@ -35,6 +36,8 @@ from lin_jax.session import Session
 SEED = 11
 PIECE = 64
 HEADS = 4
+# Where the data folder does not hold it.
+STORIES260K = "hub:karpathy/tinyllamas/stories260K"
 DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram", "suffix", "path/suffix")
 TREES: dict[str, AnyTree] = {
     "chain": chain(4),
@@ -148,9 +151,12 @@ def load(options: argparse.Namespace) -> Session:
         place = options.data / "checkpoints" / "stories260K"
         attention = attention_of(options.attention, group_size=16, kernel_size=7)
         types = {"dtype": options.dtype, "param_dtype": options.dtype}
-        model = from_pretrained(place / "stories260K.bin", attention=attention, **types)
+        model, tokens = (place / name for name in ("stories260K.bin", "tok512.bin"))
+        if not place.is_dir():
+            model, tokens = f"{STORIES260K}/{model.name}", fetch_file(f"{STORIES260K}/{tokens.name}", MODEL)
+        model = from_pretrained(model, attention=attention, **types)
         stir(model)
-        tokenizer = read_sentencepiece(place / "tok512.bin", model.config.vocab_size)
+        tokenizer = read_sentencepiece(tokens, model.config.vocab_size)
         session = Session(DraftParts(model), tokenizer, ())
     count = model.layers.count
     parts = DraftParts(
@@ -180,15 +186,32 @@ def stir(model: CausalModel) -> None:
             parameter[...] = parameter[...] + drawn
 
 
-def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 256, steps: int = 60) -> DraftParts:
-    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand."""
+def fitted(
+    parts: DraftParts,
+    texts: Sequence[Sequence[int]],
+    *,
+    places: int = 256,
+    steps: int = 60,
+    learning_rate: float = 1e-2,
+    medusa: bool = True,
+) -> DraftParts:
+    """Heads that are missing, fitted to the model's own texts at some places, so that some of their guesses stand.
+
+    Args:
+        parts: the model, and the heads that there are.
+        texts: token ids.
+        places: how many places of the texts are learned from, all of them in every step.
+        steps: of Adam.
+        learning_rate: of Adam.
+        medusa: whether Medusa heads are wanted beside the path head.
+    """
     model, width = parts.target, max(map(len, texts))
     tokens = np.array([[*text, *[0] * (width - len(text))] for text in texts])
     every = [(row, index) for row, text in enumerate(texts) for index in range(len(text) - HEADS - 1)]
     rows, index = np.random.default_rng(SEED).permutation(every)[:places].T
     hidden = jax.jit(lambda model: model.hidden(jnp.asarray(tokens))[rows, index])(model)
     ahead = jnp.asarray(tokens[rows[:, None], index[:, None] + np.arange(1, HEADS + 2)])
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(learning_rate)
 
     def trained(heads: Any) -> Any:
         graph, state = nnx.split(heads)
@@ -206,7 +229,7 @@ def fitted(parts: DraftParts, texts: Sequence[Sequence[int]], *, places: int = 2
 
     return replace(
         parts,
-        medusa=parts.medusa or trained(MedusaHeads.on(model, HEADS)),
+        medusa=parts.medusa or (trained(MedusaHeads.on(model, HEADS)) if medusa else None),
         path=parts.path or trained(PathHead.on(model, max(model.config.hidden_size // 2, 1), nnx.Rngs(SEED))),
     )
 

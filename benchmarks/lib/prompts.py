@@ -1,4 +1,9 @@
-"""Real prompts of many lengths, from the data folder: questions, programs to complete, stories and articles."""
+"""Real prompts of many lengths, from a data folder: questions, programs to complete, stories and articles.
+
+The folder holds `mt_bench/question_even.jsonl` and `spec_bench/question_even.jsonl` (questions with even numbers),
+`human_eval/HumanEval.jsonl.gz`, `tinystories/v2_train_head.txt.xz` (the beginning of TinyStoriesV2-GPT4-train.txt) and
+`wikitext-2/valid.txt.xz`.
+"""
 
 import gzip
 import json
@@ -29,7 +34,7 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(
-    data: Path, encode: Callable[[str], list[int]], count: int | None = None, *, longest: int = 80, seed: int = 0
+    data: Path | None, encode: Callable[[str], list[int]], count: int | None = None, *, longest: int = 80, seed: int = 0
 ) -> list[Prompt]:
     """Prompts from all sources, in random order, cut to lengths drawn uniformly from 1 to `longest` tokens.
 
@@ -57,12 +62,14 @@ def by_source(prompts: Sequence[Prompt]) -> dict[str, int]:
     return dict(sorted(Counter(prompt.source for prompt in prompts).items()))
 
 
-def read_texts(data: Path, filling: int = FILLING) -> list[tuple[str, str]]:
+def read_texts(data: Path | None, filling: int = FILLING) -> list[tuple[str, str]]:
     """Texts with the names of their sources; none occurs twice. Of stories and paragraphs `filling` each.
 
     Raises:
-        UserError: a file is missing.
+        UserError: no folder is named, or a file is missing.
     """
+    if data is None:
+        raise UserError(f"real texts are read from a folder with {', '.join(SOURCES)}; give one with --data")
     limits = {"tinystories": filling, "wikitext-2": filling}
     texts: dict[str, str] = {}
     for source, read in SOURCES.items():

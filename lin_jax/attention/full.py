@@ -19,6 +19,7 @@ from lin_jax.attention.config import Conventions
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
 from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.softmax_rows import softmax_rows, suits_rows
 from lin_jax.errors import UserError
 from pallas_kernels.implementations import choose_implementation, target_platform
 from pallas_kernels.types import QKV, Nodes, TreeArrays
@@ -105,11 +106,14 @@ class FullAttention(nnx.Module):
         if whole and bias is None and self.weights == "softmax" and self.conventions.softmax_scale != "length":
             return causal_softmax(*qkv, self._scale, self.implementation), None
         length = qkv.keys.shape[1]
+        lengths = self._lengths(length, layout.positions + 1)
+        added = None if bias is None else bias.between(layout.positions, layout.positions)
+        if self.weights == "softmax" and suits_rows(qkv):
+            pairs = None if whole else layout.pairs
+            return softmax_rows(self._divided(qkv, lengths), pairs, added, self._scale, causal=True), None
         mask = jnp.tri(length, dtype=bool)[None]
         if not whole:
             mask = mask & layout.pairs
-        lengths = self._lengths(length, layout.positions + 1)
-        added = None if bias is None else bias.between(layout.positions, layout.positions)
         return self._attend(qkv, mask, added, lengths), None
 
     def verify(
@@ -155,6 +159,8 @@ class FullAttention(nnx.Module):
         mask = layout.pairs
         lengths = self._lengths(qkv.keys.shape[1], jnp.sum(mask, axis=-1))
         added = None if bias is None else bias.between(layout.positions, layout.positions)
+        if self.weights == "softmax" and suits_rows(qkv):
+            return softmax_rows(self._divided(qkv, lengths), mask, added, self._scale, causal=False)
         return self._attend(qkv, mask, added, lengths)
 
     def condense(self, keys: Float[Array, "B S K D"], values: Float[Array, "B S K E"], layout: Layout) -> SourceCache:
@@ -189,6 +195,12 @@ class FullAttention(nnx.Module):
         """Lengths by which each query's scores may be divided."""
         return jnp.full_like(seen, row) if self.conventions.length == "row" else jnp.maximum(seen, 1)
 
+    def _divided(self, qkv: QKV, lengths: Int[Array, "#B T"]) -> QKV:
+        """Queries divided by their lengths, where softmax's scores are to be."""
+        if self.conventions.softmax_scale != "length":
+            return qkv
+        return qkv._replace(queries=qkv.queries / lengths[:, :, None, None].astype(qkv.queries.dtype))
+
     def _attend(
         self,
         qkv: QKV,
@@ -198,11 +210,9 @@ class FullAttention(nnx.Module):
     ) -> Float[Array, "B T H E"]:
         """Outputs over the pairs that the mask allows; keys and values may be of other tokens than queries."""
         queries, keys, values = qkv
-        divisors = lengths[:, :, None, None].astype(queries.dtype)
         if self.weights == "softmax":
-            if self.conventions.softmax_scale == "length":
-                queries = queries / divisors
-            return masked_softmax(queries, keys, values, mask, bias, self._scale)
+            return masked_softmax(*self._divided(qkv, lengths), mask, bias, self._scale)
+        divisors = lengths[:, :, None, None].astype(queries.dtype)
         if self.conventions.unit:
             return _squared(unit(queries), unit(keys), values, mask, bias) / divisors
         inner = None if bias is None else bias / lengths[:, None, :, None].astype(bias.dtype)
@@ -248,6 +258,8 @@ def causal_softmax(
     """
     asked = ("cudnn", "xla") if implementation != "xla" and target_platform() == "gpu" else "xla"
     if choose_implementation("softmax attention", asked, {"cudnn": _obstacle(keys, values), "xla": None}) == "xla":
+        if suits_rows(QKV(queries, keys, values)):
+            return softmax_rows(QKV(queries, keys, values), None, None, scale, causal=True)
         mask = jnp.tri(keys.shape[1], dtype=bool)[None]
         return masked_softmax(queries, keys, values, mask, None, scale)
     return jax.nn.dot_product_attention(queries, keys, values, scale=scale, is_causal=True, implementation="cudnn")

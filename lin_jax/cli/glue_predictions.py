@@ -47,13 +47,13 @@ def write_predictions(run: str | Path, *, source: str | None = None, step: int |
         examples = read_examples(source or config.data.sources[0], task, split)
         ending = "" if len(task.tests) == 1 else _MISMATCHED if split.name else _MATCHED
         paths.append(run / f"{task.folder}{ending}.tsv")
-        scores = _scores(model, encoder, examples, config.data.sequence_length, config.training.batch_size)
+        scores = example_scores(model, encoder, examples, config.data.sequence_length, config.training.batch_size)
         lines = [f"{number}\t{text}\n" for number, text in enumerate(_said(scores, task))]
         paths[-1].write_text("".join(["index\tprediction\n", *lines]))
     return paths
 
 
-def _scores(
+def example_scores(
     model: Any, encoder: ExampleEncoder, examples: Sequence[Example], length: int, batch_size: int
 ) -> np.ndarray:
     """Scores every example, `[N, C]`."""

@@ -19,7 +19,10 @@ class Subcommand(NamedTuple):
 COMMANDS = {
     "train": Subcommand("lin_jax.cli.train", "train a model, draft heads or several stages, as a YAML file describes"),
     "decode": Subcommand("lin_jax.cli.decode.options", "continue prompts, plainly or with lossless speculation"),
-    "evaluate": Subcommand("lin_jax.cli.evaluate", "measure the perplexity of a model on text"),
+    "evaluate": Subcommand(
+        "lin_jax.cli.evaluate.options", "measure a model: perplexity, right answers, speed and memory"
+    ),
+    "lm-eval": Subcommand("lin_jax.cli.lm_eval", "run tasks of the lm-evaluation-harness on a model"),
     "select-layers": Subcommand("lin_jax.cli.select_layers", "choose the layers that keep softmax, for a recipe"),
     "report": Subcommand("lin_jax.cli.report", "compare students with their teacher, by figures that cannot flatter"),
     "hub": Subcommand("lin_jax.cli.hub.options", "import, export and inspect Hugging Face folders"),

@@ -19,7 +19,7 @@ class MeasuredText(NamedTuple):
 
 
 def read_measured_text(options: argparse.Namespace, tokenizer: Tokenizer, own: DataConfig | None) -> MeasuredText:
-    """Reads the text that options say.
+    """Reads the text that options say, in rows as in training.
 
     Args:
         options: with `model`, `text`, `sequence_length`, `batch` and `batches`; None takes the run's, or all.
@@ -29,6 +29,12 @@ def read_measured_text(options: argparse.Namespace, tokenizer: Tokenizer, own: D
     Raises:
         UserError: a number is not positive, or there is no text.
     """
+    data, documents = open_measured_text(options, own)
+    return MeasuredText(list(validation_batches(documents, tokenizer, data, batch_size=options.batch)), data.name)
+
+
+def open_measured_text(options: argparse.Namespace, own: DataConfig | None) -> tuple[DataConfig, Corpus]:
+    """Opens the text that options say: its configuration and documents; arguments and errors as in the other."""
     for name in ("batch", "batches"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UserError(f"--{name} is {value}; give at least 1")
@@ -44,4 +50,4 @@ def read_measured_text(options: argparse.Namespace, tokenizer: Tokenizer, own: D
     documents = Corpus.open(data)
     if options.text is None:
         _, documents = documents.split(data.validation_fraction)
-    return MeasuredText(list(validation_batches(documents, tokenizer, data, batch_size=options.batch)), data.name)
+    return data, documents

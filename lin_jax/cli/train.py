@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported only now: help and wrong options should not wait for the checkpoint library.
     import jax
 
-    from lin_jax.devices import device_kind
+    from lin_jax.devices import device_kind, keep_freed_memory
     from lin_jax.training.run import train
     from lin_jax.training.stages.run import run_stages
 
@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [run for stage in plan.stages for run in stage.runs] if isinstance(plan, Pipeline) else [plan]
     if any("float64" in (run.model.dtype, run.model.param_dtype) for run in runs):
         jax.config.update("jax_enable_x64", True)
+    keep_freed_memory()
     launch.join()
     device_kind()
     if isinstance(plan, Pipeline):

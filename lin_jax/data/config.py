@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, replace
 
 from lin_jax.data.glue.tasks import glue_task
+from lin_jax.data.sources.remote import HUB_PREFIX, RemoteName, is_remote
 from lin_jax.data.tokenizers.tokenizer import SMALLEST_BPE
 from lin_jax.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
-HUB_PREFIX = "hub:"
 # Formats of rows: a text, a prompt with its completion, or the messages of a conversation.
 TEXT, PROMPT_COMPLETION, MESSAGES = "text", "prompt_completion", "messages"
 FORMATS = (TEXT, PROMPT_COMPLETION, MESSAGES)
@@ -19,7 +19,8 @@ class MixturePart:
     """One source of a mixture; its fields mean the same as in `DataConfig`.
 
     Attributes:
-        source: the text: "python-stdlib", the path of a file or folder, "hub:OWNER/NAME", or a list of paths.
+        source: the text: "python-stdlib", the path of a file or folder, "hub:OWNER/NAME", "hub:OWNER/NAME/FILE",
+            "https://HOST/FILE", or a list of files and folders.
         weight: share of the rows, relative to the other parts; weights need not add up to one.
         subset: configuration name of a hub data set.
         split: split of a hub data set.
@@ -61,7 +62,8 @@ class DataConfig:
 
     Attributes:
         source: the text: "python-stdlib" (the sources of this Python's standard library), the path of a
-            file or folder, "hub:OWNER/NAME" (a data set on the Hugging Face Hub), or a list of paths.
+            file or folder, "hub:OWNER/NAME" (a data set on the Hugging Face Hub), "hub:OWNER/NAME/FILE" (one file of
+            it) or "https://HOST/FILE", which are fetched once, or a list of files and folders.
         task: a task of GLUE to read from the source in place of text: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or
             wnli. The source is then a folder of GLUE's own files, or "hub:nyu-mll/glue".
         subset: configuration name of a hub data set, such as "wikitext-2-raw-v1".
@@ -69,8 +71,8 @@ class DataConfig:
         text_field: column that holds the text, in tables and hub data sets.
         mixture: several sources in place of one, each with a weight: its share of the rows.
         streaming: read tables or a hub data set as a stream, never whole in memory.
-        tokenizer: folder or tokenizer.json file of a tokenizer, or "hub:OWNER/NAME"; None trains a
-            byte-level BPE on the text.
+        tokenizer: folder or tokenizer.json file of a tokenizer, "hub:OWNER/NAME" or "hub:OWNER/NAME/FILE"; None trains
+            a byte-level BPE on the text.
         vocab_size: vocabulary size of a trained tokenizer; at least 257.
         sequence_length: tokens that a model reads at once; rows of text hold one more, for the last target, and rows of
             a task no more than its longest example.
@@ -78,7 +80,8 @@ class DataConfig:
         validation_batches: batches of held-out text to validate on, at most.
         document_separator: marker between documents inside a text file, such as "<|endoftext|>"; None
             makes a file one document.
-        max_bytes: bytes of text (UTF-8) after which reading a source stops; None reads all.
+        max_bytes: bytes of text (UTF-8) after which reading a source stops; of a remote file of text only so many are
+            fetched, up to the last line break. None reads all.
         shards: number of shards that the documents are distributed over, each of which gives the same number of rows
             to every batch; must divide the batch size. A process reads only the shards that its rows come from, so that
             reading scales up to as many processes as there are shards; the batches do not depend on processes.
@@ -156,7 +159,9 @@ class DataConfig:
                 f"data.task {self.task!r} needs data.source; give one folder with GLUE's files, or "
                 f"{HUB_PREFIX}nyu-mll/glue"
             )
-        if len(self.sources) > 1 and any(each == PYTHON_STDLIB or _on_hub(each) for each in self.sources):
+        for remote in filter(is_remote, self.sources):
+            RemoteName.parse(remote)
+        if len(self.sources) > 1 and any(each == PYTHON_STDLIB or is_data_set(each) for each in self.sources):
             raise UserError(f"data source {list(self.sources)} mixes kinds; give files and folders only in a list")
         if self.subset is not None and not self.is_hub:
             raise UserError(
@@ -232,9 +237,15 @@ class DataConfig:
 
     @property
     def is_hub(self) -> bool:
-        """True if a source is on the Hugging Face Hub, so that reading it needs the network."""
-        return any(_on_hub(source) for part in self.parts for source in part.sources)
+        """True if a source is a whole data set on the Hugging Face Hub, which its own library reads."""
+        return any(is_data_set(source) for part in self.parts for source in part.sources)
+
+    @property
+    def is_remote(self) -> bool:
+        """True if a source is not on this machine, so that reading it for the first time needs the network."""
+        return any(is_remote(source) for part in self.parts for source in part.sources)
 
 
-def _on_hub(source: str) -> bool:
-    return source.startswith(HUB_PREFIX)
+def is_data_set(source: str) -> bool:
+    """True for the name of a whole data set on the Hub."""
+    return is_remote(source) and not RemoteName.parse(source).is_file

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lin_jax.data.config import HUB_PREFIX
+from lin_jax.data.sources.remote import HUB_PREFIX, MODEL, fetch_file, fetch_repository, is_remote_file
 from lin_jax.errors import UserError
 from lin_jax.json_files import read_json, short, token_ids, without_nulls
 
@@ -23,6 +23,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+LLAMA2C_SUFFIX = ".bin"
 # Files that are downloaded from the Hub: never pickled weights, never code.
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "spiece.model", "vocab.bpe", "*.txt", "*.jinja")
 # Of those, not: the same weights in the layout of their makers or in another type, and what lies in folders inside.
@@ -114,12 +115,17 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
     """The local folder of a path or of a name on the Hub, which is downloaded: safetensors and settings only.
 
     Args:
-        name_or_path: a folder, or `owner/name` or `hub:owner/name` of a repository on the Hub.
+        name_or_path: a folder, or `owner/name` or `hub:owner/name` of a repository on the Hub; or a file of llama2.c,
+            `hub:owner/name/file.bin` or `https://host/file.bin`, whose local copy is returned.
 
     Raises:
-        UserError: there is neither such a folder nor such a repository.
+        UserError: there is neither such a folder nor such a repository, or it cannot be fetched.
     """
     name = str(name_or_path)
+    if is_remote_file(name):
+        if not name.endswith(LLAMA2C_SUFFIX):
+            raise UserError(f"{name} is no file of llama2.c ({LLAMA2C_SUFFIX}); give one, or hub:OWNER/NAME")
+        return fetch_file(name, MODEL)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -127,15 +133,10 @@ def find_checkpoint(name_or_path: str | Path) -> Path:
         raise UserError(f"{path} is a file; give the folder of a checkpoint")
     if not _ID.fullmatch(name.removeprefix(HUB_PREFIX)):
         raise UserError(f"there is no folder {path}; give the folder of a checkpoint, or OWNER/NAME on the Hub")
-    # Imported only now, when the network is wanted.
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(
-            snapshot_download(
-                name.removeprefix(HUB_PREFIX), allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)
-            )
-        )
+        return fetch_repository(name, "a folder with its files", WANTED, UNWANTED)
+    except UserError:
+        raise
     except Exception as error:  # the network and the Hub raise dozens of kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(". ")
         raise UserError(

@@ -55,15 +55,15 @@ class HubCheckpoint:
 
     @classmethod
     def open(cls, name_or_path: str | Path) -> "HubCheckpoint":
-        """Opens a folder, `owner/name` on the Hub, or a file in llama2.c's first format.
+        """Opens a folder, `owner/name` on the Hub, or a file in llama2.c's first format, also one to be fetched.
 
         Raises:
             UserError: there is no such checkpoint, or it is damaged.
         """
         path = Path(name_or_path).expanduser()
-        if path.is_file():
-            return cls(path, *read_llama2c(path))
-        folder = find_checkpoint(name_or_path)
+        folder = path if path.is_file() else find_checkpoint(name_or_path)
+        if folder.is_file():
+            return cls(folder, *read_llama2c(folder))
         note = unread_index(folder)
         return cls(folder, read_config(folder), read_checkpoint(folder), () if note is None else (note,))
 

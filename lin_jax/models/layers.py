@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.errors import UserError
 from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes, read_whole
+from pallas_kernels.implementations import target_platform
 from pallas_kernels.precision import upcast
 
 
@@ -41,6 +42,7 @@ def linear(
         kernel_init=nnx.initializers.normal(deviation),
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
+        dot_general=product_of_tokens,
         rngs=rngs,
     )
     layer.kernel.set_metadata("axes", axes)
@@ -50,6 +52,26 @@ def linear(
     return layer
 
 
+def product_of_tokens(x: Array, weight: Array, dimensions: Any, **options: Any) -> Array:
+    """`jax.lax.dot_general` of vectors `[..., I]` and a matrix, on a CPU with all tokens along one axis.
+
+    There, the gradient of a matrix is a sum over rows and tokens; as one over two axes, XLA for CPUs makes transposed
+    copies of both factors for it, and takes twice as long. Along a mesh, tokens stay in their rows.
+
+    Args:
+        x: the vectors.
+        weight: the matrix.
+        dimensions: as for `dot_general`.
+        options: of `dot_general`.
+    """
+    last = (((x.ndim - 1,), (0,)), ((), ()))
+    joined = x.ndim > 2 and weight.ndim == 2 and dimensions == last and target_platform() == "cpu"
+    if not joined or jax.sharding.get_abstract_mesh().shape:
+        return jax.lax.dot_general(x, weight, dimensions, **options)
+    flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight, (((1,), (0,)), ((), ())), **options)
+    return flat.reshape(*x.shape[:-1], weight.shape[1])
+
+
 class Embedding(nnx.Embed):
     """A table of vectors; on a mesh it is gathered, not what is read from it."""
 
@@ -57,6 +79,12 @@ class Embedding(nnx.Embed):
         """The vectors of tokens."""
         table = read_whole(self.embedding[...])
         return jnp.take(table.astype(self.dtype or table.dtype), inputs, axis=0)
+
+    def attend(self, query: Float[Array, "*batch E"], out_sharding: Any = None) -> Float[Array, "*batch V"]:
+        """Products of vectors with all vectors of the table: logits of a head that is tied to it."""
+        query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        dimensions = (((query.ndim - 1,), (0,)), ((), ()))
+        return product_of_tokens(query, table.T, dimensions, out_sharding=out_sharding)
 
 
 def embedding(config: ComputeConfig, count: int | None, size: int, deviation: float, rngs: nnx.Rngs) -> nnx.Embed:

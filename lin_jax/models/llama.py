@@ -18,7 +18,7 @@ from lin_jax.models.layers import RMSNorm, embedding, linear
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
 from lin_jax.models.mixed_stack import layer_stack
 from lin_jax.models.prenorm_block import PreNormBlock
-from lin_jax.models.rotary import RotaryConfig, rotary_table, rotate
+from lin_jax.models.rotary import RotaryConfig, computed_once, rotary_table, rotate
 
 
 @dataclass(frozen=True)
@@ -165,4 +165,5 @@ class Llama(CausalModel):
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Array, tuple[Array, Array]]:
         """Embeddings, and the rotary table of the positions."""
         table = rotary_table(positions, self.config.head_size, self.config.rotary, jnp.dtype(self.config.dtype))
-        return self.embed(tokens), table
+        x = self.embed(tokens)
+        return x, computed_once(table, x)

@@ -4,12 +4,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
+from lin_jax.models.products import truth
+from pallas_kernels.implementations import target_platform
 from pallas_kernels.precision import accumulation_dtype
+
+# Tokens of a row from which on their table is kept: more than a draft tree has.
+_MANY_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,22 @@ def rotary_table(
     wide = accumulation_dtype(dtype)
     angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def computed_once(table: tuple[Array, Array], given: Float[Array, "B T E"]) -> tuple[Array, Array]:
+    """The rotary table of many tokens, kept as numbers by a program for CPUs.
+
+    Where layers are not a loop, XLA would compute cosines and sines anew for every rotation, which takes longer than
+    the rotation.
+
+    Args:
+        table: cosines and sines.
+        given: anything that depends on the batch, and so is not known when the program is compiled.
+    """
+    few = given.shape[1] < _MANY_TOKENS
+    if few or target_platform() != "cpu" or jax.sharding.get_abstract_mesh().shape:
+        return table
+    return jax.lax.cond(truth(given), lambda table: table, lambda table: jax.tree.map(jnp.zeros_like, table), table)
 
 
 def rotate(

@@ -9,6 +9,7 @@ import jax
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer
+from lin_jax.data.sources.remote import given_by
 from lin_jax.errors import UserError
 from lin_jax.models.params import differences, listed, params_of, shapes
 from lin_jax.models.registry import ModelFamily, family_of_config, model_class
@@ -58,7 +59,8 @@ def open_base(config: RunConfig, *, resume: bool) -> ModelSource | None:
         return None
     # What stands on a frozen model goes on with the very one that it began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume and keeps_base(config) else None
-    return ModelSource.open(config.init_from, step or None)
+    with given_by("--init_from"):
+        return ModelSource.open(config.init_from, step or None)
 
 
 def load_base(
@@ -157,7 +159,8 @@ def teacher_source(config: RunConfig, source: ModelSource | None) -> ModelSource
     if config.teacher is not None:
         if source is not None and Path(config.teacher) == source.place and source.selector is None:
             return source
-        return ModelSource.open(config.teacher)
+        with given_by("--teacher"):
+            return ModelSource.open(config.teacher)
     model: Any = config.model
     place, attention = source, model.attention
     while place is not None:

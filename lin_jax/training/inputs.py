@@ -23,6 +23,7 @@ from lin_jax.data.glue.batches import (
 )
 from lin_jax.data.glue.files import Example, read_examples
 from lin_jax.data.glue.tasks import TRAIN, Task, glue_task
+from lin_jax.data.sources.remote import given_by
 from lin_jax.errors import UserError
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models import BertConfig, ModelConfig, T5Config
@@ -73,8 +74,10 @@ def held_out_batches(config: RunConfig, tokenizer: Tokenizer) -> list[Batch]:
 
 
 def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]) -> Inputs:
-    train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
-    tokenizer = known or prepare_tokenizer(config.data, train)
+    with given_by("--data.mixture" if config.data.mixture else "--data.source"):
+        train, held_out = Corpus.open(config.data).split(config.data.validation_fraction)
+    with given_by("--data.tokenizer"):
+        tokenizer = known or prepare_tokenizer(config.data, train)
     config = _with_vocabulary(config, tokenizer, of_model=known is not None)
     tokenizer = tokenizer.within(config.model.vocab_size)
     data, training = config.data, config.training
@@ -86,8 +89,10 @@ def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]
 
 def _read_task(config: RunConfig, task: Task, known: Tokenizer | None, wanted: tuple[int, int]) -> Inputs:
     (source,) = config.data.sources
-    train, *held_out = (read_examples(source, task, split) for split in (TRAIN, *task.held_out))
-    tokenizer = known or _task_tokenizer(config, train)
+    with given_by("--data.source"):
+        train, *held_out = (read_examples(source, task, split) for split in (TRAIN, *task.held_out))
+    with given_by("--data.tokenizer"):
+        tokenizer = known or _task_tokenizer(config, train)
     config = _with_vocabulary(config, tokenizer, of_model=known is not None)
     encoder = task_encoder(config, task, tokenizer)
     segments = [encoder.segments(examples, config.data.sequence_length) for examples in (train, *held_out)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer, load_tokenizer
-from lin_jax.data.config import HUB_PREFIX
+from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, is_remote_file
 from lin_jax.data.tokenizers.sentencepiece import SPECIAL, read_sentencepiece
 from lin_jax.errors import UserError
 from lin_jax.hub.files import find_checkpoint, generation_ends, is_checkpoint_folder, read_config
@@ -57,13 +57,13 @@ class ModelSource:
 
     @classmethod
     def open(cls, place: str | Path, selector: CheckpointSelector = None) -> "ModelSource":
-        """Opens a run folder, a Hugging Face folder, `hub:OWNER/NAME` or a file of llama2.c.
+        """Opens a run folder, a Hugging Face folder or a file of llama2.c; or fetches it, by `hub:` or `https://`.
 
         Raises:
             UserError: there is no such place, or a selector is given for one that has no steps.
         """
         name = str(place)
-        source = cls(find_checkpoint(name) if name.startswith(HUB_PREFIX) else Path(name).expanduser(), selector)
+        source = cls(find_checkpoint(name) if is_remote(name) else Path(name).expanduser(), selector)
         if not source.place.exists():
             raise UserError(
                 f"there is no folder {place}; give the output of a train.py run, a Hugging Face folder, "
@@ -194,9 +194,11 @@ class ModelSource:
             return load_tokenizer(self.place / TOKENIZER_FOLDER if self.is_run else self.place)
         if named is None:
             raise UserError(f"{self.place} holds no tokenizer; say where it is with --data.tokenizer FILE")
-        if Path(named).is_dir():
-            return load_tokenizer(named)
-        found = read_sentencepiece(named, self.config.vocab_size)
+        with given_by("--data.tokenizer"):
+            if Path(named).is_dir() or (is_remote(named) and not is_remote_file(named)):
+                return load_tokenizer(named)
+            file = fetch_file(named, MODEL) if is_remote(named) else Path(named)
+        found = read_sentencepiece(file, self.config.vocab_size)
         return Tokenizer(found.backend, bos_token=SPECIAL[1])
 
     def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -246,7 +248,9 @@ class ModelSource:
             UserError: it is in neither place.
         """
         named = self.run.init_from
-        places = [base.folder, *([Path(named).expanduser()] if named is not None else [])]
+        places = [base.folder]
+        if named is not None and not base.folder.exists():
+            places.append(find_checkpoint(named) if is_remote(named) else Path(named).expanduser())
         for place in places:
             if place.exists():
                 return replace(base, folder=place)

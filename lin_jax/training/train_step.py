@@ -143,6 +143,11 @@ def accumulate_gradients(
         (loss, sums), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, part)
         return jax.tree.map(jnp.add, totals, (loss, sums, upcast(gradients))), None
 
+    if parts == 1:
+        # No sums to carry through a loop, and no zeros to begin them with.
+        part_key = None if key is None else jax.random.split(key, 1)[0]
+        (loss, sums), gradients = jax.value_and_grad(part_loss, has_aux=True)(params, (dict(batch), part_key))
+        return loss, sums, upcast(gradients)
     # Every part takes rows from all over the batch, and so from every device that holds some.
     stacked = jax.tree.map(lambda rows: jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0), dict(batch))
     each = stacked, None if key is None else jax.random.split(key, parts)

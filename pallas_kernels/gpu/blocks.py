@@ -244,3 +244,47 @@ def block_sums_kernel(
     if SUMMED:
         if part == 0:
             tl.store(left_sums + index * D + inner, total, mask=inner < D)
+
+
+@triton.jit
+def running_sums_kernel(
+    sums,
+    initial,
+    keep,
+    blocks,
+    before,
+    after,
+    HEADS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PART: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Running sums `before [B, n, K, SIZE]` each block and `after [B, K, SIZE]` the last, from an initial one.
+
+    A program goes through all blocks of some numbers of a memory; `keep [B, n]` (BY_HEAD: `[B, K, n]`) is what each
+    block leaves of what was there (WEIGHTS). Nothing is written where something is read.
+    """
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = part * PART + tl.arange(0, PART)
+    there = place < SIZE
+    lane = (batch * HEADS + head).to(tl.int64)
+    factors = keep + (lane if BY_HEAD else batch) * blocks
+    block, stride = batch * blocks, 1
+    if REVERSE:
+        block, stride = block + blocks - 1, -1
+    total = tl.load(initial + lane * SIZE + place, mask=there, other=0.0)
+    index = (block.to(tl.int64) * HEADS + head) * SIZE
+    more = tl.load(sums + index + place, mask=there, other=0.0)
+    for step in range(0, blocks):
+        # The next block's numbers are on their way while these are added.
+        following = index + stride * HEADS * SIZE
+        ahead = there & (tl.zeros_like(place) + step + 1 < blocks)
+        arriving = tl.load(sums + following + place, mask=ahead, other=0.0)
+        tl.store(before + index + place, total, mask=there)
+        if WEIGHTS:
+            total *= tl.load(factors + (blocks - 1 - step if REVERSE else step))
+        total += more
+        index, more = following, arriving
+    tl.store(after + lane * SIZE + place, total, mask=there)

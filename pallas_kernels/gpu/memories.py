@@ -1,8 +1,10 @@
 """Memories before blocks of rows on GPU, in order or in reverse: the first step of both linear attentions.
 
-What each block adds is summed up for all blocks at once; only the sums themselves are gone through in order.
+What each block adds is summed up for all blocks at once; only the sums themselves are gone through in order, for all
+numbers of a memory side by side.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -15,6 +17,8 @@ from pallas_kernels.gpu.launch import kernels_of, launch
 from pallas_kernels.tiles import Tiles, next_power
 
 KERNELS = "pallas_kernels.gpu.blocks"
+# Numbers of a memory that one program sums up: 16 bytes for each thread at a time.
+RUNNING_PART, RUNNING_WARPS = 512, 4
 
 
 class SummedRows(NamedTuple):
@@ -116,28 +120,46 @@ def scan_memories(
         stages=tiles.stages,
         interpret=interpret,
     )
-    run = partial(_running, keep=rows.keep, scan=scan, flags=flags)
+    run = partial(running_sums, keep=rows.keep, scan=scan, weights=flags["WEIGHTS"], interpret=interpret)
     before, after = run(sums, initial.values)
     before_sum, after_sum = run(left_sums, initial.keys) if summed else (nothing, nothing)
     return Memories(before, before_sum), Memories(after, after_sum)
 
 
-def _running(sums: Array, initial: Array, *, keep: Array, scan: Scan, flags: dict[str, bool]) -> tuple[Array, Array]:
+def running_sums(
+    sums: Array, initial: Array, *, keep: Array, scan: Scan, weights: bool, interpret: bool
+) -> tuple[Array, Array]:
     """Running sums before every block and after the last, from each block's addition.
 
-    By XLA: a kernel that replaced the sums where they lie lost what it wrote for the first block, on an H200 with
-    jax-triton 0.4.1 and Triton 3.6, whatever its stages.
+    They go to arrays of their own: a kernel that replaced the sums where they lie lost what it wrote for the first
+    block, on an H200 with jax-triton 0.4.1 and Triton 3.6, whatever its stages.
+
+    Args:
+        sums: `[B, n, K, ...]` float32, what each block adds.
+        initial: `[B, K, ...]`.
+        keep: `[B, n]` or `[B, K, n]` float32, what each block leaves of what was there; not read without `weights`.
+        scan: number of the blocks, and their order.
+        weights: whether blocks leave less than everything.
+        interpret: run the kernel in Triton's interpreter.
     """
-    lasting = jnp.ones((scan.blocks,))
-    if flags["WEIGHTS"]:
-        # What a block leaves, of a row or of a row and head.
-        lasting = jnp.moveaxis(keep, -1, 0)
-    lasting = lasting.reshape(*lasting.shape, *(1,) * (sums.ndim - lasting.ndim))
-
-    def step(total: Array, block: tuple[Array, Array]) -> tuple[Array, Array]:
-        more, lasts = block
-        return total * lasts + more, total
-
-    added = jnp.moveaxis(sums, 1, 0)
-    after, before = jax.lax.scan(step, initial, (added, lasting), reverse=scan.reverse)
-    return jnp.moveaxis(before, 0, 1), after
+    batch, kv_heads, *inner = initial.shape
+    size = math.prod(inner)
+    part = min(next_power(size), RUNNING_PART)
+    before, after = launch(
+        kernels_of(KERNELS, interpret).running_sums_kernel,
+        (sums, initial.astype(jnp.float32), keep, scan.blocks),
+        [jax.ShapeDtypeStruct(each.shape, jnp.float32) for each in (sums, initial)],
+        grid=(-(-size // part), kv_heads, batch),
+        constants={
+            "HEADS": kv_heads,
+            "SIZE": size,
+            "PART": part,
+            "WEIGHTS": weights,
+            "BY_HEAD": keep.ndim == 3,
+            "REVERSE": scan.reverse,
+        },
+        warps=RUNNING_WARPS,
+        stages=1,
+        interpret=interpret,
+    )
+    return before, after

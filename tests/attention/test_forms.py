@@ -118,14 +118,10 @@ ALWAYS = (
     "augmented",
     "softmax+local+convolution",
     "linformer",
-    "performer",
     "transnormer",
     "yoso",
-    "linear_angular",
-    "square",
-    *WINDOWED[:2],
+    "exponential+window+convolution/window=5",
     "hedgehog+window/window=9/decay=token",
-    "augmented/decay=token",
 )
 
 
@@ -183,12 +179,12 @@ def same_state(case: Case, one: Any, other: Any) -> None:
         same_state(case, one.base, other.base)
         return same_state(case, one.around, other.around)
     size = case.group_size
-    used = one.position[:, None] % size > jnp.arange(size)
+    used = np.asarray(one.position)[:, None] % size > np.arange(size)
     if isinstance(one, LinformerState):
         same_state(case, one.buffer, other.buffer)
-        used = one.position[:, None] // size > jnp.arange(one.keys.shape[1])
+        used = np.asarray(one.position)[:, None] // size > np.arange(one.keys.shape[1])
     elif isinstance(one, CacheState):
-        used = one.position[:, None] > jnp.arange(one.keys.shape[1])
+        used = np.asarray(one.position)[:, None] > np.arange(one.keys.shape[1])
     elif isinstance(one, WindowedState):
         used = held(case.mixer.window, one.position).mask
     for part in ("memory", "window", "convolved"):
@@ -197,8 +193,8 @@ def same_state(case: Case, one: Any, other: Any) -> None:
     for part in ("keys", "values", "decays"):
         if getattr(one, part, None) is None:
             continue
-        mask = used.reshape(*used.shape, *(1,) * (getattr(one, part).ndim - 2))
-        close(*(jnp.where(mask, getattr(state, part), 0) for state in (one, other)))
+        mask = np.reshape(used, (*used.shape, *(1,) * (getattr(one, part).ndim - 2)))
+        close(*(np.where(mask, getattr(state, part), 0) for state in (one, other)))
 
 
 @pytest.mark.users_settings

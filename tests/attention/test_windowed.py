@@ -19,10 +19,15 @@ def mixer_of(**options: Any) -> Any:
     return build_mixer(config, **sizes, rngs=nnx.Rngs(0))
 
 
+@jax.jit
+def whole(mixer: Any, inputs: QKV) -> jax.Array:
+    return mixer.parallel(inputs, whole_rows(*inputs.keys.shape[:2]))[0]
+
+
 def inputs_of(length: int, factor: float = 1.0, batch: int = 1) -> QKV:
     rng = np.random.default_rng(length)
     shapes = [(batch, length, heads, SIZE) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return QKV(*(jnp.asarray(factor * rng.normal(size=shape), jnp.float32) for shape in shapes))
+    return QKV(*((factor * rng.normal(size=shape)).astype(np.float32) for shape in shapes))
 
 
 @pytest.mark.parametrize(
@@ -40,29 +45,29 @@ def test_a_state_of_constant_size(options: dict[str, Any], slots: int) -> None:
 def test_a_window_over_all_tokens_is_softmax(decay: str) -> None:
     inputs = inputs_of(20)
     softmax = build_mixer("softmax", heads=HEADS, kv_heads=KV_HEADS, head_dim=SIZE, rngs=nnx.Rngs(0))
-    expected = softmax.parallel(inputs, whole_rows(1, 20))[0]
+    expected = whole(softmax, inputs)
     for options in ({"window": 20}, {"group_size": 10, "window_groups": 1}):
-        found = mixer_of(decay=decay, **options).parallel(inputs, whole_rows(1, 20))[0]
+        found = whole(mixer_of(decay=decay, **options), inputs)
         np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_a_narrowed_window_shares_parameters() -> None:
     inputs, mixer = inputs_of(20), mixer_of(window=6)
     narrow = mixer.narrowed(2)
-    expected = mixer_of(window=2).parallel(inputs, whole_rows(1, 20))[0]
-    np.testing.assert_allclose(narrow.parallel(inputs, whole_rows(1, 20))[0], expected, atol=1e-6)
+    expected = whole(mixer_of(window=2), inputs)
+    np.testing.assert_allclose(whole(narrow, inputs), expected, atol=1e-6)
     assert mixer.window.tokens == 6
 
 
 def test_learnt_features_start_near_softmax() -> None:
     """Random features estimate the exponential: more of them, closer."""
-    inputs, layout = inputs_of(64, 0.7), whole_rows(1, 64)
+    inputs = inputs_of(64, 0.7)
     softmax = build_mixer("softmax", heads=HEADS, kv_heads=KV_HEADS, head_dim=SIZE, rngs=nnx.Rngs(0))
-    expected = softmax.parallel(inputs, layout)[0]
+    expected = whole(softmax, inputs)
 
     def missed(features: int) -> float:
-        found = mixer_of(window=1, features=features).parallel(inputs, layout)[0]
-        return float(jnp.sqrt(jnp.mean(jnp.square(found - expected))))
+        found = whole(mixer_of(window=1, features=features), inputs)
+        return float(np.sqrt(np.mean(np.square(found - expected))))
 
     assert missed(4096) < 0.4 * missed(8)
 
@@ -73,7 +78,7 @@ def test_without_a_branch(branch: str, options: dict[str, Any]) -> None:
     mixer = mixer_of(name="exponential+window+convolution", window=4, kernel_size=5)
     mixer.convolution.taps[...] = jnp.ones_like(mixer.convolution.taps[...])
     assert branch in mixer.ablations()
-    found = mixer.without(branch).parallel(inputs, layout)[0]
+    found = whole(mixer.without(branch), inputs)
     if branch == "memory":
         scores = jnp.einsum("btkrd,bskd->bkrts", inputs.queries.reshape(1, 20, KV_HEADS, -1, SIZE), inputs.keys) / 2
         near = jnp.tri(20, dtype=bool) & ~jnp.tri(20, k=-4, dtype=bool)
@@ -85,7 +90,7 @@ def test_without_a_branch(branch: str, options: dict[str, Any]) -> None:
         other = mixer_of(**({"name": name, "window": 4, "kernel_size": 5} | options))
         if other.convolution is not None:
             other.convolution.taps[...] = mixer.convolution.taps[...]
-        expected = other.parallel(inputs, layout)[0]
+        expected = whole(other, inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -95,11 +100,12 @@ def test_large_scores_leave_finite_outputs_and_gradients(name: str) -> None:
     mixer = mixer_of(name=name, window=3, decay="token")
 
     @jax.jit
+    @jax.value_and_grad
     def total(inputs: QKV) -> jax.Array:
         return jnp.sum(jnp.square(mixer.parallel(inputs, whole_rows(1, 40))[0]))
 
     for factor in (0.0, 1.0, 30.0, 1e3):
-        value, gradient = jax.value_and_grad(total)(inputs_of(40, factor))
+        value, gradient = total(inputs_of(40, factor))
         assert np.isfinite(value), factor
         assert all(np.all(np.isfinite(part)) for part in gradient), factor
 
@@ -121,8 +127,8 @@ def test_decay_over_a_long_text(decay: str) -> None:
         tokens = QKV(*(jnp.moveaxis(part, 1, 0) for part in inputs))
         return jnp.moveaxis(jax.lax.scan(step, mixer.init_state(1, 0, jnp.float32), tokens)[1], 0, 1)
 
-    whole = mixer.parallel(inputs, whole_rows(1, length))[0]
-    np.testing.assert_allclose(one_by_one(inputs), whole, atol=2e-5)
+    at_once = whole(mixer, inputs)
+    np.testing.assert_allclose(one_by_one(inputs), at_once, atol=2e-5)
 
 
 @pytest.mark.parametrize(

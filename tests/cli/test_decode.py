@@ -59,6 +59,7 @@ def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:
     return capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}
     for drafter, tree in (
@@ -77,6 +78,7 @@ def test_every_drafter_writes_the_same(run_folder: Path, capsys: pytest.CaptureF
     assert [len(each) for each in texts.values()] == [1, 1]
 
 
+@pytest.mark.thorough
 def test_a_run_remembers_its_texts(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same prompt six times, one at a time: what was written before is drafted whole, by itself and with heads."""
     lines = tmp_path / "prompts.jsonl"
@@ -93,6 +95,7 @@ def test_a_run_remembers_its_texts(run_folder: Path, tmp_path: Path, capsys: pyt
     assert accepted["ngram"] < accepted["suffix"]
 
 
+@pytest.mark.thorough
 def test_a_thorough_search_is_kept(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +130,8 @@ def test_decoding_begins_at_once(
         raise AssertionError("calibration")
 
     for name in ("measure_costs", "make_plan", "calibration_prompts"):
-        monkeypatch.setattr(f"lin_jax.session.{name}", refuse)
+        place = "session" if name == "calibration_prompts" else "plan_search"
+        monkeypatch.setattr(f"lin_jax.session.{place}.{name}", refuse)
     words = (str(run_folder), "import os\n", "--max-new-tokens", "60")
     plain, figures = output(capsys, *words, "--drafter", "none")
     assert "(plain decoding)" in figures
@@ -241,6 +245,7 @@ def test_another_tokenizer_is_refused(run_folder: Path, tmp_path: Path) -> None:
         Session.load(tmp_path / "run")
 
 
+@pytest.mark.thorough
 def test_heads_of_another_model_are_refused(run_folder: Path, tmp_path: Path) -> None:
     other = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "other"))
     train(replace(other, training=replace(other.training, steps=1, seed=9)))

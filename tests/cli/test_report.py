@@ -57,6 +57,7 @@ def report(places):
     return json.loads((places / "out" / "report.json").read_text())
 
 
+@pytest.mark.thorough
 def test_figures_are_those_of_the_parts(report, places):
     teacher, *others = report["models"]
     students = [each for each in others if each["kind"] == "student"]

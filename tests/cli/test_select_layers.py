@@ -53,6 +53,7 @@ def test_a_list_is_refused() -> None:
         with_layers("model: {attention: [augmented, softmax]}", {0: AttentionConfig("softmax")})
 
 
+@pytest.mark.thorough
 def test_a_run_and_its_student(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file of what is known makes a second call short, and another model's is refused."""
     config = replace(load_run_config(ROOT / "configs" / "tiny.yaml"), output=str(tmp_path / "run"))

@@ -34,6 +34,7 @@ def test_differences_and_rounding_ties() -> None:
 
 
 @pytest.mark.parametrize("count", cells([16], [50]))
+@pytest.mark.thorough
 def test_bfloat16_parts_at_ties_alone(count: int) -> None:
     """Several nodes are rounded otherwise than a single token: texts part where logits are equal, and nowhere else."""
     model = build_model("augmented", dtype="bfloat16")

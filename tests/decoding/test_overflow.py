@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from support.cells import some_of
 from support.samples import build_model
 
 from lin_jax.decoding import DraftTree, Generator, NgramDrafter, Sampling
@@ -31,7 +32,7 @@ def test_a_first_token_of_no_numbers(part: str) -> None:
         Generator(overflowing(part)).generate([[1, 2]], 4)
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", some_of([True, False], 1))
 def test_in_the_middle_of_a_text(drafts: bool) -> None:
     """One of two prompts comes to the token; the other, alone, does not."""
     options = {"drafter": NgramDrafter(lookback=8), "tree": DraftTree(((0,), (0, 0)))} if drafts else {}

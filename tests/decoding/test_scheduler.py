@@ -39,6 +39,7 @@ def free(model: Llama, prompts: list[list[int]]) -> list[list[int]]:
         return Generator(model, prefill_chunk_size=32).generate(prompts, NEW).tokens
 
 
+@pytest.mark.thorough
 def test_stops_inside_an_accepted_run(model: Llama, prompts: list[list[int]], free: list[list[int]]) -> None:
     """An end token, a stop string or the limit cuts an accepted run, row by row, and frees the slot for the next."""
     ends = (free[0][5], free[3][9])
@@ -121,6 +122,7 @@ def test_a_stream_can_be_left(model: Llama, prompts: list[list[int]], free: list
     assert found.decoded == 8
 
 
+@pytest.mark.thorough
 def test_state_size_does_not_grow(model: Llama) -> None:
     generator = Generator(model, prefill_chunk_size=32)
     assert generator.generate([[1] * 3], 2).state_bytes == generator.generate([[1] * 300], 2).state_bytes

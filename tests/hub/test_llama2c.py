@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from support.cells import some_of
 from support.llama2c_files import HEADER, UNTIED, write_file
 from support.vocabularies import write_vocab
 
@@ -148,7 +149,7 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="module", params=PUBLISHED)
+@pytest.fixture(scope="module", params=some_of(PUBLISHED, 1))
 def published(
     request: pytest.FixtureRequest, shared_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, Llama]:
@@ -195,6 +196,7 @@ def test_losses_as_training_measures_them(published: tuple[str, Path, Llama], sh
     assert round(found.loss, 3) == PUBLISHED[name][2][0]
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_file(tmp_path: Path) -> None:
     """Its sizes and weights, another attention, and the tokenizer that the run names; loaded again, and refused."""
     write_file(tmp_path / "model.bin", HEADER)

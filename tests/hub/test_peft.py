@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
+from support.cells import some_of
 from transformers import AutoModelForCausalLM
 
 from lin_jax.attention import AttentionConfig
@@ -78,7 +79,7 @@ def assert_merged_alike(model: Any, theirs: Any) -> None:
         np.testing.assert_allclose(tensor, weights[name].numpy(), rtol=1e-9, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", some_of(["llama", "gpt2"], 1))
 def test_adapters_in_pytorch_and_back(family: str, tmp_path: Path) -> None:
     """Adapters start as nothing, are merged exactly, and PEFT reads and writes the same."""
     plain = build(family)

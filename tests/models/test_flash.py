@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.cells import some_of
 from support.model_forms import (
     assert_documents_are_apart,
     assert_drafts_change_nothing,
@@ -38,7 +39,7 @@ def model(attention: str = "augmented", kind: type[Flash] | type[FlashEncoder] =
     return random_model(lambda rngs: kind(config(attention, **options), rngs=rngs))
 
 
-@pytest.mark.parametrize("attention", ["flash", "augmented", "softmax"])
+@pytest.mark.parametrize("attention", some_of(["flash", "augmented", "softmax"], 1))
 def test_forms_agree(attention: str, x64: None) -> None:
     """Each node takes its shift from its parent, the root from the last token; scores are divided by positions."""
     assert_forms_agree(model(attention))
@@ -84,7 +85,7 @@ def test_encoder_sees_both_sides(x64: None) -> None:
     assert np.all(np.max(np.abs(before - after), axis=2) > 1e-6)
 
 
-@pytest.mark.parametrize("attention", [*REGISTRY, "softmax+local+convolution", "performer+local"])
+@pytest.mark.parametrize("attention", some_of(["softmax+local+convolution", "performer+local", *REGISTRY], 6))
 def test_every_attention_fits(attention: str) -> None:
     """Shapes of outputs, states, and queries and keys; every parameter has a name."""
     tokens, branches = jnp.zeros((2, 6), int), 2 if attention.startswith(("flash", "linear_angular")) else 1

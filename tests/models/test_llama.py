@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from support.cells import some_of
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
@@ -71,7 +72,7 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), actual, expected)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", some_of(ATTENTIONS, 1))
 def test_packed_documents_are_separate_documents(attention: str, x64: None) -> None:
     """Logits and gradients of rows that hold several documents and padding, against each document as a row."""
     short, long = 9, 14
@@ -95,7 +96,8 @@ def test_packed_documents_are_separate_documents(attention: str, x64: None) -> N
     assert_trees_close(nnx.to_pure_dict(gradients), nnx.to_pure_dict(expected_gradients), 1e-10)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", some_of(ATTENTIONS, 1))
+@pytest.mark.thorough
 def test_remat_and_unroll_change_nothing(attention: str, x64: None) -> None:
     tokens, segment_ids = jnp.asarray(draw_tokens(1, 11)), jnp.asarray([[1] * 6 + [2] * 5])
     results = []
@@ -107,7 +109,8 @@ def test_remat_and_unroll_change_nothing(attention: str, x64: None) -> None:
         assert_trees_close(other, results[0], 1e-12)
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("attention", some_of(ATTENTIONS, 1))
+@pytest.mark.thorough
 def test_bfloat16_activations(attention: str) -> None:
     """Parameters, memory, logits and gradients stay float32; the numbers stay near those of float32."""
     tokens, lengths = jnp.asarray(draw_tokens(2, 13)), jnp.asarray([13, 10])

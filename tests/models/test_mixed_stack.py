@@ -37,6 +37,7 @@ def model_of(name: str) -> Llama:
 
 
 @pytest.mark.parametrize("name", cells(["by number"], ["repeated"]))
+@pytest.mark.thorough
 def test_forms_agree(name: str, x64: None) -> None:
     """Drafts of more layers and fewer, and rows of several documents, as in models of one attention."""
     model = model_of(name)
@@ -58,6 +59,7 @@ def test_drafts_change_nothing(name: str, x64: None) -> None:
     assert found.mean_accepted_tokens > 1.3
 
 
+@pytest.mark.thorough
 def test_layers_apart_and_together_again(x64: None) -> None:
     model = model_of("by number")
     tokens, expected = jnp.arange(12).reshape(1, 12), params_of(model)

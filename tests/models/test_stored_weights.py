@@ -58,7 +58,7 @@ TIMES = ProductTimes(
     },
 )
 STORED = WeightStorage()
-TOKENS = jnp.arange(10).reshape(2, 5)
+TOKENS = np.arange(10).reshape(2, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,16 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch):
 
 def model_of(name: str, **changes):
     return BUILD[name](replace(CONFIGS[name], **changes), rngs=nnx.Rngs(0))
+
+
+@jax.jit
+def logits_of(model, tokens=TOKENS):
+    return model(tokens)
+
+
+@jax.jit
+def hidden_of(model, tokens=TOKENS):
+    return model.hidden(tokens)
 
 
 def for_decoding(model, options=STORED):
@@ -94,7 +104,7 @@ def test_a_stored_model_computes_what_the_learning_one_does(name, stored):
     assert "Linear" not in kinds(decoding)
     types = {leaf.dtype.name for leaf in jax.tree.leaves(nnx.state(decoding))}
     assert types == ({"float32"} if stored == "float32" else {"bfloat16", "uint16"})
-    np.testing.assert_allclose(decoding(TOKENS), learning(TOKENS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits_of(decoding), logits_of(learning), rtol=1e-5, atol=1e-5)
     assert params_fingerprint(params_of(as_trained(restored(decoding)))) == params_fingerprint(params_of(learning))
 
 
@@ -108,8 +118,8 @@ def test_int8_is_the_model_with_rounded_matrices(name):
             kernel = jnp.swapaxes(layer.kernel[...], -1, -2)
             flat = kernel.reshape(-1, kernel.shape[-1])
             layer.kernel[...] = jnp.swapaxes(dequantized(*quantized(flat)).reshape(kernel.shape), -1, -2)
-    hidden = rounded.hidden(TOKENS)
-    np.testing.assert_allclose(decoding.hidden(TOKENS), hidden, rtol=1e-4, atol=1e-5)
+    hidden = hidden_of(rounded)
+    np.testing.assert_allclose(hidden_of(decoding), hidden, rtol=1e-4, atol=1e-5)
     if learning.head is None:
         # The head is rounded, and what is read of the table is not.
         expected = hidden @ dequantized(*quantized(learning.embed.embedding[...])).T
@@ -148,7 +158,7 @@ def test_a_folder_is_read_as_it_is_stored(tmp_path, name, weights):
     for one, other in zip(*(jax.tree.leaves(nnx.state(each)) for each in (found, expected)), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
-    np.testing.assert_array_equal(np.asarray(found(TOKENS)), np.asarray(expected(TOKENS)))
+    np.testing.assert_array_equal(logits_of(found), logits_of(expected))
 
 
 def test_another_attention_is_added_to_a_folder_read_for_decoding(tmp_path):
@@ -157,7 +167,7 @@ def test_another_attention_is_added_to_a_folder_read_for_decoding(tmp_path):
     opened = Pretrained.open(folder, attention=AUGMENTED)
     found = opened.load(storage=lambda model: Storage(WeightStorage(), TIMES))
     np.testing.assert_allclose(
-        found(TOKENS), from_pretrained(folder, attention=AUGMENTED)(TOKENS), rtol=1e-5, atol=1e-5
+        logits_of(found), logits_of(from_pretrained(folder, attention=AUGMENTED)), rtol=1e-5, atol=1e-5
     )
 
 
@@ -165,9 +175,9 @@ def test_a_type_of_computation_leaves_the_parameters():
     model = model_of("llama", param_dtype="bfloat16", dtype="bfloat16")
     other = computed_in(model, "float32", abstract_model)
     assert other.config.dtype == "float32"
-    assert other(TOKENS).dtype == jnp.float32
+    assert logits_of(other).dtype == jnp.float32
     assert params_fingerprint(params_of(other)) == params_fingerprint(params_of(model))
-    np.testing.assert_array_equal(other(TOKENS), model_of("llama", param_dtype="bfloat16")(TOKENS))
+    np.testing.assert_array_equal(logits_of(other), logits_of(model_of("llama", param_dtype="bfloat16")))
 
 
 def test_small_matrices_and_other_devices_are_left_alone(monkeypatch):
@@ -196,16 +206,19 @@ def test_unknown_weights_are_refused():
 def test_nodes_verified_one_by_one_are_the_same_nodes(name, parents):
     model = model_of(name)
     state = model.init_state(2)
-    _, state = model.prefill(TOKENS, jnp.asarray([5, 4]), state)
-    tokens, tree = jnp.arange(2 * len(parents)).reshape(2, -1), tree_arrays(parents)
-    path, length = jnp.asarray([[0, 1, 3], [0, 2, 3]]), jnp.asarray([2, 1])
-    hidden, nodes = model.verify(tokens, tree, state)
-    after = model.commit(state, nodes, path, length)
+    prefill = jax.jit(lambda model, state: model.prefill(TOKENS, np.asarray([5, 4]), state))
+    verify = jax.jit(lambda model, tokens, state: model.verify(tokens, tree, state))
+    commit = jax.jit(lambda model, *arguments: model.commit(*arguments))
+    _, state = prefill(model, state)
+    tokens, tree = np.arange(2 * len(parents)).reshape(2, -1), tree_arrays(parents)
+    path, length = np.asarray([[0, 1, 3], [0, 2, 3]]), np.asarray([2, 1])
+    hidden, nodes = verify(model, tokens, state)
+    after = commit(model, state, nodes, path, length)
     model.same_bits = True
-    filled, more = model.verify(tokens, tree, state)
+    filled, more = verify(model, tokens, state)
     np.testing.assert_allclose(filled, hidden, rtol=1e-5, atol=1e-5)
-    for one, other in zip(*map(jax.tree.leaves, (model.commit(state, more, path, length), after)), strict=True):
+    for one, other in zip(*map(jax.tree.leaves, (commit(model, state, more, path, length), after)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    read = model.prefill(TOKENS, jnp.asarray([5, 4]), model.init_state(2))[1]
+    read = prefill(model, model.init_state(2))[1]
     for one, other in zip(*map(jax.tree.leaves, (read, state)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

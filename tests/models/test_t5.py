@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from support.cells import some_of
 from support.golden_files import assert_close
 from transformers.models.t5 import modeling_t5
 
@@ -242,7 +243,7 @@ def verify(decoder: Any, nodes: jax.Array, state: Any) -> jax.Array:
     return decoder.logits(decoder.verify(nodes, tree_arrays((-1, 0, 0, 1)), state)[0])
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", some_of(ATTENTIONS, ("mixed",)))
 def test_forms_agree(name: str, x64: None) -> None:
     """The whole row at once, token by token, and as a tree on states that stand at different places of a group."""
     tokens, mask = sources()
@@ -285,7 +286,7 @@ def test_state_knows_nothing_of_the_source(x64: None) -> None:
     assert jax.eval_shape(lambda: state(4)) == jax.eval_shape(lambda: state(9))
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", some_of(ATTENTIONS, 1))
 def test_padding_is_not_read(name: str, x64: None) -> None:
     """What padding holds changes nothing, and a row without its padding gives the same."""
     model = random_model(config(name))

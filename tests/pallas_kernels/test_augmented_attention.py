@@ -61,25 +61,21 @@ class Case:
         last = np.array([row[row > 0][-1] for row in self.segment_ids])
         tokens = np.sum(self.segment_ids == last[:, None], axis=1)
         parts = (self.segment_ids, self.positions, self.segment_ids[:, 0], last, tokens)
-        return PackedRows(*(jnp.asarray(part, jnp.int32) for part in parts))
+        return PackedRows(*(np.asarray(part, np.int32) for part in parts))
 
     @property
     def arrays(self):
         return self.queries, self.keys, self.values, self.alpha, self.taps
 
     def run(self, implementation, arrays=None, **options):
-        queries, keys, values, alpha, taps = arrays or (jnp.asarray(each, jnp.float32) for each in self.arrays)
-        return augmented_attention(
-            queries,
-            keys,
-            values,
-            group_size=self.group,
-            alpha=alpha,
-            taps=taps,
-            packed=self.packed_rows,
-            implementation=implementation,
-            **options,
-        )
+        """One program: what is run piece by piece is compiled piece by piece."""
+
+        def run(queries, keys, values, alpha, taps, packed):
+            named = {"group_size": self.group, "alpha": alpha, "taps": taps, "packed": packed}
+            return augmented_attention(queries, keys, values, **named, implementation=implementation, **options)
+
+        arrays = arrays or [np.asarray(each, np.float32) for each in self.arrays]
+        return jax.jit(run)(*arrays, self.packed_rows)
 
     def expected(self):
         outputs = np.zeros_like(self.cotangents)
@@ -156,10 +152,10 @@ class TestImplementation:
     def test_gradients(self, implementation, packed):
         case = Case(300, heads=4, kv_heads=2, packed=packed)
         with jax.enable_x64(True):
-            arrays = [jnp.asarray(each, jnp.float64) for each in case.arrays]
-            expected = [np.asarray(each) for each in jax.vjp(case.dense, *arrays)[1](jnp.asarray(case.cotangents))]
-        arrays = [jnp.asarray(each, jnp.float32) for each in case.arrays]
-        weight = jnp.asarray(case.cotangents, jnp.float32)
+            gradients = jax.jit(lambda arrays, cotangents: jax.vjp(case.dense, *arrays)[1](cotangents))
+            expected = [np.asarray(each) for each in gradients(case.arrays, case.cotangents)]
+        arrays = [np.asarray(each, np.float32) for each in case.arrays]
+        weight = np.asarray(case.cotangents, np.float32)
         total = jax.grad(lambda *arrays: jnp.sum(case.run(implementation, arrays)[0] * weight), range(5))
         found = jax.jit(total)(*arrays)
         for name, one, other in zip(("queries", "keys", "values", "alpha", "taps"), found, expected, strict=True):
@@ -203,15 +199,16 @@ class TestImplementation:
     @pytest.mark.parametrize("implementation", FEWER)
     def test_branches_may_be_left_out(self, implementation):
         case = Case(40)
-        arrays = [jnp.asarray(each, jnp.float32) for each in case.arrays[:3]]
-        parts = [
-            {"alpha": jnp.asarray(case.alpha), "local": False},
-            {"taps": jnp.asarray(case.taps), "local": False},
-            {},
-        ]
+        arrays = [np.asarray(each, np.float32) for each in case.arrays]
         options = {"group_size": case.group, "implementation": implementation}
-        total = sum(np.asarray(augmented_attention(*arrays, **part, **options)[0]) for part in parts)
-        assert difference(total, case.expected()) < TOLERANCE
+
+        @jax.jit
+        def outputs(*arrays):
+            *rows, alpha, taps = arrays
+            parts = ({"alpha": alpha, "local": False}, {"taps": taps, "local": False}, {})
+            return sum(augmented_attention(*rows, **part, **options)[0] for part in parts)
+
+        assert difference(outputs(*arrays), case.expected()) < TOLERANCE
 
     @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
     def test_half_precision(self, implementation):

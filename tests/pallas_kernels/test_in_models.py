@@ -56,6 +56,7 @@ class TestImplementation:
             ):
                 np.testing.assert_allclose(one, other, atol=1e-5 * float(jnp.abs(other).max()) + 1e-9)
 
+    @pytest.mark.thorough
     def test_speculation(self, implementation: str) -> None:
         """Prompts are read in pieces, drafts verified and committed, across groups."""
         prompts = [[1, 2, 3, 4] * 9, [5, 6] * 3, [7] * 17]

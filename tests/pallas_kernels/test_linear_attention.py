@@ -45,21 +45,25 @@ class Case:
         return self.queries, self.keys, self.values, self.memory, self.normaliser
 
     def narrow(self, dtype=jnp.float32):
-        rows = [jnp.asarray(each, dtype) for each in self.arrays[:3]]
-        return [*rows, *(jnp.asarray(each, jnp.float32) for each in self.arrays[3:])]
+        rows = [np.asarray(each, dtype) for each in self.arrays[:3]]
+        return [*rows, *(np.asarray(each, np.float32) for each in self.arrays[3:])]
 
     def run(self, implementation, arrays=None):
-        queries, keys, values, *memory = self.narrow() if arrays is None else arrays
-        return linear_attention(
-            queries,
-            keys,
-            values,
-            decay=None if self.decay is None else jnp.asarray(self.decay),
-            floor=self.floor,
-            segment_ids=None if self.segment_ids is None else jnp.asarray(self.segment_ids),
-            start=Memory(*memory),
-            implementation=implementation,
-        )
+        """One program: what is run piece by piece is compiled piece by piece."""
+
+        def run(queries, keys, values, memory, normaliser, decay, segment_ids):
+            return linear_attention(
+                queries,
+                keys,
+                values,
+                decay=decay,
+                floor=self.floor,
+                segment_ids=segment_ids,
+                start=Memory(memory, normaliser),
+                implementation=implementation,
+            )
+
+        return jax.jit(run)(*(self.narrow() if arrays is None else arrays), self.decay, self.segment_ids)
 
     def expected(self):
         """Outputs, and the memory after the last document of each row."""
@@ -146,8 +150,7 @@ class TestImplementation:
     def test_gradients(self, implementation, kind, packed):
         case = Case(280, batch=2, heads=4, kv_heads=2, packed=packed, **KINDS[kind])
         with jax.enable_x64(True):
-            arrays = [jnp.asarray(each, jnp.float64) for each in case.arrays]
-            expected = jax.grad(case.dense, range(5))(*arrays)
+            expected = jax.jit(jax.grad(case.dense, range(5)))(*case.arrays)
 
         def total(*arrays):
             outputs, after = case.run(implementation, arrays)
@@ -177,7 +180,7 @@ class TestImplementation:
             outputs, after = case.run(implementation, [*rows, *case.narrow()[3:]])
             return jnp.sum(jnp.where(case.there[..., None, None], outputs, 0)) + jnp.sum(after.values)
 
-        for gradient in jax.grad(loss, range(3))(*case.narrow()[:3]):
+        for gradient in jax.jit(jax.grad(loss, range(3)))(*case.narrow()[:3]):
             assert np.isfinite(np.asarray(gradient)[case.there]).all()
 
     @pytest.mark.parametrize("implementation", FEWER)
@@ -187,7 +190,7 @@ class TestImplementation:
         queries, keys, values, *memory = case.narrow()
         first, middle = case.run(implementation, [*(each[:, :70] for each in (queries, keys, values)), *memory])
         second, last = case.run(implementation, [*(each[:, 70:] for each in (queries, keys, values)), *middle])
-        assert difference(jnp.concatenate([first, second], axis=1), np.asarray(outputs)) < TOLERANCE
+        assert difference(np.concatenate([first, second], axis=1), np.asarray(outputs)) < TOLERANCE
         for one, other in zip(last, after, strict=True):
             assert difference(one, np.asarray(other)) < TOLERANCE
 
@@ -208,7 +211,7 @@ class TestImplementation:
 
 def test_float64_stays_float64(x64):
     case = Case(100, floor=0.0, decay=True)
-    outputs, after = case.run("xla", [jnp.asarray(each) for each in case.arrays])
+    outputs, after = case.run("xla", case.arrays)
     for one, other in zip((outputs, *after), case.expected(), strict=True):
         assert one.dtype == jnp.float64
         assert difference(one, other) < 1e-12

@@ -1,5 +1,6 @@
 """One test class for every implementation, against tokens that are taken in one by one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ class Case:
         rows = len(POSITIONS)
 
         def random(*shape):
-            return np.array(jnp.asarray(rng.normal(size=(rows, *shape)), dtype))
+            return rng.normal(size=(rows, *shape)).astype(dtype)
 
         self.memory = rng.normal(size=(rows, kv_heads, key_size, value_size)).astype(np.float32)
         self.keys, self.values = (random(GROUP, kv_heads, size) for size in (key_size, value_size))
@@ -34,11 +35,9 @@ class Case:
                 part[row, length:] = np.nan
 
     def run(self, implementation):
-        window = None if self.window is None else jnp.asarray(self.window)
-        state = [None if each is None else jnp.asarray(each) for each in (self.memory, self.keys, self.values)]
-        state = AugmentedState(*state, window, jnp.asarray(POSITIONS))
-        path = Nodes(*map(jnp.asarray, self.path))
-        return commit_path(state, path, jnp.asarray(LENGTHS), implementation=implementation)
+        state = AugmentedState(self.memory, self.keys, self.values, self.window, np.asarray(POSITIONS))
+        run = jax.jit(lambda *arguments: commit_path(*arguments, implementation=implementation))
+        return jax.tree.map(np.asarray, run(state, Nodes(*self.path), np.asarray(LENGTHS)))
 
     def expected(self):
         """Memory in float64, and what else is held, after one token at a time."""

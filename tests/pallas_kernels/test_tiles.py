@@ -56,6 +56,7 @@ def test_a_device_has_its_own():
 
 
 @pytest.mark.skipif(KERNELS != INTERPRETED, reason="interprets Triton")
+@pytest.mark.thorough
 def test_tuning(tmp_path, monkeypatch, capsys):
     table = tmp_path / "tiles.json"
     shutil.copy(TABLE, table)

@@ -1,5 +1,6 @@
 """One test class for every implementation: against loops over a text with a draft tree behind it, in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ class Case:
             ancestors.append(above)
             depths.append(above.sum(axis=1) - 1)
         pair = np.stack(depths), np.stack(ancestors)
-        return TreeArrays(*(jnp.asarray(each if self.own_trees else each[0]) for each in pair))
+        return TreeArrays(*(np.asarray(each if self.own_trees else each[0]) for each in pair))
 
     def run(self, implementation, dtype=jnp.float32, *, grouped=True, memory=True):
         def unit(rows):
@@ -66,21 +67,23 @@ class Case:
             values.append(np.concatenate([row_values[begin:position], np.full((missing, *row_values.shape[1:]), 7.0)]))
             before = np.concatenate([np.zeros((WIDTH, *row_values.shape[1:])), row_values[:position]])
             window.append(before[-(WIDTH - 1) :])
-        state = [jnp.asarray(np.stack(each), jnp.float32) for each in (sums, keys, values, window)]
+        state: list = [np.stack(each).astype(np.float32) for each in (sums, keys, values, window)]
         state[0] = state[0] if memory else None
         nodes = [
-            jnp.asarray(
-                np.stack([row[part][position:] for position, row in zip(self.positions, self.rows, strict=True)])
-            )
+            np.stack([row[part][position:] for position, row in zip(self.positions, self.rows, strict=True)])
             for part in range(3)
         ]
-        return verify_tree(
-            *(each.astype(dtype) for each in nodes),
+
+        @jax.jit
+        def run(nodes, tree, state, alpha, taps):
+            return verify_tree(*nodes, tree, state, alpha=alpha, taps=taps, implementation=implementation)
+
+        return run(
+            [each.astype(dtype) for each in nodes],
             self.tree,
-            AugmentedState(*state, jnp.asarray(self.positions)),
-            alpha=jnp.asarray(self.alpha, jnp.float32) if grouped else None,
-            taps=jnp.asarray(self.taps, jnp.float32),
-            implementation=implementation,
+            AugmentedState(*state, np.asarray(self.positions)),
+            self.alpha.astype(np.float32) if grouped else None,
+            self.taps.astype(np.float32),
         )
 
     def expected(self, grouped=True):

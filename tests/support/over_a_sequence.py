@@ -133,17 +133,17 @@ class Case:
 CASES = (
     Case("augmented"),
     Case("augmented", "whole", tensor=2),
+    Case("transnormer+local+convolution"),
+    Case("linformer", tensor=2),
+    Case("augmented", "masked", form="bidirectional"),
+)
+FURTHER = (
     Case("augmented", "masked", group_size=4),
     Case("flash_global", group_size=12),
     Case("flash+convolution", group_size=3, conventions=FLASH, biased=True, tensor=2),
     Case("performer+local+convolution", kernel_size=25),
     Case("rfa", tensor=2),
-    Case("transnormer+local+convolution"),
     Case("softmax+local+convolution", "whole", group_size=4),
-    Case("linformer", tensor=2),
-    Case("augmented", "masked", form="bidirectional"),
-)
-FURTHER = (
     Case("flash_local", tensor=2),
     Case("flash", "whole", group_size=1, tensor=2),
     Case("flash_global+local", conventions=T5, biased=True, tensor=2),

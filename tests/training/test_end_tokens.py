@@ -70,6 +70,7 @@ def test_a_run_and_what_is_exported_of_it(place: Path, tiny_run: Any, tmp_path: 
     assert set(ends_of(tmp_path / "out")) == set(ENDS)
 
 
+@pytest.mark.thorough
 def test_in_memory(place: Path, corpus: Path, tmp_path: Path) -> None:
     model, tokenizer = lin_jax.from_pretrained(place)
     options: dict[str, Any] = {"batch_size": 2, "sequence_length": 24, "steps": 1}

@@ -60,6 +60,7 @@ def test_a_stopped_run_continues_exactly(run, tmp_path, monkeypatch):
     assert lines_of(Path(broken.output)) == lines_of(Path(run.output))
 
 
+@pytest.mark.thorough
 def test_the_run_is_its_familys(run, family):
     kind, given = MODELS_OF[family]
     model, config, step = load_model(run.output)
@@ -91,6 +92,7 @@ def test_it_decodes_and_exports(run, tmp_path, capsys):
     assert type(from_pretrained(tmp_path / "out")) is type(model)
 
 
+@pytest.mark.thorough
 def test_heads_stand_on_it(run, family, tmp_path):
     """The run of heads is configured for a LLaMA, as the recipes are, and takes what the model is from it."""
     objective = {"gpt2": "medusa", "flash": "path"}[family]

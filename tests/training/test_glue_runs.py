@@ -14,6 +14,7 @@ from support.cells import cells
 from support.interrupted import lines_of, stopping_after
 
 from lin_jax.attention import AttentionConfig
+from lin_jax.cli.evaluate import main as evaluate
 from lin_jax.cli.glue_predictions import write_predictions
 from lin_jax.cli.hub.options import main
 from lin_jax.data import DataConfig, Tokenizer, load_tokenizer
@@ -139,7 +140,7 @@ def check_predictions(folder, task, scores):
 
 
 @pytest.mark.parametrize(("family", "task"), cells([("bert", "rte")], [("gpt2", "sst2"), ("t5", "stsb")]))
-def test_a_run_learns_and_reports(family, task, make, tmp_path):
+def test_a_run_learns_and_reports(family, task, make, tmp_path, capsys):
     """The report is that of the model it leaves, asked text by text."""
     config = make(tmp_path, family, task, epochs=2)
     assert train(config).status == 0
@@ -175,6 +176,10 @@ def test_a_run_learns_and_reports(family, task, make, tmp_path):
     assert last["loss"] == pytest.approx(loss, rel=1e-4)
     assert last["loss"] < validations[0]["validation_loss"]
     check_predictions(tmp_path, task, scores)
+    assert evaluate([str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {name: said[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    assert (said["task"], said["step"], said["examples"]) == (task, 23, 13)
 
 
 @pytest.mark.thorough
@@ -204,6 +209,7 @@ def test_a_stopped_run_continues_exactly(make, tmp_path, monkeypatch):
         assert (run.config.model.attention.name, run.config.model.num_labels) == ("softmax", 2 if same else 1)
 
 
+@pytest.mark.thorough
 def test_a_classifier_on_a_language_model(tiny_run, make, tmp_path):
     model = replace(FAMILIES["gpt2"][1], tie_embeddings=False)
     train(replace(tiny_run(tmp_path / "text", steps=1), family="gpt2", model=model))

@@ -52,6 +52,7 @@ def text_of(folder: Path, capsys: pytest.CaptureFixture[str], *options: str) -> 
     return json.loads(capsys.readouterr().out)["text"]
 
 
+@pytest.mark.thorough
 def test_export(exported, base_run, heads_run, capsys):
     """The model, its heads and its tokenizer; it writes the same text."""
     model = load_model(base_run)[0]

@@ -61,6 +61,7 @@ def test_texts_without_the_entry_train(
     assert resolve(run, resume=True).config.model.vocab_size == 280
 
 
+@pytest.mark.thorough
 def test_texts_with_the_entry_are_refused(place: Path, marked: Path, tiny_run: Any, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", init_from=str(place), steps=60)
     run = replace(run, model=replace(run.model, attention="softmax"), data=replace(run.data, source=str(marked)))

@@ -132,6 +132,7 @@ def test_it_takes_adapters_and_joint_projections_and_no_biases():
     assert not any("embed" in name for path in taken for name in path)
 
 
+@pytest.mark.thorough
 def test_a_stopped_run_continues_exactly(tiny_run, tmp_path, monkeypatch):
     optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=2, muon=MuonConfig())
     whole, broken = (tiny_run(tmp_path / name, optimizer=optimizer, steps=6) for name in ("whole", "broken"))

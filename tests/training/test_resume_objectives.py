@@ -19,6 +19,7 @@ from lin_jax.training.setup import resolve
 
 # The joint run is stopped once while only its heads learn, and once after that.
 @pytest.mark.parametrize(("objective", "stops"), cells([("medusa_joint", [3, 7])], [("path", [5])]))
+@pytest.mark.thorough
 def test_a_stopped_run_continues_exactly(objective, stops, base_run, tiny_run, tmp_path, monkeypatch):
     whole, broken = (
         tiny_run(tmp_path / name, objective=objective, init_from=str(base_run), steps=9) for name in ("whole", "broken")
@@ -43,6 +44,7 @@ def path_run(base_run, tiny_run):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_path_head_knows_its_base(path_run, base_run):
     model = load_model(base_run)[0]
     head = load_heads(path_run, model=model)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.cli.hub.inspect import adapter_table, holds_adapters, table
-from lin_jax.data import Tokenizer
+from lin_jax.data import Tokenizer, load_tokenizer
+from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, is_remote_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
 from lin_jax.hub.load import Pretrained
@@ -156,6 +157,11 @@ def _cast(module: Any, dtype: str) -> Any:
 
 
 def _find_tokenizer(opened: Pretrained, place: str | None) -> Tokenizer | Path | None:
+    if place is not None and is_remote(place):
+        with given_by("--tokenizer"):
+            if not is_remote_file(place):
+                return load_tokenizer(place)
+            place = str(fetch_file(place, MODEL))
     if place is not None and Path(place).is_file():
         return read_sentencepiece(place, opened.model.config.vocab_size)
     if place is not None:

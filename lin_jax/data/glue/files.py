@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lin_jax.data.config import HUB_PREFIX
 from lin_jax.data.glue.tasks import Task, TaskSplit
 from lin_jax.data.sources.files import PACKED, UNREADABLE, read_text
+from lin_jax.data.sources.remote import HUB_PREFIX, asking_the_hub
 from lin_jax.data.sources.tables import readable
 from lin_jax.errors import UserError
 from lin_jax.extras import require
@@ -124,7 +124,8 @@ def _label(text: str, task: Task, where: str) -> float:
 
 def _from_hub(source: str, task: Task, split: TaskSplit) -> Iterator[Example]:
     load_dataset = require("datasets", "reading a data set of the Hub").load_dataset
-    with readable(f"{source}, configuration {task.name}"):
+    name = f"{source}, configuration {task.name}"
+    with readable(name), asking_the_hub(name, f"GLUE's own files of it (the folder {task.folder})"):
         rows = load_dataset(source.removeprefix(HUB_PREFIX), task.name, split=split.hub)
     for number, row in enumerate(rows):
         yield _from_row(row, task, split, f"{source}, row {number} of {split.hub}")

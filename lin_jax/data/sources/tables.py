@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lin_jax.data.config import HUB_PREFIX, TEXT, DataConfig
+from lin_jax.data.config import TEXT, DataConfig
 from lin_jax.data.sources.examples import COLUMNS, example_text, read_examples
 from lin_jax.data.sources.files import suffix_inside
+from lin_jax.data.sources.remote import HUB_PREFIX, asking_the_hub
 from lin_jax.data.sources.rows import TEXT_TABLES, EmptyTableError, read_cells
 from lin_jax.errors import UserError
 from lin_jax.extras import require
@@ -63,7 +64,7 @@ def open_hub(config: DataConfig) -> "IterableDataset":
     """
     load_dataset = _datasets().load_dataset
     name = config.sources[0].removeprefix(HUB_PREFIX)
-    with readable(config.sources[0]):
+    with readable(config.sources[0]), asking_the_hub(config.sources[0], "its text as files (.txt, .jsonl, .parquet)"):
         rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
         if not config.streaming:
             rows = rows.to_iterable_dataset()

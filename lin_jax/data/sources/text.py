@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lin_jax.data.config import PYTHON_STDLIB, TEXT, DataConfig
 from lin_jax.data.sources.files import PACKED, UNREADABLE, list_files, read_text
+from lin_jax.data.sources.remote import DATA_SET, RemoteName, fetch_file, is_remote
 from lin_jax.data.sources.rows import EmptyTableError
 from lin_jax.data.sources.tables import TABLES, concatenated, is_table, open_hub, open_tables, read_rows
 from lin_jax.errors import UserError
@@ -73,7 +74,7 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
         return concatenated([stream_documents(part) for part in config.parts])
     if config.is_hub:
         return open_hub(config)
-    roots = [_existing(source) for source in config.sources]
+    roots = [_local(source, config) for source in config.sources]
     tables = [path for root in roots for path in list_files(root) if is_table(path, in_folder=root.is_dir())]
     if not tables:
         raise UserError(
@@ -90,7 +91,7 @@ def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]
         root = Path(sysconfig.get_path("stdlib"))
         yield from _text_documents(root, _stdlib_files(root), config.document_separator, skipped)
     else:
-        for root in [_existing(source) for source in config.sources]:
+        for root in [_local(source, config) for source in config.sources]:
             yield from _under(root, config, skipped)
 
 
@@ -114,7 +115,12 @@ def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Docum
         yield from _numbered(_name(path, root), rows)
 
 
-def _existing(source: str) -> Path:
+def _local(source: str, config: DataConfig) -> Path:
+    """The path of a source; what is remote is fetched, of a text only as much as is read."""
+    if is_remote(source):
+        name = Path(str(RemoteName.parse(source).file))
+        is_text = not is_table(name, in_folder=False) and name.suffix.lower() not in PACKED
+        return fetch_file(source, DATA_SET, config.max_bytes if is_text else None)
     path = Path(source).expanduser()
     if not path.exists():
         raise UserError(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from lin_jax.data.config import HUB_PREFIX, DataConfig
+from lin_jax.data.config import DataConfig
 from lin_jax.data.sources.corpus import Corpus, CorpusPart
+from lin_jax.data.sources.remote import MODEL, fetch_file, fetch_repository, is_remote, is_remote_file
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.formats import original_reader
 from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
@@ -38,23 +39,23 @@ _SUFFIXES = (".json", ".txt", ".model", ".bpe", ".jinja")
 
 
 def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Opens a folder, a tokenizer.json file, or "hub:OWNER/NAME"; only the last uses the network.
+    """Opens a folder or a tokenizer.json file, on this machine or fetched (`hub:OWNER/NAME`, `hub:OWNER/NAME/FILE`).
 
     A folder may hold the files that transformers opens, or those that BERT, GPT-2, T5 and LLaMA were first published
     with.
 
     Raises:
-        UserError: it does not exist, or no fast tokenizer can be made of it.
+        UserError: it does not exist or cannot be fetched, or no fast tokenizer can be made of it.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if not name.startswith(HUB_PREFIX) and not path.exists():
+    if not is_remote(name) and not path.exists():
         raise UserError(f"tokenizer {name!r} does not exist; give a folder, a tokenizer.json, or 'hub:OWNER/NAME'")
     try:
+        if is_remote(name):
+            path = _fetched(name)
         if path.is_file():
             return _from_json(path)
-        if name.startswith(HUB_PREFIX):
-            return _from_transformers(name)
         with _without_marks(path) as folder:
             read = original_reader(folder)
             return _from_transformers(str(folder)) if read is None else read(folder)
@@ -65,6 +66,14 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
         # What transformers could have made it of follows in further lines.
         reason = reason.partition(" from one of:")[0]
         raise _unreadable(name, reason) from error
+
+
+def _fetched(name: str) -> Path:
+    """The local copy of a tokenizer: one file, or those files of a repository that may belong to one."""
+    if is_remote_file(name):
+        return fetch_file(name, MODEL)
+    wanted = [f"*{suffix}" for suffix in _SUFFIXES]
+    return fetch_repository(name, "a folder with that tokenizer", wanted, ("*/*", "*.index.json"))
 
 
 def _unreadable(name: str, reason: str) -> UserError:
@@ -111,15 +120,14 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def _from_transformers(name: str) -> Tokenizer:
-    if not name.startswith(HUB_PREFIX):
-        _check_files(Path(name))
+    _check_files(Path(name))
     # Imported here because it takes more than a second, and a trained tokenizer does not need it.
     from transformers import AutoTokenizer
 
     pretrained = AutoTokenizer.from_pretrained(
-        name.removeprefix(HUB_PREFIX),
+        name,
         trust_remote_code=False,
-        local_files_only=not name.startswith(HUB_PREFIX),
+        local_files_only=True,
         **_neutral_config(Path(name) / "config.json"),
     )
     backend = getattr(pretrained, "backend_tokenizer", None)

@@ -221,17 +221,19 @@ class Tokenizer:
             raise UserError("the tokenizer has no chat template; give one that has, or rows of prompt and completion")
         return template
 
-    def chat_text(self, messages: Sequence[Any], *, asks: bool = False) -> str:
+    def chat_text(self, messages: Sequence[Any], *, asks: bool = False, continues: bool = False) -> str:
         """The text of a conversation, as the tokenizer's chat template writes it.
 
         Args:
             messages: each with `role` and `content`.
             asks: end with what an answer of the assistant follows.
+            continues: end within the last message, which goes on.
 
         Raises:
             UserError: there is no template, or it does not take these messages.
         """
-        return str(self._chat(messages, tokenize=False, add_generation_prompt=asks))
+        ending = {"continue_final_message": True} if continues else {}
+        return str(self._chat(messages, tokenize=False, add_generation_prompt=asks, **ending))
 
     def chat_tokens(self, messages: Sequence[Any]) -> tuple[list[int], list[int]]:
         """Ids of a conversation, and 1 for those that the template says the assistant generates.

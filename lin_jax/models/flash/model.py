@@ -12,7 +12,7 @@ from lin_jax.models.flash.config import FlashConfig
 from lin_jax.models.flash.gated_attention import GatedAttentionUnit, flash_linear
 from lin_jax.models.layers import LayerNorm, embedding
 from lin_jax.models.logical_axes import EMBED, VOCABULARY
-from lin_jax.models.rotary import RotaryConfig, rotary_table
+from lin_jax.models.rotary import RotaryConfig, computed_once, rotary_table
 from lin_jax.models.stack import LayerStack
 from pallas_kernels.precision import upcast
 
@@ -42,7 +42,8 @@ class _FlashBody(nnx.Module):
         cos, sin = rotary_table(positions, self.config.hidden_size, RotaryConfig(), dtype)
         waves = jnp.concatenate([sin, cos], axis=-1) * self.position_scale[...].astype(sin.dtype)
         table = rotary_table(positions, self.config.rotary_size, RotaryConfig(), dtype)
-        return self.embed(tokens) + waves.astype(dtype), table
+        x = self.embed(tokens) + waves.astype(dtype)
+        return x, computed_once(table, x)
 
     def finish(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The final norm."""

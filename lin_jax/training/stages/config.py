@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from lin_jax.data import DataConfig
+from lin_jax.data.sources.remote import given_by, is_remote
 from lin_jax.errors import UserError
 from lin_jax.training.config import RunConfig
 from lin_jax.training.config_file import Command, parse_run_config, run_hints
@@ -21,7 +22,7 @@ from lin_jax.training.objectives.registry import kind_of, objective_of
 from lin_jax.training.settings.yaml_file import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_PREFIX = "--stages."
+_PREFIX, _HELD_OUT, _DATA = "--stages.", "--held_out.", "--data."
 # Fields that are not for a stage to say.
 _COMMON = ("output", "stages", "held_out")
 
@@ -63,7 +64,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig | Pipeline, bool, Laun
     """The run or the stages that a command line describes, whether they are to be resumed, and with which processes.
 
     Options override the file's fields, those that a stage has of its own too; `--stages.NAME.section.field VALUE`
-    overrides a field of one stage.
+    overrides a field of one stage, `--held_out.field VALUE` one of the text that models are compared on; what that says
+    of its own is not overridden by `--data.field`.
 
     Args:
         argv: `CONFIG.yaml [--resume] [--launch.option VALUE ...] [--section.field VALUE ...]`.
@@ -75,9 +77,9 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig | Pipeline, bool, Laun
     content = _read(argv)
     if "stages" not in content:
         return parse_run_config(argv)
-    stages, held_out = content.pop("stages"), content.pop("held_out", None)
+    stages, held_out = content.pop("stages"), content.pop("held_out", {})
     _check(stages)
-    options, own = _sorted_options(list(argv[1:]), [stage["name"] for stage in stages])
+    options, own, compared = _sorted_options(list(argv[1:]), [stage["name"] for stage in stages])
     common, resume, launch = _parse(content, {}, options, "the fields that all stages share")
     runs: list[RunConfig] = []
     for stage in stages:
@@ -86,7 +88,8 @@ def parse_command(argv: Sequence[str]) -> tuple[RunConfig | Pipeline, bool, Laun
         if runs and "init_from" not in fields and "--init_from" not in extra:
             extra += ["--init_from", runs[-1].output]
         runs.append(_parse(content, fields, [*options, *extra], f"stage '{stage['name']}'").config)
-    read = common if held_out is None else _parse(content, {"data": held_out}, options, "held_out").config
+    options = [*_without(options, [f"{_DATA}{name}" for name in held_out or {}]), *compared]
+    read = _parse(content, {"data": held_out or {}}, options, "held_out").config
     found = tuple(Stage(stage["name"], (run,)) for stage, run in zip(stages, runs, strict=True))
     return Pipeline(Path(common.output), found, read.data), resume, launch
 
@@ -136,14 +139,18 @@ def _check(stages: Any) -> None:
             raise UserError(f"stage '{name}' has the field {misplaced[0]}, which is for the whole file; move it there")
 
 
-def _sorted_options(options: list[str], names: list[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Options for all stages, and those of each by its name, without `--stages.NAME.`."""
+def _sorted_options(options: list[str], names: list[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
+    """Options for all stages, those of each by its name, without `--stages.NAME.`, and those of held-out text."""
     everywhere: list[str] = []
+    compared: list[str] = []
     own: dict[str, list[str]] = {name: [] for name in names}
     place = everywhere
     for word in options:
         if word.startswith("--"):
             place = everywhere
+        if word.startswith(_HELD_OUT):
+            place = compared
+            word = _DATA + word.removeprefix(_HELD_OUT)
         if word.startswith(_PREFIX):
             found = [name for name in names if word.startswith(f"{_PREFIX}{name}.")]
             if not found:
@@ -152,7 +159,18 @@ def _sorted_options(options: list[str], names: list[str]) -> tuple[list[str], di
             place = own[name]
             word = "--" + word.removeprefix(f"{_PREFIX}{name}.")
         place.append(word)
-    return everywhere, own
+    return everywhere, own, compared
+
+
+def _without(options: list[str], names: list[str]) -> list[str]:
+    """The options without some of them and their values."""
+    kept, left_out = [], False
+    for word in options:
+        if word.startswith("--"):
+            left_out = word.split("=")[0] in names
+        if not left_out:
+            kept.append(word)
+    return kept
 
 
 def _parse(content: dict[str, Any], fields: dict[str, Any], options: Sequence[str], what: str) -> Command:
@@ -175,9 +193,10 @@ def _complete(run: RunConfig, before: RunConfig | None) -> RunConfig:
         if not kind_of(before).trains.has_model:
             raise UserError(f"it begins from {before.output}, which will hold heads and no model; give it an init_from")
         return replace(run, model=replace(before.model, **own_options(run.model)))
-    if run.init_from is not None and not Path(run.init_from).exists():
+    if run.init_from is not None and not is_remote(run.init_from) and not Path(run.init_from).exists():
         raise UserError(f"init_from {run.init_from} does not exist; give a run folder, a checkpoint's folder or a file")
-    source = None if run.init_from is None else ModelSource.open(run.init_from)
+    with given_by("--init_from"):
+        source = None if run.init_from is None else ModelSource.open(run.init_from)
     return with_options_of_base(run, source)
 
 

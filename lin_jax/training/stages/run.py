@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lin_jax.data import DataConfig, load_tokenizer
+from lin_jax.data import Corpus, DataConfig, load_tokenizer
+from lin_jax.data.sources.remote import given_by
 from lin_jax.errors import UserError
 from lin_jax.evaluation.perplexity import evaluate
 from lin_jax.losses.cross_entropy import Batch
@@ -38,6 +39,11 @@ def run_stages(pipeline: Pipeline, *, resume: bool = False) -> int:
         UserError: a stage cannot be run, which is found out before the first begins, or something is in its place.
     """
     pipeline = completed(pipeline)
+    if pipeline.held_out.is_remote:
+        # Fetched now, not found missing after the first stage.
+        own = pipeline.held_out.parts != pipeline.stages[0].last.data.parts
+        with given_by("--held_out.source" if own else "--data.source"):
+            Corpus.open(pipeline.held_out)
     report = StageReport.open(pipeline.output / REPORT_FILE)
     _check_places(pipeline, report, resume)
     for number, stage in enumerate(pipeline.stages):

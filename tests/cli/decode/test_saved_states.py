@@ -52,6 +52,7 @@ def said(capsys: pytest.CaptureFixture[str], place: Path, *words: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_the_seam(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With more of the prompt behind the state, or with nothing but the state."""
     state = str(tmp_path / "state.safetensors")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.cells import some_of
 from support.corpora import PARTS, TOKENIZER, assert_same, corpus, take
 from tokenizers import pre_tokenizers
 
@@ -92,7 +93,7 @@ def damage(path, kind):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "longer", "changed", "header changed"])
+@pytest.mark.parametrize("kind", some_of(["changed", "truncated", "longer", "header changed"], 2))
 def test_a_damaged_file_is_noticed_and_made_anew(tmp_path, caplog, kind):
     cached_tokens(str(tmp_path), DOCUMENTS, TOKENIZER)
     (path,) = tmp_path.glob("*.tokens")

@@ -67,6 +67,7 @@ def test_a_tree_without_a_claim_stays() -> None:
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("sampling", cells([Sampling()], [Sampling(0.8, top_p=0.9)]), ids=["greedy", "sampled"])
+@pytest.mark.thorough
 def test_the_text_stays_the_same(sampling: Sampling) -> None:
     """Drafts begin, give way, and are tried again; three prompts take turns in two slots."""
     model, new = build_model("augmented"), 3 * FIRST_PAUSE

@@ -36,6 +36,7 @@ def test_grown_tree_is_what_it_claims() -> None:
         assert expected == pytest.approx(np.mean(step_tokens))
 
 
+@pytest.mark.thorough
 def test_what_texts_promise_is_what_decoding_gives() -> None:
     """Tokens a step, foretold from hits and from places in dynamic trees, against the loop on the same texts."""
     model = build_model("augmented", dtype="float32")

@@ -75,6 +75,7 @@ def test_what_pays_is_used_and_what_does_not_is_left() -> None:
     assert bad.plain_steps == NEW - 1 - tried
 
 
+@pytest.mark.thorough
 def test_stops_inside_an_accepted_run() -> None:
     model = build_model("augmented")
     plain = Generator(model).generate(PROMPTS[1:2], NEW).tokens

@@ -165,6 +165,7 @@ def test_a_model_can_begin_from_another_with_a_different_mixer(base_run, tmp_pat
         resolve(tiny_run(tmp_path / "other", model=wide, init_from=str(base_run)), resume=False)
 
 
+@pytest.mark.thorough
 def test_medusa_heads_learn_on_a_base_that_stays(base_run, heads_run):
     lines = read_metrics(heads_run / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -89,6 +89,7 @@ def test_going_back_in_the_middle_of_a_run(tmp_path):
             checkpoints.restore_before(4, state_of(8), replace(METADATA, tokenizer="u"))
 
 
+@pytest.mark.thorough
 def test_a_validation_that_is_due_comes_before_the_checkpoint(base_run):
     line = next(line for line in read_metrics(base_run / "metrics.jsonl") if line["step"] == 12 and len(line) == 3)
     assert validation_losses(base_run) == {12: line["validation_loss"]}

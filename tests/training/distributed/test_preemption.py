@@ -26,6 +26,7 @@ def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
     signal.signal(signal.SIGINT, found)
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_process_stops_all_at_the_same_step():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

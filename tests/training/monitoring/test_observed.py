@@ -78,6 +78,7 @@ def observed(tmp_path_factory, tiny_run):
     return folder, said, fake
 
 
+@pytest.mark.thorough
 def test_every_figure_is_in_every_tracker(observed):
     folder, said, fake = observed
     lines = [line for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]

@@ -91,6 +91,7 @@ def assert_same(folder, params):
     jax.tree.map(np.testing.assert_array_equal, params_of(load_model(folder)[0]), params)
 
 
+@pytest.mark.thorough
 def test_bad_updates_are_left_out(tmp_path, tiny_run, capsys):
     plan = {5: NAN, 9: 50.0}
     watch = LossSpikesConfig(on_nan="skip", on_spike="skip", window=6)
@@ -113,6 +114,7 @@ def test_bad_updates_are_left_out(tmp_path, tiny_run, capsys):
     assert_same(tmp_path / "broken", expected)
 
 
+@pytest.mark.thorough
 def test_a_run_rolls_back_past_the_data_that_led_to_trouble(tmp_path, tiny_run, capsys):
     plan = {2: NAN, 5: NAN, 9: 50.0}
     watch = LossSpikesConfig(on_nan="roll_back", on_spike="roll_back", window=6, margin=2)

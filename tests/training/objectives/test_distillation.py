@@ -69,6 +69,7 @@ def test_the_loss_is_the_formula(models, logits, x64, monkeypatch):
     assert figures["teacher_agreement"] == pytest.approx(right / tokens)
 
 
+@pytest.mark.thorough
 def test_gradients_are_the_same_in_pieces(models, x64, monkeypatch):
     student, teacher = models
     objective = Distillation(CONFIG, None, DistillationConfig(WEIGHT, TEMPERATURE))

@@ -112,6 +112,7 @@ def joint_run(base_run, tiny_run):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_run_holds_both_and_reports_both(joint_run, base_run):
     model, config, step = load_model(joint_run)
     heads = load_heads(joint_run, model=model)

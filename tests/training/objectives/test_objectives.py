@@ -92,6 +92,7 @@ def test_without_documents_every_target_in_the_row_counts(ahead):
     assert included[:, : 9 - ahead].all()
 
 
+@pytest.mark.thorough
 def test_rows_without_documents_are_rows_of_one_document(model, heads):
     plain = {"tokens": TOKENS}
     marked = {"tokens": TOKENS, "segment_ids": np.ones_like(TOKENS)}

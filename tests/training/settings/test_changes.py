@@ -65,6 +65,7 @@ def test_a_folder_without_settings(content: str | None, tmp_path: Path, tiny_run
     assert line.endswith("written anew")
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_says_them_and_writes_them_down(
     tmp_path: Path, tiny_run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

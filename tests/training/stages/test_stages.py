@@ -126,6 +126,7 @@ def test_what_is_wrong_is_said_before_anything_is_done(written, tmp_path, stages
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.thorough
 def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, capsys, caplog):
     whole, *_ = parse_command([written(held_out={"validation_fraction": 0.3})])
     assert run_stages(whole) == 0
@@ -167,6 +168,7 @@ def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, c
     assert line.startswith(f"{copy / 'teacher'} is finished and stays as it is, with optimizer.eps 1e-08, not 0.1")
 
 
+@pytest.mark.thorough
 def test_a_teacher_must_have_the_same_vocabulary(written, tmp_path, base_run, tiny_run):
     from lin_jax.training.initialization import teacher_source
     from lin_jax.training.model_source import ModelSource

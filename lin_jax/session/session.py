@@ -1,56 +1,44 @@
-"""A trained model, ready to decode: tokenizer, drafters, and this machine's plans."""
+"""Session: a model with tokenizer and drafters, and generators made of them."""
 
-import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
-from lin_jax.attention import AttentionConfig, max_draft_depth
+from lin_jax.attention import max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding.autotune.costs import COST_TICKS, Costs, measure_costs
-from lin_jax.decoding.autotune.plan import PLAN_TICKS, SpeculationPlan, load_plans, make_plan, save_plans
+from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
 from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key
-from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.errors import UserError
-from lin_jax.hub.medusa import has_heads, load_medusa_heads
-from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
-from lin_jax.models.params import abstract_model
-from lin_jax.models.stored_weights import (
-    WeightStorage,
-    computed_in,
-    storage_for,
-    store,
-    store_heads,
+from lin_jax.models import CausalModel
+from lin_jax.models.stored_weights import WeightStorage
+from lin_jax.session.loading import (
+    check_causal,
+    check_entries,
+    draft_parts,
+    heads_are_near,
+    load_for_decoding,
+    load_heads,
 )
-from lin_jax.progress_bar import progress_bar
+from lin_jax.session.plan_search import PLAN_FILE, PlanSearch, fits
 from lin_jax.training.checkpoint.selector import CheckpointSelector
-from lin_jax.training.model_source import ModelSource, check_tokenizer, holds_heads
-
-log = logging.getLogger(__name__)
+from lin_jax.training.model_source import ModelSource
 
 # Tokens that n-gram drafts guess ahead where no tree is chosen.
 NGRAM_LENGTH = 7
-PLAN_FILE = "speculation.json"
 # Of several kinds of heads, the one that guesses where nothing is asked for.
 BEST_DRAFTERS = ("path", "medusa", "model", "self")
-# Folders inside a run's where heads for its model are looked for.
-HEAD_FOLDERS = ("heads", "path")
-STORED = WeightStorage()
 # Tokens of a prompt that are read at a time; with the same bits for all batches there is this one size.
 PREFILL_CHUNK, SAME_BITS_CHUNK = 256, 32
 
@@ -115,10 +103,10 @@ class Session:
         source = ModelSource.open(place, step)
         storage = WeightStorage(weights, same_bits)
         places = [heads] if isinstance(heads, str | Path) else list(heads)
-        model = load_for_decoding(source, dtype, storage, whole=bool(places) or _has_heads(source.place))
+        model = load_for_decoding(source, dtype, storage, whole=bool(places) or heads_are_near(source.place))
         known = source.tokenizer(tokenizer)
-        _check_tokenizer(source, known, model)
-        found = _load_heads(places, source, model)
+        check_entries(source, known, model)
+        found = load_heads(places, source, model)
         small = None
         if draft_model is not None:
             other = Session.load(draft_model, tokenizer=tokenizer, dtype=dtype, weights=weights)
@@ -333,9 +321,7 @@ class Session:
     def _has(self, plan: SpeculationPlan) -> bool:
         """True if the session has the plan's drafter, and that still offers what the plan's tree needs."""
         names = set(plan.drafter.split("+"))
-        return names <= set(available(self.parts)) and self._fits(
-            plan, {plan.drafter: build_drafter(plan.drafter, self.parts)}
-        )
+        return names <= set(available(self.parts)) and fits(plan, self.model, build_drafter(plan.drafter, self.parts))
 
     def decode(self, tokens: Sequence[int], stops: Sequence[str] = (), after: Sequence[int] = ()) -> str:
         """Decodes new tokens as text, without special tokens, up to a stop string.
@@ -369,159 +355,14 @@ class Session:
             note: told before something takes long.
             shown: show a progress bar on terminals.
         """
-        drafters = {kind: build_drafter(kind, self.parts) for kind in kinds}
-        known, costs = ([], []) if self.folder is None else load_plans(self.folder / PLAN_FILE)
-        kept = {(plan.drafter, plan.slots): plan for plan in known if self._fits(plan, drafters)}
+        search = PlanSearch(self.parts, self.folder, slots, tokens, note, shown)
         if prompts is not None:
-            kept, costs = {key: plan for key, plan in kept.items() if key[0] not in kinds or key[1] != slots}, []
-        missing = [kind for kind in kinds if kind != "none" and (kind, slots) not in kept]
-        if missing:
-            names = ", ".join(missing)
-            note(f"choosing draft trees for {names} on this machine, batch {slots} (once, some minutes)")
-            with progress_bar(shown=shown, total=1 + COST_TICKS + PLAN_TICKS * len(missing), desc="choosing") as bar:
-                # Without end tokens: a text that ends at once would say nothing about the drafter.
-                plain = Generator(self.model)
-                if prompts is None:
-                    prompts = calibration_prompts(self.data, plain, self.tokenizer, self.encode_prompt(""))
-                texts = plain.generate(prompts, tokens).tokens
-                bar.update()
-                cost = next((each for each in costs if each.slots == slots), None)
-                cost = cost or measure_costs(self.model, slots=slots, tick=bar.update)
-                costs = [*(each for each in costs if each.slots != slots), cost]
-                for number, kind in enumerate(missing):
-                    # Fewer sizes and candidates than expected may have been timed.
-                    bar.update(1 + COST_TICKS + PLAN_TICKS * number - bar.n)
-                    bar.set_postfix_str(kind)
-                    drafter = drafters[kind]
-                    plan = make_plan(self.model, kind, drafter, prompts, texts, cost, tick=bar.update)
-                    kept[kind, slots] = plan
-                    note(plan.summary)
-                bar.update(bar.total - bar.n)
-            if self.folder is not None and os.access(self.folder, os.W_OK):
-                self._keep(list(kept.values()), costs, note)
-        return [kept[kind, slots] if kind != "none" else SpeculationPlan(kind, slots, "none") for kind in kinds]
+            return search.found(kinds, lambda plain: prompts, anew=True)
 
-    def _fits(self, plan: SpeculationPlan, drafters: Mapping[str, Drafter]) -> bool:
-        """False for a plan of other heads or another attention, as when a folder's model was trained anew."""
-        try:
-            Generator(self.model, drafter=drafters.get(plan.drafter), tree=plan.shape)
-        except UserError:
-            return plan.drafter not in drafters
-        return True
+        def calibration(plain: Generator) -> Sequence[Sequence[int]]:
+            return calibration_prompts(self.data, plain, self.tokenizer, self.encode_prompt(""))
 
-    def _keep(self, plans: Sequence[SpeculationPlan], costs: Sequence[Costs], note: Callable[[str], None]) -> None:
-        """Keeps plans in the folder; that it cannot be done is said, and costs only time."""
-        assert self.folder is not None, "checked by the caller"
-        try:
-            save_plans(self.folder / PLAN_FILE, plans, costs)
-        except OSError as error:
-            note(f"cannot keep the choice in {self.folder / PLAN_FILE} ({error.strerror}); it is made anew next time")
-
-
-def draft_parts(
-    model: CausalModel,
-    heads: Sequence[MedusaHeads | PathHead] = (),
-    small: CausalModel | None = None,
-    layers: Sequence[int] | None = None,
-    storage: WeightStorage = STORED,
-) -> DraftParts:
-    """Gathers what drafters are made of; the model's layers are taken apart and its weights stored for decoding."""
-    if isinstance(model.layers, LayerStack):
-        model.layers = SeparateLayers.of(model.layers)
-        chosen = storage_for(model, storage)
-        store(model, chosen)
-        for each in heads:
-            store_heads(each, chosen, model.config.dtype)
-    model.same_bits = storage.same_bits
-    return DraftParts(
-        target=model,
-        medusa=next((each for each in heads if isinstance(each, MedusaHeads)), None),
-        path=next((each for each in heads if isinstance(each, PathHead)), None),
-        model=small,
-        layers=None if layers is None else tuple(layers),
-    )
-
-
-def load_for_decoding(
-    source: ModelSource,
-    dtype: str | None = None,
-    storage: WeightStorage = STORED,
-    *,
-    attention: AttentionConfig | None = None,
-    whole: bool = False,
-) -> CausalModel:
-    """Reads a model to decode with; `draft_parts` takes it apart if that is not done yet.
-
-    Args:
-        source: where it is.
-        dtype: type that is computed in; None is what suits the device.
-        storage: how its weights are stored.
-        attention: another attention than its own; what that adds is initialized.
-        whole: keep it as models that learn are, since heads are still to be checked against it.
-
-    Raises:
-        UserError: the place holds no model that writes texts, or a damaged one.
-    """
-    if source.is_run:
-        model = source.model(attention=attention)
-        check_causal(model, str(source.place))
-        return computed_in(model, dtype or default_dtype(model.config.dtype), abstract_model)
-    compute = source.config.compute
-    compute = replace(compute, dtype=dtype or default_dtype(compute.dtype))
-    model = source.model(
-        attention=attention,
-        compute=compute,
-        storage=None if whole else lambda model: storage_for(model, storage),
-    )
-    check_causal(model, str(source.place))
-    return model
-
-
-def default_dtype(own: str) -> str:
-    """The type to compute in for a model with a type of its own: that one, but float32 for bfloat16 on a CPU."""
-    return "float32" if own == "bfloat16" and jax.default_backend() == "cpu" else own
-
-
-def check_causal(model: Any, name: str) -> None:
-    """Refuses a model that does not write texts.
-
-    Raises:
-        UserError: it is none.
-    """
-    if not isinstance(model, CausalModel):
-        raise UserError(f"{name} holds a {type(model).__name__}, which does not write texts; give a causal model")
-
-
-def _check_tokenizer(source: ModelSource, tokenizer: Tokenizer, model: CausalModel) -> None:
-    if source.is_run:
-        check_tokenizer(source, tokenizer)
-    elif tokenizer.vocab_size > model.config.vocab_size:
-        # Often an added token, such as one for padding, that no text holds.
-        log.warning(
-            "the tokenizer in %s has %d entries, the model %d: a prompt with one of those beyond is refused",
-            source.place,
-            tokenizer.vocab_size,
-            model.config.vocab_size,
-        )
-
-
-def _load_heads(places: Sequence[str | Path], source: ModelSource, model: Any) -> list[MedusaHeads | PathHead]:
-    """Reads heads from the given places first, then those that lie in the model's own folder."""
-    folder = source.place
-    inside = [ModelSource(folder / name) for name in HEAD_FOLDERS if (folder / name).is_dir()]
-    if _beside(folder):
-        inside.insert(0, source)
-    sources = [*(ModelSource(Path(place)) for place in places), *inside]
-    return [load_medusa_heads(each.place, model) if has_heads(each.place) else each.heads(model) for each in sources]
-
-
-def _beside(folder: Path) -> bool:
-    """True where heads lie in the same files as the model."""
-    return has_heads(folder) or holds_heads(folder)
-
-
-def _has_heads(folder: Path) -> bool:
-    return _beside(folder) or any((folder / name).is_dir() for name in HEAD_FOLDERS)
+        return search.found(kinds, calibration)
 
 
 def check_length(prompts: Sequence[Sequence[int]], longest: int) -> None:
