@@ -209,6 +209,7 @@ def _spelled(action: argparse.Action) -> str:
         shown = " ".join(shown)
     if action.choices and not action.metavar:
         shown = "{" + ",".join(map(str, action.choices)) + "}"
+    shown = shown.replace("|", " or ")
     if not action.option_strings:
         return f"`{shown}`"
     return f"`{', '.join(action.option_strings)}{'' if action.nargs == 0 else f' {shown}'}`"
