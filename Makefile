@@ -23,8 +23,10 @@ env: .venv/installed
 	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
+# MODEL=PLACE takes a pretrained softmax model (TOKENIZER= names its tokenizer, where it holds none), DATA=PLACE your
+# own text, OUTPUT=FOLDER another folder than runs/demo; FRESH=1 begins anew.
 demo: env
-	$(RUN) -m lin_jax demo $(if $(DATA),--data $(DATA))
+	$(RUN) -m lin_jax demo $(if $(MODEL),--model $(MODEL)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(DATA),--data $(DATA)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(FRESH),--fresh)
 
 # The site, in site/, with no warning; SERVE=1 shows it at http://127.0.0.1:8000 and follows changes.
 docs: .venv/installed-docs

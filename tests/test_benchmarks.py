@@ -176,7 +176,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["correct"] is True
-    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed"}
+    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed", "windowed"}
     for way in ("xla", "softmax"):
         assert all(each["implementations"][way]["forward"]["milliseconds"] > 0 for each in report["results"])
     assert "flash-linear-attention is left out" in done.stderr
@@ -189,9 +189,9 @@ def test_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-@pytest.mark.parametrize(("name", "kernels"), [("llama2-7b-lora", 3), ("llama2-7b-windowed-lora", 0)])
+@pytest.mark.parametrize(("name", "kernels"), [("llama2-7b-lora", 3), ("llama2-7b-windowed-lora", 3)])
 def test_pod_plan(name: str, kernels: int, tmp_path: Path) -> None:
-    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels, or plain XLA."""
+    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
     file = tmp_path / "plan.json"
     done = run_benchmark(
         *("pod_plan", "--plans", name, "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),

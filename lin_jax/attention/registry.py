@@ -270,6 +270,7 @@ def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -
         scale=_softmax_scale(sizes),
         decay=decay,
         convolution=_convolution(config, name, sizes),
+        implementation=config.implementation,
         param_dtype=sizes.param_dtype,
         **parts,
     )

@@ -29,7 +29,7 @@ COMMANDS = {
     "plot": Subcommand("lin_jax.cli.plot", "draw the curves of one or several runs"),
     "self-generate": Subcommand("lin_jax.cli.self_generate", "write a model's own texts, to train its draft heads on"),
     "glue-predictions": Subcommand("lin_jax.cli.glue_predictions", "write a run's predictions for GLUE's server"),
-    "demo": Subcommand("lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes"),
+    "demo": Subcommand("lin_jax.cli.demo", "linearize a softmax model, decode it with drafts, and report"),
 }
 
 # Packages of extras without which a command cannot begin.
