@@ -11,7 +11,7 @@ from support.processes import ROOT
 # From the ground; a file imports from lower floors and from its own wing, lazily or for type checkers alike.
 FLOORS = (
     ("pallas_kernels", "lin_jax.losses", "lin_jax.errors", "lin_jax.files", "lin_jax.progress_bar"),
-    ("lin_jax.json_files",),
+    ("lin_jax.json_files", "lin_jax.extras"),
     ("lin_jax.attention", "lin_jax.data", "lin_jax.devices"),
     ("lin_jax.user_cache",),
     ("lin_jax.models",),

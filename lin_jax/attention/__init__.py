@@ -20,6 +20,7 @@ from lin_jax.attention.registry import build_mixer as build_mixer
 from lin_jax.attention.registry import has_growing_state as has_growing_state
 from lin_jax.attention.registry import max_draft_depth as max_draft_depth
 from lin_jax.attention.registry import parse_name as parse_name
+from lin_jax.attention.registry import register_feature_map as register_feature_map
 from lin_jax.attention.registry import softmax_window as softmax_window
 from lin_jax.attention.tree import tree_arrays as tree_arrays
 from pallas_kernels.types import QKV as QKV

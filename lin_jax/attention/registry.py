@@ -420,6 +420,30 @@ REGISTRY: dict[str, AttentionEntry] = {
     "square": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
 }
 
+_BROUGHT = frozenset(REGISTRY)
+
+
+def register_feature_map(
+    name: str, build: Callable[[AttentionConfig, Sizes], FeatureMap], *, positive: bool, finish: str = "divided"
+) -> None:
+    """Adds linear attention by a feature map of one's own, for this process.
+
+    Args:
+        name: of the attention, to which augmentations are added like to any other.
+        build: makes the feature map.
+        positive: True if features are never negative, so that a window may share a normaliser with them.
+        finish: what becomes of the sums: divided (by the sum of scores) or divided_above_floor (which counts 0.01
+            at the least).
+
+    Raises:
+        UserError: the name has other characters than letters, digits and underscores, or is one of the package's own.
+    """
+    if not name.isidentifier():
+        raise UserError(f"attention name '{name}' is no word; give letters, digits and underscores")
+    if name in _BROUGHT or name in ALIASES:
+        raise UserError(f"attention name '{name}' is taken; give another")
+    REGISTRY[name] = AttentionEntry(_kernel(build, finish), ANY, positive=positive, additive=True)
+
 
 def build_mixer(
     config: str | AttentionConfig,

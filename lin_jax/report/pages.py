@@ -1,13 +1,18 @@
 """A report as files: `report.json`, tables in `report.md`, and where matplotlib is installed a picture."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lin_jax.errors import UserError
+from lin_jax.extras import require
 from lin_jax.files import write_durably
 from lin_jax.report.figures import BASELINE, STUDENT, TEACHER, ModelFigures, QualityReport, Spread
+
+log = logging.getLogger(__name__)
 
 JSON_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
 _COLOURS = {TEACHER: "#6b7280", BASELINE: "#ea580c", STUDENT: "#2563eb"}
@@ -48,10 +53,11 @@ def markdown(report: QualityReport) -> str:
 def draw_positions(report: QualityReport, path: Path) -> None:
     """Draws the ratio to the teacher by position, a line a model; without matplotlib there is no picture."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        figures = require("matplotlib.figure", "drawing a report")
+    except UserError as error:
+        log.warning("no picture: %s", error)
         return
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     others = [each for each in report.models if each.kind != TEACHER]
     for model in others:
