@@ -191,7 +191,7 @@ def mapped_gradients(
     return MapGradients(own, memory_matmul(rows, slope, (0, 0)), jnp.sum(slope, axis=0, keepdims=True))
 
 
-class Clock(NamedTuple):
+class DecayClock(NamedTuple):
     """Sums of the logarithms of decay from the window's beginning to each row, itself included.
 
     Attributes:
@@ -203,12 +203,12 @@ class Clock(NamedTuple):
     keys: Float[Array, "1 W"]
 
 
-def clock_of(decays: Float[Array, "1 W"] | None, plan: WindowedPlan) -> Clock | None:
+def clock_of(decays: Float[Array, "1 W"] | None, plan: WindowedPlan) -> DecayClock | None:
     """The clock of a window whose absent rows have zeros."""
     if decays is None:
         return None
     sums = _running(decays, plan, lambda row, column: row <= column)
-    return Clock(upright(sums)[plan.before :], sums)
+    return DecayClock(upright(sums)[plan.before :], sums)
 
 
 def clock_gradient(queries: Float[Array, "C 1"], keys: Float[Array, "1 W"], plan: WindowedPlan) -> Float[Array, "1 W"]:
@@ -250,7 +250,7 @@ def block_weights(
     features: Float[Array, "W M"],
     normaliser: Float[Array, "1 M"],
     balance: Array,
-    clock: Clock | None,
+    clock: DecayClock | None,
     masks: BlockPairs,
     plan: WindowedPlan,
 ) -> BlockWeights:
@@ -287,7 +287,7 @@ def block_outputs(
 
 
 class HeadGradients(NamedTuple):
-    """What one query head adds to gradients.
+    """Gradients of one query head, to be added up.
 
     Attributes:
         queries: `[C, D]`, without what comes by their features.

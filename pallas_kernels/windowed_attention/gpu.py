@@ -34,7 +34,7 @@ TILED = ("memories", "outputs", "query_gradients", "key_gradients")
 
 
 class KeptForBackward(NamedTuple):
-    """What the backward pass goes on from.
+    """Residuals of the forward pass, for the backward pass.
 
     Attributes:
         before: memories before blocks.
@@ -176,7 +176,7 @@ def _key_gradients(
 
 
 class FeatureGradients(NamedTuple):
-    """What comes by features: gradients of queries, of keys behind those before the row, and of the map."""
+    """Gradients that come by features: of queries, of keys behind those before the row, and of the map."""
 
     queries: Array
     keys: Array
@@ -335,7 +335,7 @@ class _Call(NamedTuple):
         )
 
     def feature_gradients(self, asked: Array, held: Array) -> FeatureGradients:
-        """What comes by the features of queries and of keys, given their gradients."""
+        """Gradients that come by the features of queries and of keys, given those of the features."""
         problem, plan = self.problem, self.plan
         weights = problem.weights
         queries = _mapped_heads_gradients(problem.queries, self.asked, weights.queries, asked, plan, queries=True)

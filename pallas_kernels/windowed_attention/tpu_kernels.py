@@ -15,7 +15,7 @@ from pallas_kernels.tpu.heads import ProgramHeads, Ref
 from pallas_kernels.windowed_attention.blocks import (
     Ages,
     BlockPairs,
-    Clock,
+    DecayClock,
     MappedRows,
     ages_of,
     block_outputs,
@@ -114,7 +114,7 @@ class KeyRows(NamedTuple):
     keys: jax.Array  # [W, D]
     values: jax.Array  # [W, E]
     features: MappedRows
-    clock: Clock | None
+    clock: DecayClock | None
     ages: Ages | None
 
 
