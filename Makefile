@@ -37,6 +37,11 @@ docs: .venv/installed-docs
 	@$(RUN) -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
+.venv/installed-eval: .venv/installed
+	@echo "installing lm-evaluation-harness into .venv"
+	@$(INSTALL) --editable '.[eval]'
+	@touch $@
+
 # The wheel and the source distribution, in dist/.
 dist: .venv/installed
 	@$(RUN) -m pip install --quiet build 'hatchling>=1.27'
@@ -48,7 +53,7 @@ test: .venv/installed-test
 	$(if $(PYTEST),,$(RUN) -m pytest --users-settings -m "users_settings and not thorough" --dist=worksteal)
 
 # Also what is marked `thorough`, and all of it with XLA's optimizations.
-test-all: .venv/installed-test
+test-all: .venv/installed-test .venv/installed-docs .venv/installed-eval
 	$(RUN) -m pytest --users-settings -m "thorough or not thorough" $(PYTEST)
 
 lint: .venv/installed-test
