@@ -48,9 +48,20 @@ def markdown(report: QualityReport) -> str:
 def draw_positions(report: QualityReport, path: Path) -> None:
     """Draws the ratio to the teacher by position, a line a model; without matplotlib there is no picture."""
     try:
-        from matplotlib.figure import Figure
+        figure = positions_figure(report)
     except ImportError:
         return
+    figure.savefig(path, dpi=150)
+
+
+def positions_figure(report: QualityReport) -> Any:
+    """The ratio to the teacher by position, a line a model, as a figure of matplotlib's.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     others = [each for each in report.models if each.kind != TEACHER]
@@ -68,7 +79,7 @@ def draw_positions(report: QualityReport, path: Path) -> None:
     axes.set_ylabel("perplexity over the teacher's")
     if others:
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _repeated(report: QualityReport, model: ModelFigures) -> bool:
