@@ -248,7 +248,7 @@ def compare(
         training_length=held_out.training_length,
         rounds=rounds,
     )
-    with progress_bar(desc="report", unit="part", bar_format="{desc}: {n_fmt} parts, {postfix}") as bar:
+    with progress_bar(desc="report", unit="part", bar_format="{desc}: {n_fmt} parts{postfix}") as bar:
 
         def note(text: str) -> None:
             bar.set_postfix_str(text)

@@ -4,6 +4,7 @@ Pictures need matplotlib, and all but `small_model` the IPython that notebooks r
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from io import BytesIO
 from itertools import groupby
@@ -14,12 +15,13 @@ from flax import nnx
 
 from lin_jax import api
 from lin_jax.attention import AttentionConfig
-from lin_jax.data import Corpus, DataConfig, Tokenizer, prepare_tokenizer
+from lin_jax.data import Corpus, Tokenizer, prepare_tokenizer
 from lin_jax.decoding import Generation, TokenOrigin
 from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.decoding.trace import TracedStep
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.recipe import Text, text_data
 from lin_jax.report.figures import QualityReport
 from lin_jax.report.pages import markdown, positions_figure
 from lin_jax.session import Session
@@ -32,7 +34,7 @@ _EDGE, _FAINT = "#15803d", "#9ca3af"
 
 def small_model(
     folder: str | Path,
-    text: str | Path = "python-stdlib",
+    text: Text = "python-stdlib",
     *,
     attention: str | AttentionConfig | Sequence[Any] = "softmax",
     steps: int = 300,
@@ -48,7 +50,7 @@ def small_model(
 
     Args:
         folder: where it is kept; an interrupted call goes on from there.
-        text: a file or folder of text; by default the sources of Python's standard library.
+        text: text, as in `train`; by default the sources of Python's standard library.
         attention: its attention.
         steps: optimizer steps.
         hidden_size: width.
@@ -66,9 +68,7 @@ def small_model(
         UserError: the folder holds another model, or there is no text.
         KeyboardInterrupt: after Ctrl-C; call it again to go on.
     """
-    data = DataConfig(
-        str(text), vocab_size=vocab_size, sequence_length=sequence_length, max_bytes=max_bytes, validation_batches=8
-    )
+    data = replace(text_data(text, None, sequence_length), vocab_size=vocab_size, max_bytes=max_bytes)
     tokenizer = prepare_tokenizer(data, Corpus.open(data))
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
