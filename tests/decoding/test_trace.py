@@ -14,7 +14,7 @@ from lin_jax.models import Llama
 
 def test_steps_are_those_of_a_generator(tiny_model):
     model = Llama(replace(tiny_model, num_layers=1, vocab_size=5, initializer_range=0.3), rngs=nnx.Rngs(0))
-    generator = Generator(model, drafter=NgramDrafter(depth=4, matches=3), tree=DynamicTree(8, 4))
+    generator = Generator(model, drafter=NgramDrafter(depth=4, matches=4), tree=DynamicTree(8, 4))
     prompt = np.random.default_rng(0).integers(0, 5, 12).tolist()
     steps = list(traced_steps(generator, prompt, 30))
     whole = generator.generate([prompt], 30)
