@@ -80,8 +80,10 @@ def small_model(
         attention=AttentionConfig.of(attention),
     )
     blank = Llama(config, rngs=nnx.Rngs(0))
-    options = {"batch_size": batch_size, "learning_rate": _FROM_SCRATCH}
-    return api.train(blank, tokenizer, data, steps=steps, output=folder, **options), tokenizer
+    trained = api.train(
+        blank, tokenizer, data, steps=steps, output=folder, batch_size=batch_size, learning_rate=_FROM_SCRATCH
+    )
+    return trained, tokenizer
 
 
 def coloured_text(session: Session, prompt: Sequence[int], generation: Generation, row: int = 0) -> Any:
