@@ -21,6 +21,7 @@ from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.decoding.trace import TracedStep
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models.rotary import RotaryConfig
 from lin_jax.recipe import Text, text_data
 from lin_jax.report.figures import QualityReport
 from lin_jax.report.pages import markdown, positions_figure
@@ -28,6 +29,8 @@ from lin_jax.session import Session
 
 # Learning rate as a multiple of that which `train` gives a model that has learnt much already.
 _FROM_SCRATCH = 4.0
+# Tokens that the small model's folder says its texts have at most.
+_POSITIONS = 2048
 _ACCEPTED, _REJECTED, _ROOT = "#bfe3c0", "#e5e7eb", "#bfdbfe"
 _EDGE, _FAINT = "#15803d", "#9ca3af"
 
@@ -78,6 +81,8 @@ def small_model(
         num_layers=num_layers,
         num_heads=num_heads,
         attention=AttentionConfig.of(attention),
+        # Written into the folder that training begins from, and read from there when this is called again.
+        rotary=RotaryConfig(context_length=_POSITIONS),
     )
     blank = Llama(config, rngs=nnx.Rngs(0))
     trained = api.train(
