@@ -3,7 +3,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo docs dist test test-all lint clean
 
 env: .venv/installed
 
@@ -23,8 +23,24 @@ env: .venv/installed
 	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
 	@touch $@
 
+# MODEL=PLACE takes a pretrained softmax model (TOKENIZER= names its tokenizer, where it holds none), DATA=PLACE your
+# own text, OUTPUT=FOLDER another folder than runs/demo; FRESH=1 begins anew.
 demo: env
-	$(RUN) -m lin_jax demo $(if $(DATA),--data $(DATA))
+	$(RUN) -m lin_jax demo $(if $(MODEL),--model $(MODEL)) $(if $(TOKENIZER),--tokenizer $(TOKENIZER)) $(if $(DATA),--data $(DATA)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(FRESH),--fresh)
+
+# The site, in site/, with no warning; SERVE=1 shows it at http://127.0.0.1:8000 and follows changes.
+docs: .venv/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs $(if $(SERVE),serve,build --strict)
+
+.venv/installed-docs: .venv/installed
+	@echo "installing what the site needs into .venv"
+	@$(RUN) -m pip install --quiet --editable '.[docs]'
+	@touch $@
+
+# The wheel and the source distribution, in dist/.
+dist: .venv/installed
+	@$(RUN) -m pip install --quiet build 'hatchling>=1.27'
+	$(RUN) -m build --no-isolation
 
 test: .venv/installed-test
 	$(RUN) -m pytest $(PYTEST)

@@ -154,7 +154,7 @@ def show_report(report: QualityReport) -> None:
     display.display(display.Markdown(markdown(report)))
     try:
         figure = positions_figure(report)
-    except ImportError:
+    except UserError:
         return
     display.display(image_of(figure))
 

@@ -31,6 +31,7 @@ import pallas_kernels.augmented_attention.gpu
 import pallas_kernels.linear_attention.gpu
 import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
+import pallas_kernels.windowed_attention.gpu
 from pallas_kernels import tiles
 from pallas_kernels.augmented_attention import PackedRows, augmented_attention
 from pallas_kernels.gpu import memories as gpu_memories
@@ -40,14 +41,18 @@ from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tiles import COMMON, SIZES, TABLE, tile_bucket
 from pallas_kernels.tree_verify import verify_tree
 from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
 
-OPERATIONS = ("augmented_attention", "linear_attention", "tree_verify", "path_commit")
+OPERATIONS = ("augmented_attention", "linear_attention", "windowed_attention", "tree_verify", "path_commit")
+# Those that have rows of their own for packed rows.
+PLACED = ("augmented_attention", "windowed_attention")
 PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
 BLOCKS = (128, 256, 512)
 # Kernels that are called otherwise than what is tuned.
 NAMES = {
     "augmented_attention.memories": "block_sums_kernel",
     "linear_attention.memories": "block_sums_kernel",
+    "windowed_attention.memories": "block_sums_kernel",
     "tree_verify": "verify_kernel",
     "path_commit": "fold_kernel",
 }
@@ -58,6 +63,7 @@ LAUNCHERS = (
     pallas_kernels.linear_attention.gpu,
     pallas_kernels.path_commit.gpu,
     pallas_kernels.tree_verify.gpu,
+    pallas_kernels.windowed_attention.gpu,
 )
 MOST_CALLS = 100
 # Modules are patched while something is traced.
@@ -99,7 +105,7 @@ def main() -> int:
     table = json.loads(options.table.read_text())
     found = table.setdefault(device, {})
     jobs = list(itertools.product((False, True), options.dtypes, options.operations, options.sizes))
-    jobs = [job for job in jobs if not job[0] or job[2] == "augmented_attention"]
+    jobs = [job for job in jobs if not job[0] or job[2] in PLACED]
     with tqdm(jobs, unit="row", disable=None) as bar:
         for placed, dtype, operation, size in bar:
             shape = Shape(options.batch, options.tokens, options.heads, size, dtype, placed)
@@ -339,11 +345,16 @@ def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..
         path = Nodes(*rows(4)[:2])
         length = jnp.full((shape.batch,), 4)
         return partial(commit_path, implementation=implementation), [state, path, length]
-    packed = whole_document(shape) if shape.placed else None
+    packed, maps = whole_document(shape) if shape.placed else None, jax.random.split(keys[3])
 
     def total(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         if operation == "linear_attention":
             outputs = linear_attention(queries, keys, values, implementation=implementation)[0]
+        elif operation == "windowed_attention":
+            # As many features as a head has numbers, so that all its kernels are of one row of the table.
+            weights = FeatureWeights(*(jax.random.normal(key, (shape.heads, shape.size, shape.size)) for key in maps))
+            windowed = partial(windowed_attention, features="exponential", scale=shape.size**-0.5, packed=packed)
+            outputs = windowed(queries, keys, values, weights, implementation=implementation)[0]
         else:
             augmented = partial(augmented_attention, group_size=GROUP, alpha=alpha, taps=taps, packed=packed)
             outputs = augmented(queries, keys, values, implementation=implementation)[0]

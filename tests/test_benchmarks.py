@@ -32,6 +32,19 @@ def run_benchmark(script: str, *options: str, without: tuple[str, ...] = ()) -> 
 
 
 @pytest.mark.thorough
+def test_train_cpu(tmp_path: Path) -> None:
+    """Steps and their parts are timed, on rows of several documents."""
+    file = tmp_path / "step.json"
+    sizes = ("--hidden-size", "16", "--intermediate-size", "32", "--vocab-size", "64", "--num-layers", "1")
+    sizes += ("--num-heads", "2", "--rows", "2", "--length", "64", "--turns", "1", "--attention", "augmented")
+    done = run_benchmark("train_cpu", *sizes, "--documents", "--without-peer", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["steps"]["augmented"]["tokens_per_second"] > 0
+    assert {"forward", "forward and backward", "optimiser"} < set(found["parts"]["augmented"])
+
+
+@pytest.mark.thorough
 def test_few_rows(tmp_path: Path) -> None:
     """Every form has a time for every number of rows that it is for."""
     file = tmp_path / "rows.json"
@@ -63,6 +76,32 @@ def test_lm_eval_prefixes(tmp_path: Path) -> None:
     assert (written["task"], written["requests"]) == ("written", 4)
     assert scored["same"]
     assert written["same"]
+
+
+@pytest.mark.thorough
+def test_conversion_memory(tmp_path: Path) -> None:
+    """A conversion block by block takes less memory than allowed, and writes what one in memory writes."""
+    file = tmp_path / "memory.json"
+    sizes = ("--gigabytes", "0.25", "--shards", "2", "--in-memory")
+    done = run_benchmark("conversion_memory", *sizes, "--folder", str(tmp_path), "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["rows"]["in memory"]["same_bytes"] is True
+    assert report["rows"]["hub import"]["peak_bytes"] < min(
+        report["allowed"], report["rows"]["in memory"]["peak_bytes"]
+    )
+
+
+@pytest.mark.thorough
+def test_export_speculation(tmp_path: Path) -> None:
+    """Texts with drafts are those without, in fewer passes."""
+    file = tmp_path / "drafts.json"
+    sizes = ("--layers", "1", "--width", "64", "--tokens", "40", "--rounds", "1")
+    done = run_benchmark("export_speculation", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["equal"] for row in rows] == [True] * 3
+    assert all(row["passes"] <= row["tokens"] for row in rows)
 
 
 @pytest.mark.thorough
@@ -163,7 +202,7 @@ def test_kernels(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(file.read_text())
     assert report["correct"] is True
-    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed"}
+    assert {each["operation"] for each in report["results"]} == {"augmented", "linear", "decayed", "windowed"}
     for way in ("xla", "softmax"):
         assert all(each["implementations"][way]["forward"]["milliseconds"] > 0 for each in report["results"])
     assert "flash-linear-attention is left out" in done.stderr
@@ -176,9 +215,9 @@ def test_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 @pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
-@pytest.mark.parametrize(("name", "kernels"), [("llama2-7b-lora", 3), ("llama2-7b-windowed-lora", 0)])
+@pytest.mark.parametrize(("name", "kernels"), [("llama2-7b-lora", 3), ("llama2-7b-windowed-lora", 3)])
 def test_pod_plan(name: str, kernels: int, tmp_path: Path) -> None:
-    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels, or plain XLA."""
+    """One layer for four chips: forward, forward again in the backward pass, and backward are kernels."""
     file = tmp_path / "plan.json"
     done = run_benchmark(
         *("pod_plan", "--plans", name, "--topologies", "v5e:2x2", "--layers", "1", "--json", str(file)),

@@ -11,16 +11,16 @@ from support.processes import ROOT
 # From the ground; a file imports from lower floors and from its own wing, lazily or for type checkers alike.
 FLOORS = (
     ("pallas_kernels", "lin_jax.losses", "lin_jax.errors", "lin_jax.files", "lin_jax.progress_bar"),
-    ("lin_jax.json_files",),
+    ("lin_jax.json_files", "lin_jax.extras"),
     ("lin_jax.attention", "lin_jax.data", "lin_jax.devices"),
     ("lin_jax.user_cache",),
     ("lin_jax.models",),
     ("lin_jax.hub", "lin_jax.decoding", "lin_jax.evaluation"),
     ("lin_jax.training",),
     ("lin_jax.session", "lin_jax.recipe"),
-    ("lin_jax.demo", "lin_jax.report", "lin_jax.lm_eval"),
+    ("lin_jax.report", "lin_jax.lm_eval"),
     ("lin_jax.api",),
-    ("lin_jax.notebook",),
+    ("lin_jax.demo", "lin_jax.notebook"),
     ("lin_jax.cli",),
 )
 FILES_IN_A_FOLDER = 12

@@ -23,6 +23,7 @@ from lin_jax.attention.registry import kernel_attention as kernel_attention
 from lin_jax.attention.registry import max_draft_depth as max_draft_depth
 from lin_jax.attention.registry import parse_name as parse_name
 from lin_jax.attention.registry import register as register
+from lin_jax.attention.registry import register_feature_map as register_feature_map
 from lin_jax.attention.registry import softmax_window as softmax_window
 from lin_jax.attention.tree import tree_arrays as tree_arrays
 from pallas_kernels.types import QKV as QKV

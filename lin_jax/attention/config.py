@@ -64,9 +64,9 @@ class AttentionConfig:
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
-        implementation: of the kernels for the local and grouped branches and the convolution: xla, tpu, gpu, or the
-            last two interpreted; None takes what suits the platform. Softmax over whole rows goes through cuDNN on a
-            GPU unless this is xla.
+        implementation: of the kernels for the local and grouped branches and the convolution, and for windows with a
+            memory: xla, tpu, gpu, or the last two interpreted; None takes what suits the platform. Softmax over whole
+            rows goes through cuDNN on a GPU unless this is xla.
         window: tokens of the sliding window of `+window`, or of softmax, the query's own among them. For `+window`,
             None is a window of groups; for softmax, all that is before it. With a window, decode states do not grow.
         window_groups: groups before the query's own in a window of groups.

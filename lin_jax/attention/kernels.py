@@ -47,7 +47,7 @@ def fused(
         taps=taps,
         local=branches.local is not None,
         unit=branches.unit_inputs,
-        packed=None if layout.aligned and state is None else _packed_rows(layout),
+        packed=None if layout.aligned and state is None else packed_row_arrays(layout),
         prior=prior,
         implementation=branches.implementation,
     )
@@ -88,7 +88,8 @@ def _parameters(branches: Branches, heads: int) -> tuple[Array | None, Array | N
     return alpha, taps
 
 
-def _packed_rows(layout: Layout) -> PackedRows:
+def packed_row_arrays(layout: Layout) -> PackedRows:
+    """Segment ids and positions of rows as the operations take them."""
     segment_ids, positions = layout.segment_ids, layout.positions
     first = first_segment_id(segment_ids)
     end = jnp.max(jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1), axis=1)

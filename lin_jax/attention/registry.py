@@ -275,6 +275,7 @@ def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -
         scale=_softmax_scale(sizes),
         decay=decay,
         convolution=_convolution(config, name, sizes),
+        implementation=config.implementation,
         param_dtype=sizes.param_dtype,
         **parts,
     )
@@ -440,13 +441,31 @@ def register(name: str, entry: AttentionEntry) -> None:
     Raises:
         UserError: the name is not free, or is none.
     """
-    if name in _BUILT_IN or name in ALIASES:
-        raise UserError(f"attention '{name}' is there already; give yours another name")
     if not name.isidentifier():
-        raise UserError(f"'{name}' cannot be an attention's name; give letters, digits and underscores")
+        raise UserError(f"attention name '{name}' is no word; give letters, digits and underscores")
+    if name in _BUILT_IN or name in ALIASES:
+        raise UserError(f"attention name '{name}' is taken; give another")
     if not entry.forms:
         raise UserError(f"attention '{name}' has no form; give causal, bidirectional or cross")
     REGISTRY[name] = entry
+
+
+def register_feature_map(
+    name: str, build: Callable[[AttentionConfig, Sizes], FeatureMap], *, positive: bool, finish: str = "divided"
+) -> None:
+    """Adds linear attention by a feature map of one's own, for this process.
+
+    Args:
+        name: of the attention, to which augmentations are added like to any other.
+        build: makes the feature map.
+        positive: True if features are never negative, so that a window may share a normaliser with them.
+        finish: what becomes of the sums: divided (by the sum of scores) or divided_above_floor (which counts 0.01
+            at the least).
+
+    Raises:
+        UserError: the name has other characters than letters, digits and underscores, or is one of the package's own.
+    """
+    register(name, AttentionEntry(kernel_attention(build, finish), ANY, positive=positive, additive=True))
 
 
 def build_mixer(

@@ -26,6 +26,7 @@ from lin_jax.attention.linear import LinearBranch, divided
 from lin_jax.attention.local import LocalBranch
 from lin_jax.attention.pairs import merge_heads, pair_scores, per_head, split_heads, unit, weighted_values
 from lin_jax.attention.window import AttentionWindow, NearFarMasks
+from lin_jax.attention.windowed_kernels import windowed_by_program, windowed_program
 from lin_jax.attention.windowed_rows import WindowedRows
 from lin_jax.attention.windowed_state import WindowedState, WindowNodes, advance, commit_path, held
 from lin_jax.errors import UserError
@@ -67,6 +68,7 @@ class WindowedAttention(nnx.Module):
         convolution: added to the outputs, or None.
         initial_alpha: start of the memory's learnt factor beside a near branch of its own; None is no factor.
         unit_inputs: scale queries and keys to length one before all else.
+        implementation: of `pallas_kernels.windowed_attention`, where it computes this attention over whole rows.
         param_dtype: type of the parameters.
     """
 
@@ -86,13 +88,14 @@ class WindowedAttention(nnx.Module):
         convolution: Convolution | None = None,
         initial_alpha: float | None = None,
         unit_inputs: bool = False,
+        implementation: str | None = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
         self.kv_heads, self.head_dim, self.value_dim = kv_heads, head_dim, value_dim
         self.window, self.near, self.linear, self.decay = window, near, linear, decay
         self.scale = scale
         self.convolution = convolution
-        self.unit_inputs = unit_inputs
+        self.unit_inputs, self.implementation = unit_inputs, implementation
         self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
         self.softmax = softmax
         self.balance = nnx.Param(jnp.zeros((kv_heads, heads // kv_heads), param_dtype)) if softmax else None
@@ -148,6 +151,8 @@ class WindowedAttention(nnx.Module):
         The first document of a row continues the state; the state returned is that of the row's last document.
         """
         queries, tokens = self._inputs(qkv)
+        if (program := self._program(qkv, layout, bias)) is not None:
+            return self._by_program(program, qkv, tokens, layout, state)
         rows = WindowedRows.of(self.window, queries, tokens, layout, state)
         whole = state is not None and not layout.continued
         initial = self._empty_memory(queries.shape[0], qkv.keys.dtype) if state is None else state.memory
@@ -169,6 +174,29 @@ class WindowedAttention(nnx.Module):
         if state is not None and not layout.continued:
             new_state = advance(self.window, state, tokens, layout, after)
         return merge_heads(outputs).astype(qkv.values.dtype), new_state
+
+    def _program(self, qkv: QKV, layout: Layout, bias: RelativeBias | None) -> str | None:
+        """The name of the kernels that compute whole rows; None where plain XLA does."""
+        if self.balance is None or self.unit_inputs or bias is not None:
+            return None
+        return windowed_program(self.linear.features, self.window, qkv, layout, self.implementation)
+
+    def _by_program(
+        self, program: str, qkv: QKV, tokens: WindowNodes, layout: Layout, state: WindowedState | None
+    ) -> tuple[Float[Array, "B T H E"], WindowedState | None]:
+        """Outputs by kernels, and the state after the rows if one was given."""
+        assert self.balance is not None, "near pairs and the memory are balanced"
+        options = {"scale": self.scale, "balance": self.balance[...]}
+        outputs, after = windowed_by_program(
+            program, self.linear.features, self.window, qkv, tokens.decays, layout, state, **options
+        )
+        if self.convolution is not None:
+            kept = None if state is None else state.convolved
+            added = merge_heads(self.convolution.parallel(qkv.values, layout, kept))
+            outputs = (upcast(outputs) + added).astype(qkv.values.dtype)
+        if state is None or layout.continued:
+            return outputs, None
+        return outputs, advance(self.window, state, tokens, layout, after)
 
     def verify(
         self,

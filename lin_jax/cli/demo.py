@@ -1,158 +1,191 @@
-"""Command `demo`: the whole way from text to a report, in about a dozen minutes on two cores."""
+"""Command `demo`: a softmax Transformer becomes linear, loses next to nothing, and decodes faster; with a report."""
 
 import argparse
 import json
 import logging
 import shutil
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lin_jax.decoding.autotune.plan import PLAIN
 from lin_jax.decoding.autotune.prompts import held_out_prompts
-from lin_jax.demo.measure import DrafterFigures, best_of, compare
+from lin_jax.demo.context import measure_context
+from lin_jax.demo.decoding import measure_decoding
+from lin_jax.demo.figures import build_report
+from lin_jax.demo.ledger import Ledger, TrainingStoppedError
+from lin_jax.demo.progress import say
+from lin_jax.demo.quality import measure_quality
 from lin_jax.demo.report import write_report
-from lin_jax.devices import devices_shown
-from lin_jax.errors import OptionParser
-from lin_jax.evaluation.head_accuracy import HeadAccuracy
+from lin_jax.demo.runs import BEST, STUDENTS, DemoRuns, described_text, find_model, run_all
+from lin_jax.devices import devices_shown, keep_freed_memory
+from lin_jax.errors import OptionParser, UserError
+from lin_jax.files import write_durably
 from lin_jax.session import Session
-from lin_jax.training import RunConfig, load_run_config
-from lin_jax.training.checkpoint.files import saved_steps
-from lin_jax.training.monitoring.trackers import read_metrics
-from lin_jax.training.run import train
+from lin_jax.training.config import plain
 
-DRAFTERS = ("medusa", "ngram", "medusa+ngram")
+Part = tuple[str, str, Callable[[], dict[str, Any]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, decodes, reports; what an earlier, interrupted call has finished is kept.
+    """Trains, linearizes, decodes, reports; what an earlier, interrupted call has finished is kept.
 
     Args:
         argv: the command line; None takes the process's own.
     """
     options = _parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    _say(f"on {devices_shown()}")
-    began = time.perf_counter()
+    keep_freed_memory()
+    cpu = devices_shown()
+    say(f"on {cpu}")
     folder = Path(options.output)
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    config = _placed(load_run_config(options.config), folder, options.data)
-    heads = replace(
-        _placed(load_run_config(options.heads_config), folder / "heads", options.data), init_from=str(folder)
-    )
-    for title, run in (("1/3 training the model", config), ("2/3 training its Medusa heads", heads)):
-        _say(title)
-        status = _train(run)
-        if status:
-            return status
-    _say("3/3 decoding with and without speculation")
-    session = Session.load(folder)
-    found = held_out_prompts(config.data, session.tokenizer, 2 * options.prompts)
-    prompts, calibration = found[: options.prompts], found[options.prompts : 4 * options.prompts]
-    _say("    choosing draft trees for this machine")
-    plans = session.plans(DRAFTERS, prompts=calibration, tokens=options.new_tokens, note=_say, shown=True)
-    _say(f"    decoding {len(prompts)} held-out prompts")
-    figures = compare(session, plans, prompts, options.new_tokens, options.rounds)
-    report = _report(folder, figures, len(prompts)) | {
-        "new_tokens_per_prompt": options.new_tokens,
-        "rounds": options.rounds,
-        "seconds": time.perf_counter() - began,
-    }
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    write_report(folder / "report.html", report, session.tokenizer, prompts, figures)
-    _print_summary(report, folder)
+    runs = _runs(options, folder)
+    ledger = Ledger.open(folder, _settings(options, runs, cpu))
+    parts = list(_parts(options, runs))
+    try:
+        for number, (name, title, work) in enumerate(parts, 1):
+            say(f"{number}/{len(parts)} {title}")
+            if name in ledger.results:
+                say(f"    done before, in {ledger.seconds[name]:.0f} s; --fresh begins anew")
+                continue
+            with ledger.timed(name):
+                result = work()
+            ledger.finish(name, result)
+            say(f"    {ledger.seconds[name]:.0f} s")
+    except TrainingStoppedError as stop:
+        say("stopped; the same command goes on from here")
+        return stop.status
+    except KeyboardInterrupt:
+        say("stopped; the same command goes on from the last finished part")
+        raise
+    _finish(options, runs, ledger, cpu)
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OptionParser(prog="python -m lin_jax demo", description=__doc__)
-    parser.add_argument("--data", metavar="PATH", help="file or folder of text (default: Python's standard library)")
+    parser.add_argument("--model", metavar="PLACE", help="pretrained softmax model in place of one that is trained")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer of a file of llama2.c")
+    parser.add_argument("--data", metavar="PLACE", help="file or folder of text (default: Python's standard library)")
     parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where everything goes")
     parser.add_argument("--fresh", action="store_true", help="begin anew, deleting what an earlier call has left")
-    parser.add_argument("--config", default="configs/demo.yaml", help="the model's training run")
-    parser.add_argument("--heads-config", default="configs/demo_heads.yaml", help="the heads' training run")
+    parser.add_argument("--config", default="configs/demo.yaml", help="the teacher's training run, and the text")
+    parser.add_argument("--students-config", default="configs/demo_students.yaml", help="the students' training runs")
+    parser.add_argument("--heads-config", default="configs/demo_heads.yaml", help="the draft head's training run")
     parser.add_argument("--prompts", type=int, default=10, metavar="N", help="held-out prompts to decode")
     parser.add_argument("--new-tokens", type=int, default=192, metavar="N", help="tokens to write for each of them")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that speed is measured")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--contexts",
+        type=int,
+        nargs="+",
+        default=[256, 1024, 4096, 16384],
+        metavar="N",
+        help="tokens of the texts after which a token is timed",
+    )
+    options = parser.parse_args(argv)
+    for name, least in (("prompts", 1), ("new_tokens", 2), ("rounds", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least {least}")
+    return options
 
 
-def _placed(config: RunConfig, folder: Path, data: str | None) -> RunConfig:
-    source = config.data if data is None else replace(config.data, source=data)
-    return replace(config, output=str(folder), data=source)
+def _runs(options: argparse.Namespace, folder: Path) -> DemoRuns:
+    given = None if options.model is None else find_model(options.model, options.tokenizer)
+    data = None if options.data is None else described_text(options.data)
+    files = (options.config, options.students_config, options.heads_config)
+    runs = DemoRuns.load(folder, files, data, given)
+    if given is not None:
+        # A wrong one is found out at once.
+        _ = runs.source
+    return runs
 
 
-def _train(config: RunConfig) -> int:
-    """Runs or resumes a training run, unless it is already finished."""
-    steps = saved_steps(Path(config.output)) if Path(config.output).exists() else []
-    if steps and steps[-1] >= config.training.steps:
-        _say(f"    already done ({config.output}); --fresh begins anew")
-        return 0
-    return train(config, resume=bool(steps)).status
-
-
-def _report(folder: Path, figures: list[DrafterFigures], prompts: int) -> dict[str, Any]:
-    """Builds the contents of report.json, but for how they were measured."""
-    metrics = read_metrics(folder / "metrics.jsonl")
-    perplexities = [line["validation_perplexity"] for line in metrics if "validation_perplexity" in line]
-    best = best_of(figures)
+def _settings(options: argparse.Namespace, runs: DemoRuns, cpu: str) -> dict[str, Any]:
+    """Everything that results depend on, by the names of options; a folder may be moved."""
     return {
-        "lossless": all(f.lossless_greedy == f.lossless_sampled == prompts for f in figures),
-        "plain_tokens_per_second": best.plain_tokens_per_second,
-        "speculative_tokens_per_second": best.speculative_tokens_per_second,
-        "speedup": best.speedup,
-        "best_drafter": best.plan.name,
-        "mean_accepted_tokens": best.mean_accepted_tokens,
-        "initial_perplexity": perplexities[0],
-        "validation_perplexity": perplexities[-1],
-        "perplexity_ratio": perplexities[0] / perplexities[-1],
-        "train_tokens": max(line["tokens"] for line in metrics if "tokens" in line),
-        "state_bytes_per_sequence": best.generations[0].state_bytes,
-        "prompts": prompts,
-        "device": best.plan.device,
-        "drafters": {
-            f.plan.drafter: {
-                "plain_tokens_per_second": f.plain_tokens_per_second,
-                "speculative_tokens_per_second": f.speculative_tokens_per_second,
-                "speedup": f.speedup,
-                "mean_accepted_tokens": f.mean_accepted_tokens,
-                "prompts_equal_greedy": f.lossless_greedy,
-                "prompts_equal_sampled": f.lossless_sampled,
-                "rounding_ties": f.rounding_ties,
-                "tree": f.plan.tree,
-                "expected_tokens": f.plan.expected_tokens if f.plan.drafts else None,
-                "expected_speedup": f.plan.expected_speedup if f.plan.drafts else None,
-                "accepted_histogram": f.accepted_histogram,
-            }
-            for f in figures
-        },
-        "head_accuracy": HeadAccuracy.load(folder / "heads" / "head_accuracy.json").table.tolist(),
-        "validation": [
-            [line["step"], line["validation_perplexity"]] for line in metrics if "validation_perplexity" in line
-        ],
-        "losses": [[line["step"], line["loss"]] for line in metrics if "loss" in line],
+        "--model": options.model,
+        "--tokenizer": options.tokenizer,
+        "--data": options.data,
+        "--config": plain(replace(runs.teacher, output="")),
+        "--students-config": [plain(each) for each in runs.students],
+        "--heads-config": plain(runs.heads),
+        "--prompts": options.prompts,
+        "--new-tokens": options.new_tokens,
+        "--rounds": options.rounds,
+        "--contexts": options.contexts,
+        "machine": cpu,
     }
 
 
-def _print_summary(report: dict[str, Any], folder: Path) -> None:
-    same = "the same text" if report["lossless"] else "NOT the same text"
-    plain = f"plain {report['plain_tokens_per_second']:.0f} tokens/s"
-    drafted = (
-        f"speculative {report['speculative_tokens_per_second']:.0f} tokens/s ({report['best_drafter']}): "
-        f"{report['speedup']:.2f}x, {same}"
-    )
-    if report["best_drafter"] == PLAIN:
-        drafted = f"drafts do not pay on this machine, plain decoding is kept: 1.00x, {same}"
-    _say(
-        f"\nperplexity {report['initial_perplexity']:,.0f} -> {report['validation_perplexity']:.1f} on held-out text\n"
-        f"{plain}, {drafted}\n"
-        f"open {folder / 'report.html'}; or try: .venv/bin/python decode.py {folder} 'def main('"
-    )
+def _parts(options: argparse.Namespace, runs: DemoRuns) -> Iterator[Part]:
+    """Name, title and work of each part, in order."""
+
+    def trained(configs: Callable[[], Sequence[Any]]) -> Callable[[], dict[str, Any]]:
+        def work() -> dict[str, Any]:
+            # Configurations read what the parts before have left.
+            run_all(configs())
+            return {}
+
+        return work
+
+    if runs.given is None:
+        yield "teacher", "training the softmax teacher", trained(lambda: [runs.teacher])
+    for name in STUDENTS:
+        yield name, f"linearizing it: {name}", trained(partial(runs.student_runs, name))
+    yield "quality", "perplexity of all of them on held-out text", lambda: measure_quality(runs)
+    yield "head", f"training a draft head on {BEST}", trained(lambda: [runs.head_run()])
+    yield "decoding", "decoding with softmax, plainly, and with drafts, in turn", lambda: _decode(options, runs)
+    yield "context", "a token after long texts", lambda: _context(options, runs)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _decode(options: argparse.Namespace, runs: DemoRuns) -> dict[str, Any]:
+    student, teacher = _sessions(runs)
+    prompts = _prompts(runs, student, options.prompts)
+    return measure_decoding(student, teacher, prompts, options.new_tokens, options.rounds)
+
+
+def _context(options: argparse.Namespace, runs: DemoRuns) -> dict[str, Any]:
+    student, teacher = _sessions(runs)
+    text = [token for prompt in _prompts(runs, student, options.prompts) for token in prompt]
+    return measure_context(student.model, teacher.model, text, sorted(set(options.contexts)))
+
+
+def _sessions(runs: DemoRuns) -> tuple[Session, Session]:
+    return Session.load(runs.student_folder(BEST)), Session.load(runs.source.place, tokenizer=runs.tokenizer)
+
+
+def _prompts(runs: DemoRuns, session: Session, count: int) -> list[list[int]]:
+    """Prompts of the held-out text, each behind what begins a text."""
+    found = held_out_prompts(runs.data, session.tokenizer, count)[:count]
+    return [[*session.tokenizer.begin_ids, *each] for each in found]
+
+
+def _finish(options: argparse.Namespace, runs: DemoRuns, ledger: Ledger, cpu: str) -> None:
+    """Writes the report, and tells the headline."""
+    seconds = {name: ledger.seconds[name] for name in ledger.results}
+    about = {
+        "teacher": _described(runs),
+        "text": runs.data.name,
+        "cpu": cpu,
+        "prompts": options.prompts,
+        "new_tokens_per_prompt": options.new_tokens,
+        "rounds": options.rounds,
+    }
+    report = build_report(ledger.results, seconds, about)
+    write_durably(runs.folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_report(runs.folder / "report.html", report, runs.source.tokenizer(runs.tokenizer))
+    say(f"\n{report['headline']}.\n")
+    say(f"open {runs.folder / 'report.html'}")
+    say(f"or try: .venv/bin/python decode.py {runs.student_folder(BEST)} 'def main('")
+
+
+def _described(runs: DemoRuns) -> str:
+    """The teacher in a sentence without its full stop."""
+    if runs.given is not None:
+        return f"The teacher is {runs.given.place}, a pretrained softmax Transformer"
+    tokens = runs.teacher.training.steps * runs.teacher.training.batch_size * runs.data.sequence_length
+    return f"A small softmax Transformer was trained on {runs.data.name}, {tokens:,} tokens of it"

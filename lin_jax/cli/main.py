@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.extras import require
 
 
 class Subcommand(NamedTuple):
@@ -28,8 +29,11 @@ COMMANDS = {
     "plot": Subcommand("lin_jax.cli.plot", "draw the curves of one or several runs"),
     "self-generate": Subcommand("lin_jax.cli.self_generate", "write a model's own texts, to train its draft heads on"),
     "glue-predictions": Subcommand("lin_jax.cli.glue_predictions", "write a run's predictions for GLUE's server"),
-    "demo": Subcommand("lin_jax.cli.demo", "train, decode and report a small model, in about a dozen minutes"),
+    "demo": Subcommand("lin_jax.cli.demo", "linearize a softmax model, decode it with drafts, and report"),
 }
+
+# Packages of extras without which a command cannot begin.
+_NEEDS = {"demo": ("jinja2", "matplotlib")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: `COMMAND [options]`; None takes the process's own.
 
     Raises:
-        UserError: there is no such command, or the command raises one.
+        UserError: there is no such command, it needs a package that is not installed, or it raises one itself.
     """
     name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("--help", "-h"):
@@ -47,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"command '{name}' is unknown; choose one of {', '.join(COMMANDS)}")
+    for package in _NEEDS.get(name, ()):
+        require(package, f"the command {name}")
     status: int = importlib.import_module(COMMANDS[name].module).main(options)
     return status
 

@@ -1,1 +1,1 @@
-"""The demo: train a small model on real text, decode it with and without speculation, and show the result."""
+"""The demo: a softmax model becomes linear, and decodes with and without drafts; a report shows what that brought."""

@@ -2,7 +2,7 @@
 
 import shlex
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,15 +12,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lin_jax.data import StreamDecoder, Tokenizer
-from lin_jax.decoding import Generation, TokenOrigin
-from lin_jax.decoding.drafting.tree import DraftTree
+from lin_jax.decoding import TokenOrigin
+from lin_jax.decoding.autotune.plan import PLAIN
 from lin_jax.demo import charts
-from lin_jax.demo.measure import DrafterFigures, best_of, drafted_share
+from lin_jax.demo.runs import BARE, BEST
+from lin_jax.files import write_durably
 
 SHOWN_PROMPTS = 4
 # Who chose a token, beside those that the loop knows.
 PROMPT = 0
 _KINDS = {PROMPT: "prompt", TokenOrigin.DRAFT: "draft"}
+# Parts of the demo in words.
+PARTS = {"quality": "measuring perplexities", "head": "draft head", "decoding": "decoding", "context": "long texts"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,16 @@ class Card:
         value: the figure, with its unit.
         note: a line that explains it.
         before: the figure it is compared with, set in front of it.
+        verdict: a word on it, such as "Same text: yes".
+        good: whether that is as wanted.
     """
 
     title: str
     value: str
     note: str
     before: str = ""
+    verdict: str = ""
+    good: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,32 +55,21 @@ class Sample:
         number: of the prompt, from 1.
         spans: kind ("prompt", "target" or "draft") and text of each piece; put together they are the whole text.
         drafted: share of the new tokens that came from accepted drafts.
-        tokens_per_step: mean over the steps.
     """
 
     number: int
     spans: list[tuple[str, str]]
     drafted: float
-    tokens_per_step: float
 
 
-def write_report(
-    path: Path,
-    report: dict[str, Any],
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    figures: list[DrafterFigures],
-) -> None:
+def write_report(path: Path, report: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     """Writes the report as one HTML file, without scripts or links to anything outside it.
 
     Args:
         path: the file.
         report: what report.json holds.
         tokenizer: gives the text of prompts and generations.
-        prompts: token ids.
-        figures: of every drafter; `generations` belong to `prompts`, in order.
     """
-    best = best_of(figures)
     environment = Environment(
         loader=PackageLoader("lin_jax.demo", ""),
         autoescape=True,
@@ -82,39 +78,38 @@ def write_report(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    samples = report["samples"]
     page = environment.get_template("report.html.j2").render(
         report=report,
-        best=best,
-        plain=not best.plan.drafts,
-        guesses={each.plan.drafter: each.plan.shape.size - 1 for each in figures},
-        headline=_headline(report, best),
-        cards=_cards(report, best),
-        charts=_charts(report, figures, best),
-        tree_has_ngrams=any(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
-        tree_has_heads=not all(charts.is_ngram_guess(best.plan.drafter, path) for path in _paths(best)),
-        samples=choose_samples(tokenizer, prompts, best.generations),
-        drafted=_mean_share(best.generations),
-        prompt_count=len(prompts),
+        best_name=BEST,
+        bare_name=BARE,
+        plain=report["best_drafter"] == PLAIN,
+        main_line="; ".join(each["text"] for each in report["findings"][:2]),
+        cards=_cards(report),
+        charts=_charts(report),
+        shares=_shares(report["seconds"]),
+        samples=choose_samples(tokenizer, samples),
+        drafted=sum(map(drafted_share, samples)) / max(len(samples), 1),
         folder=shlex.quote(path.parent.name if path.is_absolute() else path.parent.as_posix()),
     )
-    path.write_text(page, encoding="utf-8")
+    write_durably(path, page)
 
 
 def choose_samples(
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    generations: Sequence[Generation],
-    count: int = SHOWN_PROMPTS,
+    tokenizer: Tokenizer, samples: Sequence[Mapping[str, Any]], count: int = SHOWN_PROMPTS
 ) -> list[Sample]:
     """The prompts whose continuation repeats itself least: those with the most distinct tokens, in their order."""
-    variety = sorted(range(len(generations)), key=lambda index: -len(set(generations[index].tokens[0])))
-    samples = []
-    for index in sorted(variety[:count]):
-        generation = generations[index]
-        spans = coloured_spans(tokenizer, prompts[index], generation.tokens[0], generation.origins[0])
-        per_step = generation.decoded / max(sum(generation.steps), 1)
-        samples.append(Sample(index + 1, spans, drafted_share(generation), per_step))
-    return samples
+    variety = sorted(range(len(samples)), key=lambda index: -len(set(samples[index]["tokens"])))
+    return [
+        Sample(index + 1, coloured_spans(tokenizer, **samples[index]), drafted_share(samples[index]))
+        for index in sorted(variety[:count])
+    ]
+
+
+def drafted_share(sample: Mapping[str, Any]) -> float:
+    """Share of the new tokens that came from accepted drafts."""
+    origins = sample["origins"]
+    return sum(origin == TokenOrigin.DRAFT for origin in origins) / max(len(origins), 1)
 
 
 def coloured_spans(
@@ -149,82 +144,79 @@ def _picture(character: str) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
 
 
-def _headline(report: dict[str, Any], best: DrafterFigures) -> str:
-    if not report["lossless"]:
-        return "Speculation changed the text"
-    if not best.plan.drafts or report["speedup"] < 1.005:
-        return "The same text, no faster on this machine"
-    return f"The same text, {report['speedup']:.2f} times as fast"
-
-
-def _cards(report: dict[str, Any], best: DrafterFigures) -> list[Card]:
-    """The headline figures, after the speed-up itself."""
-    drafts = best.plan.drafts
+def _cards(report: Mapping[str, Any]) -> list[Card]:
+    """The headline figures."""
+    best = report["students"][BEST]
+    same = report["lossless"]
+    drafts = report["best_drafter"] != PLAIN
     return [
+        Card(
+            "Perplexity over the teacher's",
+            f"{best['ratio']:.3f}×",  # noqa: RUF001
+            f"{BEST}, {best['perplexity']:,.2f} against {report['teacher_perplexity']:,.2f} on held-out text",
+        ),
+        Card(
+            "Speed-up by drafts",
+            f"{report['speedup']:.2f}×",  # noqa: RUF001
+            f"over plain decoding; drafts: {report['best_drafter']}" if drafts else "nothing was drafted",
+            verdict=f"Same text: {'yes' if same else 'no'}",
+            good=same,
+        ),
         Card(
             "Tokens per second",
             f"{report['speculative_tokens_per_second']:,.0f}",
-            "plain and speculative, one sequence at a time" if drafts else "plain decoding, one sequence at a time",
+            f"one sequence; plain and with drafts. The softmax teacher: {report['softmax_tokens_per_second']:,.0f}"
+            if drafts
+            else f"one sequence. The softmax teacher: {report['softmax_tokens_per_second']:,.0f}",
             before=f"{report['plain_tokens_per_second']:,.0f}" if drafts else "",
         ),
-        Card("Tokens per step", f"{report['mean_accepted_tokens']:.2f}", "on average; plain decoding gives 1"),
         Card(
-            "Perplexity",
-            _short(report["validation_perplexity"]),
-            "of held-out text, before and after training",
-            before=_short(report["initial_perplexity"]),
+            "State of a sequence",
+            f"{report['state_bytes'] / 1024:,.0f} KiB",
+            "at any length; a softmax cache grows with the text",
         ),
-        Card("State per sequence", f"{report['state_bytes_per_sequence'] / 1024:,.0f} KiB", "constant at any length"),
-        Card("Training tokens", _count(report["train_tokens"]), "read by the model while it was trained"),
-        Card("Wall time", _duration(report["seconds"]), "of the call that wrote this report"),
-        Card("Machine", report["device"], "where these figures were measured"),
+        Card("Time", _duration(report["seconds"]["total"]), "for all parts below"),
+        Card("Machine", report["cpu"], "where everything here was measured"),
     ]
 
 
-def _charts(report: dict[str, Any], figures: Sequence[DrafterFigures], best: DrafterFigures) -> dict[str, Any]:
-    """Every chart that there are figures for; a drafter whose plan is plain decoding has none of its own."""
-    drafters = {each.plan.drafter: report["drafters"][each.plan.drafter] for each in figures if each.plan.drafts}
-    histograms = [each["accepted_histogram"] for each in drafters.values()]
-    longest = max(map(len, histograms), default=1)
-    highest = max((max(each) / max(sum(each), 1) for each in histograms), default=1.0)
-    curves: list[tuple[str, Markup]] = []
-    if len(report.get("losses", ())) > 1:
-        curves.append(("Training loss", charts.loss_curve(report["losses"])))
-    if len(report.get("validation", ())) > 1:
-        curves.append(("Perplexity of held-out text", charts.perplexity_curve(report["validation"])))
-    accuracy = report.get("head_accuracy")
+def _charts(report: Mapping[str, Any]) -> dict[str, Markup]:
+    colours = {BEST: charts.BLUE}
+    quality = [(name, each["ratio"], colours.get(name, charts.GREEN)) for name, each in report["students"].items()]
+    quality += [(name, each["ratio"], charts.MUTED) for name, each in report["baselines"].items()]
+    speed = [
+        ("softmax teacher, plain", report["softmax_tokens_per_second"], charts.ORANGE),
+        (f"{BEST}, plain", report["plain_tokens_per_second"], charts.MUTED),
+        *((f"{BEST}, {name}", each["tokens_per_second"], charts.BLUE) for name, each in report["drafters"].items()),
+    ]
+    found = {}
+    for suffix, narrow in (("", False), ("_narrow", True)):
+        found[f"quality{suffix}"] = charts.quality_bars(quality, narrow=narrow)
+        found[f"speed{suffix}"] = charts.speed_bars(speed, narrow=narrow)
+    return found | _context_charts(report["context"])
+
+
+def _context_charts(context: Mapping[str, Any]) -> dict[str, Markup]:
+    if not context["lengths"]:
+        return {}
+    colours = {"linear": charts.BLUE, "softmax": charts.ORANGE}
+    times = [(name, context[name]["milliseconds"], colour) for name, colour in colours.items()]
+    sizes = [
+        (name, [None if size is None else size / 2**20 for size in context[name]["state_bytes"]], colour)
+        for name, colour in colours.items()
+    ]
+    lengths = context["lengths"]
     return {
-        "curves": curves,
-        "heads": charts.head_table(accuracy) if accuracy else None,
-        "accepted_histogram": {
-            name: charts.yield_bars(name, each["accepted_histogram"], longest, highest or 1.0)
-            for name, each in drafters.items()
-        },
-        "speed": charts.speed_bars(report["plain_tokens_per_second"], drafters),
-        "speed_narrow": charts.speed_bars(report["plain_tokens_per_second"], drafters, narrow=True),
-        "tree": charts.tree_drawing(best.plan.drafter, DraftTree(_paths(best))) if _paths(best) else None,
+        "time": charts.context_curves("time", "milliseconds per token", lengths, times),
+        "state": charts.context_curves("state", "MiB of state or cache", lengths, sizes),
     }
 
 
-def _paths(figures: DrafterFigures) -> tuple[tuple[int, ...], ...]:
-    """The tree's paths; a dynamic tree has none to draw."""
-    tree = figures.plan.shape
-    return tree.paths if isinstance(tree, DraftTree) else ()
-
-
-def _mean_share(generations: Sequence[Generation]) -> float:
-    return sum(map(drafted_share, generations)) / max(len(generations), 1)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _count(value: float) -> str:
-    for size, unit in ((1e9, "billion"), (1e6, "million")):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}"
+def _shares(seconds: Mapping[str, float]) -> list[tuple[str, float, float]]:
+    """Each part in words, its seconds, and their share of the longest part's."""
+    parts = {name: taken for name, taken in seconds.items() if name != "total"}
+    longest = max(parts.values(), default=1.0) or 1.0
+    return [(PARTS.get(name, name), taken, taken / longest) for name, taken in parts.items()]
 
 
 def _duration(seconds: float) -> str:

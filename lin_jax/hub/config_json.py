@@ -13,7 +13,7 @@ from flax import nnx
 from lin_jax.attention import AttentionConfig, parse_name
 from lin_jax.attention.registry import Name
 from lin_jax.errors import UserError
-from lin_jax.hub.export import architectures, auto_map
+from lin_jax.hub.export import architectures, auto_map, has_source
 from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
 from lin_jax.json_files import LARGEST_ID, short
 
@@ -89,7 +89,8 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
         "attention": attentions.get("", attentions),
     }
     if has_remote_code(model):
-        hf_config |= {"architectures": architectures(family.name), "auto_map": auto_map(family.name)}
+        name = type(model).__name__
+        hf_config |= {"architectures": architectures(family.name, name), "auto_map": auto_map(family.name, name)}
     return hf_config
 
 
@@ -112,10 +113,12 @@ def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
 
 
 def has_remote_code(model: nnx.Module) -> bool:
-    """True if a model is saved with PyTorch code of its own for transformers: linearized language models."""
+    """True if a model is saved with PyTorch code of its own for transformers: linearized ones of some families."""
     family = family_of_model(model)
-    first = next(iter(family.heads.values())).model
-    return family.remote_code and type(model) is first and not is_known(family, model.config)
+    if is_known(family, model.config):
+        return False
+    bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
+    return has_source(family.name, type(model).__name__, bases)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

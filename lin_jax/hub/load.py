@@ -197,13 +197,7 @@ class Pretrained:
         Raises:
             UserError: tensors are missing, unknown or of another shape; all of them are named at once.
         """
-        check_seed(seed)
-        if problems := self.problems():
-            remedy = self.remedy(problems)
-            raise UserError(f"{self.folder} does not fit its model: {summary(problems)}{remedy and '; '}{remedy}")
-        for line in self.notes:
-            log.warning("%s", line)
-        _initialise(self.model, _filled(self.model, self.entries), seed, shardings)
+        self.begin(seed, shardings)
         if storage is None or not isinstance(self.model, CausalModel) or type(self.model.layers) is not LayerStack:
             fill(self.model, self.entries, self.tensors, shardings=shardings, note=note)
             return self.model
@@ -215,6 +209,24 @@ class Pretrained:
 
         fill(self.model, entries, self.tensors, note=note, filled=filled)
         return self.model
+
+    def begin(self, seed: int = 0, shardings: ShardingFn | None = None) -> None:
+        """Initialises what the model adds to the checkpoint, once all tensors are known to fit; logs the notes.
+
+        Args:
+            seed: as in `from_pretrained`.
+            shardings: as in `from_pretrained`.
+
+        Raises:
+            UserError: tensors are missing, unknown or of another shape; all of them are named at once.
+        """
+        check_seed(seed)
+        if problems := self.problems():
+            remedy = self.remedy(problems)
+            raise UserError(f"{self.folder} does not fit its model: {summary(problems)}{remedy and '; '}{remedy}")
+        for line in self.notes:
+            log.warning("%s", line)
+        _initialise(self.model, _filled(self.model, self.entries), seed, shardings)
 
     def remedy(self, problems: Sequence[Mismatch]) -> str:
         """Says how to mend tensors that do not fit; empty where that is not known."""

@@ -10,7 +10,9 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.errors import UserError
-from lin_jax.hub.files import read_config, read_tensors, write_file
+from lin_jax.hub.conversion.streams import streams
+from lin_jax.hub.conversion.tensor_file import write_file
+from lin_jax.hub.files import Tensors, read_config, read_tensors
 from lin_jax.hub.tensors import Entries, TensorEntry, fill, named, transpose
 from lin_jax.models import MedusaHeads
 
@@ -53,6 +55,17 @@ def load_medusa_heads(folder: Path, model: Any) -> MedusaHeads:
     Raises:
         UserError: the folder has no heads, they have more than one layer, or they do not fit the model.
     """
+    heads, tensors = open_heads(folder, model)
+    read_heads(heads, tensors)
+    return heads
+
+
+def open_heads(folder: Path, model: Any) -> tuple[MedusaHeads, Tensors]:
+    """Opens the heads of a folder, for a model, which may be abstract: abstract heads, and tensors yet to be read.
+
+    Raises:
+        UserError: the folder has no heads, or they have more than one layer.
+    """
     hf_config = read_config(folder)
     count, layers = hf_config.get("medusa_num_heads"), hf_config.get("medusa_num_layers", 1)
     if not has_heads(folder) or not isinstance(count, int):
@@ -66,13 +79,17 @@ def load_medusa_heads(folder: Path, model: Any) -> MedusaHeads:
     config = model.config
     sizes = (count, config.hidden_size, config.vocab_size)
     heads = nnx.eval_shape(lambda: MedusaHeads(*sizes, dtype=jnp.dtype(config.param_dtype)))
-    read_heads(heads, read_tensors([folder / HEADS_FILE]))
-    return heads
+    return heads, read_tensors([folder / HEADS_FILE])
 
 
 def save_heads(heads: MedusaHeads, folder: Path) -> None:
     """Writes heads into the folder of their model, and their numbers into its `config.json`."""
-    write_file(write_heads(heads), folder / HEADS_FILE)
+    write_file(streams(heads, entries(heads), {}), folder / HEADS_FILE)
+    note_heads(heads, folder)
+
+
+def note_heads(heads: MedusaHeads, folder: Path) -> None:
+    """Writes the numbers of heads, which may be abstract, into the `config.json` of their model."""
     path = folder / "config.json"
     hf_config = json.loads(path.read_text()) | {"medusa_num_heads": heads.count, "medusa_num_layers": 1}
     path.write_text(json.dumps(hf_config, indent=2) + "\n")

@@ -26,6 +26,20 @@ _SIZES = {
     "window": ("window",),
     "window_groups": ("window",),
 }
+# What a folder with code of its own needs, and what it can do.
+_OWN_CODE = """\
+The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`.
+
+`model.generate` samples, searches with beams, pads on the left, and writes several texts of a prompt. Greedy text of
+one prompt is written faster, and token for token the same, with guesses that are verified in one pass:
+
+```python
+model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=100, speculative=True)
+```
+
+The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. With
+weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model takes
+no `assistant_model` and is none: its state does not go back to fewer tokens."""
 _KNOWN_ONLY_HERE = "The model opens with `lin_jax` only."
 
 
@@ -124,7 +138,8 @@ def _loading(model: Any) -> str:
     opened = (("model", name), ("tokenizer", "AutoTokenizer"))
     lines = "\n".join(f'{variable} = {each}.from_pretrained("FOLDER"{option})' for variable, each in opened)
     there = f"from transformers import {name}, AutoTokenizer\n\n{lines}"
-    return text + f"With PyTorch{versions}:\n\n```python\n{there}\n```"
+    text += f"With PyTorch{versions}:\n\n```python\n{there}\n```"
+    return text + (f"\n\n{_OWN_CODE.format(OLDEST)}" if option and name.endswith("CausalLM") else "")
 
 
 def _automatic_class(architecture: str) -> str:

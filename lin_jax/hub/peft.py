@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.errors import UserError
+from lin_jax.hub.conversion.streams import KernelUpdate
 from lin_jax.hub.families.registry import family_of_model
 from lin_jax.hub.families.tensor_names import plain_names
 from lin_jax.hub.files import listed, read_tensors, write_file
@@ -96,6 +97,28 @@ def load_adapters(model: nnx.Module, folder: str | Path) -> None:
             matrix = _matrix(folder, module, letter, pair[letter], shape, rank, ranks[path])
             value = jnp.asarray(matrix if scale == 1 else matrix * np.float64(scale), part.dtype)
             part[...] = value if layer is None else part[...].at[layer].set(value)
+
+
+def adapter_updates(model: nnx.Module, folder: str | Path) -> dict[tuple[Any, ...], KernelUpdate]:
+    """Updates that the adapters of a PEFT folder add to a model's kernels, by the paths of these.
+
+    Args:
+        model: the model, which may be abstract, and is what it was afterwards.
+        folder: the folder.
+
+    Raises:
+        UserError: the folder cannot be read, holds another kind of adapter, or does not fit the model.
+    """
+    load_adapters(model, folder)
+    found = {}
+    for path, adapter in adapters(model).items():
+        holder: Any = model
+        for part in path[:-1]:
+            holder = getattr(holder, part)
+        setattr(holder, path[-1], adapter.base)
+        down, up = (np.asarray(part[...], np.float64) for part in (adapter.update.lora_a, adapter.update.lora_b))
+        found[(*path, "kernel")] = KernelUpdate(adapter.scale, down, up)
+    return found
 
 
 def _matrix(

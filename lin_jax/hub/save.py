@@ -9,21 +9,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from flax import nnx
 from safetensors import SafetensorError
 
 from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.errors import UserError
 from lin_jax.files import copy_without_mark
 from lin_jax.hub.config_json import config_json, has_remote_code
+from lin_jax.hub.conversion.streams import streams
+from lin_jax.hub.conversion.tensor_file import StreamedTensor, write_file
 from lin_jax.hub.export import write_remote_code
 from lin_jax.hub.export.tokenizer_config import widen_tokenizer_config
 from lin_jax.hub.families.registry import family_of_model
-from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, generation_ends, write_file
+from lin_jax.hub.files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, SINGLE_FILE, generation_ends
 from lin_jax.hub.medusa import save_heads
 from lin_jax.hub.model_card import CARD_FILE, model_card
-from lin_jax.hub.tensors import TensorEntry, stored, uncovered, written, written_shape
+from lin_jax.hub.tensors import uncovered
 from lin_jax.json_files import read_json, token_ids
 from lin_jax.models import MedusaHeads, as_trained
 
@@ -39,6 +39,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+# A conversion that has begun, in a folder that was there before.
+UNFINISHED = ".unfinished"
 # Fields that a converted model keeps of its source's config.json; all others follow from the model.
 _KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "id2label", "label2id")
 
@@ -85,24 +87,48 @@ def save_pretrained(
     family = family_of_model(model)
     if left := uncovered(model, family.entries(model)):
         raise UserError(f"{', '.join(left)} of the model have no names in a checkpoint; export a model without them")
-    hf_config = config_json(model)
-    hf_config |= {name: value for name, value in (source or {}).items() if name in _KEPT_FIELDS and value is not None}
     folder = Path(folder)
     with atomic_folder(folder, overwrite=overwrite) as partial:
-        ids = _write_tokenizer(partial, tokenizer)
-        widen_tokenizer_config(partial)
-        if _is_causal(hf_config):
-            hf_config = {name: value for name, value in ids.items() if value is not None} | hf_config
-        _write_json(partial / CONFIG_FILE, hf_config)
-        _write_generation_config(partial, hf_config, end_tokens, _tokenizer_ends(tokenizer))
-        write_tensors(model, family.entries(model), partial, max_shard_bytes=max_shard_bytes, note=note)
-        if has_remote_code(model):
-            write_remote_code(partial, family.name)
+        write_settings(model, partial, tokenizer=tokenizer, source=source, end_tokens=end_tokens)
+        tensors = streams(model, family.entries(model), {})
+        write_tensors(tensors, partial, max_shard_bytes=max_shard_bytes, note=note)
         if heads is not None:
             save_heads(heads, partial)
         card = model_card(model, name=folder.resolve().name, base=base, figures=figures, heads=heads)
         (partial / CARD_FILE).write_text(card, encoding="utf-8")
     return folder
+
+
+def write_settings(
+    model: Any,
+    folder: Path,
+    *,
+    tokenizer: Tokenizer | str | Path | None = None,
+    source: Mapping[str, Any] | None = None,
+    end_tokens: Sequence[int] = (),
+) -> None:
+    """Writes what a folder holds beside weights, heads and card: configurations, tokenizer, and code for PyTorch.
+
+    Args:
+        model: as in `save_pretrained`, like the others; it may be abstract.
+        folder: the folder.
+        tokenizer: as in `save_pretrained`.
+        source: as in `save_pretrained`.
+        end_tokens: as in `save_pretrained`.
+
+    Raises:
+        UserError: the tokenizer's folder holds none, or a damaged file.
+    """
+    hf_config = config_json(model)
+    hf_config |= {name: value for name, value in (source or {}).items() if name in _KEPT_FIELDS and value is not None}
+    ids = _write_tokenizer(folder, tokenizer)
+    widen_tokenizer_config(folder)
+    if _is_causal(hf_config):
+        hf_config = {name: value for name, value in ids.items() if value is not None} | hf_config
+    _write_json(folder / CONFIG_FILE, hf_config)
+    _write_generation_config(folder, hf_config, end_tokens, _tokenizer_ends(tokenizer))
+    if has_remote_code(model):
+        write_remote_code(folder, family_of_model(model).name)
 
 
 def check_output_folder(folder: Path, *, overwrite: bool) -> None:
@@ -147,7 +173,7 @@ def atomic_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         if exists:
-            _replace_content(folder, partial)
+            replace_content(folder, partial)
         else:
             os.replace(partial, folder)
     except (OSError, SafetensorError) as error:
@@ -158,11 +184,11 @@ def atomic_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _content(folder: Path) -> list[Path]:
-    """Entries of a folder, without the one that every new file system of Linux has."""
-    return [path for path in folder.iterdir() if path.name != "lost+found"]
+    """Entries of a folder, without what every new file system of Linux has, and what was begun there."""
+    return [path for path in folder.iterdir() if path.name not in ("lost+found", UNFINISHED)]
 
 
-def _replace_content(folder: Path, partial: Path) -> None:
+def replace_content(folder: Path, partial: Path) -> None:
     """Moves the files of a folder inside another to that one, in place of what it holds; all of them or none."""
     old = folder / f".{os.getpid()}.old"
     before = [path for path in _content(folder) if path != partial]
@@ -183,44 +209,44 @@ def _replace_content(folder: Path, partial: Path) -> None:
 
 
 def write_tensors(
-    model: nnx.Module,
-    entries: Mapping[str, TensorEntry],
+    tensors: Mapping[str, StreamedTensor],
     folder: Path,
     *,
     max_shard_bytes: int,
     note: Callable[[int], Any] = lambda size: None,
+    write: Callable[..., Any] | None = None,
 ) -> None:
-    """Writes the tensors that entries name; the host holds those of one file at a time."""
-    variables = stored(model)
-    shards = _shards(entries, variables, max_shard_bytes)
+    """Writes tensors into files of at most some size, and their index; memory holds a block of one of them.
+
+    Args:
+        tensors: by name, in the order in which they are dealt to the files.
+        folder: the folder.
+        max_shard_bytes: size of a file beyond which the tensors are split over several.
+        note: called with the bytes of every block that was written.
+        write: writes one file, with the arguments of `write_file`, which is the default.
+    """
+    shards = _shards(tensors, max_shard_bytes)
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    total = 0
     for file, shard in zip(names, shards, strict=True):
-        tensors: dict[str, np.ndarray] = {}
-        for name in shard:
-            tensors[name] = written(variables[entries[name].path], entries[name])
-            total += tensors[name].nbytes
-            note(tensors[name].nbytes)
-        write_file(tensors, folder / file)
+        (write or write_file)({name: tensors[name] for name in shard}, folder / file, note)
     if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
         weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _shards(entries: Mapping[str, TensorEntry], variables: Mapping[Any, Any], most: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, StreamedTensor], most: int) -> list[list[str]]:
     """Names of the tensors of each file, in order; a tensor is never split."""
     shards: list[list[str]] = [[]]
     size = 0
-    for name, entry in entries.items():
-        variable = variables[entry.path]
-        count = int(np.prod(written_shape(entry, variable), dtype=np.int64)) * np.dtype(variable.dtype).itemsize
-        if shards[-1] and size + count > most:
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
             shards.append([])
             size = 0
         shards[-1].append(name)
-        size += count
+        size += tensor.nbytes
     return shards
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 from lin_jax.attention.feature_maps import RandomProjection
 from lin_jax.errors import UserError
+from lin_jax.hub.conversion.blocks import equal
 
 _STRIP = 256
 
@@ -168,7 +169,7 @@ def fill(
             note(tensor.nbytes)
             part = buffer[... if entry.layer is None else entry.layer]
             copy_into(part, entry.read(tensor))
-            _check_finite(name, part)
+            check_finite(name, part)
         placed = place(buffer.view(np.uint16) if bits else buffer, sharding)
         nnx.update(module, nnx.from_flat_state([(path, variable.replace(placed))]))
         filled(path)
@@ -186,12 +187,17 @@ def _mapped(parts: Sequence[tuple[str, TensorEntry]], tensors: Mapping[str, Any]
     if not plain or (tensor.dtype != variable.dtype and not bits):
         return None
     pages = tensor.mapped()
-    _check_finite(name, pages)
+    check_finite(name, pages)
     pages = pages.view(np.uint16) if bits else pages
     return jax.device_put(pages).block_until_ready()
 
 
-def _check_finite(name: str, array: np.ndarray) -> None:
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Refuses a tensor with a number that is NaN or infinite.
+
+    Raises:
+        UserError: it has one.
+    """
     if not is_finite(array):
         raise UserError(
             f"{name} holds NaN or infinity as {array.dtype}, so the model writes nothing of use; "
@@ -304,7 +310,7 @@ def place(buffer: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arr
 
 def without_copy(tensors: dict[str, Any], copy: str, first: str) -> dict[str, Any]:
     """Drops the tensor `copy` if it equals `first`: some checkpoints store a tied head twice."""
-    if copy in tensors and first in tensors and np.array_equal(tensors[copy], tensors[first]):
+    if copy in tensors and first in tensors and equal(tensors[copy], tensors[first]):
         return {name: tensor for name, tensor in tensors.items() if name != copy}
     return tensors
 

@@ -73,7 +73,7 @@ class Trial:
     Attributes:
         text: its name.
         batches: rows of it, `tokens` and perhaps `segment_ids`, `[B, T+1]`.
-        prompts: token ids to go on from.
+        prompts: token ids to go on from; none compares no continuations.
         training_length: tokens of the rows that students were trained on.
         new_tokens: tokens of a continuation.
         rounds: how often each speed is measured, all models in turn; 0 measures none.
@@ -182,8 +182,10 @@ def measure(
     _check(everyone, trial)
     note(f"losses of {teacher.name}")
     expected = token_losses(teacher.model, trial.batches)
-    note(f"continuations of {teacher.name}")
-    own = teacher.continued(trial.prompts, trial.new_tokens).tokens
+    own = list[list[int]]()
+    if trial.prompts:
+        note(f"continuations of {teacher.name}")
+        own = teacher.continued(trial.prompts, trial.new_tokens).tokens
     figures = [_figures(each, expected, own, trial, note) for each in everyone]
     if trial.rounds:
         note(f"speeds, {trial.rounds} rounds of all models in turn")
@@ -237,9 +239,11 @@ def _figures(
     found = expected
     agreed = None
     if not is_teacher:
-        note(f"losses and continuations of {candidate.place if candidate.kind == STUDENT else candidate.name}")
+        named = candidate.place if candidate.kind == STUDENT else candidate.name
+        note(f"losses{' and continuations' if trial.prompts else ''} of {named}")
         found = token_losses(model, trial.batches)
-        agreed = agreement(continued, candidate.continued(trial.prompts, trial.new_tokens).tokens)
+        if trial.prompts:
+            agreed = agreement(continued, candidate.continued(trial.prompts, trial.new_tokens).tokens)
     without = {}
     if trial.ablate and candidate.kind == STUDENT:
         for branch in ablations(model):

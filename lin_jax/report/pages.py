@@ -1,13 +1,18 @@
 """A report as files: `report.json`, tables in `report.md`, and where matplotlib is installed a picture."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lin_jax.errors import UserError
+from lin_jax.extras import require
 from lin_jax.files import write_durably
 from lin_jax.report.figures import BASELINE, STUDENT, TEACHER, ModelFigures, QualityReport, Spread
+
+log = logging.getLogger(__name__)
 
 JSON_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
 _COLOURS = {TEACHER: "#6b7280", BASELINE: "#ea580c", STUDENT: "#2563eb"}
@@ -49,7 +54,8 @@ def draw_positions(report: QualityReport, path: Path) -> None:
     """Draws the ratio to the teacher by position, a line a model; without matplotlib there is no picture."""
     try:
         figure = positions_figure(report)
-    except ImportError:
+    except UserError as error:
+        log.warning("no picture: %s", error)
         return
     figure.savefig(path, dpi=150)
 
@@ -58,11 +64,9 @@ def positions_figure(report: QualityReport) -> Any:
     """The ratio to the teacher by position, a line a model, as a figure of matplotlib's.
 
     Raises:
-        ImportError: there is no matplotlib.
+        UserError: there is no matplotlib.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = require("matplotlib.figure", "drawing a report").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     others = [each for each in report.models if each.kind != TEACHER]
     for model in others:

@@ -149,6 +149,34 @@ def window_keys(
 
 
 @triton.jit
+def window_tile(
+    sources,
+    row,
+    begin,
+    inner,
+    columns,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BEFORE: tl.constexpr,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+    PLACED: tl.constexpr,
+    STARTED: tl.constexpr,
+):
+    """A tile of a window's rows: segment ids, positions, what the memory holds already, keys, their scales, values."""
+    keys, values, first_keys, first_values, scales, places = sources
+    batch, length, head = row
+    segment, position, known = load_segments(places, batch, begin + tl.arange(0, TILE), length, BEFORE, PLACED)
+    there = segment > 0
+    key, scale = window_keys(
+        keys, first_keys, scales, batch, begin, inner, there, length, head, KV_HEADS, D, BEFORE, UNIT, STARTED
+    )
+    value = load_joined(values, first_values, batch, begin, columns, there, length, head, KV_HEADS, E, BEFORE, STARTED)
+    return segment, position, known, key, scale, value
+
+
+@triton.jit
 def outputs_kernel(
     queries,
     keys,
@@ -202,6 +230,7 @@ def outputs_kernel(
     if not STARTED:
         lowest = tl.maximum(lowest, 0)
     near_begin = near_keys(begin, lowest, GROUP, TILE, WIDTH, PLACED)
+    sources, row = (keys, values, first_keys, first_values, key_scales, places), (batch, length, kv_head)
     factor = 0.0
     if GROUPED:
         factor = tl.load(alpha + head)
@@ -214,27 +243,8 @@ def outputs_kernel(
             some = load_rows(queries, batch, begin, chosen, reads, length, head, HEADS, D)
             found += memory_product(some, load_memory(memories, index, chosen, columns, D, E))
         for key_begin in range(lowest, near_begin, TILE):
-            rows = key_begin + tl.arange(0, TILE)
-            other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
-            there = other_segment > 0
-            key, key_scale = window_keys(
-                keys,
-                first_keys,
-                key_scales,
-                batch,
-                key_begin,
-                inner,
-                there,
-                length,
-                kv_head,
-                KV_HEADS,
-                D,
-                BEFORE,
-                UNIT,
-                STARTED,
-            )
-            value = load_joined(
-                values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            other_segment, other_position, known, key, key_scale, value = window_tile(
+                sources, row, key_begin, inner, columns, KV_HEADS, D, E, BEFORE, TILE, UNIT, PLACED, STARTED
             )
             scores = product(query, tl.trans(key)) * key_scale[None, :]
             if PLACED:
@@ -244,26 +254,8 @@ def outputs_kernel(
 
     for key_begin in range(near_begin, begin + TILE, TILE):
         rows = key_begin + tl.arange(0, TILE)
-        other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
-        there = other_segment > 0
-        key, key_scale = window_keys(
-            keys,
-            first_keys,
-            key_scales,
-            batch,
-            key_begin,
-            inner,
-            there,
-            length,
-            kv_head,
-            KV_HEADS,
-            D,
-            BEFORE,
-            UNIT,
-            STARTED,
-        )
-        value = load_joined(
-            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+        other_segment, other_position, known, key, key_scale, value = window_tile(
+            sources, row, key_begin, inner, columns, KV_HEADS, D, E, BEFORE, TILE, UNIT, PLACED, STARTED
         )
         near, local, earlier = pairs(
             segment[:, None],
@@ -347,6 +339,7 @@ def query_gradients_kernel(
     if not STARTED:
         lowest = tl.maximum(lowest, 0)
     near_begin = near_keys(begin, lowest, GROUP, TILE, WIDTH, PLACED)
+    sources, row = (keys, values, first_keys, first_values, key_scales, places), (batch, length, kv_head)
     factor = 0.0
     if GROUPED:
         factor = tl.load(alpha + head)
@@ -359,27 +352,8 @@ def query_gradients_kernel(
             some = load_rows(cotangents, batch, begin, chosen, reads, length, head, HEADS, E)
             found += memory_product(some, tl.trans(load_memory(memories, index, inner, chosen, D, E)))
         for key_begin in range(lowest, near_begin, TILE):
-            rows = key_begin + tl.arange(0, TILE)
-            other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
-            there = other_segment > 0
-            key, key_scale = window_keys(
-                keys,
-                first_keys,
-                key_scales,
-                batch,
-                key_begin,
-                inner,
-                there,
-                length,
-                kv_head,
-                KV_HEADS,
-                D,
-                BEFORE,
-                UNIT,
-                STARTED,
-            )
-            value = load_joined(
-                values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+            other_segment, other_position, known, key, key_scale, value = window_tile(
+                sources, row, key_begin, inner, columns, KV_HEADS, D, E, BEFORE, TILE, UNIT, PLACED, STARTED
             )
             upstream = product(cotangent, tl.trans(value)) * key_scale[None, :]
             if PLACED:
@@ -390,27 +364,8 @@ def query_gradients_kernel(
         found *= factor
 
     for key_begin in range(near_begin, begin + TILE, TILE):
-        rows = key_begin + tl.arange(0, TILE)
-        other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
-        there = other_segment > 0
-        key, key_scale = window_keys(
-            keys,
-            first_keys,
-            key_scales,
-            batch,
-            key_begin,
-            inner,
-            there,
-            length,
-            kv_head,
-            KV_HEADS,
-            D,
-            BEFORE,
-            UNIT,
-            STARTED,
-        )
-        value = load_joined(
-            values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
+        other_segment, other_position, known, key, key_scale, value = window_tile(
+            sources, row, key_begin, inner, columns, KV_HEADS, D, E, BEFORE, TILE, UNIT, PLACED, STARTED
         )
         near, local, earlier = pairs(
             segment[:, None],

@@ -99,25 +99,44 @@ class AugmentedGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AugmentedPlan:
-    """Compile-time constants of a program.
-
-    A window is the P rows before a block and the block's C rows, so many that whatever lies before it is in a finished
-    group for every query of the block, and beyond the convolution's reach.
+class RowBlocks:
+    """Blocks of rows, and the windows of keys that they meet pair by pair: the P rows before a block and its own.
 
     Attributes:
-        group: tokens G in a group.
         before: rows P of a window before its block.
         block: rows C of a block, a multiple of P.
         length: tokens T of a row.
+    """
+
+    before: int
+    block: int
+    length: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of a row."""
+        return -(-self.length // self.block)
+
+    @property
+    def width(self) -> int:
+        """Rows of a window."""
+        return self.before + self.block
+
+
+@dataclass(frozen=True)
+class AugmentedPlan(RowBlocks):
+    """Compile-time constants of a program.
+
+    A window holds so many rows that whatever lies before it is in a finished group for every query of the block, and
+    beyond the convolution's reach.
+
+    Attributes:
+        group: tokens G in a group.
         unit: scale queries and keys to length one.
         local: whether there is a local branch, `relu(q·k)^2`.
     """
 
     group: int
-    before: int
-    block: int
-    length: int
     unit: bool
     local: bool
 
@@ -133,22 +152,9 @@ class AugmentedPlan:
         length = problem.queries.shape[1]
         reach = 0 if problem.taps is None else problem.taps.shape[1] - 1
         if problem.packed is not None:
-            before = _rounded(max(group, reach), multiple)
-            return cls(group, before, _rounded(min(block, length), before), length, unit, local)
-        size = _rounded(min(block, length), math.lcm(group, multiple))
-        size = _rounded(reach, size) if reach > size else size
-        before = next(each for each in range(multiple, size + 1, multiple) if size % each == 0 and each >= reach)
-        return cls(group, before, size, length, unit, local)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks of a row."""
-        return -(-self.length // self.block)
-
-    @property
-    def width(self) -> int:
-        """Rows of a window."""
-        return self.before + self.block
+            before = rounded(max(group, reach), multiple)
+            return cls(before, rounded(min(block, length), before), length, group, unit, local)
+        return cls(*blocks_of_groups(length, block, reach, group, multiple), length, group, unit, local)
 
 
 class PackedWindows(NamedTuple):
@@ -169,13 +175,25 @@ class PackedWindows(NamedTuple):
     @classmethod
     def of(cls, packed: PackedRows, prior: PriorContext | None, plan: AugmentedPlan) -> "PackedWindows":
         """Cuts packed rows up."""
+        before = None if prior is None else (prior.positions, prior.known)
+        return cls.cut(packed, before, plan, packed.tokens // plan.group * plan.group)
+
+    @classmethod
+    def cut(
+        cls,
+        packed: PackedRows,
+        before: tuple[Int[Array, "B P"], Bool[Array, "B P"]] | None,
+        plan: RowBlocks,
+        finished: Int[Array, " B"],
+    ) -> "PackedWindows":
+        """Cuts packed rows up, behind tokens of which positions and `known` are given."""
         segment_ids = packed.segment_ids
         rows = jnp.stack([segment_ids, packed.positions, jnp.zeros_like(segment_ids)], axis=1).astype(jnp.int32)
         first = jnp.zeros((rows.shape[0], 3, plan.before), jnp.int32)
-        if prior is not None:
-            there = prior.positions >= 0
-            named = jnp.where(there, packed.first[:, None], 0)
-            first = jnp.stack([named, jnp.maximum(prior.positions, 0), prior.known], axis=1).astype(jnp.int32)
+        if before is not None:
+            positions, known = before
+            named = jnp.where(positions >= 0, packed.first[:, None], 0)
+            first = jnp.stack([named, jnp.maximum(positions, 0), known], axis=1).astype(jnp.int32)
         index = jax.lax.cummax(jnp.where(segment_ids > 0, jnp.arange(plan.length), -1), axis=1)
         left = jnp.arange(1, plan.blocks) * plan.block - plan.before - 1
         # The first window may begin with the row: then only the prior context has joined the memory.
@@ -183,7 +201,6 @@ class PackedWindows(NamedTuple):
         found = jnp.take_along_axis(segment_ids, jnp.maximum(index, 0), axis=1)
         middle = jnp.where(index >= 0, found, packed.first[:, None])
         carried = jnp.concatenate([packed.first[:, None], middle, packed.last[:, None]], axis=1)
-        finished = packed.tokens // plan.group * plan.group
         return cls(rows, first, carried.astype(jnp.int32), finished.astype(jnp.int32))
 
 
@@ -200,9 +217,17 @@ def taps_gradient(matrix: Float[Array, "H C M"], width: int, plan: AugmentedPlan
     return jax.vmap(lambda part: jnp.zeros((width + 1,), part.dtype).at[index].add(part))(matrix)[:, :width]
 
 
-def _rounded(number: int, multiple: int) -> int:
+def rounded(number: int, multiple: int) -> int:
     """The smallest multiple that is not below a number."""
     return -(-number // multiple) * multiple
+
+
+def blocks_of_groups(length: int, block: int, reach: int, group: int, multiple: int) -> tuple[int, int]:
+    """Rows before a block, at least `reach`, and of a block: about `block`, whole groups, multiples of a number."""
+    size = rounded(min(block, length), math.lcm(group, multiple))
+    size = rounded(reach, size) if reach > size else size
+    before = next(each for each in range(multiple, size + 1, multiple) if size % each == 0 and each >= reach)
+    return before, size
 
 
 def _lags(width: int, plan: AugmentedPlan) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from pallas_kernels.linear_attention.blocks import (
 )
 from pallas_kernels.linear_attention.problem import LinearPlan
 from pallas_kernels.products import matmul, memory_matmul, zero_absent
-from pallas_kernels.tpu.heads import SUBLANES, ProgramHeads, Ref
+from pallas_kernels.tpu.heads import ProgramHeads, Ref, flat, upright
 
 
 class LinearScalars(NamedTuple):
@@ -86,16 +86,6 @@ def _rows(inputs: LinearInputs, head: int, masks: BlockMasks, heads: ProgramHead
     return zero_absent(keys, masks.there), zero_absent(values, masks.there)
 
 
-def _upright(row: jax.Array) -> jax.Array:
-    """`[1, C]` as `[C, 1]`."""
-    return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
-
-
-def _flat(column: jax.Array) -> jax.Array:
-    """`[C, 1]` as `[1, C]`."""
-    return jnp.broadcast_to(column, (column.shape[0], SUBLANES)).T[:1]
-
-
 def _begin(start: MemoryPair, memory: MemoryPair) -> None:
     memory.values[...], memory.keys[...] = start.values[...], start.keys[...]
 
@@ -136,7 +126,7 @@ def forward_kernel(
             sums, total = block_sums(queries, keys, values, memory.values[head], memory.keys[head], log_decay, masks)
             if plan.floor is not None:
                 sums = sums / divisor(total, plan.floor)
-                totals[query_head] = _flat(total)
+                totals[query_head] = flat(total)
             outputs[:, heads.values(query_head)] = sums.astype(outputs.dtype)
         _advance(memory, head, keys, values, log_decay, masks)
 
@@ -167,7 +157,7 @@ def _asked(
     sums = zero_absent(cotangents.sums[:, heads.values(query_head)], masks.there)
     weights, totals = matmul(sums, values, (1, 1)), None
     if cotangents.totals is not None:
-        totals = zero_absent(_upright(cotangents.totals[query_head]), masks.there)
+        totals = zero_absent(upright(cotangents.totals[query_head]), masks.there)
         weights += totals
     return _Asked(queries, sums, totals, jnp.where(masks.met, aged(weights, log_decay, masks.lag), 0))
 

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 LANES = 128
@@ -45,3 +46,13 @@ class ProgramHeads(NamedTuple):
 def flatten_heads(rows: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
     """Rows with their heads side by side in the last axis."""
     return rows.reshape(*rows.shape[:2], -1)
+
+
+def upright(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:
+    """A row as a column."""
+    return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
+
+
+def flat(column: Float[Array, "C 1"]) -> Float[Array, "1 C"]:
+    """A column as a row."""
+    return jnp.broadcast_to(column, (column.shape[0], SUBLANES)).T[:1]

@@ -12,10 +12,10 @@ from support.processes import ROOT
 
 from lin_jax.cli.decode.command import decode
 from lin_jax.cli.decode.options import parse
-from lin_jax.cli.demo import main as demo
 from lin_jax.data import Tokenizer
 from lin_jax.decoding.autotune.costs import measure_costs
 from lin_jax.decoding.autotune.plan import load_plans
+from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.devices import machine_flags
 from lin_jax.errors import UserError
 from lin_jax.session import Session
@@ -28,29 +28,19 @@ FEW = (1, 4, 16)
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the demo leaves, on a scale of seconds: a tiny model with heads, trained on real text."""
+    """A tiny model with heads, trained on real text, and a plan for it."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    recipes = ("--config", str(ROOT / "configs/tiny.yaml"), "--heads-config", str(ROOT / "configs/tiny_medusa.yaml"))
-    size = ("--prompts", "2", "--new-tokens", "24", "--rounds", "1")
+    train(replace(load_run_config(ROOT / "configs/tiny.yaml"), output=str(folder)))
+    heads = load_run_config(ROOT / "configs/tiny_medusa.yaml")
+    train(replace(heads, output=str(folder / "heads"), init_from=str(folder)))
+    session = Session.load(folder)
+    assert session.data is not None
     with pytest.MonkeyPatch.context() as patch:
         # Every tree that is timed has to be compiled.
-        patch.setattr("lin_jax.cli.demo.DRAFTERS", DRAFTERS)
         patch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
-        assert demo(["--output", str(folder), *recipes, *size]) == 0
+        prompts = held_out_prompts(session.data, session.tokenizer, 4)[:4]
+        session.plans(DRAFTERS, prompts=prompts, tokens=24)
     return folder
-
-
-def test_demo_report(run_folder: Path) -> None:
-    report = json.loads((run_folder / "report.json").read_text())
-    assert report["lossless"] is True
-    assert set(report["drafters"]) == set(DRAFTERS)
-    assert report["speedup"] == max(each["speedup"] for each in report["drafters"].values())
-    assert report["perplexity_ratio"] > 1
-    assert report["prompts"] == 2
-    assert report["state_bytes_per_sequence"] > 0
-    assert report["train_tokens"] == 30 * 4 * 32
-    html = (run_folder / "report.html").read_text()
-    assert "<svg" in html
 
 
 def output(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -219,3 +220,55 @@ def test_exit_code_and_single_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout == ""
+
+
+class TestUpload:
+    """`--push-to-hub`, with a Hub that only notes what it is asked for."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        calls: list[Any] = []
+
+        class Hub:
+            def whoami(self) -> None:
+                calls.append("whoami")
+
+            def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> Any:
+                calls.append((name, private, exist_ok))
+                return SimpleNamespace(repo_id=name if "/" in name else f"me/{name}")
+
+            def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+                calls.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+                if repo_id == "they/theirs":
+                    raise OSError("403 Forbidden: not yours.\nmore lines")
+
+        monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "secret")
+        return calls
+
+    def test_a_folder_is_uploaded_when_it_is_whole(
+        self, files: Path, asked: list[Any], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(*IMPORT, "--push-to-hub", "mine", "--private") == 0
+        assert asked[:2] == ["whoami", ("mine", True, True)]
+        repository, names = asked[2]
+        assert repository == "me/mine"
+        assert names == sorted(path.name for path in Path("out").iterdir())
+        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= {*names}
+        assert "https://huggingface.co/me/mine holds out" in capsys.readouterr().out
+
+    def test_what_goes_wrong_is_said_in_a_line(
+        self, files: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(UserError, match=r"--push-to-hub '\.\./up' is no name of a repository; give OWNER/NAME"):
+            run(*IMPORT, "--push-to-hub", "../up")
+        with pytest.raises(UserError, match="--private is for a repository; name it with --push-to-hub"):
+            run(*IMPORT, "--private")
+        refused = re.escape("out is whole, and cannot be uploaded as they/theirs: 403 Forbidden: not yours; try again")
+        with pytest.raises(UserError, match=refused):
+            run(*IMPORT, "--push-to-hub", "they/theirs")
+        assert from_pretrained("out") is not None
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+        with pytest.raises(UserError, match="--push-to-hub needs a login; run `hf auth login`"):
+            run("import", "out", "again", "--push-to-hub", "mine")
+        assert not Path("again").exists()

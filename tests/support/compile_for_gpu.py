@@ -24,6 +24,7 @@ import pallas_kernels.augmented_attention.gpu
 import pallas_kernels.linear_attention.gpu
 import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
+import pallas_kernels.windowed_attention.gpu
 from pallas_kernels.augmented_attention import problem as augmented
 from pallas_kernels.gpu import launch as gpu_launch
 from pallas_kernels.gpu import memories as gpu_memories
@@ -31,10 +32,12 @@ from pallas_kernels.linear_attention import problem as linear
 from pallas_kernels.tiles import SIZES, untiled
 from pallas_kernels.tree_verify import problem as trees
 from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.windowed_attention import problem as windowed
 
 MODULES = {
     "augmented_attention": pallas_kernels.augmented_attention.gpu,
     "linear_attention": pallas_kernels.linear_attention.gpu,
+    "windowed_attention": pallas_kernels.windowed_attention.gpu,
     "tree_verify": pallas_kernels.tree_verify.gpu,
     "path_commit": pallas_kernels.path_commit.gpu,
 }
@@ -88,7 +91,7 @@ def both_passes(module, problem, plan):
         if getattr(plan, "before", None) is not None and problem.prior is not None:
             problem = problem._replace(prior=problem.prior.of_length(plan.before))
         result = module.forward(problem, plan, differentiated=True)
-        kept = result.before if module is MODULES["augmented_attention"] else result
+        kept = result if module is MODULES["linear_attention"] else result.before
         return module.backward(problem, plan, kept, result.outputs, result.after)
 
     jax.eval_shape(run, problem)
@@ -114,12 +117,33 @@ def trace(launches, size, dtype, placed):
         memories = linear.Memory(memory, struct(ROWS, KV_HEADS, size))
         problem = linear.LinearProblem(*rows, struct(KV_HEADS) if placed else None, whole if placed else None, memories)
         both_passes(module, problem, module.plan_for(problem, 0.0 if placed else None))
+        module = MODULES["windowed_attention"]
+        problem = windowed_problem(rows, held, size, packed, slots[0])
+        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, "exponential")
+        both_passes(module, problem, module.plan_for(problem, window))
         tree = TreeArrays(struct(NODES, dtype=jnp.int32), struct(NODES, NODES, dtype=bool))
         state = AugmentedState(memory, *held, struct(ROWS, TAPS - 1, KV_HEADS, size, dtype=dtype), row)
         nodes = rows_of(size, dtype, NODES)
         verified = trees.VerifyProblem(*nodes, alpha, taps, tree, state)
         jax.eval_shape(lambda problem: MODULES["tree_verify"].verify(problem, unit_inputs=True, local=True), verified)
         jax.eval_shape(MODULES["path_commit"].commit, state, Nodes(*nodes[1:]), row)
+
+
+def windowed_problem(rows, held, size, packed, slots):
+    """Attention over a window and a memory, with the number of features that models have; placed rows decay, too."""
+    features = min(2 * size, 256)
+    weights = windowed.FeatureWeights(
+        struct(HEADS, features, size),
+        struct(KV_HEADS, features, size),
+        struct(HEADS, features),
+        struct(KV_HEADS, features),
+    )
+    decays = prior = None
+    if packed is not None:
+        shape = ROWS, KV_HEADS, features
+        decays, kept = struct(ROWS, TOKENS, KV_HEADS), struct(ROWS, GROUP, KV_HEADS)
+        prior = windowed.WindowedPrior(linear.Memory(struct(*shape, size), struct(*shape)), *held, kept, slots)
+    return windowed.WindowedProblem(*rows, weights, struct(HEADS), decays, packed, prior)
 
 
 def report(kernel, signature, constants, warps, stages, capability):
@@ -143,6 +167,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], metavar="CC")
     parser.add_argument("--all", action="store_true", help="every row of the table")
+    parser.add_argument("--operations", nargs="+", choices=(*MODULES, "gpu"), help="only their own kernels")
     options = parser.parse_args()
     for module in MODULES.values():
         gpu_launch.kernels_of(module.KERNELS, False)
@@ -151,6 +176,8 @@ def main():
         trace(launches, size, dtype, placed)
         for kernel, *compiled in launches.seen.values():
             module = kernel.fn.__module__.split(".")[1]
+            if options.operations is not None and module not in options.operations:
+                continue
             for capability in options.capabilities:
                 registers, stack, shared = report(kernel, *compiled, capability)
                 print(

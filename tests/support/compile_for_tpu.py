@@ -1,6 +1,7 @@
 """Compiles the operations with the real TPU compiler, in a process of its own: `compile_for_tpu.py TOPOLOGY [CASES]`.
 
-Prints a line for each program; a program that the compiler refuses ends the process with its message.
+Of windows and memories, a case fewer is compiled. Prints a line for each program; a program that the compiler refuses
+ends the process with its message.
 """
 
 import sys
@@ -18,6 +19,7 @@ from pallas_kernels.linear_attention import Memory, linear_attention
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import verify_tree
 from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
 CASES = [
@@ -26,6 +28,14 @@ CASES = [
     (1, 63, 4, 4, 64, 64, jnp.float32, False),
     (1, 65, 4, 1, 32, 32, jnp.float32, True),
     (1, 500, 2, 2, 256, 256, jnp.bfloat16, True),
+]
+# Likewise, with the number of features, their map, and the tokens of a sliding window or None.
+WINDOWED = [
+    (2, 1000, 8, 4, 64, 64, jnp.bfloat16, True, 128, "hedgehog", 100),
+    (1, 8192, 8, 8, 128, 128, jnp.bfloat16, False, 256, "exponential", None),
+    (1, 63, 4, 4, 64, 64, jnp.float32, False, 64, "exponential", 16),
+    (1, 500, 4, 1, 32, 32, jnp.float32, True, 64, "exponential", None),
+    (1, 1000, 2, 2, 256, 256, jnp.bfloat16, True, 256, "hedgehog", None),
 ]
 # Rows, nodes, query heads, key/value heads, sizes of keys and values, type, with a tree for each row.
 TREES = [
@@ -85,6 +95,9 @@ def main(topology: str, cases: int = len(CASES)) -> None:
                 f"{topology} {queries.shape} {keys.shape} {dtype.__name__} linear {name}: {kernels} kernels", flush=True
             )
 
+    for case in WINDOWED[: cases - 1]:
+        _windowed(topology, struct, *case)
+
     for rows, nodes, heads, kv_heads, key_size, value_size, dtype, own in TREES:
         shape = (rows,) if own else ()
         tree = TreeArrays(struct((*shape, nodes)), struct((*shape, nodes, nodes), bool))
@@ -104,6 +117,49 @@ def main(topology: str, cases: int = len(CASES)) -> None:
         print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} verify: {kernels} kernels", flush=True)
         kernels = compiled_kernels(_commit, state, Nodes(keys, values), struct((rows,)))
         print(f"{topology} {keys.shape} {dtype.__name__} commit: {kernels} kernels", flush=True)
+
+
+def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed, size, name, window):
+    """Compiles attention over a window and a memory, forward and backward; placed rows decay, too."""
+    wide = partial(struct, dtype=jnp.float32)
+    directions = size // 2 if name == "hedgehog" else size
+    biases = (wide((heads, size)), wide((kv_heads, size))) if name == "exponential" else (None, None)
+    weights = FeatureWeights(wide((heads, directions, key_size)), wide((kv_heads, directions, key_size)), *biases)
+    queries, keys, values = (
+        struct((rows, tokens, *tail), dtype)
+        for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
+    )
+    packed = prior = decays = None
+    if placed:
+        packed = PackedRows(*(struct((rows, tokens)),) * 2, *(struct((rows,)),) * 3)
+        memory = Memory(wide((rows, kv_heads, size, value_size)), wide((rows, kv_heads, size)))
+        held = [struct((rows, 64, kv_heads, each), dtype) for each in (key_size, value_size)]
+        prior = WindowedPrior(memory, *held, wide((rows, 64, kv_heads)), struct((rows, 64)))
+        decays = wide((rows, tokens, kv_heads))
+
+    def loss(arrays, packed, prior):
+        queries, keys, values, weights, balance, decays = arrays
+        outputs, memory = windowed_attention(
+            queries,
+            keys,
+            values,
+            weights,
+            features=name,
+            tokens=window,
+            scale=key_size**-0.5,
+            balance=balance,
+            log_decays=decays,
+            packed=packed,
+            prior=prior,
+        )
+        return jnp.sum(jnp.square(outputs.astype(jnp.float32))) + sum(map(jnp.sum, memory))
+
+    arrays = queries, keys, values, weights, wide((heads,)), decays
+    for label, program in (("forward", loss), ("backward", jax.grad(loss))):
+        kernels = compiled_kernels(program, arrays, packed, prior)
+        print(
+            f"{topology} {queries.shape} {keys.shape} {dtype.__name__} windowed {label}: {kernels} kernels", flush=True
+        )
 
 
 def _commit(state, path, length):

@@ -7,13 +7,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.augmented_attention import PackedRows, augmented_attention
 from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
 
 ROWS, TOKENS, HEADS, SIZE = 4, 40, 4, 16
 AXES = ("data", "fsdp", "tensor")
 
 
 def main():
-    """Values and gradients of both operations, with documents and without."""
+    """Values and gradients of the operations, with documents and without."""
     mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), AXES)
     keys = jax.random.split(jax.random.key(0), 3)
     rows = [jax.random.normal(key, (ROWS, TOKENS, n, SIZE)) for key, n in zip(keys, (HEADS, 2, 2), strict=True)]
@@ -37,7 +38,19 @@ def main():
         chosen = {"implementation": implementation}
         return total, rows
 
-    for build, layout in ((augmented, None), (augmented, packed), (linear, None), (linear, ones)):
+    def windowed(implementation, packed):
+        def total(queries, keys, values, asked, held, balance, decays):
+            options = {"features": "exponential", "scale": 0.25, "group_size": 8, "packed": packed}
+            options |= {"balance": balance, "log_decays": decays}
+            # There is none in XLA: the same program on one device.
+            weights, name = FeatureWeights(asked, held), implementation.replace("xla", "tpu_interpreted")
+            outputs, memory = windowed_attention(queries, keys, values, weights, **options, implementation=name)
+            return jnp.sum(jnp.square(outputs)) + jnp.sum(memory.values)
+
+        maps = [jax.random.normal(key, (n, 8, SIZE)) / 4 for key, n in zip(keys, (HEADS, 2), strict=False)]
+        return total, (*rows, *maps, alpha, -jax.random.uniform(keys[2], (ROWS, TOKENS, 2)) / 20)
+
+    for build, layout in ((augmented, None), (augmented, packed), (linear, None), (linear, ones), (windowed, packed)):
         total, arrays = build("xla", layout)
         expected = jax.tree.leaves(jax.value_and_grad(total, range(len(arrays)))(*arrays))
         total, arrays = build("tpu_interpreted", layout)

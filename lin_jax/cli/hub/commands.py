@@ -18,13 +18,12 @@ from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, is_remote_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
+from lin_jax.hub.conversion.convert import convert, converted_bytes
 from lin_jax.hub.load import Pretrained
-from lin_jax.hub.medusa import has_heads, load_medusa_heads
-from lin_jax.hub.peft import load_adapters, save_adapters
+from lin_jax.hub.peft import save_adapters
 from lin_jax.hub.save import TOKENIZER_FILES, check_output_folder, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads, PathHead
-from lin_jax.models.lora import merge_lora
 from lin_jax.training.checkpoint.selector import CheckpointSelector
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.objectives.registry import kind_of
@@ -55,19 +54,25 @@ def import_checkpoint(
     opened = Pretrained.open(source, attention=attention, param_dtype=dtype, head=head)
     found = _find_tokenizer(opened, tokenizer)
     measured = _read_figures(figures)
-    with _bar("reading", sum(tensor.nbytes for tensor in opened.tensors.values())) as note:
-        model = opened.load(seed=seed, note=note)
-    if adapter is not None:
-        load_adapters(model, adapter)
-        merge_lora(model)
-    heads = None
-    if opened.folder.is_dir() and has_heads(opened.folder):
-        heads = load_medusa_heads(opened.folder, model)
     # A file of llama2.c names no end tokens: its texts follow each other.
     ends: tuple[int, ...] = ()
     if isinstance(found, Tokenizer) and opened.folder.is_file():
         ends = ModelSource(opened.folder).end_tokens(found)
-    _save(model, out, found, heads, opened.hf_config, source, measured, max_shard_bytes, overwrite, ends)
+    with _bar("converting", converted_bytes(opened)) as note:
+        folder = convert(
+            opened,
+            out,
+            adapter=adapter,
+            tokenizer=found,
+            base=Path(source).name,
+            figures=measured,
+            end_tokens=ends,
+            seed=seed,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            note=note,
+        )
+    print(f"{folder} holds the model")
 
 
 def export_run(
@@ -100,7 +105,7 @@ def export_run(
     model, tokenizer, heads, ends = _load_run(opened)
     if dtype is not None:
         model, heads = _cast(model, dtype), None if heads is None else _cast(heads, dtype)
-    _save(model, out, tokenizer, heads, None, None, measured, max_shard_bytes, overwrite, ends)
+    _save(model, out, tokenizer, heads, measured, max_shard_bytes, overwrite, ends)
     return None
 
 
@@ -145,12 +150,10 @@ def _load_run(run: ModelSource) -> tuple[Any, Tokenizer, MedusaHeads | None, tup
 
 
 def _cast(module: Any, dtype: str) -> Any:
-    """The module with its parameters in another type."""
-    state = nnx.state(module, nnx.Param)
-    nnx.update(
-        module,
-        nnx.from_flat_state([(p, v.replace(v[...].astype(jnp.dtype(dtype)))) for p, v in nnx.to_flat_state(state)]),
-    )
+    """The module with its parameters in another type; one of them at a time is there in both."""
+    for path in [path for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param))]:
+        variable = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))[path]
+        nnx.update(module, nnx.from_flat_state([(path, variable.replace(variable[...].astype(jnp.dtype(dtype))))]))
     if hasattr(module, "config"):
         module.config = replace(module.config, param_dtype=dtype)
     return module
@@ -186,10 +189,8 @@ def _read_figures(path: str | None) -> dict[str, Any] | None:
 def _save(
     model: Any,
     out: str,
-    tokenizer: Tokenizer | Path | None,
+    tokenizer: Tokenizer,
     heads: MedusaHeads | None,
-    source: dict[str, Any] | None,
-    base: str | None,
     figures: dict[str, Any] | None,
     max_shard_bytes: int,
     overwrite: bool,
@@ -202,8 +203,6 @@ def _save(
             out,
             tokenizer=tokenizer,
             heads=heads,
-            source=source,
-            base=None if base is None else Path(base).name,
             figures=figures,
             end_tokens=end_tokens,
             max_shard_bytes=max_shard_bytes,

@@ -5,6 +5,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from lin_jax.attention import AttentionConfig
@@ -49,6 +50,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         each.add_argument("--figures", metavar="FILE", help="JSON object of measured figures for the model card")
         each.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest file")
         each.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
+        each.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload OUT to this repository, too")
+        each.add_argument("--private", action="store_true", help="make that repository for its owner alone")
     about = "Shows what a checkpoint is, and which of its tensors do not fit; status 1 if any."
     inspecting = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
     inspecting.add_argument("source", metavar="FOLDER", help="folder, OWNER/NAME, or file of llama2.c (.bin)")
@@ -112,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from lin_jax.cli.hub import commands
     from lin_jax.devices import device_kind
+    from lin_jax.hub.export.upload import check_upload, upload
 
     device_kind()
     run: dict[str, Callable[..., Any]] = {
@@ -122,5 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = {name: value for name, value in vars(options).items() if not name.startswith(("attention", "command"))}
     if options.command != "export":
         arguments["attention"] = attention_of(options)
+    name, private = arguments.pop("push_to_hub", None), arguments.pop("private", False)
+    if private and name is None:
+        raise UserError("--private is for a repository; name it with --push-to-hub OWNER/NAME")
+    if name is not None:
+        check_upload(name)
     with jax.enable_x64(arguments.get("dtype") == "float64" or jax.config.read("jax_enable_x64")):
-        return run[options.command](**arguments) or 0
+        status = run[options.command](**arguments) or 0
+    if name is not None and not status:
+        print(f"{upload(Path(options.out), name, private=private)} holds {options.out}")
+    return status

@@ -9,17 +9,17 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import grain
 import numpy as np
 
 from lin_jax.data.glue.files import Example
 from lin_jax.data.glue.tasks import Task
 from lin_jax.data.glue.templates import Segment, pad_row, pair_template, truncate_longest_first
+from lin_jax.data.loader.clock import SourceClock
 from lin_jax.data.loader.loader import TrainingBatches
-from lin_jax.data.loader.mixture import SourceClock
 from lin_jax.data.loader.sharding import ShardedRows
 from lin_jax.data.tokenizers.tokenizer import Tokenizer
 from lin_jax.data.types import HostBatch, Row
+from lin_jax.extras import require
 
 # Rows are as long as the longest example, rounded up: shapes that devices like.
 _MULTIPLE = 8
@@ -116,7 +116,11 @@ def task_training_batches(
         batch_size: rows of the batch of all processes, B.
         seed: order of the examples.
         wanted: the rows of every batch to return, from and to before; None returns all.
+
+    Raises:
+        UserError: grain is not installed.
     """
+    grain = require("grain", "reading a task for training")
     identity = {
         "seed": seed,
         "sequence_length": length,

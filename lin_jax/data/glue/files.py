@@ -13,6 +13,7 @@ from lin_jax.data.sources.files import PACKED, UNREADABLE, read_text
 from lin_jax.data.sources.remote import HUB_PREFIX, asking_the_hub
 from lin_jax.data.sources.tables import readable
 from lin_jax.errors import UserError
+from lin_jax.extras import require
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +123,7 @@ def _label(text: str, task: Task, where: str) -> float:
 
 
 def _from_hub(source: str, task: Task, split: TaskSplit) -> Iterator[Example]:
-    from datasets import load_dataset
-
+    load_dataset = require("datasets", "reading a data set of the Hub").load_dataset
     name = f"{source}, configuration {task.name}"
     with readable(name), asking_the_hub(name, f"GLUE's own files of it (the folder {task.folder})"):
         rows = load_dataset(source.removeprefix(HUB_PREFIX), task.name, split=split.hub)

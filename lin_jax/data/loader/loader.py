@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from lin_jax.data.loader.mixture import SourceClock
+from lin_jax.data.loader.clock import SourceClock
 from lin_jax.data.loader.prefetch import Prefetcher
 from lin_jax.data.loader.sharding import DataPosition, ShardedRows
 from lin_jax.data.types import HostBatch

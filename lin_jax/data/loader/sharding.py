@@ -1,13 +1,15 @@
 """Global batches from shards; batches and positions do not depend on the number of processes."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from lin_jax.data.types import HostBatch
 from lin_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from grain import DatasetIterator
 
 # `{"identity": values that the position is valid for, "shards": the position of each shard, by its number as text}`.
 DataPosition = dict[str, Any]
@@ -22,7 +24,7 @@ class ShardedRows:
         rows: the rows of the batch that are wanted, from and to before.
     """
 
-    def __init__(self, shards: Mapping[int, grain.DatasetIterator], rows_per_shard: int, rows: tuple[int, int]) -> None:
+    def __init__(self, shards: Mapping[int, "DatasetIterator"], rows_per_shard: int, rows: tuple[int, int]) -> None:
         self._shards = shards
         self._rows_per_shard = rows_per_shard
         first = min(shards) * rows_per_shard

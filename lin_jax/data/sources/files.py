@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
+from lin_jax.extras import require
+
 log = logging.getLogger(__name__)
 
 _BINARY_PROBE = 8192
@@ -19,8 +21,7 @@ _BINARY_PROBE = 8192
 
 def _open_zstandard(path: Path) -> IO[bytes]:
     # Arrow's reader, unlike others, goes on behind the first frame, and notices a file that is cut off.
-    import pyarrow
-
+    pyarrow = require("pyarrow", "reading .zst files")
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
 
 

@@ -13,6 +13,7 @@ from lin_jax.data.sources.files import suffix_inside
 from lin_jax.data.sources.remote import HUB_PREFIX, asking_the_hub
 from lin_jax.data.sources.rows import TEXT_TABLES, EmptyTableError, read_cells
 from lin_jax.errors import UserError
+from lin_jax.extras import require
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -52,9 +53,7 @@ def open_tables(paths: Sequence[Path], column: str, format: str = TEXT) -> "Iter
 
 def concatenated(streams: Sequence["IterableDataset"]) -> "IterableDataset":
     """Concatenates one or more streams."""
-    from datasets import concatenate_datasets
-
-    return streams[0] if len(streams) == 1 else concatenate_datasets(list(streams))
+    return streams[0] if len(streams) == 1 else _datasets().concatenate_datasets(list(streams))
 
 
 def open_hub(config: DataConfig) -> "IterableDataset":
@@ -63,8 +62,7 @@ def open_hub(config: DataConfig) -> "IterableDataset":
     Raises:
         UserError: the data set cannot be reached, or lacks the configuration, split or column.
     """
-    from datasets import load_dataset
-
+    load_dataset = _datasets().load_dataset
     name = config.sources[0].removeprefix(HUB_PREFIX)
     with readable(config.sources[0]), asking_the_hub(config.sources[0], "its text as files (.txt, .jsonl, .parquet)"):
         rows = load_dataset(name, config.subset, split=config.split, streaming=config.streaming)
@@ -86,19 +84,28 @@ def read_rows(stream: "IterableDataset", source: str) -> Iterator[str]:
 
 def _open_table(path: Path, column: str, format: str) -> "IterableDataset":
     """Opens one file by its kind; these readers, unlike `load_dataset`, never report to the hub."""
-    from datasets import Features, IterableDataset, Value
-
+    datasets = _datasets()
     kind = suffix_inside(path)
     if kind not in TEXT_TABLES:
         # Its readers log what they raise, too; the error says it once.
         logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
-        rows = IterableDataset.from_file(str(path)) if kind == ".arrow" else IterableDataset.from_parquet(str(path))
+        rows = (
+            datasets.IterableDataset.from_file(str(path))
+            if kind == ".arrow"
+            else datasets.IterableDataset.from_parquet(str(path))
+        )
         return _text_rows(rows, column, str(path), format)
     # What is wrong at the beginning of a table is found out before a run begins.
     read: Any = read_cells if format == TEXT else read_examples
     arguments = {"path": str(path), **({"column": column} if format == TEXT else {"format": format})}
     next(read(**arguments), None)
-    return IterableDataset.from_generator(read, Features({"text": Value("string")}), gen_kwargs=arguments)
+    features = datasets.Features({"text": datasets.Value("string")})
+    return datasets.IterableDataset.from_generator(read, features, gen_kwargs=arguments)
+
+
+def _datasets() -> Any:
+    """The package, which takes seconds to import."""
+    return require("datasets", "reading a table or a data set of the Hub")
 
 
 def _text_rows(rows: "IterableDataset", column: str, source: str, format: str) -> "IterableDataset":

@@ -1,19 +1,20 @@
 """PyTorch source that is saved with linearized models, so that transformers opens them without this package.
 
-With `trust_remote_code=True`, `AutoModelForCausalLM` reads it from the folder. It is copied as text: nothing here
-imports PyTorch.
+With `trust_remote_code=True`, transformers' automatic classes read it from the folder. It is copied as text: nothing
+here imports PyTorch.
 """
 
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lin_jax.errors import UserError
 
 SOURCE = Path(__file__).parent / "torch_source"
-SHARED = (
+# What the code of every family needs.
+MIXERS = (
     "attention_lin_jax.py",
-    "cache_lin_jax.py",
-    "causal_lm_lin_jax.py",
     "configuration_lin_jax.py",
     "linear_attention_lin_jax.py",
     "other_attention_lin_jax.py",
@@ -21,11 +22,69 @@ SHARED = (
     "versions_lin_jax.py",
     "windowed_attention_lin_jax.py",
 )
-# By family: configuration, model and model with a head.
+CAUSAL = (*MIXERS, "cache_lin_jax.py", "causal_lm_lin_jax.py", "drafts_lin_jax.py", "speculation_lin_jax.py")
+# Source of the function that transformers puts in the place of the model's `generate`, and its file in a folder.
+GENERATE = ("generate_lin_jax.py", "custom_generate/generate.py")
+
+
+@dataclass(frozen=True)
+class RemoteCode:
+    """The PyTorch source of a family.
+
+    Attributes:
+        config: class of its configuration.
+        base: class of its model without a head.
+        heads: by the name of a model here, the automatic class of transformers that opens it, and its own class; the
+            first is the family's own.
+        shared: files beside that of the family.
+        attentions: base attentions that the source has; None is all.
+    """
+
+    config: str
+    base: str
+    heads: Mapping[str, tuple[str, str]]
+    shared: tuple[str, ...] = CAUSAL
+    attentions: tuple[str, ...] | None = None
+
+
 CLASSES = {
-    "llama": ("LinJaxLlamaConfig", "LinJaxLlamaModel", "LinJaxLlamaForCausalLM"),
-    "gpt2": ("LinJaxGPT2Config", "LinJaxGPT2Model", "LinJaxGPT2LMHeadModel"),
+    "llama": RemoteCode(
+        "LinJaxLlamaConfig", "LinJaxLlamaModel", {"Llama": ("AutoModelForCausalLM", "LinJaxLlamaForCausalLM")}
+    ),
+    "gpt2": RemoteCode(
+        "LinJaxGPT2Config", "LinJaxGPT2Model", {"Gpt2": ("AutoModelForCausalLM", "LinJaxGPT2LMHeadModel")}
+    ),
+    "bert": RemoteCode(
+        "LinJaxBertConfig",
+        "LinJaxBertModel",
+        {
+            "BertMaskedLM": ("AutoModelForMaskedLM", "LinJaxBertForMaskedLM"),
+            "BertClassifier": ("AutoModelForSequenceClassification", "LinJaxBertForSequenceClassification"),
+            "Bert": ("AutoModel", "LinJaxBertModel"),
+        },
+        (*MIXERS, "both_sides_lin_jax.py"),
+    ),
+    "flash": RemoteCode(
+        "LinJaxFlashConfig",
+        "LinJaxFlashForCausalLM",
+        {"Flash": ("AutoModelForCausalLM", "LinJaxFlashForCausalLM")},
+        attentions=("flash_local", "flash_global", "flash", "linear_angular"),
+    ),
 }
+
+
+def has_source(family: str, model: str, attentions: Iterable[str]) -> bool:
+    """True if there is source that opens linearized models of a family.
+
+    Args:
+        family: the model's.
+        model: name of its class here.
+        attentions: names of its attentions, without what is added to them.
+    """
+    code = CLASSES.get(family)
+    if code is None or model not in code.heads:
+        return False
+    return code.attentions is None or {*attentions} <= {*code.attentions}
 
 
 def write_remote_code(folder: Path, family: str) -> None:
@@ -34,38 +93,53 @@ def write_remote_code(folder: Path, family: str) -> None:
     Raises:
         UserError: there is no such source for this family.
     """
-    _classes(family)
-    for name in (*SHARED, f"{_module(family)}.py"):
+    shared = _code(family).shared
+    for name in (*shared, f"{_module(family)}.py"):
         shutil.copyfile(SOURCE / name, folder / name)
+    if shared is CAUSAL:
+        source, file = GENERATE
+        (folder / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(SOURCE / source, folder / file)
 
 
-def auto_map(family: str) -> dict[str, str]:
+def auto_map(family: str, model: str | None = None) -> dict[str, str]:
     """The `auto_map` of a `config.json`: classes of the source by transformers' automatic classes.
+
+    Args:
+        family: the model's.
+        model: name of its class here; None is the family's first.
 
     Raises:
         UserError: there is no such source for this family.
     """
-    configuration, model, model_with_head = _classes(family)
+    code, module = _code(family), _module(family)
+    automatic, head = _head(code, model)
     return {
-        "AutoConfig": f"configuration_lin_jax.{configuration}",
-        "AutoModel": f"{_module(family)}.{model}",
-        "AutoModelForCausalLM": f"{_module(family)}.{model_with_head}",
+        "AutoConfig": f"configuration_lin_jax.{code.config}",
+        "AutoModel": f"{module}.{code.base}",
+        automatic: f"{module}.{head}",
     }
 
 
-def architectures(family: str) -> list[str]:
-    """The `architectures` of a `config.json`.
+def architectures(family: str, model: str | None = None) -> list[str]:
+    """The `architectures` of a `config.json`; arguments as in `auto_map`.
 
     Raises:
         UserError: there is no such source for this family.
     """
-    return [_classes(family)[2]]
+    return [_head(_code(family), model)[1]]
 
 
-def _classes(family: str) -> tuple[str, str, str]:
+def _head(code: RemoteCode, model: str | None) -> tuple[str, str]:
+    return code.heads[next(iter(code.heads)) if model is None else model]
+
+
+def _code(family: str) -> RemoteCode:
     if family not in CLASSES:
+        *others, last = CLASSES
         raise UserError(
-            f"linearized models of the family '{family}' cannot be opened in PyTorch; {' and '.join(CLASSES)} can"
+            f"linearized models of the family '{family}' cannot be opened in PyTorch; "
+            f"{', '.join(others)} and {last} can"
         )
     return CLASSES[family]
 

@@ -50,7 +50,6 @@ class Family:
         own_tensors: selects a checkpoint's tensors for a model: without buffers and copies, under the model's names.
         linearized_options: additional fields in the `config.json` of a linearized model.
         known: whether transformers has such models, with softmax attention.
-        remote_code: whether linearized models are saved with PyTorch code of their own for transformers.
         bases: transformers' names of its models without a head; they are read if the head is the embedding.
         head_name: name of the head's weight, which may be the embedding.
         embedding_name: name of an embedding that is a head too where `config.json` ties a head that the model has.
@@ -68,7 +67,6 @@ class Family:
     own_tensors: Callable[[Any, Mapping[str, Any]], dict[str, Any]]
     linearized_options: Callable[[Any], dict[str, Any]] = lambda config: {}
     known: bool = True
-    remote_code: bool = False
     bases: tuple[str, ...] = ()
     head_name: str = "lm_head.weight"
     embedding_name: str = ""
@@ -147,7 +145,6 @@ FAMILIES = {
             unties=True,
             remarks=llama.remarks,
             has_windows=llama.has_windows,
-            remote_code=True,
         ),
         Family(
             name="gpt2",
@@ -163,7 +160,6 @@ FAMILIES = {
             own_tensors=gpt2.own_tensors,
             bases=("GPT2Model",),
             unties=True,
-            remote_code=True,
         ),
         Family(
             name="t5",
@@ -181,9 +177,9 @@ FAMILIES = {
             model_types=("bert",),
             heads=_heads(
                 "bert",
-                masked_lm=("BertForMaskedLM", "BertForPreTraining"),
-                encoder=("BertModel",),
-                classifier=("BertForSequenceClassification",),
+                masked_lm=("BertForMaskedLM", "BertForPreTraining", "LinJaxBertForMaskedLM"),
+                encoder=("BertModel", "LinJaxBertModel"),
+                classifier=("BertForSequenceClassification", "LinJaxBertForSequenceClassification"),
             ),
             config_from_huggingface=bert.config_from_huggingface,
             config_to_huggingface=bert.config_to_huggingface,
@@ -194,7 +190,7 @@ FAMILIES = {
         Family(
             name="flash",
             model_types=(flash.MODEL_TYPE,),
-            heads=_heads("flash", causal_lm=("FlashForCausalLM",), encoder=("FlashEncoder",)),
+            heads=_heads("flash", causal_lm=("FlashForCausalLM", "LinJaxFlashForCausalLM"), encoder=("FlashEncoder",)),
             config_from_huggingface=flash.config_from_huggingface,
             config_to_huggingface=flash.config_to_huggingface,
             entries=flash.entries,

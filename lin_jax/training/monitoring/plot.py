@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lin_jax.errors import UserError
+from lin_jax.extras import require
 from lin_jax.training.monitoring.trackers import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -113,14 +114,11 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        # Imported here because it takes its time, and is not among the packages that training needs.
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("curves are drawn by matplotlib; install it with 'pip install matplotlib'") from error
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(12, 7.5), dpi=120, layout="constrained")
+    # Imported here because it takes its time, and is not among the packages that training needs.
+    matplotlib = require("matplotlib", "drawing curves")
+    figures = require("matplotlib.figure", "drawing curves")
+    with matplotlib.rc_context(_STYLE):
+        figure = figures.Figure(figsize=(12, 7.5), dpi=120, layout="constrained")
         grid = figure.add_gridspec(3, 6)
         for panel in PANELS:
             _fill(figure.add_subplot(grid[panel.place]), panel, curves)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 
+from lin_jax.extras import require
 from lin_jax.files import write_durably
 from lin_jax.training.config import RunConfig, plain
 from lin_jax.training.hooks import Figures, Hook, Training
@@ -73,8 +74,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
         # Imported here: it takes its time, and reading configurations does not need it.
-        from tensorboardX.proto.event_pb2 import SessionLog
-
+        SessionLog = require("tensorboardX.proto.event_pb2", "TensorBoard's event files").SessionLog
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("ab", buffering=0)

@@ -16,6 +16,8 @@ _NULL, _MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 # Far beyond any description of a run; a few aliases of aliases are more than any machine can hold.
 _DEEPEST, _MOST = 30, 100_000
 _Hints = Mapping[str, Any]
+# Folders that `configs` lies in: an installed package, or a working copy.
+_RECIPES = Path(__file__).parents[2], Path(__file__).parents[3]
 # Texts that the option parser takes for null, quoted or not, and what hides them from it.
 _LIKE_NULL, _MARK = ("null", "Null", "NULL", "~"), "\x01"
 
@@ -55,6 +57,12 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
+def _placed(path: Path) -> Path:
+    """The file itself, or the recipe that the package brings where a `configs/NAME.yaml` is not there."""
+    brought = [place / path for place in _RECIPES if path.parts[:-1] == ("configs",)]
+    return next((each for each in brought if not path.exists() and each.is_file()), path)
+
+
 def read_yaml(path: Path, hints: _Hints) -> dict[str, Any]:
     """Reads a mapping; an empty file is an empty one, and null where a field has none means that it is not given.
 
@@ -67,7 +75,7 @@ def read_yaml(path: Path, hints: _Hints) -> dict[str, Any]:
         UserError: there is no such file, it is no YAML or no mapping, a key stands twice, or a section is no mapping.
     """
     try:
-        content = path.read_bytes()
+        content = _placed(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; give a YAML file that describes a run") from error
     try:

@@ -1,11 +1,15 @@
 """Report of the stages of a pipeline: `report.json`, `report.md`, and a picture where matplotlib is installed."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lin_jax.errors import UserError
+from lin_jax.extras import require
 from lin_jax.files import write_durably
+
+log = logging.getLogger(__name__)
 
 REPORT_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
 
@@ -91,11 +95,12 @@ class StageReport:
 def _draw(rows: list[StageResult], path: Path) -> None:
     """A bar for each model."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        figures = require("matplotlib.figure", "drawing a report")
+    except UserError as error:
+        log.warning("no picture: %s", error)
         return
     measured = [(row, row.perplexity) for row in rows if row.perplexity is not None]
-    figure = Figure(figsize=(7, 0.5 + 0.5 * max(len(measured), 1)), layout="constrained")
+    figure = figures.Figure(figsize=(7, 0.5 + 0.5 * max(len(measured), 1)), layout="constrained")
     axes = figure.subplots()
     colors = ["#888888" if row.steps == 0 else "#2a6f97" for row, _ in measured]
     bars = axes.barh([row.name for row, _ in measured], [value for _, value in measured], color=colors)

@@ -16,9 +16,10 @@ from lin_jax.data import (
     training_batches,
     validation_batches,
 )
-from lin_jax.data.loader.pipeline import _pack
+from lin_jax.data.loader.shards import pack
 from lin_jax.data.tokens.pieces import LONGEST_PIECE
-from lin_jax.data.tokens.tokenized import TokenizedDocuments, TokenizedStream
+from lin_jax.data.tokens.stream import TokenizedStream
+from lin_jax.data.tokens.tokenized import TokenizedDocuments
 from lin_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -116,7 +117,7 @@ def test_restored_where_rows_end_with_their_documents(rows_per_document):
 
 
 def test_packed_rows_are_the_documents_in_order(stream, tokenizer):
-    rows = iter(_pack(TokenizedStream(stream, tokenizer, "stream"), CONFIG))
+    rows = iter(pack(TokenizedStream(stream, tokenizer, "stream"), CONFIG))
     flat, runs = [], []
     for row in itertools.islice(rows, 100):
         flat += row["tokens"].tolist()

@@ -10,7 +10,7 @@ from support.corpora import KINDS, PARTS, SHARES, TOKENIZER, assert_same, corpus
 
 from lin_jax.data import DataConfig, merged_positions, training_batches
 from lin_jax.data.loader.epochs import EpochShuffle, random_order
-from lin_jax.data.loader.pipeline import _SHUFFLED_ROWS
+from lin_jax.data.loader.shards import SHUFFLED_ROWS
 from lin_jax.data.tokens.tokenized import TokenizedDocuments
 from lin_jax.errors import UserError
 
@@ -56,12 +56,12 @@ def rows_of_shard(parts, shares, number, shards):
     rows, taken = [rows_of_part(part, number, shards) for part in parts], [0] * len(parts)
     for window in itertools.count():
         mixed = []
-        for _ in range(_SHUFFLED_ROWS):
+        for _ in range(SHUFFLED_ROWS):
             lacking = [Fraction(share) * (sum(taken) + 1) - had for share, had in zip(shares, taken, strict=True)]
             part = lacking.index(max(lacking))
             taken[part] += 1
             mixed.append(next(rows[part]))
-        for index in random_order(_SHUFFLED_ROWS, SEED, number, window):
+        for index in random_order(SHUFFLED_ROWS, SEED, number, window):
             yield mixed[index]
 
 

@@ -254,4 +254,7 @@ def test_without_matplotlib_a_line_says_how_to_get_it(observed, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     said = []
     plot.draw_at_end(observed[0], said.append)
-    assert said == ["no curves: curves are drawn by matplotlib; install it with 'pip install matplotlib'"]
+    assert said == [
+        "no curves: drawing curves needs the package matplotlib, which is not installed; "
+        "install it with: pip install 'lin-jax[plot]'"
+    ]

@@ -8,6 +8,7 @@ or a decay, attention and local branch are those of `WindowedMemory`.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -187,6 +188,8 @@ def mix_tokens(
         rows: where the tokens stand.
         state: what came before; None is nothing.
     """
+    if rows.mixers is not None:
+        rows.mixers.append(partial(mix_tokens, mixer, queries, keys, values))
     # Sums over a text are taken in float32 or better, whatever the type of the activations.
     with torch.autocast(queries.device.type, enabled=False):
         queries = wide(queries).unflatten(2, (keys.shape[2], -1))

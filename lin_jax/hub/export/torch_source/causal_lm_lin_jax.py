@@ -4,8 +4,9 @@ Padding never enters a state, and positions count real tokens: inside the model 
 front, whatever side the padding was on.
 """
 
+import copy
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .cache_lin_jax import LinJaxCache, given_state, state_among
+from .drafts_lin_jax import DraftHeads
 from .recurrence_lin_jax import Rows
+from .speculation_lin_jax import decode, refusal
 from .versions_lin_jax import lost_state_message, warn_if_untried
 
 # What outputs call the state, and `generate` looks for: `past_key_values` until transformers 5.23, then `cache`.
@@ -164,7 +167,7 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
             cache: the same as `past_key_values`, by its name since transformers 5.24.
             kwargs: for the loss; a state is taken from here, too.
         """
-        outputs = self.base_model(
+        outputs = self.trunk(
             input_ids,
             attention_mask,
             given_state((cache, past_key_values), kwargs.values()),
@@ -179,6 +182,10 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         state = {STATE_FIELD: getattr(outputs, STATE_FIELD)}
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states, **state)
+
+    def trunk(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        """The vectors that the head reads; arguments are those of `LinJaxModel.forward`."""
+        return self.base_model(*args, **kwargs)
 
     # What it takes differs between versions, and `generate` looks at the names.
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
@@ -196,6 +203,36 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         if given + kept < total:
             raise RuntimeError(lost_state_message(given, kept, total, transformers.__version__))
         return inputs
+
+    def generate_with_drafts(self, inputs: Tensor | None = None, *args: Any, speculative: bool, **options: Any) -> Any:
+        """Texts as `generate` writes them, on demand with several guessed tokens in each pass, which are verified.
+
+        Args:
+            inputs: tokens `[B, T]`; also as `input_ids`.
+            args: more arguments of `generate` by their place.
+            speculative: whether to guess. The text is the greedy one, token for token.
+            options: more arguments of `generate` by name.
+
+        Raises:
+            ValueError: another text than a greedy one of one prompt is asked for.
+        """
+        plain = super().generate
+        if not speculative:
+            return plain(inputs, *args, **options)
+        tokens = options.get("input_ids") if inputs is None else inputs
+        config = copy.deepcopy(options.get("generation_config") or self.generation_config)
+        config.update(**options)
+        reason = "it takes what generate takes by name" if args else refusal(tokens, config, options)
+        if reason is not None:
+            raise ValueError(f"no speculation: {reason}, or leave speculative out")
+        # A loop of one's own is not handed the streamer.
+        return plain(inputs, custom_generate=partial(decode, streamer=options.get("streamer")), **options)
+
+    def draft_heads(self) -> DraftHeads | None:
+        """The Medusa heads in the model's folder, which are read once; None without any."""
+        if "_draft_heads" not in vars(self):
+            vars(self)["_draft_heads"] = DraftHeads.beside(self)
+        return vars(self)["_draft_heads"]
 
 
 class _Padding:

@@ -1,9 +1,9 @@
-"""Configurations of LLaMA and GPT-2 models whose token mixing is linear attention."""
+"""Configurations of LLaMA, GPT-2, BERT and FLASH models whose token mixing is linear attention."""
 
 from typing import Any
 
 import transformers
-from transformers import GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig
 
 from .versions_lin_jax import require_version
 
@@ -48,3 +48,54 @@ class LinJaxGPT2Config(GPT2Config):
     model_type = "lin_jax_gpt2"
 
     attention: dict[str, Any] | list[dict[str, Any]] | None = None
+
+
+class LinJaxBertConfig(BertConfig):
+    """A BERT's options and those of its token mixer. There is no dropout.
+
+    Attributes:
+        attention: name and sizes of the attention, such as `{"name": "augmented", "group_size": 64, ...}`.
+    """
+
+    model_type = "lin_jax_bert"
+
+    attention: dict[str, Any] | list[dict[str, Any]] | None = None
+
+
+class LinJaxFlashConfig(PretrainedConfig):
+    """A FLASH's options, by the names that they have in JAX, and those of its token mixer.
+
+    Attributes:
+        query_key_size: size S of queries and keys.
+        expansion_factor: size of values and gate, as a multiple of `hidden_size`.
+        norm: norm before each unit: scale or layer.
+        shift_tokens: whether half of each unit's input comes from the token before.
+        relative_buckets: buckets of distances that have a bias.
+        relative_max_distance: distances from here on share the last bucket.
+        length_scale: of other attentions than those by groups.
+        norm_eps: epsilon of the norms.
+        attention: name and sizes of the attention, such as `{"name": "flash", "group_size": 64, ...}`.
+    """
+
+    model_type = "flash_gau"
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    num_hidden_layers: int = 8
+    query_key_size: int = 128
+    expansion_factor: float = 2.0
+    norm: str = "scale"
+    shift_tokens: bool = True
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    length_scale: str = "position"
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    attention: dict[str, Any] | list[dict[str, Any]] | None = None
+
+    @property
+    def inner_size(self) -> int:
+        """Size of values and gate."""
+        return int(self.hidden_size * self.expansion_factor)

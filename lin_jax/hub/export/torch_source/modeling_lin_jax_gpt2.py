@@ -17,9 +17,11 @@ from .attention_lin_jax import (
 from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxGPT2Config
+from .drafts_lin_jax import NGrams  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows, State
+from .speculation_lin_jax import decode  # noqa: F401
 from .versions_lin_jax import require_version  # noqa: F401
 from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
 

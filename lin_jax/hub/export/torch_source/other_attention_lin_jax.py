@@ -84,6 +84,9 @@ class FullAttention(nn.Module):
             "values": behind(state["values"], piece.rows.position, piece.values),
         }
         keys, values = wide(after["keys"]), wide(after["values"])
+        # Slots behind the last real token of all rows hold nothing.
+        filled = int((piece.rows.position + piece.rows.count).max())
+        after = {name: x[:, :filled] for name, x in after.items()}
         seen = torch.arange(keys.shape[1], device=keys.device) <= piece.positions
         if self.weights == "softmax":
             return weighted_values(softmax_weights(queries, keys, seen), values), after

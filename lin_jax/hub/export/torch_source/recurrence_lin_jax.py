@@ -21,10 +21,12 @@ class Rows:
     Attributes:
         position: `[B]` how many tokens each row has consumed before these.
         count: `[B]` how many of these are real, not padding.
+        mixers: where each layer leaves a function of rows and its state that mixes these tokens again; None is nowhere.
     """
 
     position: Tensor
     count: Tensor
+    mixers: list[Any] | None = None
 
     def piece(self, begin: int, size: int) -> "Rows":
         """The same for the tokens from `begin` to `begin + size`."""
@@ -77,6 +79,12 @@ class Piece:
         """`[B, N, G + N]` whether a slot is in the group before that of a token of the piece."""
         slots, own = self._slots
         return slots // self.size < own // self.size
+
+    @property
+    def distances(self) -> Tensor:
+        """`[B, N, G + N]` how far a slot is before a token of the piece; negative behind it."""
+        slots, own = self._slots
+        return own - slots
 
     @property
     def finished(self) -> Tensor:

@@ -203,7 +203,7 @@ class WindowedMemory(nn.Module):
             weights = weights if slots.decays is None else weights * slots.factors(mask)
             far = far + weighted_values(weights, linear.extended(wide(slots.values)))
         if self.balance is not None:
-            return self._normalised(linear, queries, slots, far)
+            return self.normalised(linear, queries, wide(slots.keys), wide(slots.values), slots.near, far)
         outputs = linear.finish(far)
         if local is None:
             return outputs
@@ -211,17 +211,29 @@ class WindowedMemory(nn.Module):
         near = weighted_values(masked_weights(weights, slots.near), wide(slots.values))
         return near + (outputs if factor is None else factor.to(outputs.dtype) * outputs)
 
-    def _normalised(self, linear: LinearAttention, queries: Tensor, slots: Slots, far: Tensor) -> Tensor:
-        """Softmax of near pairs and the memory's sums `[B, N, K, R, E + 1]`, under one normaliser."""
-        scores = pair_scores(queries, wide(slots.keys)) * queries.shape[-1] ** -0.5
-        scores = scores.masked_fill(~slots.near[:, None, None], -torch.inf)
+    def normalised(
+        self, linear: LinearAttention, queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, far: Tensor
+    ) -> Tensor:
+        """Softmax of near pairs and the memory's sums `[B, N, K, R, E + 1]`, under one normaliser.
+
+        Args:
+            linear: whose memory it is.
+            queries: `[B, N, K, R, D]`, all of them in float32 or better.
+            keys: `[B, S, K, D]`.
+            values: `[B, S, K, E]`.
+            near: `[B, N, S]` the pairs.
+            far: the sums.
+        """
+        scores = pair_scores(queries, keys) * queries.shape[-1] ** -0.5
+        scores = scores.masked_fill(~near[:, None, None], -torch.inf)
         scale = linear.log_scale(queries) + self.balance.to(scores.dtype)
         total = far[..., -1]
         seen = scale + torch.where(total > 0, total, 1).log()
         largest = torch.maximum(scores.amax(-1).movedim(-1, 1), torch.where(total > 0, seen, -torch.inf)).detach()
-        near = weighted_values((scores - largest.movedim(1, -1)[..., None]).exp(), linear.extended(wide(slots.values)))
+        weights = (scores - largest.movedim(1, -1)[..., None]).exp()
+        close = weighted_values(weights, linear.extended(values))
         factor = torch.where(total > 0, scale - largest, 0).exp()
-        return linear.finish(near + factor[..., None] * far)
+        return linear.finish(close + factor[..., None] * far)
 
     def _after(
         self, linear: LinearAttention, slots: Slots, tokens: Mapping[str, Tensor], rows: Rows, state: State

@@ -1,0 +1,230 @@
+"""Attention over a window and a linear memory of what lies before it, under one normaliser, as one operation."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.augmented_attention.problem import PackedRows
+from pallas_kernels.gpu.launch import obstacle
+from pallas_kernels.implementations import choose_implementation
+from pallas_kernels.linear_attention.problem import Memory
+from pallas_kernels.over_devices import over_devices
+from pallas_kernels.tiles import SIZES
+from pallas_kernels.windowed_attention import gpu, tpu
+from pallas_kernels.windowed_attention.problem import (
+    FEATURES,
+    AttentionWindowPlan,
+    Features,
+    FeatureWeights,
+    WindowedPlan,
+    WindowedPrior,
+    WindowedProblem,
+)
+
+_Returned = tuple[Float[Array, "B T H E"], Memory]
+
+
+def windowed_attention(
+    queries: Float[Array, "B T H D"],
+    keys: Float[Array, "B T K D"],
+    values: Float[Array, "B T K E"],
+    weights: FeatureWeights,
+    *,
+    features: Features,
+    group_size: int = 64,
+    groups: int = 1,
+    tokens: int | None = None,
+    scale: float,
+    balance: Float[Array, " H"] | None = None,
+    log_decays: Float[Array, "B T K"] | None = None,
+    packed: PackedRows | None = None,
+    prior: WindowedPrior | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> _Returned:
+    """Outputs in one pass over queries, keys and values, and the memory after the rows.
+
+    `o_t = (sum_{s near} e^{scale q_t·k_s} v_s + e^b sum_{s far} phi(q_t)·phi(k_s) d_ts v_s) / (the same sums of ones)`
+    with `d_ts = prod_{s<r<=t} a_r` (LoLCATs, Zhang et al. 2025; Based, Arora et al. 2024). Features are taken inside:
+    `hedgehog` is `softmax([W x, -W x])` (Zhang et al. 2024), `exponential` is
+    `exp(scale^0.5 W x + b - scale |x|^2 / 2) / m^0.5` (Choromanski et al. 2021), keys' exponents capped at 40. It can
+    be differentiated in everything that is a float.
+
+    Args:
+        queries: `[B, T, H, D]`, bfloat16 or float32.
+        keys: `[B, T, K, D]`; H is a multiple of K.
+        values: `[B, T, K, E]`.
+        weights: the feature map's learnt parts; m features, twice as many with `hedgehog`.
+        features: `exponential` or `hedgehog`.
+        group_size: tokens of a group, by position.
+        groups: groups before the query's own that its window holds.
+        tokens: a window of exactly so many tokens instead, the query's own included.
+        scale: factor of q·k.
+        balance: `[H]` logarithm b of the memory's factor; None for zero.
+        log_decays: `[B, T, K]` logarithms of each token's decay `a`, not positive; None for no decay.
+        packed: segment ids and positions of rows with several documents or padding; None for whole rows from 0 on.
+        prior: context before the rows; it needs `packed`.
+        implementation: `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several in
+            order of preference, or None for what suits the platform. Plain XLA is not among them: models compute this
+            by themselves there.
+
+    Returns:
+        outputs `[B, T, H, E]` in the type of the values, and the memory, float32, of the last document's tokens before
+        the window of the query after the rows, `[B, K, M, E]` and `[B, K, M]`, decayed up to the last of them. Without
+        `packed` the memory has no meaning.
+
+    Raises:
+        UnsupportedError: the implementation that was asked for cannot run here or with these types.
+        ValueError: shapes do not fit each other.
+    """
+    _check(queries, keys, values, weights, features, tokens, packed, prior)
+    size = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)
+    told = "it is not part of this operation"
+    name = windowed_implementation(queries, keys, values, size, implementation, xla=told)
+    heads = queries.shape[2]
+    balance = jnp.zeros((heads,)) if balance is None else balance.astype(jnp.float32)
+    decays = None if log_decays is None else log_decays.astype(jnp.float32)
+    window = AttentionWindowPlan(tokens, group_size, groups, scale, features)
+    wide = jax.tree.map(lambda each: each.astype(jnp.float32), weights)
+    problem = WindowedProblem(queries, keys, values, _linear(wide, window), balance, decays, packed, prior)
+    return IMPLEMENTATIONS[name](problem, window)
+
+
+def windowed_implementation(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    size: int,
+    asked: str | Sequence[str] | None,
+    *,
+    xla: str | None = None,
+) -> str:
+    """The name of the implementation to run, or `xla` for the caller's own program.
+
+    Args:
+        queries: as in `windowed_attention`.
+        keys: likewise.
+        values: likewise.
+        size: features M of a key.
+        asked: an implementation, several in order of preference, or None for what suits the platform.
+        xla: why there is no such program; None if there is.
+
+    Raises:
+        UnsupportedError: none of those that were asked for can run.
+    """
+    obstacles = {name: _obstacle(name, queries, keys, values, size) for name in IMPLEMENTATIONS}
+    return choose_implementation("windowed_attention", asked, {"xla": xla} | obstacles)
+
+
+def _linear(weights: FeatureWeights, window: AttentionWindowPlan) -> FeatureWeights:
+    """Weights with all that exponents are linear in."""
+    if window.features == "hedgehog":
+        both = (jnp.concatenate([each, -each], axis=1) for each in weights[:2])
+        return FeatureWeights(*both)
+    return weights._replace(**{name: getattr(weights, name) * math.sqrt(window.scale) for name in ("queries", "keys")})
+
+
+def _programs(problem: WindowedProblem, window: AttentionWindowPlan, *, platform: str, interpret: bool) -> _Returned:
+    def run(problem: WindowedProblem) -> _Returned:
+        plan = PROGRAMS[platform].plan_for(problem, window)
+        if problem.prior is not None:
+            problem = problem._replace(prior=problem.prior.of_length(plan.before))
+        return _program(problem, plan, platform, interpret)
+
+    batch, kv_heads = problem.keys.shape[0], problem.keys.shape[2]
+    return over_devices(run, problem, DIMENSIONS, ("bthe", Memory._make(["bkde", "bkd"])), rows=batch, heads=kv_heads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _program(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> _Returned:
+    result = PROGRAMS[platform].forward(problem, plan, interpret=interpret)
+    return result.outputs, result.after
+
+
+def _forward(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> tuple[_Returned, Any]:
+    result = PROGRAMS[platform].forward(problem, plan, differentiated=True, interpret=interpret)
+    return (result.outputs, result.after), (problem, result.before)
+
+
+def _backward(
+    plan: WindowedPlan, platform: str, interpret: bool, residuals: Any, cotangents: _Returned
+) -> tuple[WindowedProblem]:
+    problem, before = residuals
+    found = PROGRAMS[platform].backward(problem, plan, before, *cotangents, interpret=interpret)
+    prior = None
+    if problem.prior is not None and found.prior is not None:
+        like = problem.prior[:4]
+        memory, keys, values, decays = jax.tree.map(lambda grad, own: grad.astype(own.dtype), found.prior, like)
+        prior = WindowedPrior(memory, keys, values, decays, _no_gradient(problem.prior.positions))
+    packed = None if problem.packed is None else jax.tree.map(_no_gradient, problem.packed)
+    rows = found.queries, found.keys, found.values
+    return (WindowedProblem(*rows, found.weights, found.balance, found.log_decays, packed, prior),)
+
+
+_program.defvjp(_forward, _backward)
+
+# What lies along rows (b) and heads (h, k), on a mesh.
+DIMENSIONS = WindowedProblem._make(
+    [
+        *("bthd", "btkd", "btke"),
+        FeatureWeights._make(["hmd", "kmd", "hm", "km"]),
+        *("h", "btk"),
+        PackedRows._make(["bt", "bt", "b", "b", "b"]),
+        WindowedPrior._make([Memory._make(["bkde", "bkd"]), "bpkd", "bpke", "bpk", "bp"]),
+    ]
+)
+# Modules with `plan_for`, `forward` and `backward`.
+PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
+IMPLEMENTATIONS: dict[str, Any] = {
+    f"{platform}_interpreted" if interpret else platform: partial(_programs, platform=platform, interpret=interpret)
+    for platform in PROGRAMS
+    for interpret in (False, True)
+}
+
+
+def _no_gradient(numbers: Array) -> Any:
+    return np.zeros(numbers.shape, jax.dtypes.float0)
+
+
+def _obstacle(name: str, queries: Array, keys: Array, values: Array, size: int) -> str | None:
+    """The reason why an implementation cannot take a problem, None if it can."""
+    kinds = {str(each.dtype) for each in (queries, keys, values)}
+    if kinds not in ({"float32"}, {"bfloat16"}):
+        return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
+    if not name.startswith("gpu"):
+        return None
+    if size > SIZES[-1]:
+        return f"{size} features are too many for it"
+    sizes = keys.shape[3], values.shape[3]
+    return obstacle("windowed_attention.outputs", *sizes, keys.dtype, interpret=name == "gpu_interpreted")
+
+
+def _check(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    weights: FeatureWeights,
+    features: str,
+    tokens: int | None,
+    packed: PackedRows | None,
+    prior: WindowedPrior | None,
+) -> None:
+    if keys.shape[:3] != values.shape[:3] or queries.shape[:2] != keys.shape[:2] or queries.shape[3] != keys.shape[3]:
+        raise ValueError(f"queries {queries.shape}, keys {keys.shape} and values {values.shape} do not fit each other")
+    if queries.shape[2] % keys.shape[2]:
+        raise ValueError(f"{queries.shape[2]} query heads are no multiple of {keys.shape[2]} key/value heads")
+    if features not in FEATURES:
+        raise ValueError(f"features is '{features}'; choose one of {', '.join(FEATURES)}")
+    for name, rows in (("queries", queries), ("keys", keys)):
+        found = getattr(weights, name).shape
+        if (found[0], found[2]) != rows.shape[2:]:
+            raise ValueError(f"weights.{name} has the shape {found}; give [{rows.shape[2]}, m, {rows.shape[3]}]")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens is {tokens}; give at least 1, the query's own token")
+    if prior is not None and packed is None:
+        raise ValueError("a prior context needs packed rows: positions go on from it; give packed")
