@@ -1,8 +1,8 @@
-"""The package's verbs: load, linearize, train, generate, save, and run a configuration."""
+"""The package's verbs: load, linearize, compare, choose layers, train, generate, save, and run a configuration."""
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,21 @@ import jax
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig, parse_name
-from lin_jax.data import Tokenizer, load_tokenizer
+from lin_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, validation_batches
 from lin_jax.decoding import Sampling
 from lin_jax.errors import UserError
+from lin_jax.evaluation.layer_selection import LayerChoice, LayerDivergences, measure_layers
 from lin_jax.hub.config_json import attentions_of
 from lin_jax.hub.model_card import is_export
 from lin_jax.hub.save import TOKENIZER_FILES
 from lin_jax.hub.save import save_pretrained as save_folder
+from lin_jax.models import Gpt2, Llama
 from lin_jax.models.params import params_fingerprint, params_of
 from lin_jax.models.stored_weights import WeightStorage
+from lin_jax.progress_bar import progress_bar
 from lin_jax.recipe import IN_MEMORY, Recipe, Text, text_data
+from lin_jax.report.figures import STUDENT, TEACHER, QualityReport
+from lin_jax.report.measure import Candidate, Trial, baselines, measure, prompts_of, window_of
 from lin_jax.session import Session, check_causal
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.checkpoint.selector import CheckpointSelector
@@ -38,6 +43,8 @@ from lin_jax.training.stages.run import run_stages
 log = logging.getLogger(__name__)
 
 SOFTMAX = AttentionConfig("softmax")
+# Tokens of rows that models are compared on, as a multiple of those in training, to show what comes after.
+_LONGER = 4
 DRAFTERS = ("auto", "ngram", "suffix", "none")
 _BASE = "base"
 
@@ -188,6 +195,120 @@ def train(
     return trained
 
 
+def compare(
+    students: Any,
+    tokenizer: Tokenizer,
+    data: Text,
+    *,
+    teacher: Any = None,
+    batches: int = 4,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+    prompts: int = 16,
+    rounds: int = 0,
+) -> QualityReport:
+    """Measures students beside their teacher on the held-out part of a text, as `python -m lin_jax report` does.
+
+    Beside them stands the teacher with nothing but a window of the same size, untrained: what a student has to be
+    better than. `lin_jax.notebook.show_report` shows the result as tables and a picture.
+
+    Args:
+        students: a causal model, or several by their names.
+        tokenizer: theirs.
+        data: the text, as in `linearize`; what is held out of it there is measured on here.
+        teacher: the model that they learnt from, or its place; None is the first student's, as `linearize` knows it.
+        batches: batches of held-out text at the most.
+        batch_size: rows of a batch.
+        sequence_length: tokens of a row in training, 256 by default; those that are measured on are four times as long.
+        prompts: prompts to continue, to see how long student and teacher say the same.
+        rounds: how often speeds are measured, all models in turn; 0 measures none.
+
+    Returns:
+        Figures of all models.
+
+    Raises:
+        UserError: models, tokenizer and text do not go together.
+    """
+    named = dict(students) if isinstance(students, Mapping) else {"student": students}
+    if not named:
+        raise UserError("there are no students; give a model, or several by their names")
+    first = next(iter(named.values()))
+    for name, model in named.items():
+        check_causal(model, name)
+    learned, ends = _known_teacher(teacher, first), _end_tokens(_origins.get(first), tokenizer)
+    held_out = _held_out(data, learned, tokenizer, sequence_length, batches, longer=_LONGER)
+    before = Candidate("teacher", "the teacher", TEACHER, learned, tokenizer, ends)
+    others = [Candidate(name, name, STUDENT, model, tokenizer, ends) for name, model in named.items()]
+    windows = [window_of(model.config.attention) for model in named.values()]
+    windowed, notes = baselines(before, [window for window in windows if window is not None])
+    trial = Trial(
+        text=held_out.config.name,
+        batches=held_out.batches(tokenizer, batch_size),
+        prompts=prompts_of(held_out.corpus, tokenizer, prompts, min(32, held_out.training_length)),
+        training_length=held_out.training_length,
+        rounds=rounds,
+    )
+    with progress_bar(desc="report", unit="part", bar_format="{desc}: {n_fmt} parts{postfix}") as bar:
+
+        def note(text: str) -> None:
+            bar.set_postfix_str(text)
+            bar.update()
+
+        return measure(before, [*windowed, *others], trial, note, notes)
+
+
+def select_layers(
+    model: Any,
+    tokenizer: Tokenizer,
+    data: Text,
+    keep: int,
+    *,
+    teacher: Any = None,
+    batches: int = 4,
+    batch_size: int = 8,
+    sequence_length: int | None = None,
+) -> LayerChoice:
+    """Chooses the layers of a linearized model whose teacher's attention is worth keeping, on held-out text.
+
+    The teacher's attention comes back in one layer at a time; those that bring the model closest to its teacher are
+    chosen. Linearize the teacher once more with the attention that comes out.
+
+    Args:
+        model: a linearized LLaMA or GPT-2 (`linearize`).
+        tokenizer: its tokenizer.
+        data: the text, as in `linearize`.
+        keep: how many layers keep the teacher's attention.
+        teacher: the model that it learnt from, or its place; None is the one that `linearize` knows.
+        batches: batches of held-out text at the most.
+        batch_size: rows of a batch.
+        sequence_length: tokens of a row; None is as in `linearize`.
+
+    Returns:
+        The chosen layers, the attention of the whole model, and the divergences that they were chosen by.
+
+    Raises:
+        UserError: the models, or they and the text, do not go together, or there are not so many layers.
+    """
+    learned = _known_teacher(teacher, model)
+    for each in (model, learned):
+        if not isinstance(each, Llama | Gpt2):
+            raise UserError(f"layers of a {type(each).__name__} are not chosen among; give a LLaMA or GPT-2")
+    count = model.config.num_layers
+    if learned.config.num_layers != count:
+        raise UserError(f"the teacher has {learned.config.num_layers} layers, the model {count}; give its own teacher")
+    if not 1 <= keep <= count:
+        raise UserError(f"{keep} of {count} layers are to keep the teacher's attention; give keep=1 to {count}")
+    held_out = _held_out(data, learned, tokenizer, sequence_length, batches).batches(tokenizer, batch_size)
+    found = LayerDivergences.of(range(count))
+    with progress_bar(total=len(held_out) * (count + 1), desc="layers", unit="pass") as bar:
+        for _ in measure_layers(model, learned, held_out, found, bar.update):
+            pass
+    chosen = tuple(sorted(found.ranking[:keep]))
+    own, theirs = (each.config.attention.of_layers(count) for each in (model, learned))
+    mixed = AttentionConfig(pattern=[(theirs if layer in chosen else own)[layer] for layer in range(count)])
+    return LayerChoice(chosen, mixed.for_layers(count), found)
+
+
 def generate(
     model: Any,
     tokenizer: Tokenizer,
@@ -318,6 +439,42 @@ def _end_tokens(origin: _Origin | None, tokenizer: Tokenizer) -> tuple[int, ...]
     if origin is not None and origin.end_tokens:
         return origin.end_tokens
     return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out documents, the configuration that they are read with, and the tokens of a row in training."""
+
+    config: DataConfig
+    corpus: Corpus
+    training_length: int
+
+    def batches(self, tokenizer: Tokenizer, batch_size: int) -> list[Any]:
+        """Rows of them."""
+        return list(validation_batches(self.corpus, tokenizer, self.config, batch_size=batch_size))
+
+
+def _held_out(
+    data: Text, model: Any, tokenizer: Tokenizer, sequence_length: int | None, batches: int, *, longer: int = 1
+) -> _HeldOut:
+    """The part of a text that training holds out, in rows that are some times as long, as far as positions go."""
+    if tokenizer is None:
+        raise UserError("the tokenizer is None; name the model's with from_pretrained(..., tokenizer=PATH)")
+    config = text_data(data, model.config, sequence_length)
+    length = longer * config.sequence_length
+    length = min(length, getattr(model.config, "max_positions", None) or length)
+    rows = replace(config, sequence_length=length, validation_batches=batches)
+    return _HeldOut(rows, Corpus.open(rows).split(rows.validation_fraction)[1], config.sequence_length)
+
+
+def _known_teacher(teacher: Any, model: Any) -> Any:
+    """The teacher that is given, or else the one that a linearized model has learnt from."""
+    origin = _origins.get(model)
+    if teacher is None:
+        teacher = None if origin is None else origin.teacher
+    if teacher is None:
+        raise UserError("the teacher of this model is not known; give teacher=, the model before it was linearized")
+    return _teacher(teacher, model)
 
 
 def _teacher(teacher: Any, model: Any) -> Any:

@@ -186,3 +186,26 @@ def test_running_a_configuration(corpus, tmp_path):
 def test_mistakes_are_named(loaded, call, message):
     with pytest.raises(UserError, match=message):
         call(*loaded)
+
+
+def test_students_beside_their_teacher(place, loaded, corpus):
+    """Compared on what training holds out, without folders; then one layer keeps the teacher's attention."""
+    model, tokenizer = loaded
+    linear = lin_jax.linearize(model, tokenizer, corpus, steps=2, **OPTIONS)
+    options = {"sequence_length": 12, "batches": 1, "batch_size": 2}
+    report = lin_jax.compare({"mine": linear}, tokenizer, corpus, prompts=2, **options)
+    assert [each.name for each in report.models] == ["teacher", "window of 8, untrained", "mine"]
+    assert (report.row_length, report.training_length) == (48, 12)
+    teacher, _, mine = report.models
+    assert teacher.ratio.value == 1 != mine.ratio.value
+    assert set(mine.ablations) == {"local", "memory", "convolution"}
+    choice = lin_jax.select_layers(linear, tokenizer, corpus, keep=1, **options)
+    assert (choice.layers, choice.attention.name) == ((0,), "softmax")
+    assert choice.divergences.tokens > 0
+    with pytest.raises(UserError, match="2 of 1 layers are to keep the teacher's attention; give keep=1 to 1"):
+        lin_jax.select_layers(linear, tokenizer, corpus, keep=2, **options)
+    with pytest.raises(UserError, match="there are no students; give a model, or several by their names"):
+        lin_jax.compare({}, tokenizer, corpus)
+    softmax, _ = lin_jax.from_pretrained(place)
+    with pytest.raises(UserError, match="the teacher of this model is not known"):
+        lin_jax.compare(Llama(softmax.config, rngs=nnx.Rngs(1)), tokenizer, corpus)

@@ -18,8 +18,9 @@ FLOORS = (
     ("lin_jax.hub", "lin_jax.decoding", "lin_jax.evaluation"),
     ("lin_jax.training",),
     ("lin_jax.session", "lin_jax.recipe"),
-    ("lin_jax.api", "lin_jax.report", "lin_jax.lm_eval"),
-    ("lin_jax.demo",),
+    ("lin_jax.report", "lin_jax.lm_eval"),
+    ("lin_jax.api",),
+    ("lin_jax.demo", "lin_jax.notebook"),
     ("lin_jax.cli",),
 )
 FILES_IN_A_FOLDER = 12

@@ -16,10 +16,13 @@ from lin_jax.attention.protocols import CrossMixer as CrossMixer
 from lin_jax.attention.protocols import TokenMixer as TokenMixer
 from lin_jax.attention.protocols import gather_nodes as gather_nodes
 from lin_jax.attention.registry import REGISTRY as REGISTRY
+from lin_jax.attention.registry import AttentionEntry as AttentionEntry
 from lin_jax.attention.registry import build_mixer as build_mixer
 from lin_jax.attention.registry import has_growing_state as has_growing_state
+from lin_jax.attention.registry import kernel_attention as kernel_attention
 from lin_jax.attention.registry import max_draft_depth as max_draft_depth
 from lin_jax.attention.registry import parse_name as parse_name
+from lin_jax.attention.registry import register as register
 from lin_jax.attention.registry import register_feature_map as register_feature_map
 from lin_jax.attention.registry import softmax_window as softmax_window
 from lin_jax.attention.tree import tree_arrays as tree_arrays

@@ -200,8 +200,13 @@ def _flash(*, local: bool, grouped: bool, angular: bool = False) -> Builder:
     return build
 
 
-def _kernel(features: Callable[[AttentionConfig, Sizes], FeatureMap], finish: str) -> Builder:
-    """A builder of linear attention over all keys, by a feature map."""
+def kernel_attention(features: Callable[[AttentionConfig, Sizes], FeatureMap], finish: str = "divided") -> Builder:
+    """A builder of linear attention over all keys, by a feature map, with whatever a name adds to it.
+
+    Args:
+        features: makes the feature map, for a configuration and the sizes of a layer.
+        finish: what becomes of the sums, a name of `linear.FINISHES`; `divided` is by the sum of the weights.
+    """
 
     def build(config: AttentionConfig, name: Name, sizes: Sizes) -> Any:
         linear = LinearBranch(features(config, sizes), reach="all", finish=finish)
@@ -386,7 +391,7 @@ REGISTRY: dict[str, AttentionEntry] = {
     "flash": AttentionEntry(_flash(local=True, grouped=True), ANY, has_local=True, additive=True),
     "linformer": AttentionEntry(_wrapped(_linformer), ANY_SIDE, growing=True),
     "performer": AttentionEntry(
-        _kernel(
+        kernel_attention(
             lambda config, sizes: PositiveRandomFeatures(
                 sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
             ),
@@ -399,15 +404,15 @@ REGISTRY: dict[str, AttentionEntry] = {
     "transnormer": AttentionEntry(_wrapped(_transnormer), ANY_SIDE),
     "yoso": AttentionEntry(_wrapped(_yoso), ANY_SIDE),
     "relu": AttentionEntry(
-        _kernel(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY, positive=True, additive=True
+        kernel_attention(lambda config, sizes: Relu(sizes.head_dim), "divided"), ANY, positive=True, additive=True
     ),
     "elu": AttentionEntry(
-        _kernel(lambda config, sizes: EluPlusOne(sizes.head_dim), "divided"), ANY, positive=True, additive=True
+        kernel_attention(lambda config, sizes: EluPlusOne(sizes.head_dim), "divided"), ANY, positive=True, additive=True
     ),
-    "hedgehog": AttentionEntry(_kernel(_hedgehog, "divided"), ANY, positive=True, additive=True),
-    "exponential": AttentionEntry(_kernel(_exponential, "divided"), ANY, positive=True, additive=True),
+    "hedgehog": AttentionEntry(kernel_attention(_hedgehog, "divided"), ANY, positive=True, additive=True),
+    "exponential": AttentionEntry(kernel_attention(_exponential, "divided"), ANY, positive=True, additive=True),
     "rfa": AttentionEntry(
-        _kernel(
+        kernel_attention(
             lambda config, sizes: RandomFourierFeatures(
                 sizes.head_dim, _random_features(config, sizes), rngs=sizes.rngs
             ),
@@ -420,7 +425,29 @@ REGISTRY: dict[str, AttentionEntry] = {
     "square": AttentionEntry(_wrapped(lambda config, sizes: _full(config, sizes, "square")), ANY_SIDE, growing=True),
 }
 
-_BROUGHT = frozenset(REGISTRY)
+_BUILT_IN = frozenset(REGISTRY)
+
+
+def register(name: str, entry: AttentionEntry) -> None:
+    """Adds an attention of one's own under a name, which models then take like any other.
+
+    It lasts as long as the process. The same name may be registered again, as a notebook's cell does that is run twice;
+    models that were made before keep what they have.
+
+    Args:
+        name: a name without `+`, which is not one of this package.
+        entry: the attention; `kernel_attention` makes the builder of one by a feature map.
+
+    Raises:
+        UserError: the name is not free, or is none.
+    """
+    if not name.isidentifier():
+        raise UserError(f"attention name '{name}' is no word; give letters, digits and underscores")
+    if name in _BUILT_IN or name in ALIASES:
+        raise UserError(f"attention name '{name}' is taken; give another")
+    if not entry.forms:
+        raise UserError(f"attention '{name}' has no form; give causal, bidirectional or cross")
+    REGISTRY[name] = entry
 
 
 def register_feature_map(
@@ -438,11 +465,7 @@ def register_feature_map(
     Raises:
         UserError: the name has other characters than letters, digits and underscores, or is one of the package's own.
     """
-    if not name.isidentifier():
-        raise UserError(f"attention name '{name}' is no word; give letters, digits and underscores")
-    if name in _BROUGHT or name in ALIASES:
-        raise UserError(f"attention name '{name}' is taken; give another")
-    REGISTRY[name] = AttentionEntry(_kernel(build, finish), ANY, positive=positive, additive=True)
+    register(name, AttentionEntry(kernel_attention(build, finish), ANY, positive=positive, additive=True))
 
 
 def build_mixer(

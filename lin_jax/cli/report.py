@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lin_jax.cli.measured_text import ALL
-from lin_jax.data import Corpus, DataConfig, Tokenizer, validation_batches
+from lin_jax.data import Corpus, DataConfig, validation_batches
 from lin_jax.errors import OptionParser, UserError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 # Tokens that rows have, as a multiple of those in training, so that the report shows what comes after.
 _LONGER = 4
-# Characters of a document that prompts are taken from.
-_PROMPT_CHARACTERS = 200_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Help and wrong options need not wait for the checkpoint library.
     from lin_jax.devices import device_kind
     from lin_jax.report.figures import STUDENT, TEACHER
-    from lin_jax.report.measure import Trial, baselines, measure, window_of
+    from lin_jax.report.measure import Trial, baselines, measure, prompts_of, window_of
     from lin_jax.report.pages import TABLE_FILE, markdown, write_pages
     from lin_jax.training.model_source import ModelSource
 
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trial = Trial(
         text=data.name,
         batches=list(validation_batches(corpus, teacher.tokenizer, data, batch_size=options.batch)),
-        prompts=_prompts(corpus, teacher.tokenizer, options.prompts, options.prompt_tokens),
+        prompts=prompts_of(corpus, teacher.tokenizer, options.prompts, options.prompt_tokens),
         training_length=length,
         new_tokens=options.new_tokens,
         rounds=options.rounds,
@@ -152,25 +150,6 @@ def _text(options: argparse.Namespace, sources: Sequence["ModelSource"], length:
         raise UserError("no student is a run, and so there is no held-out text; give a text with --text")
     data = replace(run.data, **cut)
     return data, Corpus.open(data).split(data.validation_fraction)[1]
-
-
-def _prompts(corpus: Corpus, tokenizer: Tokenizer, count: int, size: int) -> list[list[int]]:
-    """Beginnings of documents, and then pieces from further on in them.
-
-    Raises:
-        UserError: the text is too short for any.
-    """
-    texts = []
-    for text in (text for part in corpus.parts for text in part.texts()):
-        texts.append([*tokenizer.begin_ids, *tokenizer.encode(text[:_PROMPT_CHARACTERS]).tolist()])
-        if len(texts) == 8 * count:
-            break
-    longest = max(map(len, texts), default=0)
-    pieces = [text[begin : begin + size] for begin in range(0, longest, 4 * size) for text in texts]
-    whole = [piece for piece in pieces if len(piece) == size]
-    if not whole:
-        raise UserError(f"no document has the {size} tokens of a prompt; give a smaller --prompt-tokens, or other text")
-    return whole[:count]
 
 
 def _note(text: str) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention import Layout, packed_rows, single_rows
+from lin_jax.attention import AttentionConfig, Layout, packed_rows, single_rows
 from lin_jax.losses.chunked import sums_in_chunks
 from lin_jax.losses.cross_entropy import Batch, inputs_of, shifted_targets
 from lin_jax.models import CausalModel
@@ -58,6 +58,20 @@ class LayerDivergences:
         """The layers, the one that brings the student closest to its teacher first."""
         means = self.means
         return sorted((layer for layer in self.layers if layer != NONE), key=lambda layer: means[layer])
+
+
+class LayerChoice(NamedTuple):
+    """Layers that keep their teacher's attention.
+
+    Attributes:
+        layers: their numbers, in order.
+        attention: of the whole model: the teacher's in these layers, the student's own in the others.
+        divergences: what each layer was chosen by.
+    """
+
+    layers: tuple[int, ...]
+    attention: AttentionConfig
+    divergences: LayerDivergences
 
 
 def measure_layers(

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from lin_jax.attention import AttentionConfig, has_growing_state, parse_name
-from lin_jax.data import Tokenizer
+from lin_jax.data import Corpus, Tokenizer
 from lin_jax.decoding import Generation
 from lin_jax.devices import device_kind
 from lin_jax.errors import UserError
@@ -31,6 +31,8 @@ from lin_jax.training.optimizer import Optimizer, OptimizerConfig, build_optimiz
 from lin_jax.training.train_step import TrainState, make_step
 
 Note = Callable[[str], None]
+# Characters of a document that prompts are taken from.
+_PROMPT_CHARACTERS = 200_000
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,33 @@ def baselines(teacher: Candidate, windows: Sequence[int]) -> tuple[list[Candidat
         model = with_attention(teacher.model, _sliding(window))
         found.append(replace(teacher, name=f"window of {window}, untrained", kind=BASELINE, model=model))
     return found, []
+
+
+def prompts_of(corpus: Corpus, tokenizer: Tokenizer, count: int, size: int) -> list[list[int]]:
+    """Beginnings of documents, and then pieces from further on in them.
+
+    Args:
+        corpus: the documents.
+        tokenizer: of the models.
+        count: prompts at the most.
+        size: tokens of each.
+
+    Raises:
+        UserError: the text is too short for any.
+    """
+    texts = []
+    for text in (text for part in corpus.parts for text in part.texts()):
+        texts.append([*tokenizer.begin_ids, *tokenizer.encode(text[:_PROMPT_CHARACTERS]).tolist()])
+        if len(texts) == 8 * count:
+            break
+    longest = max(map(len, texts), default=0)
+    pieces = [text[begin : begin + size] for begin in range(0, longest, 4 * size) for text in texts]
+    whole = [piece for piece in pieces if len(piece) == size]
+    if not whole:
+        raise UserError(
+            f"no document has the {size} tokens of a prompt; give shorter prompts (--prompt-tokens), or other text"
+        )
+    return whole[:count]
 
 
 def window_of(attention: AttentionConfig) -> int | None:

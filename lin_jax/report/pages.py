@@ -53,11 +53,20 @@ def markdown(report: QualityReport) -> str:
 def draw_positions(report: QualityReport, path: Path) -> None:
     """Draws the ratio to the teacher by position, a line a model; without matplotlib there is no picture."""
     try:
-        figures = require("matplotlib.figure", "drawing a report")
+        figure = positions_figure(report)
     except UserError as error:
         log.warning("no picture: %s", error)
         return
-    figure = figures.Figure(figsize=(7, 4), layout="constrained")
+    figure.savefig(path, dpi=150)
+
+
+def positions_figure(report: QualityReport) -> Any:
+    """The ratio to the teacher by position, a line a model, as a figure of matplotlib's.
+
+    Raises:
+        UserError: there is no matplotlib.
+    """
+    figure = require("matplotlib.figure", "drawing a report").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     others = [each for each in report.models if each.kind != TEACHER]
     for model in others:
@@ -74,7 +83,7 @@ def draw_positions(report: QualityReport, path: Path) -> None:
     axes.set_ylabel("perplexity over the teacher's")
     if others:
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _repeated(report: QualityReport, model: ModelFigures) -> bool:

@@ -9,13 +9,14 @@ from flax import nnx
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.cli.main import main
-from lin_jax.cli.report import _prompts, _student
+from lin_jax.cli.report import _student
 from lin_jax.data import Corpus, DataConfig, Tokenizer, validation_batches
 from lin_jax.decoding import Generator
 from lin_jax.errors import UserError
 from lin_jax.evaluation import evaluate
 from lin_jax.hub import save_pretrained
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.report.measure import prompts_of
 from lin_jax.training.model_source import ModelSource, with_attention
 
 TEXT = "\n@@\n".join(
@@ -71,7 +72,7 @@ def test_figures_are_those_of_the_parts(report, places):
     whole = evaluate(source.model(), batches)
     assert teacher["perplexity"] == pytest.approx(whole.perplexity, rel=1e-5)
     assert report["tokens"] == whole.tokens == sum(each["tokens"] for each in teacher["positions"])
-    prompts = _prompts(corpus, tokenizer, 2, 6)
+    prompts = prompts_of(corpus, tokenizer, 2, 6)
     texts = Generator(source.model(), end_tokens=source.end_tokens(tokenizer)).generate(prompts, 8).tokens
     for student, place in zip(students, ("seed1", "seed2"), strict=True):
         model = ModelSource.open(places / place).model()

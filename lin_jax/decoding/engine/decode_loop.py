@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -227,10 +227,26 @@ def run(
     return replace(state, finite=finite), steps
 
 
-def _step(
-    model: CausalModel, drafter: Drafter, state: LoopState, stops: StopAutomaton | None, options: DecodeOptions
-) -> LoopState:
-    """Takes one target step: grows a tree, verifies it, accepts its longest valid path and commits that."""
+class DraftedStep(NamedTuple):
+    """A tree on the state of the loop, before anything is committed.
+
+    Attributes:
+        draft: the tree, filled with guesses.
+        hidden: `[B, N, E]` the target's hidden vectors at the nodes.
+        nodes: the nodes as `commit` takes them.
+        logits: `[B, N, V]` the target's logits after each node.
+        accepted: the accepted path, and the tokens that it gives.
+    """
+
+    draft: Draft
+    hidden: Float[Array, "B N E"]
+    nodes: Any
+    logits: Float[Array, "B N V"]
+    accepted: Accepted
+
+
+def draft_and_verify(model: CausalModel, drafter: Drafter, state: LoopState, options: DecodeOptions) -> DraftedStep:
+    """Grows a tree, verifies it, and accepts its longest valid path; the state is not changed."""
     decode_state = state.decode_state
     after_root = model.position(decode_state.model) + 1
     rule = ACCEPTANCE_RULES[options.acceptance]
@@ -241,7 +257,15 @@ def _step(
     logits = model.logits(hidden)
     seen = None if decode_state.seen is None else _seen_on_path(decode_state.seen, draft)
     verified = Verified(draft, logits, after_root, state.rows, state.seed, seen)
-    accepted = rule.accept(verified, options.tree, options.sampling)
+    return DraftedStep(draft, hidden, nodes, logits, rule.accept(verified, options.tree, options.sampling))
+
+
+def _step(
+    model: CausalModel, drafter: Drafter, state: LoopState, stops: StopAutomaton | None, options: DecodeOptions
+) -> LoopState:
+    """Takes one target step: grows a tree, verifies it, accepts its longest valid path and commits that."""
+    decode_state = state.decode_state
+    draft, hidden, nodes, logits, accepted = draft_and_verify(model, drafter, state, options)
     token_log_probs = None
     if state.log_probs is not None:
         path_logits = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)
