@@ -32,8 +32,8 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
         "# The study: linear attention in autoregressive decoders",
         "",
         *([WARNING, ""] if store.setup.quick else []),
-        'The claims are those of You et al., "When Linear Attention Meets Autoregressive Decoding" (ICML 2024), and a few of',
-        "this package's own. Each is told beside what was found here, with small models and short training.",
+        'The claims are those of You et al., "When Linear Attention Meets Autoregressive Decoding" (ICML 2024), and',
+        "a few of this package's own. Each is told beside what was found here, with small models and short training.",
         "",
         *markdown_table(["claim", "", "found"], _claims(results)),
         "",
@@ -81,8 +81,8 @@ def _about(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], co
         ["finished", f"{len(found)} of {len(cells)} cells, in {duration(seconds)}"],
         [
             "budget of a student",
-            f"{sizes.steps} steps of {sizes.batch} x {sizes.length} tokens; from scratch {sizes.scratch_steps} steps; a task "
-            f"{sizes.task_steps} steps of {4 * sizes.batch} examples",
+            f"{sizes.steps} steps of {sizes.batch} x {sizes.length} tokens; from scratch {sizes.scratch_steps} steps; "
+            f"a task {sizes.task_steps} steps of {4 * sizes.batch} examples",
         ],
     ]
     return markdown_table(["", ""], rows)

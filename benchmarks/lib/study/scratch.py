@@ -55,7 +55,7 @@ def trained(setup: Setup, *, family: str, text: str, attention: str, seed: int) 
 def model_config(setup: Setup, family: str, attention: AttentionConfig) -> Any:
     """A model of a family; all have about as many parameters.
 
-    A unit of FLASH has a third of the parameters of a block of the others, whose attention and feed-forward layer it is.
+    A unit of FLASH, attention and feed-forward layer in one, has fewer than a block of the others: there are more.
     """
     sizes = setup.sizes
     if family == "flash":
@@ -120,8 +120,8 @@ def augmentation_helps(results: Results) -> tuple[bool | None, str]:
 PART = Part(
     NAME,
     "From scratch",
-    "LLaMA, GPT-2 and FLASH of about the same size learn WikiText-2 and whole novels with each attention; group and kernel "
-    "sizes are swept for the augmented LLaMA.",
+    "LLaMA, GPT-2 and FLASH of about the same size learn WikiText-2 and whole novels with each attention; group and "
+    "kernel sizes are swept for the augmented LLaMA.",
     cells,
     table,
     plot,

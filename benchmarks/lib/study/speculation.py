@@ -204,9 +204,9 @@ def published_changes(results: Results) -> tuple[bool | None, str]:
 PART = Part(
     NAME,
     "Speculation",
-    "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. The boundary: "
-    "the published code forgets the group that just ended for drafts that go on in the next one; its texts and "
-    "acceptance are beside ours.",
+    "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. The "
+    "boundary: the published code forgets the group that just ended for drafts that go on in the next one; its "
+    "texts and acceptance are beside ours.",
     cells,
     table,
     plot,

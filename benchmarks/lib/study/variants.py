@@ -1,7 +1,7 @@
 """Attentions as they should not be, for the study alone: a filter that sees the future, and an inexact boundary.
 
-`unmasked` is augmented linear attention whose convolution has no mask: a centred filter over whole rows. `masked` is the
-same with the same parameters as it decodes: no future is there, and its half of the filter reads nothing.
+`unmasked` is augmented linear attention whose convolution has no mask: a centred filter over whole rows. `masked` is
+the same with the same parameters as it decodes: no future is there, and its half of the filter reads nothing.
 `published_boundary` is augmented linear attention that verifies a draft as the published code of You et al. (2024)
 does: where a draft goes on in the next group, the group that just ended is in nobody's memory yet.
 """
@@ -73,7 +73,8 @@ class PublishedBoundary(ComposedAttention):
         self, qkv: QKV, tree: TreeArrays, state: AugmentedState, bias: RelativeBias | None = None
     ) -> tuple[Float[Array, "B N H E"], Nodes]:
         """Outputs for the nodes of a tree: pairs inside a group, and finished groups; arguments as in the base."""
-        assert self.linear is not None and state.memory is not None
+        assert self.linear is not None
+        assert state.memory is not None
         queries, keys, values = self._inputs(qkv)
         nodes = Nodes(keys, values)
         pairs = TreePairs.of(state, nodes, tree)
