@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -272,17 +273,19 @@ def test_filter_without_a_mask(study: Any) -> None:
     seen = {}
     for name in ("unmasked", "masked", "flash_global+local+convolution"):
         made = mixer(study, name)
-        seen[name], changed = (np.asarray(made.parallel(each, layout)[0]) for each in (before, later))
+        read = jax.jit(lambda rows, made=made: made.parallel(rows, layout)[0])
+        seen[name], changed = (np.asarray(read(each)) for each in (before, later))
         touched = np.flatnonzero(np.abs(changed - seen[name]).max(axis=(0, 2, 3)) > 1e-6)
         assert touched[0] == (6 if name == "unmasked" else 8), name
     # The taps of the past are those behind the two of the future.
     own = mixer(study, "flash_global+local+convolution")
     own.convolution.taps[...] = mixer(study, "masked").around.convolution.taps[...][:, 2:]
-    np.testing.assert_allclose(own.parallel(before, layout)[0], seen["masked"], rtol=1e-5, atol=1e-5)
+    read = jax.jit(lambda rows: own.parallel(rows, layout)[0])
+    np.testing.assert_allclose(read(before), seen["masked"], rtol=1e-5, atol=1e-5)
     # A row that goes on from a state has no future either.
     made = mixer(study, "unmasked")
-    state = made.init_state(1, LENGTH, jnp.float32)
-    np.testing.assert_allclose(made.parallel(before, layout, state)[0], seen["masked"], rtol=1e-5, atol=1e-5)
+    read = jax.jit(lambda rows: made.parallel(rows, layout, made.init_state(1, LENGTH, jnp.float32))[0])
+    np.testing.assert_allclose(read(before), seen["masked"], rtol=1e-5, atol=1e-5)
 
 
 def test_published_boundary(study: Any) -> None:
@@ -293,8 +296,13 @@ def test_published_boundary(study: Any) -> None:
     tree = chain(3).arrays()
     scores = []
     for made in (ours, published):
-        _, state = made.parallel(read, layout, made.init_state(1, LENGTH, jnp.float32))
-        scores.append(np.asarray(made.verify(drafted, tree, state)[0])[0])
+
+        @jax.jit
+        def scored(read: QKV, drafted: QKV, made: Any = made) -> jax.Array:
+            _, state = made.parallel(read, layout, made.init_state(1, LENGTH, jnp.float32))
+            return made.verify(drafted, tree, state)[0]
+
+        scores.append(np.asarray(scored(read, drafted))[0])
     # Six tokens are read: two nodes complete the second group of four, the others begin the third.
     np.testing.assert_allclose(scores[0][:2], scores[1][:2], rtol=1e-5, atol=1e-5)
     assert np.abs(scores[0][2:] - scores[1][2:]).max(axis=(1, 2)).min() > 1e-2
