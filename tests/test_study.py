@@ -110,7 +110,9 @@ def test_resume(study: Any, tmp_path: Path) -> None:
     begun.clear()
     assert runner.run_cells(store, known, start, notes.append) == []
     assert begun == ["a/bad", "b/next"]
-    # Other settings are another cell.
+    # Other settings are another cell, whose model is not that of the one before.
+    model = store.setup.folder("a", "one") / "model"
+    model.mkdir(parents=True)
     known["a/one"] = cell("one", 4.0)
     begun.clear()
 
@@ -121,8 +123,10 @@ def test_resume(study: Any, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         runner.run_cells(store, known, stopped, notes.append)
     assert begun == ["a/one"]
+    assert model.exists()
     assert runner.run_cells(store, known, start, notes.append) == []
     assert json.loads(store.file("a/one").read_text())["result"] == {"half": 2.0}
+    assert not model.exists()
 
 
 def ratio_of(value: float) -> dict[str, float]:

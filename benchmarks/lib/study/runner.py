@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -45,9 +46,21 @@ class Store:
         return found if found.get("identity") == self.identity(cell) else None
 
     def identity(self, cell: Cell) -> dict[str, Any]:
-        """Settings and sizes that a result is of, as JSON gives them back."""
-        found = {"settings": cell.settings, "sizes": vars(self.setup.sizes), "data": dict(self.setup.data)}
+        """Settings and sizes that a result is of, as JSON gives them back.
+
+        Places are not among them: a local copy is the same text. Other texts are for another scratch folder.
+        """
+        found = {"settings": cell.settings, "sizes": vars(self.setup.sizes)}
         return json.loads(json.dumps(found))
+
+    def begin(self, name: str, cell: Cell) -> None:
+        """Notes what a cell is begun with; models that were begun with something else are removed."""
+        file, own = self.setup.scratch / "cells" / f"{name}.begun", json.dumps(self.identity(cell))
+        part, _, rest = name.partition("/")
+        if file.exists() and file.read_text(encoding="utf-8") != own:
+            shutil.rmtree(self.setup.folder(part, rest), ignore_errors=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(own, encoding="utf-8")
 
     def write(self, name: str, cell: Cell, result: Mapping[str, Any], seconds: float) -> None:
         """Keeps a result; the file appears whole."""
@@ -58,6 +71,7 @@ class Store:
             "cpu": cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "seconds": seconds,
+            "data": dict(self.setup.data),
             "identity": self.identity(cell),
             "result": result,
         }
@@ -80,6 +94,7 @@ def cpu() -> str:
 
 def run_cell(store: Store, name: str, cell: Cell) -> None:
     """Runs a cell in this process, and keeps its result."""
+    store.begin(name, cell)
     began = time.perf_counter()
     result = cell.run(store.setup)
     store.write(name, cell, result, time.perf_counter() - began)
