@@ -6,14 +6,15 @@
     python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
 
 Each cell is one training or evaluation in a process of its own, and its result is kept when it is finished: after
-Ctrl-C, or when a part is added, the same command goes on where it was. The report is written after each cell:
-README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data puts
+Ctrl-C, or when a part is added, the same command goes on where it was. The report is written between cells
+and at the end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data puts
 local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER stories260K=FILE stories260K-tokenizer=FILE.
 """
 
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.user_cache import keep_programs
 
 FULL, QUICK = "docs/study", "runs/study-quick/report"
+# Plots take seconds: between cells, the report is not written more often.
+REPORT_SECONDS = 120.0
 
 
 def main() -> int:
@@ -47,22 +50,25 @@ def main() -> int:
             print(f"{name:70} {done}")
         return 0
     command = "python benchmarks/study.py " + shlex.join(sys.argv[1:])
-    own = process(cell_command(options))
-
-    def start(name: str) -> int:
-        status = own(name)
-        write_study(store, all_cells(setup), output, command)
-        return status
-
-    return study(store, chosen, start, output, command)
+    return study(store, chosen, process(cell_command(options)), output, command)
 
 
 def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str) -> int:
-    """Runs cells, and says where the report is."""
+    """Runs cells, writes the report now and then and at the end, and says where it is."""
+    everything, written = all_cells(store.setup), time.monotonic()
+
+    def started(name: str) -> int:
+        nonlocal written
+        status = start(name)
+        if time.monotonic() - written > REPORT_SECONDS:
+            write_study(store, everything, output, command)
+            written = time.monotonic()
+        return status
+
     try:
-        failed = run_cells(store, cells, start, note)
+        failed = run_cells(store, cells, started, note)
     finally:
-        write_study(store, all_cells(store.setup), output, command)
+        write_study(store, everything, output, command)
         note(f"the report is {output / 'README.md'}; the same command goes on with what is missing")
     return 1 if failed else 0
 

@@ -2,9 +2,9 @@
 
 import importlib
 import json
+import resource
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -312,24 +312,31 @@ def test_published_boundary(study: Any) -> None:
     assert np.abs(scores[0][2:] - scores[1][2:]).max(axis=(1, 2)).min() > 1e-2
 
 
+def processor_seconds() -> float:
+    """Of all finished processes that this one has started."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
 @pytest.mark.thorough
 def test_quick_study(tmp_path: Path) -> None:
-    """Every part runs on tiny models in less than three minutes of processor time, and not again."""
+    """Every part runs on tiny models in less than three minutes of two cores, and not again."""
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     command = [sys.executable, "benchmarks/study.py", "--quick", "--scratch", str(scratch), "--output", str(out)]
-    began = time.monotonic()
+    # Processor time: others may use the machine, too.
+    before = processor_seconds()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    first = time.monotonic() - began
+    first = processor_seconds() - before
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "results.json").read_text())
     assert found["missing"] == []
-    assert sum(each["seconds"] for each in found["cells"].values()) < 180
+    assert first < 2 * 180
     boundary = found["cells"]["speculation/boundary/chain:4"]["result"]
     assert boundary["ours"]["wrong"] == 0
     assert found["cells"]["speculation/flash_global+local+convolution/ngram/chain:4"]["result"]["wrong"] == 0
     assert "its figures say nothing" in (out / "README.md").read_text()
-    began = time.monotonic()
+    before = processor_seconds()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert time.monotonic() - began < first / 2
+    assert processor_seconds() - before < first / 2
     assert json.loads((out / "results.json").read_text())["cells"] == found["cells"]
