@@ -6,9 +6,10 @@
     python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
 
 Each cell is one training or evaluation in a process of its own, and its result is kept when it is finished: after
-Ctrl-C, or when a part is added, the same command goes on where it was. The report is written between cells
-and at the end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data puts
-local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER stories260K=FILE stories260K-tokenizer=FILE.
+Ctrl-C, or when a part is added, the same command goes on where it was. The report is written between cells and at the
+end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data
+puts local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER stories260K=FILE
+stories260K-tokenizer=FILE.
 """
 
 import argparse
