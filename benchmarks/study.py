@@ -22,7 +22,7 @@ from pathlib import Path
 from lib.study.cells import Cell, Setup
 from lib.study.pages import write_study
 from lib.study.registry import PARTS, all_cells, chosen_cells
-from lib.study.runner import Start, Store, duration, note, process, run_cell, run_cells
+from lib.study.runner import Start, Store, duration, note, process, run_cell, run_cells, shown_places
 
 from lin_jax.devices import keep_freed_memory
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
@@ -50,8 +50,7 @@ def main() -> int:
             done = "finished" if store.record(name, cell) is not None else duration(60 * cell.minutes)
             print(f"{name:70} {done}")
         return 0
-    command = "python benchmarks/study.py " + shlex.join(sys.argv[1:])
-    return study(store, chosen, process(cell_command(options)), output, command)
+    return study(store, chosen, process(cell_command(options)), output, shown_command(options))
 
 
 def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str) -> int:
@@ -108,6 +107,19 @@ def setup_of(options: argparse.Namespace) -> Setup:
     setup = Setup(Path(scratch), options.quick, data)
     assert setup.places
     return setup
+
+
+def shown_command(options: argparse.Namespace) -> str:
+    """The command as the report has it, without the folders of this machine."""
+    words = ["python", "benchmarks/study.py", *(["--quick"] if options.quick else [])]
+    if tuple(options.parts) != tuple(PARTS):
+        words += ["--parts", *options.parts]
+    if options.only:
+        words += ["--only", *options.only]
+    if options.data:
+        data = shown_places(dict(each.split("=", 1) for each in options.data))
+        words += ["--data", *(f"{name}={place}" for name, place in data.items())]
+    return shlex.join(words)
 
 
 def cell_command(options: argparse.Namespace) -> list[str]:

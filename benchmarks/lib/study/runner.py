@@ -17,6 +17,7 @@ from lib.study.cells import Cell, Setup
 from tqdm import tqdm
 
 from lin_jax.cli.json_line import json_line
+from lin_jax.data.sources.remote import is_remote
 
 # Runs a cell by its name, and returns the exit status of its process.
 Start = Callable[[str], int]
@@ -71,7 +72,7 @@ class Store:
             "cpu": cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "seconds": seconds,
-            "data": dict(self.setup.data),
+            "data": shown_places(self.setup.data),
             "identity": self.identity(cell),
             "result": result,
         }
@@ -81,6 +82,14 @@ class Store:
         # NaN and infinities become null.
         partial.write_text(json.dumps(json.loads(json_line(record)), indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
+
+
+def shown_places(data: Mapping[str, str]) -> dict[str, str]:
+    """Places as a report names them: of what is on this machine, the last part of the path."""
+    return {
+        name: ",".join(each if is_remote(each) else Path(each).name for each in place.split(","))
+        for name, place in data.items()
+    }
 
 
 def cpu() -> str:
