@@ -77,6 +77,10 @@ def test_unknown_place(study: Any, tmp_path: Path) -> None:
         assert setup.places
     named = study("cells").Setup(tmp_path, data={"wikitext": "here.txt"}).places["wikitext"]
     assert (named.source, named.subset) == ("here.txt", None)
+    # A report names no folders of the machine.
+    given = {"stories": "/somewhere/one.txt,two/three.txt", "glue": "hub:nyu-mll/glue"}
+    shown = {"stories": "one.txt,three.txt", "glue": "hub:nyu-mll/glue"}
+    assert study("runner").shown_places(given) == shown
 
 
 def test_resume(study: Any, tmp_path: Path) -> None:

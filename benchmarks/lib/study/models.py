@@ -19,7 +19,7 @@ from lin_jax.evaluation.perplexity import evaluate
 from lin_jax.evaluation.token_losses import by_position, position_edges, ratio, token_losses
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models import CausalModel, LlamaConfig
-from lin_jax.report.figures import STUDENT, TEACHER
+from lin_jax.report.figures import STUDENT
 from lin_jax.report.measure import Candidate
 from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig
 from lin_jax.training.checkpoint.files import saved_steps
@@ -43,9 +43,10 @@ class Model:
     tokenizer: Tokenizer
     ends: tuple[int, ...] = ()
 
-    def candidate(self, name: str, kind: str) -> Candidate:
+    @property
+    def candidate(self) -> Candidate:
         """The model as a report measures it."""
-        return Candidate(name, name, kind, self.model, self.tokenizer, self.ends)
+        return Candidate("model", "model", STUDENT, self.model, self.tokenizer, self.ends)
 
 
 def teachers(setup: Setup) -> tuple[str, ...]:
@@ -190,8 +191,7 @@ def compared(setup: Setup, teacher: Model, student: Model) -> dict[str, Any]:
 
 def texts(setup: Setup, model: Model, batches: Sequence[Batch]) -> list[list[int]]:
     """Greedy continuations of held-out beginnings."""
-    candidate = model.candidate("model", TEACHER if model.ends else STUDENT)
-    return candidate.continued(prompts(setup, batches), setup.sizes.new_tokens).tokens
+    return model.candidate.continued(prompts(setup, batches), setup.sizes.new_tokens).tokens
 
 
 def held_out(setup: Setup, tokenizer: Tokenizer) -> list[Batch]:
