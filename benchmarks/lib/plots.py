@@ -37,7 +37,7 @@ def plot_speed(report: Report, file: str | Path) -> None:
         _curves(axes, results, along="context", apart="batch", figure="milliseconds_per_token")
         axes.set(title="milliseconds per token of one row", xlabel="tokens of context")
 
-    _save(file, (10, 3.8), (over_batch, over_context))
+    save_plot(file, (10, 3.8), (over_batch, over_context))
 
 
 def plot_speculation(report: Report, file: str | Path) -> None:
@@ -63,7 +63,7 @@ def plot_speculation(report: Report, file: str | Path) -> None:
         axes.set(title="the plan's speed over plain decoding's", xlabel="batch")
 
     panels = (contenders, batches) if report["batches"] else (contenders,)
-    _save(file, (5.5 * len(panels), 1.4 + 0.3 * max(len(report["contenders"]), 8)), panels)
+    save_plot(file, (5.5 * len(panels), 1.4 + 0.3 * max(len(report["contenders"]), 8)), panels)
 
 
 def _curves(axes: "Axes", results: Sequence[Report], *, along: str, apart: str, figure: str) -> None:
@@ -84,7 +84,8 @@ def _curves(axes: "Axes", results: Sequence[Report], *, along: str, apart: str, 
     axes.legend()
 
 
-def _save(file: str | Path, size: tuple[float, float], panels: Sequence[Callable[["Axes"], None]]) -> None:
+def save_plot(file: str | Path, size: tuple[float, float], panels: Sequence[Callable[["Axes"], None]]) -> None:
+    """Draws panels side by side to a file, in the format that its name ends with."""
     # Imported here because it takes its time, and only plots need it.
     from matplotlib import rc_context
     from matplotlib.figure import Figure

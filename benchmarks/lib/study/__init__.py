@@ -1,0 +1,1 @@
+"""The paper's study: parts, their cells, and the report."""

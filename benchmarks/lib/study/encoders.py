@@ -1,0 +1,197 @@
+"""Part 3: the same attentions in an encoder, a decoder, and a model that is both, on tasks of GLUE."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import tokenizers
+from lib.study.attentions import AUGMENTED, PAPER, both, sized
+from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.drawing import draw_bars, grouped, markdown_table, spread
+from lib.study.models import run_to_end, seconds_of
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.data import DataConfig, Tokenizer
+from lin_jax.data.glue.files import read_examples
+from lin_jax.data.glue.tasks import TRAIN, glue_task
+from lin_jax.models import T5Config
+from lin_jax.models.bert import BertConfig
+from lin_jax.models.gpt2 import Gpt2Config
+from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig
+
+NAME = "encoders"
+FAMILIES, TASKS = ("bert", "gpt2", "t5"), ("sst2", "mrpc", "rte")
+MINUTES = 6.0
+# In this order: T5's padding is 0 and its end 1.
+SPECIAL = {"pad_token": "[PAD]", "eos_token": "</s>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+LENGTH = 128
+# A quick trial's examples.
+GOOD, BAD = (
+    ("a good tree", "the good cat ran", "good small house"),
+    ("a bad tree", "the bad cat ran", "bad small house"),
+)
+
+
+def cells(setup: Setup) -> list[Cell]:
+    """Each family and task with softmax and every attention, bare and augmented."""
+    if setup.quick:
+        return [_cell("t5", "sst2", AUGMENTED)]
+    attentions = ("softmax", *dict.fromkeys(name for base in PAPER for name in (base, both(base))))
+    return [_cell(family, task, each) for family in FAMILIES for task in TASKS for each in attentions]
+
+
+def _cell(family: str, task: str, attention: str) -> Cell:
+    run = partial(classified, family=family, task=task, attention=attention, seed=0)
+    return Cell(f"{family}/{task}/{attention}/0", run, MINUTES)
+
+
+def classified(setup: Setup, *, family: str, task: str, attention: str, seed: int) -> dict[str, Any]:
+    """Trains a classifier from scratch, and scores it on the task's held-out examples."""
+    sizes, folder = setup.sizes, setup.folder(NAME, f"{family}/{task}/{attention}/{seed}")
+    source = str(_quick_examples(setup)) if setup.quick else setup.places["glue"].source
+    words = _tokenizer(setup, source, task)
+    config = RunConfig(
+        output=str(folder),
+        objective="classification",
+        family=family,
+        model=_model(setup, family, sized(attention, setup)),
+        data=DataConfig(source, task=task, tokenizer=str(words), sequence_length=min(LENGTH, sizes.length)),
+        optimizer=OptimizerConfig(
+            learning_rate=0.001, warmup_steps=max(sizes.task_steps // 10, 1), min_lr_ratio=0.0, weight_decay=0.05
+        ),
+        training=TrainingConfig(
+            steps=sizes.task_steps,
+            batch_size=4 * sizes.batch,
+            seed=seed,
+            evaluate_every=sizes.task_steps,
+            checkpoint_every=max(sizes.task_steps // 4, 1),
+            plot=False,
+        ),
+    )
+    run_to_end(config)
+    found = next(iter(json.loads((folder / "glue.json").read_text())["sets"].values()))
+    return {
+        "family": family,
+        "task": task,
+        "attention": attention,
+        "seed": seed,
+        "accuracy": found["metrics"]["accuracy"],
+        "metrics": found["metrics"],
+        "majority": found["majority"],
+        "texts": found["texts"],
+        "seconds_of_training": seconds_of(folder),
+    }
+
+
+def _model(setup: Setup, family: str, attention: AttentionConfig) -> Any:
+    sizes = setup.sizes
+    shared: dict[str, Any] = {
+        "hidden_size": sizes.hidden // 2,
+        "num_layers": max(sizes.layers // 2, 1),
+        "num_heads": sizes.heads,
+    }
+    if family == "t5":
+        both_sides = {"encoder_attention": attention, "decoder_attention": attention}
+        return T5Config(
+            **shared, **both_sides, head_dim=sizes.hidden // 2 // sizes.heads, intermediate_size=2 * sizes.hidden
+        )
+    if family == "bert":
+        return BertConfig(**shared, attention=attention, max_positions=LENGTH, intermediate_size=2 * sizes.hidden)
+    return Gpt2Config(**shared, attention=attention, max_positions=LENGTH)
+
+
+def _tokenizer(setup: Setup, source: str, task: str) -> Path:
+    """Bytes and merges learnt on the task's training examples, with the special tokens of all families."""
+    folder = setup.folder(NAME, f"tokenizer-{task}")
+    if folder.is_dir():
+        return folder
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=setup.sizes.vocabulary,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    examples = read_examples(source, glue_task(task), TRAIN)
+    backend.train_from_iterator((text for each in examples for text in each.sentences), trainer)
+    Tokenizer(backend, **SPECIAL).save(folder)
+    return folder
+
+
+def _quick_examples(setup: Setup) -> Path:
+    folder = setup.folder(NAME, "examples") / "SST-2"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [f"{text}\t{label}" for label, texts in enumerate((BAD, GOOD)) for text in texts]
+    for name, times in (("train.tsv", 4), ("dev.tsv", 1)):
+        (folder / name).write_text("\n".join(["sentence\tlabel", *(times * rows)]) + "\n")
+    return folder.parent
+
+
+def table(results: Results) -> list[str]:
+    """A row for each family, task and attention."""
+    head = ["family", "task", "attention", "accuracy", "commonest class", "training, s"]
+    rows = [
+        [
+            family,
+            task,
+            f"`{attention}`",
+            spread([each["accuracy"] for each in seeds]),
+            f"{seeds[0]['majority']:.3f}",
+            f"{mean(each['seconds_of_training'] for each in seeds):,.0f}",
+        ]
+        for (family, task, attention), seeds in grouped(results, "family", "task", "attention").items()
+    ]
+    return markdown_table(head, rows)
+
+
+def losses(results: Results) -> dict[str, dict[str, float]]:
+    """By family and attention: mean over the tasks of what it loses against softmax, in points of accuracy."""
+    found = {
+        key: mean(each["accuracy"] for each in seeds)
+        for key, seeds in grouped(results, "family", "task", "attention").items()
+    }
+    lost: dict[str, dict[str, list[float]]] = {}
+    for (family, task, attention), value in found.items():
+        if attention != "softmax" and (family, task, "softmax") in found:
+            points = 100 * (found[family, task, "softmax"] - value)
+            lost.setdefault(family, {}).setdefault(attention, []).append(points)
+    return {family: {name: mean(each) for name, each in names.items()} for family, names in lost.items()}
+
+
+def plot(results: Results, file: Path) -> bool:
+    """A bar for each family, task and attention."""
+    found = grouped(results, "family", "task", "attention").items()
+    bars = {", ".join(key): mean(each["accuracy"] for each in seeds) for key, seeds in found}
+    return draw_bars(bars, "accuracy", file, line=0.5)
+
+
+def _lost(losses: Mapping[str, Mapping[str, float]], family: str) -> float | None:
+    bare = [value for name, value in losses.get(family, {}).items() if name in PAPER]
+    return mean(bare) if bare else None
+
+
+def decoders_lose_more(results: Results) -> tuple[bool | None, str]:
+    """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT."""
+    found = losses(results)
+    encoder, decoder = _lost(found, "bert"), _lost(found, "gpt2")
+    if encoder is None or decoder is None:
+        return None, ""
+    return decoder > encoder, f"mean loss of accuracy: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+
+
+PART = Part(
+    NAME,
+    "Encoders against decoders",
+    "BERT, GPT-2 and T5 of equal width, trained here from scratch on tasks of GLUE, with each attention. What the same "
+    "attention loses against softmax is compared between them. Classifiers from scratch know little: small differences "
+    "say nothing.",
+    cells,
+    table,
+    plot,
+    (Claim("Bare linear attentions lose more in decoders than in encoders.", decoders_lose_more),),
+)

@@ -1,0 +1,191 @@
+"""Part 4: long texts: perplexity by position on whole novels, and what a token costs after a text of any length."""
+
+import math
+import time
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from lib.study.attentions import AUGMENTED
+from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.drawing import draw_lines, markdown_table
+from lib.study.linearize import NAME as LINEARIZE
+from lib.study.linearize import TEACHER, WHOLE, cell_name
+from lib.study.models import OWN, Model, load_student, load_teacher, novel, state_bytes
+
+from lin_jax.attention import AttentionConfig
+from lin_jax.decoding import Generator
+from lin_jax.decoding.scoring import ContinuationScorer
+from lin_jax.evaluation.token_losses import position_edges
+from lin_jax.models import CausalModel
+from lin_jax.training.model_source import with_attention
+
+NAME = "long"
+# Softmax over all of a text, and over a window of it, are the teacher's.
+SOFTMAX, WINDOW = "softmax", "softmax of a window"
+LINEAR = (AUGMENTED, "elu", "hedgehog", "exponential+window")
+# Softmax reads no longer text than this: its time grows with the square.
+SOFTMAX_TOKENS = 16384
+# Losses of position compared, and how much better the later may be said to be for no reason.
+WARM, GROWTH = 1024, 2.0
+# Of the text behind a prefix.
+WRITTEN = 32
+
+
+def cells(setup: Setup) -> list[Cell]:
+    """Perplexity by position, then latency, for the teacher and its students."""
+    model = OWN if setup.quick else WHOLE
+    names = (AUGMENTED,) if setup.quick else (SOFTMAX, WINDOW, *LINEAR)
+    found = []
+    for attention in names:
+        needs = [TEACHER] if model == OWN else []
+        if attention not in (SOFTMAX, WINDOW):
+            needs.append(f"{LINEARIZE}/{cell_name(model, attention, 0)}")
+        for what, run, minutes in (("perplexity", by_position, 10.0), ("latency", latency, 5.0)):
+            cell = partial(run, model=model, attention=attention)
+            found.append(Cell(f"{what}/{model}/{attention}", cell, minutes, tuple(needs)))
+    return found
+
+
+def _load(setup: Setup, model: str, attention: str) -> Model:
+    if attention not in (SOFTMAX, WINDOW):
+        return load_student(setup, LINEARIZE, cell_name(model, attention, 0))
+    teacher = load_teacher(setup, model)
+    if attention == SOFTMAX:
+        return teacher
+    window = AttentionConfig("softmax", window=setup.sizes.group)
+    return Model(with_attention(teacher.model, window), teacher.tokenizer, teacher.ends)
+
+
+def by_position(setup: Setup, *, model: str, attention: str) -> dict[str, Any]:
+    """Perplexity of a whole text, all of which stands before each token, by position."""
+    found, longest = _load(setup, model, attention), setup.sizes.long
+    tokens = novel(setup, found.tokenizer, min(longest, SOFTMAX_TOKENS) if attention == SOFTMAX else longest)
+    began = time.perf_counter()
+    (scores,) = ContinuationScorer(found.model, batch_size=1, share=False).score([(tokens[:1], tokens[1:])])
+    losses = -np.asarray(scores.log_probs, np.float64)
+    edges = position_edges(setup.sizes.length, len(losses))
+    return {
+        "model": model,
+        "attention": attention,
+        "positions": [
+            {"begin": begin, "end": end, "perplexity": math.exp(min(float(losses[begin:end].mean()), 700))}
+            for begin, end in pairwise(edges)
+            if end > begin
+        ],
+        "tokens_per_second": len(losses) / (time.perf_counter() - began),
+    }
+
+
+def latency(setup: Setup, *, model: str, attention: str) -> dict[str, Any]:
+    """Seconds to read texts of several lengths, milliseconds a token after them, and the state's size."""
+    found, rows = _load(setup, model, attention), []
+    contexts = setup.sizes.contexts
+    tokens = novel(setup, found.tokenizer, contexts[-1])
+    for context in contexts:
+        read, written = _times(found.model, tokens[:context], setup.sizes.rounds)
+        rows.append(
+            {
+                "context": context,
+                "seconds_of_reading": read,
+                "milliseconds_per_token": 1e3 * written,
+                "state_bytes": state_bytes(found.model, context),
+            }
+        )
+    return {"model": model, "attention": attention, "contexts": rows}
+
+
+def _times(model: CausalModel, tokens: list[int], rounds: int) -> tuple[float, float]:
+    """Medians of the seconds to read a text, and to write a token after it; programs are compiled before."""
+    generator, read, written = Generator(model), [], []
+    for turn in range(rounds + 1):
+        began = time.perf_counter()
+        done = generator.generate([tokens], WRITTEN)
+        seconds = done.prefill_seconds
+        assert seconds <= time.perf_counter() - began
+        if turn:
+            read.append(seconds)
+            written.append(done.decode_seconds / max(done.decoded, 1))
+    return median(read), median(written)
+
+
+def table(results: Results) -> list[str]:
+    """Perplexities by position, and below them latencies by context."""
+    lines: list[str] = []
+    for key, head in (("positions", "tokens before"), ("contexts", "context")):
+        rows = [each for each in results.values() if key in each]
+        if not rows:
+            continue
+        longest = max(rows, key=lambda each: len(each[key]))[key]
+        names = [
+            f"{each['begin']:,} to {each['end']:,}" if key == "positions" else f"{each['context']:,}"
+            for each in longest
+        ]
+        shown = [[f"`{row['attention']}`", *(_shown(each) for each in row[key])] for row in rows]
+        width = len(names) + 1
+        lines += [
+            "",
+            *markdown_table([f"attention, by {head}", *names], [[*row, *["-"] * (width - len(row))] for row in shown]),
+        ]
+    return lines[1:]
+
+
+def _shown(each: dict[str, Any]) -> str:
+    if "perplexity" in each:
+        return f"{each['perplexity']:,.2f}"
+    size, read = f"{each['state_bytes']:,} B", f"read in {each['seconds_of_reading']:.2f} s"
+    return f"{each['milliseconds_per_token']:.2f} ms, {size}, {read}"
+
+
+def plot(results: Results, file: Path) -> bool:
+    """A curve of perplexity over position for each attention."""
+    curves = {
+        each["attention"]: [(place["end"], place["perplexity"]) for place in each["positions"]]
+        for each in results.values()
+        if "positions" in each
+    }
+    return draw_lines(curves, "perplexity", "tokens before", file, high=True)
+
+
+def stays_good(results: Results) -> tuple[bool | None, str]:
+    """Decides whether augmented attention is no worse far into a text than near its beginning."""
+    found = [each for each in results.values() if "positions" in each and each["attention"] == AUGMENTED]
+    far = [place["perplexity"] for each in found for place in each["positions"] if place["begin"] >= WARM]
+    near = [place["perplexity"] for each in found for place in each["positions"] if place["end"] <= WARM]
+    if not far or not near:
+        return None, ""
+    best = min(near)
+    return max(
+        far
+    ) < GROWTH * best, f"perplexity of {best:.2f} at best near the beginning, {max(far):.2f} at worst far on"
+
+
+def constant_time(results: Results) -> tuple[bool | None, str]:
+    """Decides whether a token costs the same after any text by linear attention, and the state is as large."""
+    found = [
+        each["contexts"]
+        for each in results.values()
+        if "contexts" in each and each["attention"] not in (SOFTMAX, WINDOW)
+    ]
+    if not found:
+        return None, ""
+    ratios = [rows[-1]["milliseconds_per_token"] / rows[0]["milliseconds_per_token"] for rows in found]
+    same = all(len({each["state_bytes"] for each in rows}) == 1 for rows in found)
+    return same and max(ratios) < 1.25, f"{max(ratios):.2f} times as long after the longest text as after the shortest"
+
+
+PART = Part(
+    NAME,
+    "Long context",
+    "Whole novels are read from their beginning, all before a token; latency is that of one text on one machine.",
+    cells,
+    table,
+    plot,
+    (
+        Claim("Augmented attention stays as good far beyond its training length.", stays_good),
+        Claim("A token takes as long, and the state is as large, after any text.", constant_time),
+    ),
+)

@@ -1,0 +1,202 @@
+"""Runs cells one after the other, each in a process of its own, and keeps each result when it is finished."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib.report import header
+from lib.study.cells import Cell, Setup
+from tqdm import tqdm
+
+from lin_jax.cli.json_line import json_line
+from lin_jax.data.sources.remote import is_remote
+
+# Runs a cell by its name, and returns the exit status of its process.
+Start = Callable[[str], int]
+STOPPED = 130
+
+
+@dataclass(frozen=True)
+class Store:
+    """Results of cells as files in a folder.
+
+    Attributes:
+        setup: of the study.
+    """
+
+    setup: Setup
+
+    def file(self, name: str) -> Path:
+        """The file of a cell's result."""
+        return self.setup.scratch / "cells" / f"{name}.json"
+
+    def record(self, name: str, cell: Cell) -> dict[str, Any] | None:
+        """The record of a cell; None if there is none, or one of other settings."""
+        try:
+            found = json.loads(self.file(name).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return None
+        return found if found.get("identity") == self.identity(cell) else None
+
+    def identity(self, cell: Cell) -> dict[str, Any]:
+        """Settings and sizes that a result is of, as JSON gives them back.
+
+        Places are not among them: a local copy is the same text. Other texts are for another scratch folder.
+        """
+        found = {"settings": cell.settings, "sizes": vars(self.setup.sizes)}
+        return json.loads(json.dumps(found))
+
+    def begin(self, name: str, cell: Cell) -> None:
+        """Notes what a cell is begun with; models that were begun with something else are removed."""
+        file, own = self.setup.scratch / "cells" / f"{name}.begun", json.dumps(self.identity(cell))
+        part, _, rest = name.partition("/")
+        if file.exists() and file.read_text(encoding="utf-8") != own:
+            shutil.rmtree(self.setup.folder(part, rest), ignore_errors=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(own, encoding="utf-8")
+
+    def write(self, name: str, cell: Cell, result: Mapping[str, Any], seconds: float) -> None:
+        """Keeps a result; the file appears whole."""
+        record = {
+            **header("study"),
+            "cell": name,
+            "quick": self.setup.quick,
+            "cpu": cpu(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "seconds": seconds,
+            "data": shown_places(self.setup.data),
+            "identity": self.identity(cell),
+            "result": result,
+        }
+        file = self.file(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        # NaN and infinities become null.
+        partial.write_text(json.dumps(json.loads(json_line(record)), indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
+
+
+def shown_places(data: Mapping[str, str]) -> dict[str, str]:
+    """Places as a report names them: of what is on this machine, the last part of the path."""
+    return {
+        name: ",".join(each if is_remote(each) else Path(each).name for each in place.split(","))
+        for name, place in data.items()
+    }
+
+
+def cpu() -> str:
+    """Name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def run_cell(store: Store, name: str, cell: Cell) -> None:
+    """Runs a cell in this process, and keeps its result."""
+    store.begin(name, cell)
+    began = time.perf_counter()
+    result = cell.run(store.setup)
+    store.write(name, cell, result, time.perf_counter() - began)
+
+
+def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Callable[[str], None]) -> list[str]:
+    """Runs all cells that have no result yet.
+
+    A cell that fails does not stop the others, but for those that need it.
+
+    Args:
+        store: of results.
+        cells: by name, what a cell needs before it.
+        start: runs one of them in a process of its own.
+        note: told before each, and at the end.
+
+    Returns:
+        Names of the cells that failed, or that need one that did.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; called again, it goes on with the cell that it was at.
+    """
+    todo = [name for name, cell in cells.items() if store.record(name, cell) is None]
+    note(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before")
+    failed: list[str] = []
+    pace = _Pace()
+    for number, name in enumerate(todo, 1):
+        cell = cells[name]
+        if any(each in failed for each in cell.needs):
+            failed.append(name)
+            note(f"[{number}/{len(todo)}] {name}: left out, since what it needs has failed")
+            continue
+        left = pace.seconds([cells[each] for each in todo[number - 1 :]])
+        note(f"[{number}/{len(todo)}] {name}: {duration(pace.seconds([cell]))}; in all {duration(left)} left")
+        began = time.perf_counter()
+        status = start(name)
+        if status in (STOPPED, -2):
+            raise KeyboardInterrupt
+        if status or store.record(name, cell) is None:
+            failed.append(name)
+            note(f"{name} failed with status {status}; it is tried again when this command is")
+        else:
+            pace.add(cell, time.perf_counter() - began)
+    return failed
+
+
+class _Pace:
+    """Time that cells take on this machine, as a multiple of what is expected."""
+
+    def __init__(self) -> None:
+        self._expected = self._spent = 0.0
+
+    def add(self, cell: Cell, seconds: float) -> None:
+        """Counts a cell that is finished."""
+        self._expected += 60 * cell.minutes
+        self._spent += seconds
+
+    def seconds(self, cells: Sequence[Cell]) -> float:
+        """Seconds that cells are expected to take here."""
+        factor = self._spent / self._expected if self._expected else 1.0
+        return factor * sum(60 * cell.minutes for cell in cells)
+
+
+def process(command: Sequence[str]) -> Start:
+    """Starts cells in processes of their own: the command with the cell's name behind it."""
+
+    def start(name: str) -> int:
+        child = subprocess.Popen([sys.executable, *command, name])
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            # The cell has had the same signal; it saves where it is.
+            child.wait()
+            raise
+
+    return start
+
+
+def duration(seconds: float) -> str:
+    """Some seconds in words."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"about {max(round(seconds), 1)} s"
+    return f"about {minutes:.0f} min" if minutes < 90 else f"about {minutes / 60:.1f} h"
+
+
+def note(line: str) -> None:
+    """Prints a line above any bar, with the time."""
+    tqdm.write(f"{time.strftime('%H:%M:%S')}  {line}", file=sys.stderr)
+
+
+def records(store: Store, cells: Mapping[str, Cell]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and records of the cells that are finished."""
+    for name, cell in cells.items():
+        if (found := store.record(name, cell)) is not None:
+            yield name, found

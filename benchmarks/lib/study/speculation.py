@@ -1,0 +1,218 @@
+"""Part 5: speculation by attention, drafter and tree, and what an inexact group boundary changes."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from lib.study.attentions import AUGMENTED, sized
+from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.drawing import draw_bars, grouped, markdown_table
+from lib.study.linearize import NAME as LINEARIZE
+from lib.study.linearize import TEACHER, WHOLE, cell_name
+from lib.study.models import OWN, held_out, load_student, prompts
+from lib.study.variants import PUBLISHED, register
+
+from lin_jax.decoding import Generation, Generator, Sampling
+from lin_jax.decoding.drafting.drafters import build_drafter
+from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.equivalence import is_rounding_tie
+from lin_jax.evaluation.agreement import agreement
+from lin_jax.session import Session
+from lin_jax.training.model_source import with_attention
+
+NAME = "speculation"
+ATTENTIONS = (AUGMENTED, "flash_global", "relu", "elu", "exponential+window")
+DRAFTERS = ("ngram", "suffix", "self")
+TREES = ("chain:2", "chain:4", "chain:7", "dynamic:16:4")
+BOUNDARY = "boundary"
+
+
+def cells(setup: Setup) -> list[Cell]:
+    """Every attention with every drafter and tree, then both boundaries."""
+    model = OWN if setup.quick else WHOLE
+    drafters, trees = (("ngram",), ("chain:4",)) if setup.quick else (DRAFTERS, TREES)
+    found = []
+    for attention in (AUGMENTED,) if setup.quick else ATTENTIONS:
+        needs = _needs(model, attention)
+        for drafter in drafters:
+            for tree in trees:
+                # A drafter that guesses one token a place has no tree.
+                if tree.startswith("dynamic") and drafter != "self":
+                    continue
+                run = partial(decoded, model=model, attention=attention, drafter=drafter, tree=tree)
+                found.append(Cell(f"{attention}/{drafter}/{tree}", run, 3.0, needs))
+    for tree in trees:
+        run = partial(boundary, model=model, drafter=drafters[-1], tree=tree)
+        if not tree.startswith("dynamic"):
+            found.append(Cell(f"{BOUNDARY}/{tree}", run, 3.0, _needs(model, AUGMENTED)))
+    return found
+
+
+def _needs(model: str, attention: str) -> tuple[str, ...]:
+    own = (TEACHER,) if model == OWN else ()
+    return (*own, f"{LINEARIZE}/{cell_name(model, attention, 0)}")
+
+
+def decoded(setup: Setup, *, model: str, attention: str, drafter: str, tree: str) -> dict[str, Any]:
+    """Tokens a second of plain decoding and of speculation, in turns, and tokens a step."""
+    student = load_student(setup, LINEARIZE, cell_name(model, attention, 0))
+    session = Session.of(student.model, student.tokenizer, ())
+    texts = prompts(setup, held_out(setup, student.tokenizer))
+    plain, drafted = Generator(session.model), _drafting(session, drafter, tree)
+    ratios, rates = [], []
+    for turn in range(setup.sizes.rounds + 1):
+        pair = [_each(way, texts, setup.sizes.new_tokens) for way in (plain, drafted)]
+        seconds = [sum(each.decode_seconds for each in way) for way in pair]
+        if turn:
+            ratios.append(seconds[0] / seconds[1])
+            rates.append([sum(each.decoded for each in way) / spent for way, spent in zip(pair, seconds, strict=True)])
+    wrong = _wrong(session, texts, *pair)
+    return {
+        "model": model,
+        "attention": attention,
+        "drafter": drafter,
+        "tree": tree,
+        "speedup": median(ratios),
+        "plain_tokens_per_second": median(each[0] for each in rates),
+        "tokens_per_second": median(each[1] for each in rates),
+        "tokens_a_step": _tokens_a_step(pair[1]),
+        "wrong": wrong,
+    }
+
+
+def boundary(setup: Setup, *, model: str, drafter: str, tree: str) -> dict[str, Any]:
+    """Tokens that change, and tokens a step, with the published boundary and with ours."""
+    register()
+    student = load_student(setup, LINEARIZE, cell_name(model, AUGMENTED, 0))
+    published = with_attention(student.model, sized(PUBLISHED, setup))
+    texts, new = prompts(setup, held_out(setup, student.tokenizer)), setup.sizes.new_tokens
+    found: dict[str, Any] = {"model": model, "drafter": drafter, "boundary_tree": tree, "tokens": len(texts) * new}
+    for name, chosen in (("ours", student.model), ("published", published)):
+        session = Session.of(chosen, student.tokenizer, ())
+        plain = _each(Generator(session.model), texts, new)
+        drafted = _each(_drafting(session, drafter, tree), texts, new)
+        same = agreement([each.tokens[0] for each in plain], [each.tokens[0] for each in drafted])
+        found[name] = {
+            "equal": same.equal,
+            "identical": same.identical,
+            "wrong": _wrong(session, texts, plain, drafted),
+            "tokens_a_step": _tokens_a_step(drafted),
+        }
+    return found
+
+
+def _drafting(session: Session, drafter: str, tree: str) -> Generator:
+    return Generator(session.model, drafter=build_drafter(drafter, session.parts), tree=parse_tree(tree))
+
+
+def _each(generator: Generator, texts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
+    """Every text on its own, which no end token stops."""
+    return [generator.generate([each], new_tokens) for each in texts]
+
+
+def _tokens_a_step(done: Sequence[Generation]) -> float:
+    return sum(each.decoded for each in done) / max(sum(sum(each.steps) for each in done), 1)
+
+
+def _wrong(
+    session: Session, texts: Sequence[Sequence[int]], plain: Sequence[Generation], drafted: Sequence[Generation]
+) -> int:
+    """Texts that differ from plain decoding's at a token that rounding does not decide."""
+    pairs = [(text, one.tokens[0], other.tokens[0]) for text, one, other in zip(texts, plain, drafted, strict=True)]
+    return sum(
+        one != other and not is_rounding_tie(session.model, text, one, other, Sampling(), 0)
+        for text, one, other in pairs
+    )
+
+
+def table(results: Results) -> list[str]:
+    """Speeds, and below them both boundaries."""
+    head = [
+        "attention",
+        "drafter",
+        "tree",
+        "plain, tokens/s",
+        "drafted, tokens/s",
+        "speed-up",
+        "tokens a step",
+        "wrong texts",
+    ]
+    rows = [
+        [
+            f"`{attention}`",
+            drafter,
+            tree,
+            f"{each['plain_tokens_per_second']:,.0f}",
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['speedup']:.2f}",
+            f"{each['tokens_a_step']:.2f}",
+            str(each["wrong"]),
+        ]
+        for (attention, drafter, tree), (each, *_) in grouped(results, "attention", "drafter", "tree").items()
+    ]
+    edges = [
+        [
+            each["boundary_tree"],
+            *(
+                f"{100 * (1 - each[name]['equal']):.2f} %, {each[name]['wrong']} texts"
+                for name in ("published", "ours")
+            ),
+            *(f"{each[name]['tokens_a_step']:.3f}" for name in ("published", "ours")),
+        ]
+        for each in results.values()
+        if "boundary_tree" in each
+    ]
+    below = ["tree", "changed by the published boundary", "by ours", "tokens a step, published", "ours"]
+    lines = markdown_table(head, rows)
+    return [*lines, *([""] if lines and edges else []), *markdown_table(below, edges)]
+
+
+def plot(results: Results, file: Path) -> bool:
+    """A bar for each attention, drafter and tree."""
+    found = grouped(results, "attention", "drafter", "tree").items()
+    return draw_bars({", ".join(key): each[0]["speedup"] for key, each in found}, "speed over plain decoding", file)
+
+
+def twice_as_fast(results: Results) -> tuple[bool | None, str]:
+    """Decides whether the best of all is about twice as fast as plain linear attention."""
+    found = [each for each in results.values() if "speedup" in each]
+    if not found:
+        return None, ""
+    best = max(found, key=lambda each: each["speedup"])
+    figures = f"{best['speedup']:.2f} times at best ({best['attention']}, {best['drafter']}, {best['tree']})"
+    return best["speedup"] >= 1.8, figures
+
+
+def lossless(results: Results) -> tuple[bool | None, str]:
+    """Decides whether speculation changes no text."""
+    counts = [each["wrong"] for each in results.values() if "speedup" in each]
+    counts += [each["ours"]["wrong"] for each in results.values() if "boundary_tree" in each]
+    return (None, "") if not counts else (not any(counts), f"{sum(counts)} texts differ beyond rounding")
+
+
+def published_changes(results: Results) -> tuple[bool | None, str]:
+    """Decides whether the published boundary changes texts."""
+    found = [each["published"] for each in results.values() if "boundary_tree" in each]
+    if not found:
+        return None, ""
+    changed = max(1 - each["equal"] for each in found)
+    return any(each["wrong"] for each in found), f"up to {100 * changed:.2f} % of the tokens differ"
+
+
+PART = Part(
+    NAME,
+    "Speculation",
+    "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. The "
+    "boundary: the published code forgets the group that just ended for drafts that go on in the next one; its "
+    "texts and acceptance are beside ours.",
+    cells,
+    table,
+    plot,
+    (
+        Claim("With speculation, up to twice as fast as linear attention before.", twice_as_fast),
+        Claim("Speculation changes no text (this package's claim).", lossless),
+        Claim("The published group boundary changes texts (this package's claim).", published_changes),
+    ),
+)

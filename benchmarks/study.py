@@ -1,0 +1,136 @@
+"""The paper's study: every attention as a student, from scratch, in encoders, on long texts, with drafts, and ablated.
+
+    python benchmarks/study.py                                  # all of it; hours, or days on two cores
+    python benchmarks/study.py --parts linearize ablations      # some parts, and what they need
+    python benchmarks/study.py --quick                          # tiny models, to see that everything runs
+    python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
+
+Each cell is one training or evaluation in a process of its own, and its result is kept when it is finished: after
+Ctrl-C, or when a part is added, the same command goes on where it was. The report is written between cells and at the
+end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data
+puts local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER stories260K=FILE
+stories260K-tokenizer=FILE.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lib.study.cells import Cell, Setup
+from lib.study.pages import write_study
+from lib.study.registry import PARTS, all_cells, chosen_cells
+from lib.study.runner import Start, Store, duration, note, process, run_cell, run_cells, shown_places
+
+from lin_jax.devices import keep_freed_memory
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
+from lin_jax.user_cache import keep_programs
+
+FULL, QUICK = "docs/study", "runs/study-quick/report"
+# Plots take seconds: between cells, the report is not written more often.
+REPORT_SECONDS = 120.0
+
+
+def main() -> int:
+    """Runs the chosen cells and writes the report; the status is 1 if a cell failed."""
+    options = parse(sys.argv[1:])
+    setup = setup_of(options)
+    store, output = Store(setup), Path(options.output or (QUICK if options.quick else FULL))
+    if options.cell is not None:
+        # Cells that are alike compile once.
+        keep_programs()
+        keep_freed_memory()
+        run_cell(store, options.cell, all_cells(setup)[options.cell])
+        return 0
+    chosen = chosen_cells(setup, options.parts, options.only)
+    if options.list:
+        for name, cell in chosen.items():
+            done = "finished" if store.record(name, cell) is not None else duration(60 * cell.minutes)
+            print(f"{name:70} {done}")
+        return 0
+    return study(store, chosen, process(cell_command(options)), output, shown_command(options))
+
+
+def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str) -> int:
+    """Runs cells, writes the report now and then and at the end, and says where it is."""
+    everything, written = all_cells(store.setup), time.monotonic()
+
+    def started(name: str) -> int:
+        nonlocal written
+        status = start(name)
+        if time.monotonic() - written > REPORT_SECONDS:
+            write_study(store, everything, output, command)
+            written = time.monotonic()
+        return status
+
+    try:
+        failed = run_cells(store, cells, started, note)
+    finally:
+        write_study(store, everything, output, command)
+        note(f"the report is {output / 'README.md'}; the same command goes on with what is missing")
+    return 1 if failed else 0
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny models and few steps; its figures say nothing")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="WORD", help="cells alone with such a word in their name"
+    )
+    parser.add_argument("--list", action="store_true", help="list the cells, and run none")
+    parser.add_argument(
+        "--data", nargs="+", default=(), metavar="NAME=PLACE", help="local copies; an unknown name lists all"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help=f"of the report ({FULL}; quick: {QUICK})")
+    parser.add_argument(
+        "--scratch", metavar="FOLDER", help="of models and results (runs/study; quick: runs/study-quick)"
+    )
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def setup_of(options: argparse.Namespace) -> Setup:
+    """Where and with what cells run.
+
+    Raises:
+        UserError: a place has no name, or one that is unknown.
+    """
+    for each in options.data:
+        if not all(each.partition("=")):
+            raise UserError(f"--data {each} names no place; give NAME=PLACE")
+    data = dict(each.split("=", 1) for each in options.data)
+    scratch = options.scratch or ("runs/study-quick" if options.quick else "runs/study")
+    setup = Setup(Path(scratch), options.quick, data)
+    assert setup.places
+    return setup
+
+
+def shown_command(options: argparse.Namespace) -> str:
+    """The command as the report has it, without the folders of this machine."""
+    words = ["python", "benchmarks/study.py", *(["--quick"] if options.quick else [])]
+    if tuple(options.parts) != tuple(PARTS):
+        words += ["--parts", *options.parts]
+    if options.only:
+        words += ["--only", *options.only]
+    if options.data:
+        data = shown_places(dict(each.split("=", 1) for each in options.data))
+        words += ["--data", *(f"{name}={place}" for name, place in data.items())]
+    return shlex.join(words)
+
+
+def cell_command(options: argparse.Namespace) -> list[str]:
+    """The command that runs one cell, but for the cell's name."""
+    words = [__file__, *(["--quick"] if options.quick else [])]
+    if options.data:
+        words += ["--data", *options.data]
+    if options.scratch:
+        words += ["--scratch", options.scratch]
+    return [*words, "--cell"]
+
+
+if __name__ == "__main__":
+    sys.exit(exit_cleanly(main))
