@@ -46,7 +46,6 @@ def ways(model: Llama, memory: TextMemory) -> dict[str, tuple[Drafter, AnyTree]]
     }
 
 
-@pytest.mark.users_settings
 @pytest.mark.parametrize(
     ("way", "mode"),
     cells(

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.hub import from_pretrained, save_pretrained
@@ -16,6 +17,7 @@ from lin_jax.training.monitoring.trackers import read_metrics
 from lin_jax.training.run import train
 
 
+@pytest.mark.thorough
 def test_a_mix_learns_from_a_teacher_and_is_read_again(base_run, tmp_path, tiny_model, tiny_run):
     """A layer that has the teacher's attention misses nothing; a resumed run ends where a whole one does."""
     mix = replace(tiny_model, attention=replace(tiny_model.attention, layers={1: {"name": "softmax", "window": 6}}))

@@ -39,6 +39,7 @@ def steps(generation: Generation) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("sampling", cells([Sampling()], [Sampling(0.8, top_p=0.9)]), ids=["greedy", "sampled"])
+@pytest.mark.thorough
 def test_the_text_stays_the_same(sampling: Sampling) -> None:
     """Heads that are right, wrong, and right in places, alone and joined; three prompts take turns in two slots."""
     model = build_model("augmented")

@@ -68,6 +68,7 @@ def test_scores_are_those_of_whole_texts(attention, batch, chunk):
     np.testing.assert_allclose(found[-3].log_probs, [*found[-1].log_probs][-14:], rtol=1e-12)
 
 
+@pytest.mark.thorough
 def test_float32_does_not_depend_on_sharing():
     model, requests = llama(dtype="float32"), few_shot_requests()
     shared = ContinuationScorer(model, batch_size=4, chunk_size=16)
