@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads-config", default="configs/demo_heads.yaml", help="the draft head's training run")
     parser.add_argument("--prompts", type=int, default=10, metavar="N", help="held-out prompts to decode")
     parser.add_argument("--new-tokens", type=int, default=192, metavar="N", help="tokens to write for each of them")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that speed is measured")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that speed is measured")
     parser.add_argument(
         "--contexts",
         type=int,
