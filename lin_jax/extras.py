@@ -9,6 +9,7 @@ from lin_jax.errors import UserError
 EXTRAS = {
     "datasets": "train",
     "grain": "train",
+    "lm_eval": "eval",
     "pyarrow": "train",
     "tensorboardX": "train",
     "jinja2": "demo",

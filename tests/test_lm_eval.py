@@ -199,8 +199,11 @@ def test_the_command_adds_what_is_meant():
 
 
 def test_without_the_harness_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"lm-eval is not installed; install it with 'pip install lin-jax\[eval\]'"):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    message = (
+        r"^lm-eval needs the package lm_eval, which is not installed; install it with: pip install 'lin-jax\[eval\]'$"
+    )
+    with pytest.raises(UserError, match=message):
         command.main(["--tasks", "x"])
 
 

@@ -1,11 +1,10 @@
 """Command `lm-eval`: EleutherAI's lm-evaluation-harness, which then knows the models of this package."""
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from unittest.mock import patch
 
-from lin_jax.errors import UserError
+from lin_jax.extras import require
 
 SUBCOMMANDS = ("run", "ls", "validate")
 _NAMED = ("--model", "-M", "--config", "-C")
@@ -21,14 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: the harness is not installed.
     """
     options = list(sys.argv[1:] if argv is None else argv)
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; install it with 'pip install lin-jax[eval]'")
-    from lm_eval.__main__ import cli_evaluate
-
+    harness = require("lm_eval.__main__", "lm-eval")
     import lin_jax.lm_eval  # noqa: F401 - importing it registers the model
 
     with patch.object(sys, "argv", ["lm-eval", *with_model(options)]):
-        cli_evaluate()
+        harness.cli_evaluate()
     return 0
 
 
