@@ -27,7 +27,8 @@ BESIDE_MODULES = (
 
 
 def names_of(requirements: list[str]) -> set[str]:
-    return {requirement.partition(">")[0].partition("[")[0] for requirement in requirements}
+    """Names as modules have them: a package's own may have hyphens."""
+    return {requirement.partition(">")[0].partition("[")[0].replace("-", "_") for requirement in requirements}
 
 
 def test_an_extra_brings_what_is_asked_for() -> None:

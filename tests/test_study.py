@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ from lin_jax.attention.layout import single_rows
 from lin_jax.attention.registry import Sizes
 from lin_jax.decoding.drafting.tree import chain
 from lin_jax.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was():
+    """What variants add to the attentions does not reach other tests of the process."""
+    with patch.dict(REGISTRY):
+        yield
 
 
 @pytest.fixture
