@@ -74,6 +74,15 @@ def _holds(file: Path, pattern: str) -> bool:
         return any(re.match(pattern, key) for key in opened.keys())  # noqa: SIM118 - the handle is no mapping
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the mark `users_settings` to the cells that it names, where it names any."""
+    for item in items:
+        mark = item.get_closest_marker("users_settings")
+        if mark is not None and mark.args and not any(f"[{name}]" in item.name for name in mark.args):
+            item.own_markers.remove(mark)
+
+
 def pytest_collection_finish() -> None:
     """What importing left is not looked through again whenever tracing makes garbage, nor garbage as often."""
     gc.freeze()

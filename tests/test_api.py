@@ -60,7 +60,7 @@ def test_an_attention_is_a_name_or_a_configuration(place, tiny_model):
         replace(tiny_model, attention=3)
 
 
-def test_in_memory(place, loaded, corpus):
+def test_in_memory(loaded, corpus):
     """Linearizing changes neither the model nor its teacher; run again, it gives the same model."""
     model, tokenizer = loaded
     before = values_of(model)
@@ -71,12 +71,18 @@ def test_in_memory(place, loaded, corpus):
         np.any(one != other) for one, other in zip(*map(jax.tree.leaves, (before, values_of(linear))), strict=True)
     )
     assert_same(lin_jax.linearize(model, tokenizer, corpus, steps=3, **OPTIONS), linear)
-    softmax, _ = lin_jax.from_pretrained(place)
-    assert_same(lin_jax.linearize(softmax, tokenizer, corpus, attention=LINEAR, steps=3, **OPTIONS), linear)
     # What is linearized already goes on learning from the model as it was loaded.
     again = lin_jax.linearize(linear, tokenizer, corpus, steps=2, **OPTIONS)
     tuned = lin_jax.train(again, tokenizer, corpus, steps=1, lora=2, **OPTIONS)
     assert jax.tree.map(np.shape, values_of(tuned)) == jax.tree.map(np.shape, before)
+
+
+@pytest.mark.thorough
+def test_an_attention_may_be_given_when_linearizing(place, loaded, corpus):
+    model, tokenizer = loaded
+    softmax, _ = lin_jax.from_pretrained(place)
+    found = lin_jax.linearize(softmax, tokenizer, corpus, attention=LINEAR, steps=3, **OPTIONS)
+    assert_same(found, lin_jax.linearize(model, tokenizer, corpus, steps=3, **OPTIONS))
 
 
 @pytest.mark.thorough
@@ -188,6 +194,7 @@ def test_mistakes_are_named(loaded, call, message):
         call(*loaded)
 
 
+@pytest.mark.thorough
 def test_students_beside_their_teacher(place, loaded, corpus):
     """Compared on what training holds out, without folders; then one layer keeps the teacher's attention."""
     model, tokenizer = loaded

@@ -14,8 +14,8 @@ from lin_jax.attention import REGISTRY
 from lin_jax.decoding import Generator, Sampling
 
 NAMES = cells(
-    ["linformer", "rfa+convolution"],
-    ["flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
+    ["rfa+convolution"],
+    ["linformer", "flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
 )
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
 pytestmark = pytest.mark.usefixtures("x64")

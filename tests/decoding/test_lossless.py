@@ -99,7 +99,7 @@ def test_equals_plain_decoding(attention: str, prompts: list[list[int]], mode: s
             assert found.mean_accepted_tokens > 1.8
 
 
-@pytest.mark.parametrize("name", some_of(GUESSES, {"path", "medusa and ngram"}))
+@pytest.mark.parametrize("name", some_of(GUESSES, {"path"}))
 def test_every_drafter_leaves_the_output(prompts: list[list[int]], name: str) -> None:
     model, sampling = build_model(), SAMPLINGS["penalised"]
     plain = Generator(model, prefill_chunk_size=32).generate(prompts, NEW, sampling=sampling, seed=3).tokens
@@ -169,6 +169,7 @@ def test_log_probabilities_are_the_models(prompts: list[list[int]]) -> None:
         np.testing.assert_allclose(told, expected[jnp.arange(9), jnp.asarray(tokens)], atol=1e-10)
 
 
+@pytest.mark.thorough
 def test_typical_acceptance_is_another_text(prompts: list[list[int]]) -> None:
     """It accepts more than the exact rule, and every token it emits is likely or the target's choice."""
     model = build_model()

@@ -94,6 +94,7 @@ def test_rows_of_unequal_drafts(prompts: list[list[int]]) -> None:
     assert max(known) <= 6 < 20 < min(new)
 
 
+@pytest.mark.thorough
 def test_a_later_prompt_of_one_call_knows_the_earlier(prompts: list[list[int]]) -> None:
     """The same prompt again and again in a single slot: from the second on it is drafted whole."""
     model, memory = build_model(), TextMemory(1024)

@@ -283,6 +283,7 @@ def test_an_untried_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         continued(theirs, *batch())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", some_of(["llama-augmented", "gpt2-softmax"], 1))
 def test_a_folder_is_tried_in_any_environment(name: str, tmp_path: Path, x64: None) -> None:
     """The script that compares ways to generate finds none that differs."""
