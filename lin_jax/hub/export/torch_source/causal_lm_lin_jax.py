@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_lin_jax import LinJaxCache, given_state, state_among
 from .drafts_lin_jax import DraftHeads
+from .int8_lin_jax import put_int8_layers
 from .recurrence_lin_jax import Rows
 from .speculation_lin_jax import decode, refusal
 from .versions_lin_jax import lost_state_message, warn_if_untried
@@ -38,7 +39,8 @@ class LinJaxPreTrainedModel(PreTrainedModel):
         return False
 
     def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in their places, and keeps random directions in float32: rounded ones give other features."""
+        put_int8_layers(self)
         super().post_init()
         # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.
         self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
