@@ -394,9 +394,7 @@ def save_pretrained(
     origin = _origins.get(model)
     ends = () if origin is None else origin.end_tokens
     overwrite = overwrite or is_export(folder)
-    return save_folder(
-        model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite, weights=weights
-    )
+    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite, weights=weights)
 
 
 def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
@@ -513,8 +511,8 @@ def _check_learns(model: Any) -> None:
     origin = _origins.get(model)
     if origin is not None and not origin.learns:
         raise UserError(
-            "the model was loaded from int8 weights, which are for decoding; load the model that they were rounded from, "
-            'or the numbers that they stand for with from_pretrained(..., dtype="float32")'
+            "the model was loaded from int8 weights, which are for decoding; load the model that they were rounded "
+            'from, or the numbers that they stand for with from_pretrained(..., dtype="float32")'
         )
 
 

@@ -274,7 +274,7 @@ def from_pretrained(
 
     Another attention turns a Transformer into a linearized one. Parameters that it adds are initialised as in the paper
     (You et al., ICML 2024): its factor and its convolution at zero, random features drawn anew. The host holds one
-    parameter beside the model.
+    parameter beside the model. Of int8 weights, the model has the numbers that they stand for, exactly, in float32.
 
     Args:
         name_or_path: a folder, `owner/name` on the Hub, or a file in llama2.c's first format.

@@ -30,19 +30,20 @@ _SIZES = {
 _OWN_CODE = """\
 The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`.
 
-`model.generate` samples, searches with beams, pads on the left, and writes several texts of a prompt. Greedy text of
-one prompt is written faster, and token for token the same, with guesses that are verified in one pass:
+`model.generate` samples, searches with beams, pads on the left, and writes several texts of a prompt. Greedy text is
+written faster, and token for token the same, with guesses that are verified in one pass:
 
 ```python
 model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=100, speculative=True)
 ```
 
-The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. With
+The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. Each
+prompt of a batch takes as many as are right; with sampling or beams, `speculative=True` ends in an error that says so. With
 weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model takes
 no `assistant_model` and is none: its state does not go back to fewer tokens."""
 _INT8 = (
-    "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each output "
-    "or token."
+    "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each "
+    "output or token."
 )
 _KNOWN_ONLY_HERE = "The model opens with `lin_jax` only."
 

@@ -63,8 +63,8 @@ def open_base(config: RunConfig, *, resume: bool) -> ModelSource | None:
         source = ModelSource.open(config.init_from, step or None)
     if source.rounded and kind_of(config).trains.has_model:
         raise UserError(
-            f"init_from {config.init_from} has int8 weights, which are for decoding; give the model that they were rounded "
-            f"from, or turn them back: python -m lin_jax hub import {config.init_from} OUT --weights float"
+            f"init_from {config.init_from} has int8 weights, which are for decoding; give the model that they were "
+            f"rounded from, or turn them back: python -m lin_jax hub import {config.init_from} OUT --weights float"
         )
     return source
 

@@ -177,7 +177,7 @@ def padded_prompts() -> dict[str, torch.Tensor]:
 def said_at_several_places(rows: list[list[int]]) -> int:
     """A token that rows say at different places, or never, and none of them at once."""
     for token in range(1, 23):
-        places = [(row + [token]).index(token) for row in rows]
+        places = [[*row, token].index(token) for row in rows]
         if min(places) > 0 and len(set(places)) > 1:
             return token
     raise AssertionError("no token ends these texts at different places")
@@ -201,8 +201,9 @@ def test_rows_of_a_batch_take_as_many_drafts_as_are_right(
         """Row r guesses r to r + 2 tokens that are right, and one that is wrong."""
         own = self.ngrams.tokens
         row = next(row for row, text in enumerate(texts) if text[: len(own)] == own)
-        right = texts[row][len(own) : len(own) + min(row + len(own) % 3, room)]
-        self.guesses = [*right, *([(texts[row][len(own) + len(right)] + 1) % 23] if len(right) < room else [])]
+        rest = [*texts[row][len(own) :], 0]
+        right = rest[: min(row + len(own) % 3, room, len(rest) - 1)]
+        self.guesses = [*right, (rest[len(right)] + 1) % 23][:room]
         taken.append((row, len(right)))
         return self.guesses
 

@@ -28,9 +28,8 @@ from lin_jax.hub.conversion.convert import WEIGHTS, convert, converted_bytes
 from lin_jax.hub.int8.tensor import RoundedTensor
 from lin_jax.hub.load import HubCheckpoint, Pretrained
 from lin_jax.hub.peft import save_adapters
-from lin_jax.models import MedusaHeads, SeparateLayers
+from lin_jax.models import Flash, FlashConfig, MedusaHeads, SeparateLayers
 from lin_jax.models.bert import BertConfig, BertMaskedLM
-from lin_jax.models import Flash, FlashConfig
 from lin_jax.models.lora import add_lora
 from lin_jax.models.params import params_of
 from lin_jax.models.stored_weights import Storage, WeightStorage, store
@@ -94,20 +93,24 @@ def test_logits_in_pytorch(name: str, tmp_path: Path, x64: None) -> None:
     again = opened(tmp_path / "again")
     assert np.array_equal(logits(again), logits(theirs))
     kinds = {name: array.dtype for name, array in numbers(tmp_path / "again").items() if array.ndim == 2}
-    assert {name: array.dtype for name, array in numbers(folder).items() if name in kinds and array.dtype == np.int8} == {
-        name: kind for name, kind in kinds.items() if kind == np.int8
-    }
+    assert kinds == {name: array.dtype for name, array in numbers(folder).items() if name in kinds}
+    assert np.dtype(np.int8) in kinds.values()
 
 
 def test_types_in_pytorch(tmp_path: Path) -> None:
     """In bfloat16, factors stay in float32; a model that is turned into another type takes its table with it."""
-    folder = save_pretrained(FLAGSHIP.model("float32"), tmp_path / "model", weights="int8")
+    ours = FLAGSHIP.model("float32")
+    folder = save_pretrained(ours, tmp_path / "model", heads=MedusaHeads.on(ours, 2), weights="int8")
     right, half = logits(opened(folder, torch.float32)), opened(folder, torch.bfloat16)
     assert {x.dtype for name, x in half.named_buffers() if name.endswith("_scale")} == {torch.float32}
     assert half.get_input_embeddings()(torch.tensor([3])).dtype == torch.bfloat16
     np.testing.assert_allclose(logits(half), right, rtol=0.1, atol=0.1)
     np.testing.assert_allclose(logits(half.double()), right, rtol=0.02, atol=0.02)
     assert half.lm_head.weight is half.get_input_embeddings().weight
+    greedy = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompts = torch.tensor(TOKENS[:, :3].astype(np.int64))
+    assert half.draft_heads() is not None
+    assert half.generate(prompts, speculative=True, **greedy).tolist() == half.generate(prompts, **greedy).tolist()
 
 
 def test_an_encoder_in_pytorch(tmp_path: Path, x64: None) -> None:
@@ -206,7 +209,9 @@ def test_adapters_are_merged_before_rounding(source: Path, tmp_path: Path) -> No
     after = convert(Pretrained.open(before), tmp_path / "after", adapter=tmp_path / "lora")
     changed = {name for name, array in numbers(after).items() if not np.array_equal(array, numbers(before)[name])}
     assert {name.rpartition(".")[0] for name in changed if name.endswith("_scale")} == {
-        f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        f"model.layers.{layer}.self_attn.{name}"
+        for layer in (0, 1)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
     }
 
 

@@ -195,6 +195,7 @@ def test_small_matrices_and_other_devices_are_left_alone(monkeypatch):
     store(model, Storage(WeightStorage("int8")))
     assert isinstance(model.head, StoredLinear)
     assert isinstance(model.head.matrix, StoredMatrix)
+    assert isinstance(model.embed, StoredEmbedding)
     assert model.embed.embedding.dtype == jnp.int8
 
 

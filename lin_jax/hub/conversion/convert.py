@@ -25,7 +25,7 @@ from lin_jax.hub.save import write_settings, write_tensors
 from lin_jax.hub.tensors import mismatches, summary
 from lin_jax.models import MedusaHeads
 
-# Types of a folder's matrices: as they are in the checkpoint; rounded; and as numbers of floating point, if they are rounded.
+# Types of a folder's matrices: as they are in the checkpoint, rounded, or what rounded ones stand for.
 WEIGHTS = ("stored", "int8", "float")
 
 
@@ -131,9 +131,7 @@ def _heads(opened: Pretrained) -> tuple[MedusaHeads | None, dict[str, StreamedTe
     return heads, streams(heads, entries(heads), tensors)
 
 
-def _fingerprint(
-    opened: Pretrained, adapter: str | Path | None, seed: int, max_shard_bytes: int, int8: bool
-) -> str:
+def _fingerprint(opened: Pretrained, adapter: str | Path | None, seed: int, max_shard_bytes: int, int8: bool) -> str:
     """All that the files of tensors follow from: the source's files, the model, and the options."""
     paths = {tensor.pages.path for tensor in opened.tensors.values() if isinstance(tensor, LazyTensor)}
     paths |= {path for each in opened.tensors.values() if isinstance(each, RoundedTensor) for path in each.paths}

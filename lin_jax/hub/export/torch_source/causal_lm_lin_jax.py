@@ -39,7 +39,7 @@ class LinJaxPreTrainedModel(PreTrainedModel):
         return False
 
     def post_init(self) -> None:
-        """Puts int8 layers in their places, and keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in, and keeps random directions in float32: rounded ones give other features."""
         put_int8_layers(self)
         super().post_init()
         # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.

@@ -112,7 +112,7 @@ class LinJaxBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LinJaxBertLayer"]
 
     def post_init(self) -> None:
-        """Puts int8 layers in their places, and keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in, and keeps random directions in float32: rounded ones give other features."""
         put_int8_layers(self)
         super().post_init()
         self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
