@@ -38,9 +38,9 @@ model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tok
 ```
 
 The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. Each
-prompt of a batch takes as many as are right; with sampling or beams, `speculative=True` ends in an error that says so. With
-weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model takes
-no `assistant_model` and is none: its state does not go back to fewer tokens."""
+prompt of a batch takes as many as are right; with sampling or beams, `speculative=True` ends in an error that says so.
+With weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model
+takes no `assistant_model` and is none: its state does not go back to fewer tokens."""
 _INT8 = (
     "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each "
     "output or token."
