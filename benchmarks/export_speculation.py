@@ -52,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row := compared(model, prompt, options))
             print(
                 f"{row['rows']} x {row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, "
-                f"with drafts {row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by processor "
-                f"time); {row['passes']} passes, equal: {row['equal']}",
+                f"with drafts {row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by "
+                f"processor time); {row['passes']} passes, equal: {row['equal']}",
                 flush=True,
             )
     print(f"median of the ratios: {statistics.median(row['ratio'] for row in rows):.2f}")
