@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.hub.conversion.blocks import blocks_of, whole
+from lin_jax.hub.conversion.blocks import blocks_of
 from lin_jax.hub.conversion.tensor_file import StreamedTensor
 from lin_jax.hub.int8.tensor import SCALE, RoundedTensor
 from lin_jax.models.products import quantized
@@ -45,7 +45,7 @@ def rounded_streams(
 
 
 def _factors(tensor: RoundedTensor) -> Iterator[np.ndarray]:
-    yield whole(tensor.scale)
+    yield tensor.factors
 
 
 def _part(which: int, tensor: StreamedTensor, axis: int) -> Iterator[np.ndarray]:
