@@ -98,8 +98,8 @@ def joined(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
         # PyTorch writes them in another type where the model was turned into one.
         if len(tensor.shape) != 2 or scale.shape not in shapes or not jnp.issubdtype(scale.dtype, jnp.floating):
             raise UserError(
-                f"{scale.name} is {scale.dtype} {scale.shape}, and {name} has shape {tensor.shape}; give factors of its "
-                "rows or columns"
+                f"{scale.name} is {scale.dtype} {scale.shape}, and {name} has shape {tensor.shape}; give factors of "
+                "its rows or columns"
             )
         found[name] = RoundedTensor(tensor, scale)
     return found
