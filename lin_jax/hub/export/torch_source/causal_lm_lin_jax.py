@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .cache_lin_jax import LinJaxCache, given_state, state_among
 from .drafts_lin_jax import DraftHeads
+from .int8_lin_jax import put_int8_layers
 from .recurrence_lin_jax import Rows
 from .speculation_lin_jax import decode, refusal
 from .versions_lin_jax import lost_state_message, warn_if_untried
@@ -38,7 +39,8 @@ class LinJaxPreTrainedModel(PreTrainedModel):
         return False
 
     def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in, and keeps random directions in float32: rounded ones give other features."""
+        put_int8_layers(self)
         super().post_init()
         # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.
         self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
@@ -210,11 +212,11 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         Args:
             inputs: tokens `[B, T]`; also as `input_ids`.
             args: more arguments of `generate` by their place.
-            speculative: whether to guess. The text is the greedy one, token for token.
+            speculative: whether to guess. Texts are the greedy ones, token for token.
             options: more arguments of `generate` by name.
 
         Raises:
-            ValueError: another text than a greedy one of one prompt is asked for.
+            ValueError: another text than the greedy one of each prompt is asked for.
         """
         plain = super().generate
         if not speculative:

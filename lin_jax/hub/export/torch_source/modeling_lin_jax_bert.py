@@ -18,6 +18,7 @@ from .attention_lin_jax import (
 )
 from .both_sides_lin_jax import mix_both_sides
 from .configuration_lin_jax import LinJaxBertConfig
+from .int8_lin_jax import put_int8_layers
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401 - from a folder, transformers 4 copies what is named
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .recurrence_lin_jax import Rows  # noqa: F401
@@ -111,7 +112,8 @@ class LinJaxBertPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LinJaxBertLayer"]
 
     def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in, and keeps random directions in float32: rounded ones give other features."""
+        put_int8_layers(self)
         super().post_init()
         self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
 
