@@ -108,6 +108,7 @@ CLASSES = {
             "cross_attention_lin_jax.py",
             "norms_lin_jax.py",
             "relative_bias_lin_jax.py",
+            "t5_layers_lin_jax.py",
         ),
     ),
 }

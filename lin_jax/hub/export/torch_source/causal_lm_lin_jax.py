@@ -5,6 +5,7 @@ front, whatever side the padding was on.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
@@ -190,6 +191,10 @@ class LinJaxForCausalLM(LinJaxDecodingModel, GenerationMixin):
         state, ids = state_among(inputs.values()), inputs.get("decoder_input_ids", inputs.get("input_ids"))
         given = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
         kept, total = 0 if state is None else state.length, input_ids.shape[1]
+        mask = inputs.get("decoder_attention_mask")
+        if "decoder_input_ids" in inputs and given == total > kept > 0 and (mask is None or mask.shape[1] == total):
+            # Of a decoder's text without a mask, transformers 5 leaves what the state has consumed.
+            inputs["decoder_input_ids"] = ids[:, kept:]
         if given + kept < total:
             raise RuntimeError(lost_state_message(given, kept, total, transformers.__version__))
         return inputs
@@ -216,7 +221,12 @@ class LinJaxForCausalLM(LinJaxDecodingModel, GenerationMixin):
         if reason is not None:
             raise ValueError(f"no speculation: {reason}, or leave speculative out")
         # A loop of one's own is not handed the streamer.
-        return plain(inputs, custom_generate=partial(decode, streamer=options.get("streamer")), **options)
+        loop = partial(self.drafted_loop(), streamer=options.get("streamer"))
+        return plain(inputs, custom_generate=loop, **options)
+
+    def drafted_loop(self) -> Callable[..., Any]:
+        """The loop that writes a text by speculation."""
+        return decode
 
     def draft_heads(self) -> DraftHeads | None:
         """The Medusa heads in the model's folder, which are read once; None without any."""

@@ -1,9 +1,7 @@
 """T5 with linear attention: an encoder, and a decoder that writes on a recurrent state; a classifier on both."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,194 +14,30 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention_lin_jax import (
-    AttentionOptions,
-    Conventions,
-    Mixer,
-    build_attention,
-    build_convolution,
-    build_factor,
-    build_window,
-    mix_tokens,
-)
-from .both_sides_lin_jax import mix_both_sides
+from .attention_lin_jax import Mixer  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
+from .both_sides_lin_jax import mix_both_sides  # noqa: F401
 from .cache_lin_jax import LinJaxCache, given_state
 from .causal_lm_lin_jax import STATE_FIELD, LinJaxDecodingModel, LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxT5Config
-from .cross_attention_lin_jax import condense, read
-from .drafts_lin_jax import NGrams  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
+from .cross_attention_lin_jax import read  # noqa: F401
+from .drafts_lin_jax import DraftHeads
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .norms_lin_jax import LinJaxRMSNorm
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .pretrained_lin_jax import LinJaxPreTrainedModel  # noqa: F401
-from .recurrence_lin_jax import Bias, Rows, State
-from .relative_bias_lin_jax import relative_bias
-from .speculation_lin_jax import decode  # noqa: F401
+from .recurrence_lin_jax import State
+from .relative_bias_lin_jax import relative_bias  # noqa: F401
+from .speculation_lin_jax import decode
+from .t5_layers_lin_jax import (
+    LinJaxT5DecoderLayer,
+    LinJaxT5EncoderLayer,
+    Places,
+    bias_of,
+    projection,
+    scaled_start,
+)
 from .versions_lin_jax import require_version  # noqa: F401
 from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
-
-T5 = Conventions(unit_values=True, merged_norm=True, softmax_scale="one")
-
-
-class Places(NamedTuple):
-    """What all decoder layers need to know: the bias of distances, and the positions `[B, T]` of their tokens."""
-
-    bias: Bias
-    positions: Tensor
-
-
-def random_values(shape: tuple[int, ...], deviation: float) -> dict[str, Tensor]:
-    """Where a matrix of weights begins."""
-    return {"weight": torch.randn(shape) * deviation}
-
-
-def scaled_start(module: nn.Module, config: LinJaxT5Config, deviation: float) -> Any:
-    """A layer whose weights begin with a standard deviation, times the model's factor."""
-    module.initial_values = partial(random_values, module.weight.shape, config.initializer_factor * deviation)
-    return module
-
-
-def projection(config: LinJaxT5Config, size_in: int, size_out: int, deviation: float) -> nn.Linear:
-    """A linear layer without bias."""
-    return scaled_start(nn.Linear(size_in, size_out, bias=False), config, deviation)
-
-
-class LinJaxT5Attention(nn.Module):
-    """Projections around a token mixer.
-
-    Args:
-        config: of the model.
-        part: which of its attentions: encoder, decoder or cross.
-        layer: number of the layer, from 0; the first has the biases of all layers.
-    """
-
-    def __init__(self, config: LinJaxT5Config, part: str, layer: int) -> None:
-        super().__init__()
-        size, self.heads, self.head_dim = config.d_model, config.num_heads, config.d_kv
-        inner = self.heads * self.head_dim
-        self.q = projection(config, size, inner, (size * self.head_dim) ** -0.5)
-        self.k = projection(config, size, inner, size**-0.5)
-        self.v = projection(config, size, inner, size**-0.5)
-        self.o = projection(config, inner, size, inner**-0.5)
-        self.options = AttentionOptions.of(config.attention[part], layer, T5)
-        if part == "cross":  # A source has no window, and values that are read have no neighbours.
-            self.options = replace(self.options, convolution=False, window=False)
-        heads = {"heads": self.heads, "kv_heads": self.heads}
-        self.mixer = build_attention(self.options, self.head_dim, layer, **heads)
-        self.windowed = build_window(self.options, self.head_dim, **heads)
-        self.alpha = build_factor(self.options)
-        self.dwconv = build_convolution(self.options, self.heads)
-        self.relative_attention_bias = None
-        if part != "cross" and layer == 0:
-            table = nn.Embedding(config.relative_attention_num_buckets, self.heads)
-            self.relative_attention_bias = scaled_start(table, config, size**-0.5)
-
-    def initial_values(self) -> dict[str, Tensor]:
-        """The start of the learnt factor."""
-        return {} if self.alpha is None else {"alpha": build_factor(self.options).data}
-
-    def split(self, part: nn.Linear, x: Tensor) -> Tensor:
-        """Projections `[B, T, H, D]` by heads."""
-        return part(x).unflatten(2, (self.heads, self.head_dim))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, T, H, D]` of tokens that read each other."""
-        return self.split(self.q, x), self.split(self.k, x), self.split(self.v, x)
-
-    def mixing(self, bias: Bias | None = None) -> Mixer:
-        """What mixes."""
-        return Mixer(self.options, self.mixer, self.alpha, self.dwconv, self.windowed, bias)
-
-
-class LinJaxT5FeedForward(nn.Module):
-    """`wo(relu(wi(x)))`, or `wo(gelu(wi_0(x)) * wi_1(x))` with GELU by tanh."""
-
-    def __init__(self, config: LinJaxT5Config) -> None:
-        super().__init__()
-        size, inner = config.d_model, config.d_ff
-        self.gated = config.feed_forward_proj == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, projection(config, size, inner, size**-0.5))
-        self.wo = projection(config, inner, size, inner**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Applies the layer to every token."""
-        if self.gated:
-            return self.wo(nn.functional.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-        return self.wo(self.wi(x).relu())
-
-
-class LinJaxT5SubLayer(nn.Module):
-    """A part of a layer, under its name, and the norm before it."""
-
-    def __init__(self, config: LinJaxT5Config, name: str, part: nn.Module) -> None:
-        super().__init__()
-        setattr(self, name, part)
-        self.layer_norm = LinJaxRMSNorm(config.d_model, config.layer_norm_epsilon)
-
-
-class LinJaxT5EncoderLayer(nn.Module):
-    """One encoder layer."""
-
-    def __init__(self, config: LinJaxT5Config, layer: int) -> None:
-        super().__init__()
-        attention = LinJaxT5SubLayer(config, "SelfAttention", LinJaxT5Attention(config, "encoder", layer))
-        self.layer = nn.ModuleList([attention, LinJaxT5SubLayer(config, "DenseReluDense", LinJaxT5FeedForward(config))])
-
-    def forward(self, x: Tensor, bias: Bias, real: Tensor) -> Tensor:
-        """Outputs `[B, S, E]`."""
-        first, last = self.layer
-        attention = first.SelfAttention
-        mixed = mix_both_sides(attention.mixing(bias), *attention.project(first.layer_norm(x)), real)
-        x = x + attention.o(mixed.flatten(2))
-        return x + last.DenseReluDense(last.layer_norm(x))
-
-
-class LinJaxT5DecoderLayer(nn.Module):
-    """One decoder layer. Its state holds what it reads of the encoder, under `source`, beside its mixer's."""
-
-    def __init__(self, config: LinJaxT5Config, layer: int) -> None:
-        super().__init__()
-        parts = {
-            "SelfAttention": LinJaxT5Attention(config, "decoder", layer),
-            "EncDecAttention": LinJaxT5Attention(config, "cross", layer),
-            "DenseReluDense": LinJaxT5FeedForward(config),
-        }
-        self.layer = nn.ModuleList(LinJaxT5SubLayer(config, name, part) for name, part in parts.items())
-
-    def source(self, encoded: Tensor, real: Tensor) -> State:
-        """The memory of an encoder's output `[B, S, E]`, of which the mask `[B, S]` says what is there."""
-        attention = self.layer[1].EncDecAttention
-        return condense(
-            attention.mixing(), attention.split(attention.k, encoded), attention.split(attention.v, encoded), real
-        )
-
-    def forward(self, x: Tensor, context: Places, rows: Rows, state: State) -> tuple[Tensor, State]:
-        """Outputs `[B, T, E]`, and the state after them: of the mixer's, None stays None."""
-        own, cross, last = self.layer
-        attention, source = own.SelfAttention, state["source"]
-        inputs = attention.project(own.layer_norm(x))
-        if rows.mixers is not None:
-            rows.mixers.append(partial(self.mix, context.bias, inputs))
-        mixed, after = self.mix(context.bias, inputs, Rows(rows.position, rows.count), state)
-        x = x + attention.o(mixed.flatten(2))
-
-        attention = cross.EncDecAttention
-        queries = attention.split(attention.q, cross.layer_norm(x))
-        found = read(attention.mixing(), queries, context.positions, source)
-        x = x + attention.o(found.flatten(2))
-        return x + last.DenseReluDense(last.layer_norm(x)), after
-
-    def mix(self, bias: Bias, inputs: tuple[Tensor, Tensor, Tensor], rows: Rows, state: State) -> tuple[Tensor, State]:
-        """Outputs `[B, T, H, D]` of the token mixer, and the layer's state after these tokens."""
-        mixed, after = mix_tokens(self.layer[0].SelfAttention.mixing(bias), *inputs, rows, state["mixer"])
-        return mixed, {"source": state["source"], "mixer": after}
-
-
-def bias_of(table: nn.Embedding, config: LinJaxT5Config, *, both_sides: bool) -> Bias:
-    """The biases of distances in all layers of a stack."""
-    most, heads = config.relative_attention_max_distance, config.num_heads
-    return lambda distances: relative_bias(table.weight, distances, most, heads, both_sides=both_sides)
 
 
 class LinJaxT5PreTrainedModel(LinJaxDecodingModel):
@@ -448,6 +282,14 @@ class LinJaxT5ForConditionalGeneration(LinJaxT5Model, LinJaxForCausalLM):
         """Replaces the head."""
         self.lm_head = value
 
+    def read_by_head(self, x: Tensor) -> Tensor:
+        """What the head reads, from what leaves the decoder."""
+        return x * self.config.d_model**-0.5 if self.config.tie_word_embeddings else x
+
+    def drafted_loop(self) -> Callable[..., Any]:
+        """The loop of speculation, over the decoder."""
+        return decode_with_source
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """Inputs of the decoder that predicts labels: these, one place later; negative ones become padding."""
         return shifted(labels, self.config)
@@ -502,11 +344,7 @@ class LinJaxT5ForConditionalGeneration(LinJaxT5Model, LinJaxForCausalLM):
             output_hidden_states,
             return_dict=True,
         )
-        hidden = outputs.last_hidden_state
-        logits, loss = (
-            self.lm_head(hidden * self.config.d_model**-0.5 if self.config.tie_word_embeddings else hidden),
-            None,
-        )
+        logits, loss = self.lm_head(self.read_by_head(outputs.last_hidden_state)), None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten().to(logits.device))
         return Seq2SeqLMOutput(
@@ -568,6 +406,54 @@ class LinJaxT5ForSequenceClassification(LinJaxT5PreTrainedModel):
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
         )
+
+
+class Reading:
+    """A T5's decoder as a language model of what follows encoded rows, in the form that speculation takes.
+
+    Args:
+        model: the T5.
+        encoded: `[B, S, E]` the encoder's output.
+        mask: `[B, S]`, zero where it had no token.
+    """
+
+    def __init__(self, model: LinJaxT5ForConditionalGeneration, encoded: Tensor | None, mask: Tensor | None) -> None:
+        self.model, self.lm_head, self.device = model, model.lm_head, model.device
+        self.source = {"encoded": encoded, "encoded_mask": mask}
+        self.layer_stack, self.enter = model.decoder.layer_stack, model.decoder.enter
+        self.get_input_embeddings = model.get_input_embeddings
+
+    @property
+    def base_model(self) -> "Reading":
+        """The same."""
+        return self
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What the head reads, from what leaves the last layer."""
+        return self.model.read_by_head(self.model.decoder.leave(x))
+
+    def trunk(self, input_ids: Tensor, mask: Tensor | None, cache: LinJaxCache, **options: Any) -> Any:
+        """The vectors that the head reads; arguments as in `LinJaxModel.forward`."""
+        outputs = self.model.decoder(input_ids, mask, cache, **options, **self.source)
+        return BaseModelOutputWithPast(self.model.read_by_head(outputs.last_hidden_state))
+
+    def draft_heads(self) -> DraftHeads | None:
+        """The Medusa heads in the model's folder; None without any."""
+        return self.model.draft_heads()
+
+
+def decode_with_source(
+    model: LinJaxT5ForConditionalGeneration,
+    *args: Any,
+    encoder_outputs: Any = None,
+    attention_mask: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None,
+    **inputs: Any,
+) -> Any:
+    """Writes one text about encoded rows; arguments as in `decode`, and those of the encoder."""
+    encoded = None if encoder_outputs is None else encoder_outputs[0]
+    reading = Reading(model, encoded, attention_mask)
+    return decode(reading, *args, attention_mask=decoder_attention_mask, **inputs)
 
 
 def shifted(labels: Tensor, config: LinJaxT5Config) -> Tensor:
