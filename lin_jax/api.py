@@ -51,13 +51,17 @@ _BASE = "base"
 
 @dataclass(frozen=True)
 class _Origin:
-    """A model's past: the teacher of its linearized forms, tokens that end its texts, the folder it was trained in."""
+    """A model's past: the teacher of its linearized forms, tokens that end its texts, the folder it was trained in.
+
+    Also how its copies that decode are stored, and whether it may be trained.
+    """
 
     teacher: ModelSource | Any
     end_tokens: tuple[int, ...]
     run: Path | None = None
     steps: int = 0
     weights: str = "stored"
+    learns: bool = True
 
 
 # Weak, so that models are freed when nobody else holds them.
@@ -81,10 +85,11 @@ def from_pretrained(
         attention: another attention than the checkpoint's, by name or in full, such as "augmented", or a list of the
             layers' in turn; what it adds is initialized, so that the model is to be trained (`linearize`).
         tokenizer: for a place that holds none, such as a file of llama2.c: its folder or file.
-        dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored.
+        dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored. A model with int8
+            weights is only trained where a type is given, in which it has the numbers that they stand for.
         step: of a run, the checkpoint: None takes the newest, "best" the one with the lowest validation loss.
         weights: of the copy that `generate` writes with: stored keeps their type; int8 rounds those of all linear
-            layers and of the head. The model itself has those of the checkpoint.
+            layers, of the head and of the table of tokens. The model itself has those of the checkpoint.
 
     Returns:
         The model, and its tokenizer, or None if the place holds none.
@@ -100,7 +105,9 @@ def from_pretrained(
         raise UserError(f"{place} is a run, whose model has the type it was trained in; leave dtype out")
     model = source.model(attention=config, compute=compute)
     known = _tokenizer(source, tokenizer)
-    _origins[model] = _Origin(source, () if known is None else source.end_tokens(known), weights=weights)
+    ends = () if known is None else source.end_tokens(known)
+    rounded = source.rounded and dtype is None
+    _origins[model] = _Origin(source, ends, weights="int8" if rounded else weights, learns=not rounded)
     return model, known
 
 
@@ -140,6 +147,7 @@ def linearize(
         KeyboardInterrupt: with an output, after Ctrl-C; call it again to go on.
     """
     check_causal(model, "the given model")
+    _check_learns(model)
     origin, place = _origins.get(model), None if output is None else Path(output)
     if _is_result(origin, place, steps):
         # A cell that is run again gets its own result.
@@ -180,6 +188,7 @@ def train(
     **options: Any,
 ) -> Any:
     """Trains a model on text; arguments, result and errors as in `linearize`."""
+    _check_learns(model)
     origin, place = _origins.get(model), None if output is None else Path(output)
     recipe = _recipe(model, tokenizer, data, options)
     run = recipe.train(steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train"))
@@ -360,11 +369,23 @@ def generate(
 
 
 def save_pretrained(
-    model: Any, folder: str | Path, *, tokenizer: Tokenizer | None = None, overwrite: bool = False
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    weights: str = "stored",
 ) -> Path:
     """Writes a model as a Hugging Face folder, which transformers opens, and returns the folder.
 
     A folder that this package wrote before is replaced; any other one only with `overwrite`.
+
+    Args:
+        model: the model.
+        folder: the folder to write.
+        tokenizer: the model's.
+        overwrite: replace the content of the folder.
+        weights: stored keeps the type of the model's; int8 rounds them, to about a quarter of the bytes of float32.
 
     Raises:
         UserError: the folder holds something else, or cannot be written.
@@ -372,7 +393,8 @@ def save_pretrained(
     folder = Path(folder)
     origin = _origins.get(model)
     ends = () if origin is None else origin.end_tokens
-    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite or is_export(folder))
+    overwrite = overwrite or is_export(folder)
+    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite, weights=weights)
 
 
 def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
@@ -482,6 +504,16 @@ def _teacher(teacher: Any, model: Any) -> Any:
     if isinstance(teacher, str | Path):
         teacher = ModelSource.open(_named(teacher))
     return teacher.model(compute=model.config.compute) if isinstance(teacher, ModelSource) else teacher
+
+
+def _check_learns(model: Any) -> None:
+    """Refuses to train what was loaded from int8 weights, unless that was asked for."""
+    origin = _origins.get(model)
+    if origin is not None and not origin.learns:
+        raise UserError(
+            "the model was loaded from int8 weights, which are for decoding; load the model that they were rounded "
+            'from, or the numbers that they stand for with from_pretrained(..., dtype="float32")'
+        )
 
 
 def _recipe(model: Any, tokenizer: Tokenizer | None, data: Text, options: dict[str, Any]) -> Recipe:

@@ -30,6 +30,7 @@ from lin_jax.session.loading import (
     heads_are_near,
     load_for_decoding,
     load_heads,
+    storage_of,
 )
 from lin_jax.session.plan_search import PLAN_FILE, PlanSearch, fits
 from lin_jax.training.checkpoint.selector import CheckpointSelector
@@ -93,7 +94,8 @@ class Session:
             tokenizer: folder or file of the tokenizer, for a file of llama2.c.
             dtype: type that is computed in: float32, bfloat16 or float64; None is the stored one, but float32 for
                 bfloat16 on a CPU, which has weights of any type at hand.
-            weights: stored keeps their type; int8 rounds those of all linear layers and of the head.
+            weights: stored keeps their type; int8 rounds those of all linear layers, of the head and of the table of
+                tokens. A folder with int8 weights is decoded with those.
             same_bits: add up in one order for any number of nodes and rows, so that speculation gives plain
                 decoding's tokens in float32 and bfloat16 too.
 
@@ -101,7 +103,7 @@ class Session:
             UserError: there is no such place, or its parts do not belong together.
         """
         source = ModelSource.open(place, step)
-        storage = WeightStorage(weights, same_bits)
+        storage = storage_of(source, WeightStorage(weights, same_bits))
         places = [heads] if isinstance(heads, str | Path) else list(heads)
         model = load_for_decoding(source, dtype, storage, whole=bool(places) or heads_are_near(source.place))
         known = source.tokenizer(tokenizer)

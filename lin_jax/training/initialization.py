@@ -53,14 +53,20 @@ def open_base(config: RunConfig, *, resume: bool) -> ModelSource | None:
     """Opens the model that a run starts from, or stands on; None if it names none.
 
     Raises:
-        UserError: there is no such place.
+        UserError: there is no such place, or its weights are int8 and are to be trained.
     """
     if config.init_from is None:
         return None
     # What stands on a frozen model goes on with the very one that it began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume and keeps_base(config) else None
     with given_by("--init_from"):
-        return ModelSource.open(config.init_from, step or None)
+        source = ModelSource.open(config.init_from, step or None)
+    if source.rounded and kind_of(config).trains.has_model:
+        raise UserError(
+            f"init_from {config.init_from} has int8 weights, which are for decoding; give the model that they were "
+            f"rounded from, or turn them back: python -m lin_jax hub import {config.init_from} OUT --weights float"
+        )
+    return source
 
 
 def load_base(

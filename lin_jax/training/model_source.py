@@ -92,6 +92,11 @@ class ModelSource:
         """`config.json` and headers of the tensors of a Hugging Face folder or a file of llama2.c."""
         return HubCheckpoint.open(self.place)
 
+    @property
+    def rounded(self) -> bool:
+        """True for a Hugging Face folder with int8 weights."""
+        return not self.is_run and self.checkpoint.rounded
+
     @cached_property
     def config(self) -> Any:
         """Configuration of the model, in the types in which it is stored."""

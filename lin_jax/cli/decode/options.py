@@ -73,7 +73,8 @@ def _add_numbers(group: argparse._ArgumentGroup) -> None:
         "--weights",
         default="stored",
         choices=("stored", "int8"),
-        help="stored (default) keeps weights in the type of their files; int8 rounds those of linear layers and head",
+        help="stored (default) keeps weights in the type of their files; int8 rounds those of linear layers, head and "
+        "table of tokens",
     )
     group.add_argument(
         "--same-bits",

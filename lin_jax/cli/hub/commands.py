@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, is_remote_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
-from lin_jax.hub.conversion.convert import convert, converted_bytes
+from lin_jax.hub.conversion.convert import convert, converted_bytes, writes_int8
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.peft import save_adapters
 from lin_jax.hub.save import TOKENIZER_FILES, check_output_folder, save_pretrained
@@ -42,6 +42,7 @@ def import_checkpoint(
     figures: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    weights: str = "stored",
 ) -> None:
     """Writes a folder from a Hugging Face folder, a repository on the Hub or a file of llama2.c.
 
@@ -52,13 +53,16 @@ def import_checkpoint(
     """
     check_output_folder(Path(out), overwrite=overwrite)
     opened = Pretrained.open(source, attention=attention, param_dtype=dtype, head=head)
+    if dtype is None and writes_int8(opened, weights) and opened.rounded:
+        # What is not rounded keeps its type, too.
+        opened = Pretrained.open(source, attention=attention, param_dtype=opened.model.config.dtype, head=head)
     found = _find_tokenizer(opened, tokenizer)
     measured = _read_figures(figures)
     # A file of llama2.c names no end tokens: its texts follow each other.
     ends: tuple[int, ...] = ()
     if isinstance(found, Tokenizer) and opened.folder.is_file():
         ends = ModelSource(opened.folder).end_tokens(found)
-    with _bar("converting", converted_bytes(opened)) as note:
+    with _bar("converting", converted_bytes(opened, weights)) as note:
         folder = convert(
             opened,
             out,
@@ -71,6 +75,7 @@ def import_checkpoint(
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             note=note,
+            weights=weights,
         )
     print(f"{folder} holds the model")
 
@@ -85,6 +90,7 @@ def export_run(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     adapters: bool = False,
+    weights: str = "stored",
 ) -> None:
     """Writes a folder from a run folder: its model and tokenizer, with the heads that stand on it or lie in it.
 
@@ -99,13 +105,29 @@ def export_run(
         return _export_adapters(opened, out, overwrite)
     if not opened.is_run:
         return import_checkpoint(
-            source, out, dtype=dtype, figures=figures, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+            source,
+            out,
+            dtype=dtype,
+            figures=figures,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            weights=weights,
         )
     measured = _read_figures(figures)
     model, tokenizer, heads, ends = _load_run(opened)
     if dtype is not None:
         model, heads = _cast(model, dtype), None if heads is None else _cast(heads, dtype)
-    _save(model, out, tokenizer, heads, measured, max_shard_bytes, overwrite, ends)
+    _save(
+        model,
+        out,
+        tokenizer,
+        heads,
+        figures=measured,
+        end_tokens=ends,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        weights="int8" if weights == "int8" else "stored",
+    )
     return None
 
 
@@ -191,10 +213,7 @@ def _save(
     out: str,
     tokenizer: Tokenizer,
     heads: MedusaHeads | None,
-    figures: dict[str, Any] | None,
-    max_shard_bytes: int,
-    overwrite: bool,
-    end_tokens: Sequence[int] = (),
+    **options: Any,
 ) -> None:
     size = sum(variable[...].nbytes for variable in stored(model).values())
     with _bar("writing", size) as note:
@@ -203,10 +222,7 @@ def _save(
             out,
             tokenizer=tokenizer,
             heads=heads,
-            figures=figures,
-            end_tokens=end_tokens,
-            max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite,
+            **options,
             note=note,
         )
     print(f"{folder} holds the model")

@@ -13,6 +13,9 @@ from lin_jax.errors import OptionParser, UserError
 from lin_jax.models.compute import DTYPES
 from lin_jax.training.checkpoint.selector import parse_selector
 
+# As in `lin_jax.hub.conversion.convert`, which help need not wait for.
+WEIGHTS = ("stored", "int8", "float")
+
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parses the options of a command line.
@@ -47,6 +50,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for each in (importing, exporting):
         each.add_argument("out", metavar="OUT", help="folder to write")
         each.add_argument("--dtype", choices=DTYPES, help="type of the parameters (default: as they are)")
+        each.add_argument(
+            "--weights",
+            choices=WEIGHTS,
+            default="stored",
+            help="stored (default) writes matrices as they are; int8 rounds those of linear layers, head and table of "
+            "tokens; float turns int8 ones back",
+        )
         each.add_argument("--figures", metavar="FILE", help="JSON object of measured figures for the model card")
         each.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest file")
         each.add_argument("--overwrite", action="store_true", help="replace what OUT holds")

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parent / "torch_source"
 MIXERS = (
     "attention_lin_jax.py",
     "configuration_lin_jax.py",
+    "int8_lin_jax.py",
     "linear_attention_lin_jax.py",
     "other_attention_lin_jax.py",
     "pretrained_lin_jax.py",

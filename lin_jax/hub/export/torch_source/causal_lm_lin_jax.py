@@ -205,11 +205,11 @@ class LinJaxForCausalLM(LinJaxDecodingModel, GenerationMixin):
         Args:
             inputs: tokens `[B, T]`; also as `input_ids`.
             args: more arguments of `generate` by their place.
-            speculative: whether to guess. The text is the greedy one, token for token.
+            speculative: whether to guess. Texts are the greedy ones, token for token.
             options: more arguments of `generate` by name.
 
         Raises:
-            ValueError: another text than a greedy one of one prompt is asked for.
+            ValueError: another text than the greedy one of each prompt is asked for.
         """
         plain = super().generate
         if not speculative:

@@ -17,6 +17,7 @@ from .attention_lin_jax import (
 )
 from .both_sides_lin_jax import mix_both_sides
 from .configuration_lin_jax import LinJaxBertConfig
+from .int8_lin_jax import Int8Linear  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401 - from a folder, transformers 4 copies what is named
 from .other_attention_lin_jax import FullAttention  # noqa: F401
 from .pretrained_lin_jax import LinJaxPreTrainedModel

@@ -21,6 +21,7 @@ from .causal_lm_lin_jax import STATE_FIELD, LinJaxDecodingModel, LinJaxForCausal
 from .configuration_lin_jax import LinJaxT5Config
 from .cross_attention_lin_jax import read  # noqa: F401
 from .drafts_lin_jax import DraftHeads
+from .int8_lin_jax import Int8Linear  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .norms_lin_jax import LinJaxRMSNorm
 from .other_attention_lin_jax import FullAttention  # noqa: F401
@@ -48,23 +49,17 @@ class LinJaxT5PreTrainedModel(LinJaxDecodingModel):
     _no_split_modules = ["LinJaxT5EncoderLayer", "LinJaxT5DecoderLayer"]
 
 
-class _ReadsShared:
-    """A stack that reads the embedding of its model, of which it is no part: the embedding is in a file once."""
+class LinJaxT5Encoder(LinJaxT5PreTrainedModel):
+    """The encoder.
 
-    def read_from(self, embedding: Callable[[], nn.Embedding]) -> None:
-        """Names the embedding, by a function."""
-        vars(self)["_embedding"] = embedding
+    Args:
+        config: of the model.
+        embedding: returns the model's embedding, which is no part of the encoder: it is in a file once.
+    """
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The embedding of the model."""
-        return vars(self)["_embedding"]()
-
-
-class LinJaxT5Encoder(_ReadsShared, LinJaxT5PreTrainedModel):
-    """The encoder."""
-
-    def __init__(self, config: LinJaxT5Config) -> None:
+    def __init__(self, config: LinJaxT5Config, embedding: Callable[[], nn.Module]) -> None:
         super().__init__(config)
+        self.get_input_embeddings = embedding
         self.block = nn.ModuleList(LinJaxT5EncoderLayer(config, layer) for layer in range(config.num_layers))
         self.final_layer_norm = LinJaxRMSNorm(config.d_model, config.layer_norm_epsilon)
         self.post_init()
@@ -103,11 +98,17 @@ class LinJaxT5Encoder(_ReadsShared, LinJaxT5PreTrainedModel):
         return BaseModelOutput(encoded, hidden_states=(*passed[:-1], encoded) if output_hidden_states else None)
 
 
-class LinJaxT5Decoder(_ReadsShared, LinJaxT5PreTrainedModel, LinJaxModel):
-    """The decoder: a causal language model of what follows encoded rows, which are part of its state."""
+class LinJaxT5Decoder(LinJaxT5PreTrainedModel, LinJaxModel):
+    """The decoder: a causal language model of what follows encoded rows, which are part of its state.
 
-    def __init__(self, config: LinJaxT5Config) -> None:
+    Args:
+        config: of the model.
+        embedding: as of the encoder.
+    """
+
+    def __init__(self, config: LinJaxT5Config, embedding: Callable[[], nn.Module]) -> None:
         super().__init__(config)
+        self.get_input_embeddings = embedding
         self.block = nn.ModuleList(LinJaxT5DecoderLayer(config, layer) for layer in range(config.num_decoder_layers))
         self.final_layer_norm = LinJaxRMSNorm(config.d_model, config.layer_norm_epsilon)
         self.post_init()
@@ -182,9 +183,8 @@ class LinJaxT5Model(LinJaxT5PreTrainedModel):
     def __init__(self, config: LinJaxT5Config) -> None:
         super().__init__(config)
         self.shared = scaled_start(nn.Embedding(config.vocab_size, config.d_model), config, 1.0)
-        self.encoder, self.decoder = LinJaxT5Encoder(config), LinJaxT5Decoder(config)
-        for stack in (self.encoder, self.decoder):
-            stack.read_from(self.get_input_embeddings)
+        stacks = LinJaxT5Encoder, LinJaxT5Decoder
+        self.encoder, self.decoder = (stack(config, self.get_input_embeddings) for stack in stacks)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -274,9 +274,9 @@ class LinJaxT5ForConditionalGeneration(LinJaxT5Model, LinJaxForCausalLM):
         self.lm_head = projection(config, config.d_model, config.vocab_size, 1.0)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        """The head."""
-        return self.lm_head
+    def get_output_embeddings(self) -> nn.Linear | None:
+        """The head; None before there is one."""
+        return getattr(self, "lm_head", None)
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replaces the head."""

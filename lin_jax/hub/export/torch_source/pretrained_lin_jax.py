@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .int8_lin_jax import put_int8_layers
+
 
 class LinJaxPreTrainedModel(PreTrainedModel):
     """Settings of transformers for all models here."""
@@ -11,7 +13,8 @@ class LinJaxPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = False
 
     def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
+        """Puts int8 layers in, and keeps random directions in float32: rounded ones give other features."""
+        put_int8_layers(self)
         super().post_init()
         # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.
         self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
