@@ -284,7 +284,13 @@ def test_an_untried_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         continued(theirs, *batch())
 
 
-WAYS_OF_FAMILIES = ["llama-augmented", "flash-performer+local+convolution", "t5-augmented", "gpt2-softmax"]
+WAYS_OF_FAMILIES = [
+    "llama-augmented",
+    "flash-performer+local+convolution",
+    "t5-augmented",
+    "gpt2-augmented",
+    "gpt2-softmax",
+]
 
 
 @pytest.mark.parametrize("name", some_of(WAYS_OF_FAMILIES, 3))

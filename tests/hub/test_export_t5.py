@@ -189,7 +189,6 @@ class TestGeneration:
         [
             ({"do_sample": True}, "it is greedy; leave sampling and beams out"),
             ({"num_beams": 2}, "it is greedy; leave sampling and beams out"),
-            ({"num_return_sequences": 2}, "it writes one text of a prompt; leave num_return_sequences out"),
             ({"assistant_model": "itself"}, "it drafts by itself; leave assistant_model"),
         ],
         ids=str,
@@ -200,6 +199,8 @@ class TestGeneration:
             options = {"assistant_model": model}
         with pytest.raises(ValueError, match=f"^no speculation: {reason}.*, or leave speculative out$"):
             model.generate(**source, **GREEDY | options, speculative=True)
+        with pytest.raises(ValueError, match="num_return_sequences"):  # which no greedy text has in transformers
+            model.generate(**source, **GREEDY, num_return_sequences=2, speculative=True)
 
     def test_it_is_no_assistant(self, model: Any, tmp_path: Path) -> None:
         plain = opened(save_pretrained(build("softmax", dtype="float32"), tmp_path / "model"))

@@ -185,7 +185,11 @@ class LinJaxT5Model(LinJaxT5PreTrainedModel):
         self.shared = scaled_start(nn.Embedding(config.vocab_size, config.d_model), config, 1.0)
         stacks = LinJaxT5Encoder, LinJaxT5Decoder
         self.encoder, self.decoder = (stack(config, self.get_input_embeddings) for stack in stacks)
+        self.add_head(config)
         self.post_init()
+
+    def add_head(self, config: LinJaxT5Config) -> None:
+        """Adds what reads the decoder's vectors: nothing here."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
@@ -269,14 +273,13 @@ class LinJaxT5ForConditionalGeneration(LinJaxT5Model, LinJaxForCausalLM):
 
     _tied_weights_keys = {"lm_head.weight": "shared.weight"}
 
-    def __init__(self, config: LinJaxT5Config) -> None:
-        super().__init__(config)
+    def add_head(self, config: LinJaxT5Config) -> None:
+        """Adds the head over the vocabulary."""
         self.lm_head = projection(config, config.d_model, config.vocab_size, 1.0)
-        self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear | None:
-        """The head; None before there is one."""
-        return getattr(self, "lm_head", None)
+    def get_output_embeddings(self) -> nn.Linear:
+        """The head."""
+        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
         """Replaces the head."""
@@ -442,18 +445,14 @@ class Reading:
         return self.model.draft_heads()
 
 
-def decode_with_source(
-    model: LinJaxT5ForConditionalGeneration,
-    *args: Any,
-    encoder_outputs: Any = None,
-    attention_mask: Tensor | None = None,
-    decoder_attention_mask: Tensor | None = None,
-    **inputs: Any,
-) -> Any:
-    """Writes one text about encoded rows; arguments as in `decode`, and those of the encoder."""
-    encoded = None if encoder_outputs is None else encoder_outputs[0]
-    reading = Reading(model, encoded, attention_mask)
-    return decode(reading, *args, attention_mask=decoder_attention_mask, **inputs)
+def decode_with_source(model: LinJaxT5ForConditionalGeneration, *args: Any, **inputs: Any) -> Any:
+    """Writes texts about encoded rows; arguments as in `decode`, and those of the encoder.
+
+    None of these has a name here: `generate` would keep what is named from the encoder.
+    """
+    encoder_outputs, mask = inputs.pop("encoder_outputs", None), inputs.pop("attention_mask", None)
+    reading = Reading(model, None if encoder_outputs is None else encoder_outputs[0], mask)
+    return decode(reading, *args, attention_mask=inputs.pop("decoder_attention_mask", None), **inputs)
 
 
 def shifted(labels: Tensor, config: LinJaxT5Config) -> Tensor:
