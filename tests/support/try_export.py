@@ -95,6 +95,9 @@ def try_folder(folder: Path) -> dict[str, str]:
         ),
         "continued on its state": lambda: compared(continued(model, single), whole_passes(model, single)),
         "speculative": lambda: compared(generated(model, single, speculative=True), whole_passes(model, single)),
+        "speculative, batched": lambda: compared(
+            generated(model, prompts, speculative=True), whole_passes(model, prompts)
+        ),
         "assistant": lambda: compared(generated(model, single, assistant_model=model), whole_passes(model, single)),
     }
     if expected:
