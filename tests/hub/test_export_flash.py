@@ -1,5 +1,6 @@
 """Exported FLASHs in plain transformers: the same logits, states and greedy texts, with and without speculation."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_same_logits_and_texts(name: str, options: dict[str, Any], tmp_path: Pat
     prompt = {name: part[:1] for name, part in inputs.items()}
     assert theirs.generate(**prompt, speculative=True, **greedy)[:, 14:].tolist() == texts[:1]
     assert from_pretrained(folder).config == ours.config
+    # Where nothing is said, transformers 4 makes the head the embedding.
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_what_decoding_cannot_know_opens_here_only(tmp_path: Path, x64: None) -> None:
