@@ -117,7 +117,7 @@ class AttentionOptions:
         return unit(wide(values)).to(values.dtype) if self.grouped and self.conventions.unit_values else values
 
     def combined(self, outputs: Tensor, values: Tensor | None) -> Tensor:
-        """What becomes of the branches' sum `[B, T, K, R, E]`, from the values of the tokens themselves, if any."""
+        """Finishes the branches' sum `[B, T, K, R, E]`, with the values of the tokens themselves, if there are any."""
         if self.base == "linear_angular" and values is not None:
             outputs = unit(wide(values)[..., None, :] / 2 + outputs / math.pi)
         if self.grouped and self.conventions.merged_norm:

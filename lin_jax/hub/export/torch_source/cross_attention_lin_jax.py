@@ -14,7 +14,7 @@ from .recurrence_lin_jax import State, weighted_values, wide
 
 
 def condense(mixer: Mixer, keys: Tensor, values: Tensor, real: Tensor) -> State:
-    """What the decoder reads of an encoder's output: tensors whose first axis is the batch.
+    """Sums an encoder's output up for a decoder: tensors whose first axis is the batch.
 
     Args:
         mixer: what mixes.

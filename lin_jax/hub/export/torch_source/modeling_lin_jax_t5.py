@@ -189,7 +189,7 @@ class LinJaxT5Model(LinJaxT5PreTrainedModel):
         self.post_init()
 
     def add_head(self, config: LinJaxT5Config) -> None:
-        """Adds what reads the decoder's vectors: nothing here."""
+        """Adds a reader of the decoder's vectors: none here."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The embedding."""
@@ -286,7 +286,7 @@ class LinJaxT5ForConditionalGeneration(LinJaxT5Model, LinJaxForCausalLM):
         self.lm_head = value
 
     def read_by_head(self, x: Tensor) -> Tensor:
-        """What the head reads, from what leaves the decoder."""
+        """The vectors that the head reads, from those that leave the decoder."""
         return x * self.config.d_model**-0.5 if self.config.tie_word_embeddings else x
 
     def drafted_loop(self) -> Callable[..., Any]:
@@ -432,7 +432,7 @@ class Reading:
         return self
 
     def leave(self, x: Tensor) -> Tensor:
-        """What the head reads, from what leaves the last layer."""
+        """The vectors that the head reads, from those that leave the last layer."""
         return self.model.read_by_head(self.model.decoder.leave(x))
 
     def trunk(self, input_ids: Tensor, mask: Tensor | None, cache: LinJaxCache, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What all models here share: where parameters begin that are in no file, and random directions in float32."""
+"""The base of all models here: initial values of what is in no file, int8 layers, random directions in float32."""
 
 import torch
 from torch import nn

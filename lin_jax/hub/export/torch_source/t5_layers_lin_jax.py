@@ -28,14 +28,14 @@ T5 = Conventions(unit_values=True, merged_norm=True, softmax_scale="one")
 
 
 class Places(NamedTuple):
-    """What all decoder layers need to know: the bias of distances, and the positions `[B, T]` of their tokens."""
+    """Context of all decoder layers: the bias of distances, and the positions `[B, T]` of their tokens."""
 
     bias: Bias
     positions: Tensor
 
 
 def random_values(shape: tuple[int, ...], deviation: float) -> dict[str, Tensor]:
-    """Where a matrix of weights begins."""
+    """Initial values of a matrix of weights."""
     return {"weight": torch.randn(shape) * deviation}
 
 
@@ -93,7 +93,7 @@ class LinJaxT5Attention(nn.Module):
         return self.split(self.q, x), self.split(self.k, x), self.split(self.v, x)
 
     def mixing(self, bias: Bias | None = None) -> Mixer:
-        """What mixes."""
+        """The parts of the token mixer."""
         return Mixer(self.options, self.mixer, self.alpha, self.dwconv, self.windowed, bias)
 
 
