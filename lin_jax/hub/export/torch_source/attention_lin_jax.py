@@ -37,7 +37,7 @@ WRAPPED = ("softmax", "square", "linformer", "transnormer", "yoso")
 
 @dataclass(frozen=True)
 class Conventions:
-    """How a model prepares queries, keys, values and scores; LLaMA, GPT-2 and BERT do as the defaults say.
+    """A model's way to prepare queries, keys, values and scores; the defaults are those of LLaMA, GPT-2 and BERT.
 
     Attributes:
         two_branches: attentions by groups have queries and keys of the local and of the grouped branch side by side,
