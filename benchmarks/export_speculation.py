@@ -1,13 +1,14 @@
 """Speculation in an exported folder against the folder's own plain `generate`, in PyTorch on a CPU.
 
-    python benchmarks/export_speculation.py [--folder DIR --prompt TEXT ...] [--rows 1] [--tokens 120] [--rounds 5] [--json FILE]
+    python benchmarks/export_speculation.py [--folder DIR --prompt TEXT ...] [--rows 1] [--tokens 120] [--rounds 5]
+        [--json FILE]
 
 Without a folder, a linearized LLaMA is made and exported whose layers do their work and change next to nothing, so that
 the next token follows from the last one alone, among 32: greedy text turns in a circle, as text that repeats itself,
 which n-gram drafts are for. With a folder, prompts are continued by its model; texts that quote their prompt show what
 drafts are worth, others what they cost. Both ways take turns, text by text and round by round, and the ratio is that of
-the fastest of each, by the clock and by processor time. The texts must be equal, token for token. With `--rows`, as many
-texts are written at once.
+the fastest of each, by the clock and by processor time. The texts must be equal, token for token. With `--rows`, as
+many texts are written at once.
 """
 
 import argparse
@@ -50,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for prompt in prompts(folder, options.prompt, options.texts, options.rows):
             rows.append(row := compared(model, prompt, options))
             print(
-                f"{row['rows']} x {row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, with drafts "
-                f"{row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by processor "
-                f"time); {row['passes']} passes, equal: {row['equal']}",
+                f"{row['rows']} x {row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, "
+                f"with drafts {row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by "
+                f"processor time); {row['passes']} passes, equal: {row['equal']}",
                 flush=True,
             )
     print(f"median of the ratios: {statistics.median(row['ratio'] for row in rows):.2f}")

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.hub.conversion.blocks import blocks_of, whole
+from lin_jax.hub.conversion.blocks import blocks_of
 from lin_jax.hub.conversion.tensor_file import StreamedTensor
 from lin_jax.hub.int8.tensor import SCALE, RoundedTensor
 from lin_jax.models.products import quantized
@@ -44,7 +45,7 @@ def rounded_streams(
 
 
 def _factors(tensor: RoundedTensor) -> Iterator[np.ndarray]:
-    yield whole(tensor.scale)
+    yield tensor.factors
 
 
 def _part(which: int, tensor: StreamedTensor, axis: int) -> Iterator[np.ndarray]:
@@ -55,12 +56,12 @@ def _part(which: int, tensor: StreamedTensor, axis: int) -> Iterator[np.ndarray]
 
 def _by_rows(tensor: StreamedTensor) -> Iterator[Parts]:
     for block in tensor.blocks():
-        weight, scale = quantized(block.reshape(-1, tensor.shape[1]))
+        weight, scale = quantized(jnp.asarray(block.reshape(-1, tensor.shape[1])))
         yield np.asarray(weight), np.asarray(scale)
 
 
 def _by_columns(tensor: StreamedTensor) -> Iterator[Parts]:
     """Of outputs in columns, each of which goes through all blocks, the whole tensor at once."""
     parts = [block.reshape(-1) for block in tensor.blocks()]
-    weight, scale = quantized(np.concatenate(parts).reshape(tensor.shape).T)
+    weight, scale = quantized(jnp.asarray(np.concatenate(parts).reshape(tensor.shape).T))
     yield np.ascontiguousarray(np.asarray(weight).T), np.asarray(scale)

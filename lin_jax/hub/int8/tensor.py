@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from lin_jax.errors import UserError
@@ -64,12 +65,12 @@ class RoundedTensor:
 
     @property
     def factors(self) -> np.ndarray:
-        """The factors.
+        """The factors, in float32.
 
         Raises:
             UserError: one of them is none.
         """
-        found = np.asarray(self.scale)
+        found = np.asarray(self.scale).astype(np.float32)
         if not (np.isfinite(found).all() and (found > 0).all()):
             raise UserError(f"{self.scale.name} holds a factor that is not above zero; copy the checkpoint again")
         return found
@@ -94,10 +95,11 @@ def joined(tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
         if scale is None:
             raise UserError(f"{name} is int8, and {name + SCALE} is not there; give a checkpoint with both")
         shapes = [(size, 1) for size in tensor.shape[:1]] + [(1, size) for size in tensor.shape[1:]]
-        if len(tensor.shape) != 2 or scale.shape not in shapes or scale.dtype != np.float32:
+        # PyTorch writes them in another type where the model was turned into one.
+        if len(tensor.shape) != 2 or scale.shape not in shapes or not jnp.issubdtype(scale.dtype, jnp.floating):
             raise UserError(
-                f"{scale.name} is {scale.dtype} {scale.shape}, and {name} has shape {tensor.shape}; give float32 "
-                "factors of its rows or columns"
+                f"{scale.name} is {scale.dtype} {scale.shape}, and {name} has shape {tensor.shape}; give factors of "
+                "its rows or columns"
             )
         found[name] = RoundedTensor(tensor, scale)
     return found
