@@ -128,10 +128,17 @@ def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
 def has_remote_code(model: nnx.Module, *, int8: bool = False) -> bool:
     """True if a model is saved with PyTorch code of its own for transformers: some families, linearized or in int8."""
     family = family_of_model(model)
-    if is_known(family, model.config) and not int8:
+    if (is_known(family, model.config) and not int8) or not can_decode(model.config):
         return False
     bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
     return has_source(family.name, type(model).__name__, bases)
+
+
+def can_decode(config: Any) -> bool:
+    """False if scores are divided by the length of a row that decoding does not know: in some FLASHs."""
+    if getattr(config, "length_scale", "position") == "position":
+        return True
+    return not any(parse_name(kind.name).base in ("softmax", "square") for kind in config.attention.kinds)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
