@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line; None takes the process's own.
     """
     options = _parse(argv)
+    output = Path(options.output)
+    if not output.parent.is_dir():
+        # Found out before hours of writing, not behind them.
+        raise UserError(f"cannot write {output}: there is no folder {output.parent}; make it, or give another file")
     devices = devices_shown()
     session = Session.load(options.model)
     print(f"generating on {devices}", file=sys.stderr)
@@ -46,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for update in scheduler:
             progress.update(update.finished)
             progress.set_postfix_str(f"{scheduler.tokens_per_second:,.0f} tokens/s", refresh=False)
-    output = Path(options.output)
     continuations = [before_circles(tokens) for tokens in scheduler.generation.tokens]
     try:
         with replacement(output) as partial, partial.open("w", encoding="utf-8") as file:

@@ -64,7 +64,9 @@ def parse_run_config(argv: Sequence[str]) -> Command:
         SystemExit: help was asked for.
     """
     argv = list(argv)
-    if argv and not argv[0].startswith("-"):
+    if not argv:
+        raise UserError("no configuration is given; give a YAML file, such as configs/tiny.yaml")
+    if not argv[0].startswith("-"):
         argv.insert(0, "--config")
     parser = _parser(_family(argv))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
@@ -85,6 +87,8 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"there is no folder {path}; give the output of a train.py run")
     try:
         content = path.read_bytes()
     except OSError:
