@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lin_jax.data import open_documents, split_documents
 from lin_jax.decoding.engine.sampling import Sampling
@@ -19,6 +18,7 @@ from lin_jax.decoding.generator import Generator, check_batch
 from lin_jax.devices import devices_shown
 from lin_jax.errors import OptionParser, UserError, check_seed
 from lin_jax.files import replacement
+from lin_jax.progress_bar import progress_bar
 from lin_jax.session import Session
 
 FIELD = "text"
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheduler = generator.stream(
         prompts, options.new_tokens, sampling=sampling, seed=options.seed, slots=options.batch, steps_per_sync=32
     )
-    with tqdm(total=len(prompts), unit="text", file=sys.stderr) as progress:
+    with progress_bar(total=len(prompts), unit="text") as progress:
         for update in scheduler:
             progress.update(update.finished)
             progress.set_postfix_str(f"{scheduler.tokens_per_second:,.0f} tokens/s", refresh=False)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from lin_jax.cli.decode.prompts import given_prompts
 from lin_jax.cli.json_line import json_line
@@ -24,6 +23,7 @@ from lin_jax.decoding.scheduler import Scheduler
 from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.devices import devices_shown
 from lin_jax.errors import UserError, check_seed
+from lin_jax.progress_bar import progress_bar
 from lin_jax.session import Session, check_length
 
 # What a shell expects of a program that Ctrl-C ended.
@@ -168,7 +168,7 @@ def _print_stream(session: Session, texts: Sequence[str], scheduler: Scheduler, 
 def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
     """Shows how far it is, and prints every continuation at the end."""
     status = 0
-    with tqdm(total=len(texts), unit="prompt", disable=len(texts) == 1, file=sys.stderr) as progress:
+    with progress_bar(total=len(texts), unit="prompt", shown=len(texts) > 1) as progress:
         try:
             for update in scheduler:
                 progress.update(update.finished)
