@@ -148,7 +148,7 @@ def test_inspect_what_is_left_out(files: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("change", "status", "row", "value"),
     [
-        ({}, 0, "what to do", "merge them: python -m lin_jax.hub import owner/base OUT --adapter adapter"),
+        ({}, 0, "what to do", "merge them: python -m lin_jax hub import owner/base OUT --adapter adapter"),
         ({}, 0, "layers", "1: model.layers.0.self_attn.q_proj"),
         ({"use_rslora": True}, 0, "factors", "2.82843"),
         ({"rank_pattern": {"q_proj": 2}, "r": 8}, 0, "ranks", "2"),
