@@ -129,8 +129,8 @@ def run_hints(family: str) -> dict[str, Any]:
 
 def _parser(family: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="train.py",
-        usage="train.py CONFIG.yaml [--resume] [--section.field VALUE ...]",
+        prog="python -m lin_jax train",
+        usage="python -m lin_jax train CONFIG.yaml [--resume] [--section.field VALUE ...]",
         description="Trains a model, or draft heads for one, as a YAML file describes; options override the file.",
         exit_on_error=False,
     )
@@ -146,7 +146,7 @@ def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False)
             parsed = parser.instantiate(unmarked(parser.parse_args(present)))
         except ArgumentError as error:
             message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", str(error)).split())
-            raise UserError(f"{message}; 'train.py --help' lists every option") from error
+            raise UserError(f"{message}; 'python -m lin_jax train --help' lists every option") from error
     values = {each.name: getattr(parsed, each.name) for each in fields(RunConfig)}
     return Command(RunConfig(**values), getattr(parsed, "resume", False), getattr(parsed, "launch", Launch()))
 

@@ -73,7 +73,7 @@ def test_help_names_every_section():
         "--training.gradient_accumulation",
     ):
         assert name in done.stdout
-    assert "usage: train.py CONFIG.yaml" in done.stdout
+    assert "usage: python -m lin_jax train CONFIG.yaml" in done.stdout
     assert done.stderr == ""
 
 
