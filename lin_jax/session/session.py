@@ -103,6 +103,7 @@ class Session:
             UserError: there is no such place, or its parts do not belong together.
         """
         source = ModelSource.open(place, step)
+        source.check_holds_no_tokenizer(tokenizer)
         storage = storage_of(source, WeightStorage(weights, same_bits))
         places = [heads] if isinstance(heads, str | Path) else list(heads)
         model = load_for_decoding(source, dtype, storage, whole=bool(places) or heads_are_near(source.place))
@@ -111,7 +112,9 @@ class Session:
         found = load_heads(places, source, model)
         small = None
         if draft_model is not None:
-            other = Session.load(draft_model, tokenizer=tokenizer, dtype=dtype, weights=weights)
+            own = ModelSource.open(draft_model)
+            named = tokenizer if own.place.is_file() else None
+            other = Session.load(draft_model, tokenizer=named, dtype=dtype, weights=weights)
             if other.tokenizer.fingerprint != known.fingerprint:
                 raise UserError(f"the draft model {draft_model} has another tokenizer; give one trained with the same")
             small = other.model

@@ -15,6 +15,7 @@ from lin_jax.data.sources.corpus import Corpus, CorpusPart
 from lin_jax.data.sources.remote import MODEL, fetch_file, fetch_repository, is_remote, is_remote_file
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.formats import original_reader
+from lin_jax.data.tokenizers.quiet_transformers import import_transformers
 from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 from lin_jax.errors import UserError
 from lin_jax.files import copy_without_mark, has_mark
@@ -121,10 +122,8 @@ def _from_json(path: Path) -> Tokenizer:
 
 def _from_transformers(name: str) -> Tokenizer:
     _check_files(Path(name))
-    # Imported here because it takes more than a second, and a trained tokenizer does not need it.
-    from transformers import AutoTokenizer
-
-    pretrained = AutoTokenizer.from_pretrained(
+    # A trained tokenizer does not need the package.
+    pretrained = import_transformers().AutoTokenizer.from_pretrained(
         name,
         trust_remote_code=False,
         local_files_only=True,
@@ -154,11 +153,11 @@ def _check_files(folder: Path) -> None:
 
 def _neutral_config(path: Path) -> dict[str, Any]:
     """An empty configuration in place of one of a type that transformers does not know, which it would warn about."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8-sig")).get("model_type") in CONFIG_MAPPING:
+    transformers = import_transformers()
+    known = transformers.CONFIG_MAPPING
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8-sig")).get("model_type") in known:
         return {}
-    return {"config": PretrainedConfig()}
+    return {"config": transformers.PretrainedConfig()}
 
 
 def _beginning(part: CorpusPart, characters: int) -> Iterator[str]:
