@@ -13,13 +13,13 @@ from flax import nnx
 from lin_jax.attention.feature_maps import Exponential
 from lin_jax.attention.layout import whole_rows
 from lin_jax.attention.linear import LinearBranch
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_attention import WindowedAttention
 from pallas_kernels.augmented_attention import augmented_attention
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.tree_verify import verify_tree
 from pallas_kernels.types import QKV, AugmentedState, TreeArrays
 from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
+from pallas_kernels.windows.window import AttentionWindow
 
 GROUP, TAPS = 64, 32
 # Tokens that pairs are counted in, for the operations at the least: a product of all of them costs more, a memory for

@@ -14,11 +14,11 @@ from support.cells import cells
 from lin_jax.attention import AttentionConfig
 from lin_jax.attention.feature_maps import EluPlusOne, Hedgehog
 from lin_jax.attention.layout import masked_rows, whole_rows
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_kernels import windowed_program
 from lin_jax.decoding import Generator, NgramDrafter, chain
 from lin_jax.models import Llama, LlamaConfig
 from pallas_kernels.types import QKV
+from pallas_kernels.windows.window import AttentionWindow
 
 VOCABULARY = 17
 CONFIG = LlamaConfig(

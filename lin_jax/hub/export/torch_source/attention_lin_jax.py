@@ -102,7 +102,7 @@ def build_attention(
         case "linformer":
             return Linformer(sizes["group_size"], sizes["rank"])
         case "softmax" if sizes.get("window") is not None:
-            return SlidingSoftmax(sizes["window"])
+            return SlidingSoftmax(sizes["window"], sizes.get("sinks", 0))
         case "softmax" | "square":
             return FullAttention(options.base)
     raise ValueError(f"attention '{sizes['name']}' is unknown")

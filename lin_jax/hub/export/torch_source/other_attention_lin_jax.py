@@ -17,6 +17,7 @@ from .recurrence_lin_jax import (
     unit,
     weighted_values,
     wide,
+    with_sinks,
 )
 
 
@@ -99,11 +100,12 @@ class SlidingSoftmax(nn.Module):
 
     Args:
         window: tokens W that a query sees, itself among them.
+        sinks: first tokens of a text that it sees besides.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, sinks: int = 0) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.sinks = window, sinks
 
     def empty_state(self, keys: Tensor, values: Tensor) -> State:
         """An empty ring, position p in slot `p % W`."""
@@ -120,10 +122,17 @@ class SlidingSoftmax(nn.Module):
         # A token sees itself, where it is padding too: a row of nothing would be no numbers.
         own = torch.arange(distance.shape[2], device=last.device) - self.window
         itself = own == torch.arange(distance.shape[1], device=last.device)[:, None]
-        seen = ((known >= 0) & (distance >= 0) & (distance < self.window)) | itself
+        seen = (known >= self.sinks) & (distance >= 0) & (distance < self.window)
         keys, values = (torch.cat([state[name], getattr(piece, name)], dim=1) for name in ("keys", "values"))
-        outputs = weighted_values(softmax_weights(queries, wide(keys), seen), wide(values))
-        return outputs, self._after(piece, {"keys": keys, "values": values})
+        after = self._after(piece, {"keys": keys, "values": values})
+        if not self.sinks:
+            return weighted_values(softmax_weights(queries, wide(keys), seen | itself), wide(values)), after
+        tokens = {"keys": piece.keys, "values": piece.values}
+        sinks = with_sinks(state, tokens, piece.rows.position, self.sinks)
+        keys, values = torch.cat([sinks["sink_keys"], keys], dim=1), torch.cat([sinks["sink_values"], values], dim=1)
+        first = torch.arange(self.sinks, device=last.device) <= piece.positions
+        seen = torch.cat([first.expand(*seen.shape[:2], -1), seen], dim=2)
+        return weighted_values(softmax_weights(queries, wide(keys), seen), wide(values)), {**after, **sinks}
 
     def _after(self, piece: Piece, seen: State) -> State:
         """The ring after the real tokens of a piece: of every slot, its newest token."""
