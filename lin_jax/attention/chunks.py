@@ -10,7 +10,7 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.memory import scan_memory
 from lin_jax.attention.pairs import PairMasks, causal_masks, per_head
-from pallas_kernels.chunks import carried_segment_ids, first_segment_id
+from pallas_kernels.chunks import carried_segment_ids, cut, first_segment_id
 from pallas_kernels.types import AugmentedState
 
 

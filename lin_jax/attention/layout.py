@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.chunks import first_segment_id
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ class WindowedAttention(nnx.Module):
             if masks.far is not None:
                 since = jnp.pad(-since, ((0, 0), (self.window.sinks, 0), (0, 0)))
                 clock = jnp.concatenate([since, path], axis=1)
-                factors = between(*(Clock(sums, jnp.zeros_like(sums)) for sums in (path, clock)), masks.far)
+                asked, kept = (Clock(sums, jnp.zeros_like(sums)) for sums in (path, clock))
+                factors = between(asked, kept, masks.far)
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)

@@ -114,9 +114,12 @@ def advance(
     keys, values = gather(state.keys, tokens.keys, *ring), gather(state.values, tokens.values, *ring)
     sinks: tuple[Array | None, Array | None] = (None, None)
     if state.sink_keys is not None and state.sink_values is not None:
-        slots = jnp.broadcast_to(jnp.arange(window.sinks), (position.shape[0], window.sinks))
-        back = position[:, None] - slots, slots
-        sinks = gather(state.sink_keys, tokens.keys, *back), gather(state.sink_values, tokens.values, *back)
+        order = jnp.broadcast_to(jnp.arange(window.sinks), (position.shape[0], window.sinks))
+        since = position[:, None] - order
+        sinks = (
+            gather(state.sink_keys, tokens.keys, since, order),
+            gather(state.sink_values, tokens.values, since, order),
+        )
     return WindowedState(memory, keys, values, decays, convolved, position, *sinks)
 
 

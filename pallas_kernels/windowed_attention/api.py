@@ -160,8 +160,8 @@ def _with_sinks(
     if packed is not None:
         places = Places(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
     tokens = WindowNodes(problem.keys, problem.values, None)
-    options = {"sinks": window.sinks, "scale": window.scale}
-    return add_sinks(problem.queries, tokens, places, early, outputs, totals, **options)
+    parts = places, early, outputs, totals
+    return add_sinks(problem.queries, tokens, *parts, sinks=window.sinks, scale=window.scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

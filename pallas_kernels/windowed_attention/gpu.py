@@ -407,7 +407,8 @@ def _ages(
     parts = [jnp.cumsum(cut(part), axis=3).reshape(*decays.shape[:2], -1)[..., :width] for part in parts_of(decays)]
     clock = jnp.stack(parts, axis=2)
     joining = cut(jnp.where(folded[:, None], decays, 0))
-    later = sum(jnp.cumsum(part[..., ::-1], axis=3)[..., ::-1] - part for part in parts_of(joining))
+    coarse, fine = (jnp.cumsum(part[..., ::-1], axis=3)[..., ::-1] - part for part in parts_of(joining))
+    later = coarse + fine
     sums = jnp.sum(joining, axis=3)
     if pieces > plan.blocks:
         # What lies beyond the last block joins the memory with it.
