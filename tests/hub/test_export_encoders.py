@@ -84,7 +84,7 @@ def test_same_logits(name: str, tmp_path: Path, x64: None) -> None:
     assert_close(found[batch["mask"]], expected[batch["mask"]], "float64")
 
 
-@pytest.mark.parametrize("sizes", [{"window": 3}, {"window_groups": 0}], ids=str)
+@pytest.mark.parametrize("sizes", [{"window": 3}, {"window_groups": 0}, {"window": 2, "sinks": 3}], ids=str)
 def test_windows_on_both_sides(sizes: dict[str, int], tmp_path: Path, x64: None) -> None:
     ours, batch = encoder("exponential+window", **sizes), rows()
     folder = save_pretrained(ours, tmp_path / "model")
