@@ -30,7 +30,7 @@ from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
 from lin_jax.attention.pairs import per_head, unit
 from lin_jax.attention.windowed_kernels import windowed_by_program, windowed_program
-from lin_jax.attention.windowed_state import WindowedState, advance, commit_path, held, in_order, sinks_of
+from lin_jax.attention.windowed_state import WindowedState, advance, commit_path, held, in_order, sinks_of, with_sinks
 from lin_jax.errors import UserError
 from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.pairs import merge_heads, split_heads, weighted_values
@@ -227,25 +227,17 @@ class WindowedAttention(nnx.Module):
         queries, nodes = self._inputs(qkv)
         slots = held(self.window, state.position)
         positions = state.position[:, None] + tree.depth
-        early_positions, early_mask = slots.positions, slots.mask
-        if (sinks := sinks_of(state)) is not None:
-            order = jnp.broadcast_to(jnp.arange(self.window.sinks), sinks.mask.shape)
-            early_positions = jnp.concatenate([order, early_positions], axis=1)
-            early_mask = jnp.concatenate([sinks.mask, early_mask], axis=1)
-        key_positions = jnp.concatenate([early_positions, positions], axis=1)
+        known, early = with_sinks(state, slots)
+        key_positions = jnp.concatenate([early.positions, positions], axis=1)
         ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, positions.shape[1]))
-        ring = jnp.broadcast_to(early_mask[:, None], (*positions.shape, early_mask.shape[1]))
+        ring = jnp.broadcast_to(early.mask[:, None], (*positions.shape, early.mask.shape[1]))
         masks = self.window.masks(positions, key_positions, jnp.concatenate([ring, ancestors], axis=2))
         if positions.shape[1] == 1 and self.window.tokens != 0:
             masks = masks._replace(far=None)
         masks = self._reach(masks)
-        early_keys = [part.astype(nodes.keys.dtype) for part in (state.sink_keys, state.keys) if part is not None]
-        early_values = [
-            part.astype(nodes.values.dtype) for part in (state.sink_values, state.values) if part is not None
-        ]
         tokens = WindowNodes(
-            jnp.concatenate([*early_keys, nodes.keys], axis=1),
-            jnp.concatenate([*early_values, nodes.values], axis=1),
+            jnp.concatenate([known.keys.astype(nodes.keys.dtype), nodes.keys], axis=1),
+            jnp.concatenate([known.values.astype(nodes.values.dtype), nodes.values], axis=1),
             None,
         )
         read, factors = self.linear.recall(queries, state.memory), None

@@ -67,6 +67,18 @@ def sinks_of(state: WindowedState) -> Sinks | None:
     return Sinks(state.sink_keys, state.sink_values, early_mask(state.position, state.sink_keys.shape[1]))
 
 
+def with_sinks(state: WindowedState, slots: Held) -> tuple[WindowNodes, Held]:
+    """Keys and values of a state's sinks, if it has any, before those of its ring's slots."""
+    if (sinks := sinks_of(state)) is None:
+        return WindowNodes(state.keys, state.values, None), slots
+    order = jnp.broadcast_to(jnp.arange(sinks.mask.shape[1]), sinks.mask.shape)
+    tokens = WindowNodes(
+        jnp.concatenate([sinks.keys, state.keys], axis=1), jnp.concatenate([sinks.values, state.values], axis=1), None
+    )
+    positions = jnp.concatenate([order, slots.positions], axis=1)
+    return tokens, Held(positions, jnp.concatenate([sinks.mask, slots.mask], axis=1))
+
+
 def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
     """The window's tokens from the oldest slot to the newest."""
     size = window.capacity

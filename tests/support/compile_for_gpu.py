@@ -130,7 +130,7 @@ def trace(launches, size, dtype, placed):
 
 
 def windowed_problem(rows, held, size, packed, slots):
-    """Attention over a window and a memory, with the number of features that models have; placed rows decay, and have sinks."""
+    """Attention over a window and a memory, with the features that models have; placed rows decay, and have sinks."""
     features = min(2 * size, 256)
     weights = windowed.FeatureWeights(
         struct(HEADS, features, size),
