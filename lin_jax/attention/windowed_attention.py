@@ -249,9 +249,7 @@ class WindowedAttention(nnx.Module):
             read = read * jnp.exp(path + elapsed)[..., None, None].astype(read.dtype)
             if masks.far is not None:
                 since = jnp.pad(-since, ((0, 0), (self.window.sinks, 0), (0, 0)))
-                clock = jnp.concatenate([since, path], axis=1)
-                asked, kept = (Clock(sums, jnp.zeros_like(sums)) for sums in (path, clock))
-                factors = between(asked, kept, masks.far)
+                factors = between(Clock.of(path), Clock.of(jnp.concatenate([since, path], axis=1)), masks.far)
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
