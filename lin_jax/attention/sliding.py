@@ -23,7 +23,7 @@ from pallas_kernels.pairs import merge_heads, split_heads
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import QKV, Nodes, TreeArrays
 from pallas_kernels.windows.normaliser import normalised
-from pallas_kernels.windows.rows import Before, Places, Sinks, WindowedRows, WindowNodes, early_mask
+from pallas_kernels.windows.rows import Before, Sinks, TokenPlaces, WindowedRows, WindowNodes, early_mask
 from pallas_kernels.windows.window import AttentionWindow
 
 # Smaller chunks than this cost about as much.
@@ -171,7 +171,7 @@ class SlidingSoftmax(nnx.Module):
     ) -> Float[Array, "B T H E"]:
         """Outputs in chunks; each sees its own keys, those of the chunk before it, and its document's sinks."""
         readable, first = jnp.where(layout.valid, layout.segment_ids, 0), first_segment_id(layout.segment_ids)
-        places, early = Places(readable, layout.segment_ids, layout.positions, first, layout.aligned), None
+        places, early = TokenPlaces(readable, layout.segment_ids, layout.positions, first, layout.aligned), None
         if state is not None and state.sink_keys is not None and state.sink_values is not None:
             # The oldest token is in no window any more.
             ring = _Keys.of_ring(state, layout, qkv)

@@ -36,9 +36,9 @@ from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.pairs import merge_heads, split_heads, weighted_values
 from pallas_kernels.precision import accumulation_dtype, upcast
 from pallas_kernels.types import QKV, TreeArrays
-from pallas_kernels.windows.clock import Clock, between
+from pallas_kernels.windows.clock import SplitSums, between
 from pallas_kernels.windows.normaliser import normalised
-from pallas_kernels.windows.rows import Before, Pairs, Places, WindowedRows, WindowNodes
+from pallas_kernels.windows.rows import Before, Pairs, TokenPlaces, WindowedRows, WindowNodes
 from pallas_kernels.windows.window import AttentionWindow, NearFarMasks
 
 
@@ -174,7 +174,7 @@ class WindowedAttention(nnx.Module):
             new_state = advance(self.window, state, tokens, layout, after)
         return merge_heads(outputs).astype(qkv.values.dtype), new_state
 
-    def _context(self, layout: Layout, state: WindowedState | None) -> tuple[Places, Before | None]:
+    def _context(self, layout: Layout, state: WindowedState | None) -> tuple[TokenPlaces, Before | None]:
         """The places of rows' tokens, all alike where they can be, and what came before them."""
         readable, owners, positions = (
             jnp.where(layout.valid, layout.segment_ids, 0),
@@ -184,7 +184,7 @@ class WindowedAttention(nnx.Module):
         first = first_segment_id(layout.segment_ids)
         if layout.aligned and layout.present is None and state is None:
             readable, owners, positions, first = readable[:1], owners[:1], positions[:1], first[:1]
-        places = Places(readable, owners, positions, first, layout.aligned)
+        places = TokenPlaces(readable, owners, positions, first, layout.aligned)
         if state is None:
             return places, None
         tokens, slots = in_order(self.window, state)
@@ -249,7 +249,7 @@ class WindowedAttention(nnx.Module):
             read = read * jnp.exp(path + elapsed)[..., None, None].astype(read.dtype)
             if masks.far is not None:
                 since = jnp.pad(-since, ((0, 0), (self.window.sinks, 0), (0, 0)))
-                factors = between(Clock.of(path), Clock.of(jnp.concatenate([since, path], axis=1)), masks.far)
+                factors = between(SplitSums.of(path), SplitSums.of(jnp.concatenate([since, path], axis=1)), masks.far)
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)

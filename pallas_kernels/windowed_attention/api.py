@@ -27,7 +27,7 @@ from pallas_kernels.windowed_attention.problem import (
     WindowedPrior,
     WindowedProblem,
 )
-from pallas_kernels.windows.rows import Places, Sinks, WindowNodes
+from pallas_kernels.windows.rows import Sinks, TokenPlaces, WindowNodes
 from pallas_kernels.windows.sinks import add_sinks
 
 _Returned = tuple[Float[Array, "B T H E"], Memory]
@@ -156,9 +156,9 @@ def _programs(problem: WindowedProblem, window: AttentionWindowPlan, *, platform
 def _with_sinks(
     problem: WindowedProblem, early: Sinks | None, outputs: Array, totals: Array, window: AttentionWindowPlan
 ) -> Float[Array, "B T H E"]:
-    packed, places = problem.packed, Places.whole(problem.queries.shape[1])
+    packed, places = problem.packed, TokenPlaces.whole(problem.queries.shape[1])
     if packed is not None:
-        places = Places(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
+        places = TokenPlaces(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
     tokens = WindowNodes(problem.keys, problem.values, None)
     parts = places, early, outputs, totals
     return add_sinks(problem.queries, tokens, *parts, sinks=window.sinks, scale=window.scale)

@@ -19,7 +19,7 @@ from pallas_kernels.precision import upcast
 from pallas_kernels.products import matmul, memory_matmul, zero_absent
 from pallas_kernels.tpu.heads import SUBLANES, flat, upright
 from pallas_kernels.windowed_attention.problem import WindowedPlan
-from pallas_kernels.windows.clock import Clock, lag, parts_of
+from pallas_kernels.windows.clock import SplitSums, lag, parts_of
 from pallas_kernels.windows.features import LARGEST_EXPONENT
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -200,8 +200,8 @@ class DecayClock(NamedTuple):
         keys: `[1, W]`.
     """
 
-    queries: Clock
-    keys: Clock
+    queries: SplitSums
+    keys: SplitSums
 
 
 def clock_of(decays: Float[Array, "1 W"] | None, plan: WindowedPlan) -> DecayClock | None:
@@ -209,7 +209,7 @@ def clock_of(decays: Float[Array, "1 W"] | None, plan: WindowedPlan) -> DecayClo
     if decays is None:
         return None
     sums = _running_parts(decays, plan, lambda row, column: row <= column)
-    return DecayClock(Clock(*(upright(each)[plan.before :] for each in sums)), sums)
+    return DecayClock(SplitSums(*(upright(each)[plan.before :] for each in sums)), sums)
 
 
 def clock_gradient(queries: Float[Array, "C 1"], keys: Float[Array, "1 W"], plan: WindowedPlan) -> Float[Array, "1 W"]:
@@ -226,13 +226,13 @@ def _running(
     return matmul(jnp.broadcast_to(row, (SUBLANES, plan.width)), ones, (1, 0))[:1]
 
 
-def _running_parts(row: Float[Array, "1 W"], plan: WindowedPlan, counts: Callable[[Array, Array], Array]) -> Clock:
+def _running_parts(row: Float[Array, "1 W"], plan: WindowedPlan, counts: Callable[[Array, Array], Array]) -> SplitSums:
     """The same of logarithms of decay, taken apart: one product for both parts."""
     ones = counts(_count(plan.width, 0), _count(plan.width, 1)).astype(row.dtype)
     parts = parts_of(row)
     rows = jnp.where(_count(SUBLANES, 0) == 0, parts.coarse, parts.fine)
     found = matmul(rows, ones, (1, 0))
-    return Clock(found[:1], found[1:2])
+    return SplitSums(found[:1], found[1:2])
 
 
 class BlockWeights(NamedTuple):

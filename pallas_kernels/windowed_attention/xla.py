@@ -19,7 +19,7 @@ from pallas_kernels.windows.features import (
     feature_scores,
 )
 from pallas_kernels.windows.normaliser import extended, normalised
-from pallas_kernels.windows.rows import Before, Places, WindowedRows, WindowNodes
+from pallas_kernels.windows.rows import Before, TokenPlaces, WindowedRows, WindowNodes
 from pallas_kernels.windows.window import AttentionWindow
 
 
@@ -28,11 +28,11 @@ def forward(problem: WindowedProblem, plan: AttentionWindowPlan) -> tuple[Float[
     batch, length, kv_heads, _ = problem.keys.shape
     window = AttentionWindow(plan.tokens, plan.group, plan.groups, plan.sinks)
     features, values, packed = _features(problem, plan), problem.values, problem.packed
-    keys, places, early = problem.keys, Places.whole(length), None
+    keys, places, early = problem.keys, TokenPlaces.whole(length), None
     if packed is not None:
         there = (packed.segment_ids > 0)[..., None, None]
         keys, values = (jnp.where(there, each, 0) for each in (keys, values))
-        places = Places(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
+        places = TokenPlaces(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
     shape = batch, kv_heads, problem.features * (2 if plan.features == "hedgehog" else 1), values.shape[3] + 1
     initial = jnp.zeros(shape, accumulation_dtype(values.dtype))
     if (prior := problem.prior) is not None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 _STEPS = 2.0**12
 
 
-class Clock(NamedTuple):
+class SplitSums(NamedTuple):
     """Two numbers whose sum is a sum of logarithms of decay.
 
     Attributes:
@@ -26,8 +26,8 @@ class Clock(NamedTuple):
     fine: Float[Array, "*any"]
 
     @classmethod
-    def of(cls, sums: Float[Array, "*any"]) -> "Clock":
-        """A clock of sums that have been taken in one piece, as exact as these are."""
+    def of(cls, sums: Float[Array, "*any"]) -> "SplitSums":
+        """Sums that have been taken in one piece, as exact as these are."""
         return cls(sums, jnp.zeros_like(sums))
 
     @property
@@ -36,20 +36,20 @@ class Clock(NamedTuple):
         return self.coarse + self.fine
 
 
-def parts_of(decays: Float[Array, "*any"]) -> Clock:
+def parts_of(decays: Float[Array, "*any"]) -> SplitSums:
     """Logarithms taken apart; the gradient is that of the fine parts."""
     coarse = jax.lax.stop_gradient(jnp.round(decays * _STEPS) / _STEPS)
-    return Clock(coarse, decays - coarse)
+    return SplitSums(coarse, decays - coarse)
 
 
-def lag(queries: Clock, keys: Clock) -> Float[Array, "*any"]:
+def lag(queries: SplitSums, keys: SplitSums) -> Float[Array, "*any"]:
     """Differences of sums, which are as exact as they are small."""
     return (queries.coarse - keys.coarse) + (queries.fine - keys.fine)
 
 
-def between(queries: Clock, keys: Clock, mask: Bool[Array, "*#batch T S"]) -> Float[Array, "*batch K 1 T S"]:
-    """Factors of pairs, one where the mask has none, from clocks `[..., T, K]` of queries and `[..., S, K]` of keys."""
-    asked = Clock(*(jnp.swapaxes(part, -1, -2)[..., :, None] for part in queries))
-    held = Clock(*(jnp.swapaxes(part, -1, -2)[..., None, :] for part in keys))
+def between(queries: SplitSums, keys: SplitSums, mask: Bool[Array, "*#batch T S"]) -> Float[Array, "*batch K 1 T S"]:
+    """Factors of pairs, one where the mask has none, from sums `[..., T, K]` of queries and `[..., S, K]` of keys."""
+    asked = SplitSums(*(jnp.swapaxes(part, -1, -2)[..., :, None] for part in queries))
+    held = SplitSums(*(jnp.swapaxes(part, -1, -2)[..., None, :] for part in keys))
     # Masked before the exponential: pairs that do not count would overflow, and their gradients with them.
     return jnp.exp(jnp.where(mask[..., None, :, :], lag(asked, held), 0))[..., None, :, :]

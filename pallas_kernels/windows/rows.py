@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.chunks import carried_segment_ids, cut
-from pallas_kernels.windows.clock import Clock, between, parts_of
+from pallas_kernels.windows.clock import SplitSums, between, parts_of
 from pallas_kernels.windows.window import AttentionWindow, NearFarMasks
 
 # What tokens add to the memory: keys `[B, S, K, D]`, values `[B, S, K, E]`, factors `[B, S, K]` or None.
@@ -58,8 +58,8 @@ class Before(NamedTuple):
     sinks: Sinks | None
 
 
-class Places(NamedTuple):
-    """Places of the tokens of rows.
+class TokenPlaces(NamedTuple):
+    """TokenPlaces of the tokens of rows.
 
     Attributes:
         segment_ids: `[B or 1, T]` number of a token's document, 0 where it may not be attended to.
@@ -76,7 +76,7 @@ class Places(NamedTuple):
     aligned: bool
 
     @classmethod
-    def whole(cls, length: int) -> "Places":
+    def whole(cls, length: int) -> "TokenPlaces":
         """Those of rows that are one document each, from its beginning, all alike."""
         ones = jnp.ones((1, length), jnp.int32)
         return cls(ones, ones, jnp.arange(length)[None], jnp.ones((1,), jnp.int32), aligned=True)
@@ -122,7 +122,7 @@ class WindowedRows:
 
     @classmethod
     def of(
-        cls, window: AttentionWindow, queries: Array, tokens: WindowNodes, places: Places, early: Before | None
+        cls, window: AttentionWindow, queries: Array, tokens: WindowNodes, places: TokenPlaces, early: Before | None
     ) -> "WindowedRows":
         """Cuts rows up: `queries` `[B, T, K, R, D]` and `tokens` `[B, T, ...]`, behind what came before them."""
         simple = places.aligned and early is None
@@ -188,7 +188,7 @@ class WindowedRows:
             tokens = WindowNodes(keys, values, None)
             together = _side_by_side(self.reads_memory[..., None] & mask[..., None, :], together)
             room = ((0, 0), (0, 0), (self.window.sinks, 0), (0, 0))
-            clock = None if clock is None else Clock(*(jnp.pad(part, room) for part in clock))
+            clock = None if clock is None else SplitSums(*(jnp.pad(part, room) for part in clock))
         masks = self.window.masks(self.query_positions, self.key_positions, together)
         # Where groups are chunks, all tokens beside a chunk are near.
         if self.simple and self.window.tokens is None:
@@ -196,15 +196,15 @@ class WindowedRows:
         masks = masks.with_near_among_far() if counts_near else masks
         factors = None
         if clock is not None and masks.far is not None:
-            factors = between(Clock(*(part[:, :, -self.window.chunk :] for part in clock)), clock, masks.far)
+            factors = between(SplitSums(*(part[:, :, -self.window.chunk :] for part in clock)), clock, masks.far)
         return Pairs(tokens._replace(decays=None), masks, factors, bias)
 
     @property
-    def _clock(self) -> Clock | None:
+    def _clock(self) -> SplitSums | None:
         """Sums `[B, n, (m + 1) c, K]` of the logarithms of decay over the tokens beside a chunk; None without decay."""
         if self.tokens.decays is None:
             return None
-        return Clock(*(jnp.cumsum(self._beside(part), axis=2) for part in parts_of(self.tokens.decays)))
+        return SplitSums(*(jnp.cumsum(self._beside(part), axis=2) for part in parts_of(self.tokens.decays)))
 
     @property
     def _carried(self) -> Array:
@@ -252,7 +252,7 @@ class WindowedRows:
         return Sinks(keys, values, mask)
 
     def read(self, before: Array, recall: Callable[[Array, Array], Array]) -> Float[Array, "B n c K R E"]:
-        """What queries read, by `recall(queries, memory)`, from the memory before the tokens beside their chunk."""
+        """Sums that queries read, by `recall(queries, memory)`, from the memory before what lies beside their chunk."""
         read = recall(self.queries, before)
         if (clock := self._clock) is not None:
             read = read * jnp.exp(clock.total[:, :, -self.window.chunk :])[..., None, None].astype(read.dtype)
@@ -333,8 +333,8 @@ def _scan(
     factors, across = included[..., None], None
     if tokens.decays is not None:
         own = parts_of(jnp.where(included[..., None], tokens.decays, 0))
-        after = Clock(*(jnp.cumsum(part[:, :, ::-1], axis=2)[:, :, ::-1] for part in own))
-        since = Clock(*(total - part for total, part in zip(after, own, strict=True)))
+        after = SplitSums(*(jnp.cumsum(part[:, :, ::-1], axis=2)[:, :, ::-1] for part in own))
+        since = SplitSums(*(total - part for total, part in zip(after, own, strict=True)))
         factors, across = included[..., None] * jnp.exp(since.total), jnp.exp(after.total[:, :, 0])
 
     def step(memory: Array, chunk: Any) -> tuple[Array, Array]:

@@ -5,14 +5,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.pairs import merge_heads, split_heads
 from pallas_kernels.windows.normaliser import extended, normalised
-from pallas_kernels.windows.rows import Before, Pairs, Places, Sinks, WindowedRows, WindowNodes
+from pallas_kernels.windows.rows import Before, Pairs, Sinks, TokenPlaces, WindowedRows, WindowNodes
 from pallas_kernels.windows.window import AttentionWindow, NearFarMasks
 
 
 def add_sinks(
     queries: Float[Array, "B T H D"],
     tokens: WindowNodes,
-    places: Places,
+    places: TokenPlaces,
     early: Sinks | None,
     outputs: Float[Array, "B T H E"],
     totals: Float[Array, "B H T"],
