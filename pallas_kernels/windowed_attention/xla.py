@@ -37,6 +37,7 @@ def forward(problem: WindowedProblem, plan: AttentionWindowPlan) -> tuple[Float[
     initial = jnp.zeros(shape, accumulation_dtype(values.dtype))
     if (prior := problem.prior) is not None:
         initial = jnp.concatenate([prior.memory.values, prior.memory.keys[..., None]], axis=-1).astype(initial.dtype)
+        prior = prior.of_length(window.chunks_before(aligned=False) * window.chunk)
         tokens = WindowNodes(prior.keys, prior.values, prior.log_decays)
         early = Before(tokens, prior.positions, None if packed is None else prior.sinks(packed))
     queries = split_heads(problem.queries, kv_heads)
