@@ -166,6 +166,19 @@ def against(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def beside(options: argparse.Namespace) -> int:
+    """Compares all attentions with the other code, and writes JSON if asked to."""
+    rows = []
+    for name in options.attentions:
+        row = against(name, options)
+        rows.append(row)
+        ratios = f"{row['times_the_other']:.3f} times the other's (least: {row['least_times_the_other']:.3f})"
+        print(f"{name:44} {row['processor_seconds']:.3f} s of processor time a step, {ratios}", flush=True)
+    if options.json:
+        write(header("attention steps") | {**vars(options), "results": rows}, options.json)
+    return 0
+
+
 def memory(contender: Contender, lengths: list[int]) -> dict[int, int]:
     """Bytes that XLA sets aside for a step of one row of each length, beyond what goes in and comes out."""
     return {length: contender.compiled(1, length).memory_analysis().temp_size_in_bytes for length in lengths}
@@ -185,15 +198,7 @@ def main() -> int:
     if options.serve:
         return serve(options)
     if options.against:
-        rows = [against(name, options) for name in options.attentions]
-        for row in rows:
-            ratios = f"{row['times_the_other']:.3f} times the other's (least: {row['least_times_the_other']:.3f})"
-            print(
-                f"{row['attention']:44} {row['processor_seconds']:.3f} s of processor time a step, {ratios}", flush=True
-            )
-        if options.json:
-            write(header("attention steps") | {**vars(options), "results": rows}, options.json)
-        return 0
+        return beside(options)
     contenders = {name: Contender(config_of(name, options)) for name in options.attentions}
     found: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     if options.rounds:
