@@ -146,7 +146,7 @@ def _end(node: Any) -> int:
 
 def _entry(attention: AttentionConfig, base: AttentionConfig) -> str | dict[str, Any]:
     """A layer's attention as a recipe has it: its name, and the fields that are not those of the other layers."""
-    names = ("window",) if attention.name == "softmax" else tuple(asdict(attention))
+    names = ("window", "sinks") if attention.name == "softmax" else tuple(asdict(attention))
     left = ("name", "implementation", "pattern", "layers")
     other = {
         name: getattr(attention, name)

@@ -117,11 +117,12 @@ def _stored_attention(attention: AttentionConfig, config: Any) -> dict[str, Any]
 def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     """All fields of one layer's attention but `implementation`, which is this machine's choice of kernels."""
     left = ("implementation", "pattern", "layers")
-    # Readers of earlier versions know no window.
+    # Readers of earlier versions know no window, or no sinks.
+    newer = {"window": None, "sinks": 0}
     return {
         name: value
         for name, value in asdict(attention).items()
-        if name not in left and not (name == "window" and value is None)
+        if name not in left and not (name in newer and value == newer[name])
     }
 
 

@@ -119,6 +119,8 @@ def _attention_text(config: Any) -> str:
         sizes |= {size: values[size] for size, needs in _SIZES.items() if parts & set(needs)}
         if attention.window is not None:
             sizes |= {"window": attention.window, "group_size": None, "window_groups": None}
+        if attention.sinks:
+            sizes["sinks"] = attention.sinks
         if attention.decay != "none":
             sizes["decay"] = attention.decay
         listed = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)

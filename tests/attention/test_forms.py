@@ -26,6 +26,7 @@ from lin_jax.attention import (
 from lin_jax.attention.augmentation import WrappedState
 from lin_jax.attention.full import CacheState
 from lin_jax.attention.linformer import LinformerState
+from lin_jax.attention.sliding import RingCache
 from lin_jax.attention.windowed_state import WindowedState, held
 from lin_jax.attention.yoso import YosoAttention
 from pallas_kernels.augmented_attention import augmented_attention_reference
@@ -49,6 +50,13 @@ WINDOWED = (
     "relu+local/decay=constant",
     "rfa/decay=constant",
     "elu/decay=token",
+    # Sinks: in the same group as what leaves the window, in several groups, of a window shorter than they are.
+    "exponential+window+convolution/window=5/sinks=3",
+    "hedgehog+window/decay=token/sinks=2",
+    "relu+window/window_groups=0/decay=constant/sinks=11",
+    "hedgehog+window/window=1/decay=token/sinks=4",
+    "softmax/window=5/sinks=3",
+    "softmax/window=1/sinks=1",
 )
 NAMES = (*REGISTRY, *AUGMENTED, *WINDOWED)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -121,6 +129,8 @@ ALWAYS = (
     "yoso",
     "exponential+window+convolution/window=5",
     "hedgehog+window/window=9/decay=token",
+    "hedgehog+window/decay=token/sinks=2",
+    "softmax/window=5/sinks=3",
 )
 
 
@@ -186,7 +196,9 @@ def same_state(case: Case, one: Any, other: Any) -> None:
         used = np.asarray(one.position)[:, None] > np.arange(one.keys.shape[1])
     elif isinstance(one, WindowedState):
         used = held(case.mixer.window, one.position).mask
-    for part in ("memory", "window", "convolved"):
+    elif isinstance(one, RingCache):
+        used = np.asarray(one.position)[:, None] > np.arange(one.keys.shape[1])
+    for part in ("memory", "window", "convolved", "sink_keys", "sink_values"):
         if getattr(one, part, None) is not None:
             close(getattr(one, part), getattr(other, part))
     for part in ("keys", "values", "decays"):

@@ -390,7 +390,11 @@ def test_other_types(dtype: str, tmp_path: Path) -> None:
     assert sums.dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", [FLAGSHIP, Case("yoso+local", "gpt2")], ids=str)
+# Softmax over a window has a type of transformers' own, but with sinks.
+SINKS = Case("softmax", sizes={"window": 5, "sinks": 2})
+
+
+@pytest.mark.parametrize("case", [FLAGSHIP, Case("yoso+local", "gpt2"), SINKS], ids=str)
 def test_saved_by_transformers(case: Case, tmp_path: Path) -> None:
     """A folder that transformers writes holds the code and the numbers once more, for PyTorch and for us."""
     ours = case.model("float32")

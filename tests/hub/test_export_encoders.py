@@ -89,6 +89,7 @@ def test_same_logits(name: str, tmp_path: Path, x64: None) -> None:
     [
         ("exponential+window", {"window": 3}),
         ("exponential+window", {"window_groups": 0}),
+        ("exponential+window", {"window": 2, "sinks": 3}),
         ("relu+convolution", {"convolve_padding": True}),
     ],
     ids=str,

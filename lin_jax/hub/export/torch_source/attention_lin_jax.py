@@ -168,7 +168,7 @@ def build_attention(
         case "linformer":
             return Linformer(sizes["group_size"], sizes["rank"])
         case "softmax" if sizes.get("window") is not None:
-            return SlidingSoftmax(sizes["window"], conventions.scale)
+            return SlidingSoftmax(sizes["window"], conventions.scale, sizes.get("sinks", 0))
         case "softmax" | "square":
             return FullAttention(options.base, conventions.scale, by_length=conventions.softmax_scale == "length")
     raise ValueError(f"attention '{sizes['name']}' is unknown")

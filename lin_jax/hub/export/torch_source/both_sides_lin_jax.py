@@ -132,7 +132,7 @@ def _near(window: Window, real: Tensor) -> Tensor:
         near = (places[:, None] - places).abs() < window.tokens
     else:
         near = (places[:, None] // window.group_size - places // window.group_size).abs() <= window.groups
-    return near & real[:, None]
+    return (near | (places < window.sinks)) & real[:, None]
 
 
 def _convolved(kernel: Tensor, values: Tensor) -> Tensor:

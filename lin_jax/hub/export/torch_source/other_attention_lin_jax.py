@@ -18,6 +18,7 @@ from .recurrence_lin_jax import (
     unit,
     weighted_values,
     wide,
+    with_sinks,
 )
 
 
@@ -155,11 +156,12 @@ class SlidingSoftmax(nn.Module):
     Args:
         window: tokens W that a query sees, itself among them.
         scale: c; None is `D^-0.5`.
+        sinks: first tokens of a text that it sees besides.
     """
 
-    def __init__(self, window: int, scale: float | None = None) -> None:
+    def __init__(self, window: int, scale: float | None = None, sinks: int = 0) -> None:
         super().__init__()
-        self.window, self.scale = window, scale
+        self.window, self.scale, self.sinks = window, scale, sinks
 
     def empty_state(self, keys: Tensor, values: Tensor) -> State:
         """An empty ring, position p in slot `p % W`."""
@@ -173,14 +175,23 @@ class SlidingSoftmax(nn.Module):
         held = last - (last - torch.arange(self.window, device=last.device)) % self.window
         known = torch.cat([held, piece.positions[..., 0].masked_fill(~self._real(piece), -1)], dim=1)[:, None]
         distance = piece.positions - known
-        # A token sees itself, where it is padding too: a row of nothing would be no numbers.
-        own = torch.arange(distance.shape[2], device=last.device) - self.window
-        itself = own == torch.arange(distance.shape[1], device=last.device)[:, None]
-        seen = ((known >= 0) & (distance >= 0) & (distance < self.window)) | itself
+        seen = (known >= self.sinks) & (distance >= 0) & (distance < self.window)
         keys, values = (torch.cat([state[name], getattr(piece, name)], dim=1) for name in ("keys", "values"))
+        after = self._after(piece, {"keys": keys, "values": values})
+        sinks = with_sinks(state, {"keys": piece.keys, "values": piece.values}, piece.rows.position, self.sinks)
+        if sinks:
+            keys = torch.cat([sinks["sink_keys"], keys], dim=1)
+            values = torch.cat([sinks["sink_values"], values], dim=1)
+            before = piece.positions - torch.arange(self.sinks, device=last.device)
+            distance = torch.cat([before.expand(*seen.shape[:2], -1), distance], dim=2)
+            seen = torch.cat([(before >= 0).expand(*seen.shape[:2], -1), seen], dim=2)
+        else:
+            # A token sees itself, where it is padding too: a row of nothing would be no numbers.
+            own = torch.arange(distance.shape[2], device=last.device) - self.window
+            seen = seen | (own == torch.arange(distance.shape[1], device=last.device)[:, None])
         bias = None if piece.bias is None else piece.bias(distance)
         outputs = weighted_values(softmax_weights(queries, wide(keys), seen, bias, self.scale), wide(values))
-        return outputs, self._after(piece, {"keys": keys, "values": values})
+        return outputs, {**after, **sinks}
 
     def _after(self, piece: Piece, seen: State) -> State:
         """The ring after the real tokens of a piece: of every slot, its newest token."""

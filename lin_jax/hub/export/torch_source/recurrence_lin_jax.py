@@ -4,7 +4,7 @@ Rows are padded on the right, and each row stands at a position of its own. Grou
 `g G` to `(g + 1) G - 1`. Query heads are split into K key/value heads times R queries that share one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,26 @@ def behind(old: Tensor, filled: Tensor, new: Tensor) -> Tensor:
     kept = (slots < filled[:, None]).reshape(shape)
     room = torch.cat([old, torch.zeros_like(new, dtype=old.dtype)], dim=1)
     return torch.where(kept, room, new.to(old.dtype).take_along_dim(index, dim=1))
+
+
+def with_sinks(state: State, tokens: Mapping[str, Tensor], position: Tensor, sinks: int) -> dict[str, Tensor]:
+    """Keys and values of a text's first tokens, that of position p in slot p, after some more of them.
+
+    Args:
+        state: what came before.
+        tokens: keys `[B, N, K, D]` and values `[B, N, K, E]`.
+        position: `[B]` tokens before these.
+        sinks: slots S; if there are none, nothing is kept.
+    """
+    kept = {}
+    for name, x in tokens.items() if sinks else ():
+        place = torch.arange(sinks, device=position.device) - position[:, None]
+        shape = (*place.shape, *(1,) * (x.dim() - 2))
+        inside = ((place >= 0) & (place < x.shape[1])).reshape(shape)
+        old = state.get(f"sink_{name}", x.new_zeros(x.shape[0], sinks, *x.shape[2:]))
+        new = x.take_along_dim(place.clamp(0, x.shape[1] - 1).reshape(shape), dim=1)
+        kept[f"sink_{name}"] = torch.where(inside, new.to(old.dtype), old)
+    return kept
 
 
 def wide(x: Tensor) -> Tensor:

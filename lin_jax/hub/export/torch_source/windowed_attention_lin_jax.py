@@ -22,6 +22,7 @@ from .recurrence_lin_jax import (
     pair_scores,
     weighted_values,
     wide,
+    with_sinks,
 )
 
 
@@ -33,17 +34,20 @@ class Window:
         tokens: of a sliding window, the query's own included; None is a window of groups, zero is no window.
         group_size: tokens of a group.
         groups: finished groups before the query's own.
+        sinks: first tokens of a text that stay near for ever, and are never in the memory.
     """
 
     tokens: int | None
     group_size: int
     groups: int
+    sinks: int = 0
 
     @classmethod
     def of(cls, sizes: Mapping[str, Any], *, windowed: bool, grouped: bool) -> "Window":
         """Reads a configuration: its window, or its groups alone, or neither."""
         if windowed:
-            return cls(sizes.get("window"), sizes["group_size"], sizes.get("window_groups", 1))
+            groups = sizes.get("window_groups", 1)
+            return cls(sizes.get("window"), sizes["group_size"], groups, sizes.get("sinks", 0))
         return cls(None if grouped else 0, sizes["group_size"], 0)
 
     @property
@@ -78,7 +82,7 @@ class Slots:
         values: `[B, C + N, K, E]`.
         decays: `[B, C + N, K]` sums of the logarithms of decay up to each slot; None without decay.
         near: `[B, N, C + N]` whether a slot is in a token's window.
-        far: `[B, N, C + N]` whether it is before it.
+        far: `[B, N, C + N]` whether it is before it. Sinks are neither: they have slots of their own.
     """
 
     first: Tensor
@@ -98,6 +102,7 @@ class Slots:
         positions = rows.position[:, None] + torch.arange(count, device=device)
         keys = (first[:, None] + torch.arange(slots["keys"].shape[1], device=device))[:, None]
         causal, near = keys <= positions[..., None], keys >= window.start(positions)[..., None]
+        causal = causal & (keys >= window.sinks)
         decays = slots["decays"].cumsum(1) if "decays" in slots else None
         return cls(first, positions, slots["keys"], slots["values"], decays, causal & near, causal & ~near)
 
@@ -106,6 +111,10 @@ class Slots:
         """`[B, N, C + N]` how far a slot is before a token of the piece; negative behind it."""
         slots = torch.arange(self.keys.shape[1], device=self.first.device)
         return self.positions[..., None] - (self.first[:, None] + slots)[:, None]
+
+    def sink_distances(self, sinks: int) -> Tensor:
+        """`[B, N, sinks]` how far the first tokens of a text are before a token of the piece; negative behind it."""
+        return self.positions[..., None] - torch.arange(sinks, device=self.first.device)
 
     @property
     def elapsed(self) -> Tensor | None:
@@ -196,9 +205,12 @@ class WindowedMemory(nn.Module):
             part = {name: x[:, begin : begin + size] for name, x in tokens.items()}
             asking, piece = queries[:, begin : begin + size], rows.piece(begin, size)
             slots = Slots.of(self.window, part, piece, state)
-            between = None if bias is None else bias(slots.distances)
-            outputs.append(self._outputs(linear, asking, slots, state["memory"], local, factor, between))
-            state = self._after(linear, slots, part, piece, state)
+            first = {name: part[name] for name in ("keys", "values")}
+            sinks = with_sinks(state, first, piece.position, self.window.sinks)
+            distances = torch.cat([slots.sink_distances(self.window.sinks), slots.distances], dim=2)
+            between = None if bias is None else bias(distances)
+            outputs.append(self._outputs(linear, asking, slots, sinks, state["memory"], local, factor, between))
+            state = {**self._after(linear, slots, part, piece, state), **sinks}
         return torch.cat(outputs, dim=1), state
 
     def _outputs(
@@ -206,6 +218,7 @@ class WindowedMemory(nn.Module):
         linear: LinearAttention,
         queries: Tensor,
         slots: Slots,
+        sinks: State,
         memory: Tensor,
         local: LocalBranch | None,
         factor: Tensor | None,
@@ -223,7 +236,12 @@ class WindowedMemory(nn.Module):
             weights = weights if slots.decays is None else weights * slots.factors(mask)
             far = far + weighted_values(weights, linear.extended(wide(slots.values)))
         if self.balance is not None:
-            return self.normalised(linear, queries, wide(slots.keys), wide(slots.values), slots.near, far, bias)
+            keys, values, near = wide(slots.keys), wide(slots.values), slots.near
+            if sinks:
+                keys = torch.cat([wide(sinks["sink_keys"]), keys], dim=1)
+                values = torch.cat([wide(sinks["sink_values"]), values], dim=1)
+                near = torch.cat([slots.sink_distances(self.window.sinks) >= 0, near], dim=2)
+            return self.normalised(linear, queries, keys, values, near, far, bias)
         outputs = linear.finish(far)
         if local is None:
             return outputs
@@ -270,7 +288,9 @@ class WindowedMemory(nn.Module):
         left = self.window.first(rows.position + rows.count) - slots.first
         most, memory, kept = int(left.max()), state["memory"], {}
         if most:
-            leaving = (torch.arange(most, device=left.device) < left[:, None])[..., None]
+            order = torch.arange(most, device=left.device)
+            leaving = (order < left[:, None]) & (slots.first[:, None] + order >= self.window.sinks)
+            leaving = leaving[..., None]
             factors = leaving.to(memory.dtype)
             if slots.decays is not None:
                 last = slots.decays.take_along_dim((left - 1).clamp(min=0)[:, None, None], dim=1)
