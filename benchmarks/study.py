@@ -79,7 +79,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="tiny models and few steps; its figures say nothing")
-    sizes.add_argument("--short", action="store_true", help="the main rows with a seventh of the training, one seed each")
+    sizes.add_argument("--short", action="store_true", help="the main rows with a seventh of the training each")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="WORD", help="cells alone with such a word in their name"
