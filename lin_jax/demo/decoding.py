@@ -185,7 +185,7 @@ def _figures(
 def _adaptive(session: Session, drafter: Drafter, kinds: Sequence[str], used: Sequence[str]) -> Generator:
     """A generator that chooses drafts of some kinds while it decodes, and that no end token stops."""
     shapes = draft_shapes(drafter, max_draft_depth(session.model.config.attention))
-    few = few_shapes(shapes, lambda tree: kinds[_part(drafter, tree)] in used)
+    few = few_shapes(shapes, lambda tree: kinds[part_of(drafter, tree)] in used)
     return Generator(session.model, drafter=drafter, shapes=few, compiler=ProgramCompiler(background=False))
 
 
@@ -209,7 +209,7 @@ def few_shapes(shapes: DraftShapes, wanted: Callable[[AnyTree], bool]) -> DraftS
     )
 
 
-def _part(drafter: Drafter, tree: AnyTree) -> int:
+def part_of(drafter: Drafter, tree: AnyTree) -> int:
     """Index of the drafter of a union whose guesses a tree begins with; 0 where there is but one."""
     if not isinstance(drafter, UnionDrafter) or not isinstance(tree, DraftTree):
         return 0
