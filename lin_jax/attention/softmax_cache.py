@@ -69,8 +69,8 @@ def softmax_of_cache(
         begin = jnp.minimum(number * block, capacity - block)
         slots = begin + jnp.arange(block)
         mask = (slots >= number * block) & (slots < used[..., None])
-        part = (jax.lax.dynamic_slice_in_dim(each, begin, block, axis=1) for each in (keys, values))
-        return _added(sums, queries, *part, mask)
+        own_keys, own_values = (jax.lax.dynamic_slice_in_dim(each, begin, block, axis=1) for each in (keys, values))
+        return _added(sums, queries, own_keys, own_values, mask)
 
     count = (jnp.max(used) + block - 1) // block
     sums = jax.lax.fori_loop(0, count, add, sums)
