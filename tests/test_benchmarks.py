@@ -45,6 +45,17 @@ def test_train_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_softmax_cache(tmp_path: Path) -> None:
+    """Both ways to read a cache have their times."""
+    file = tmp_path / "cache.json"
+    done = run_benchmark("softmax_cache", "--slots", "64", "--turns", "1", "--tokens", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["slots"], row["used"]) == (64, 62)
+    assert {"blocks", "all slots"} < set(row)
+
+
+@pytest.mark.thorough
 def test_few_rows(tmp_path: Path) -> None:
     """Every form has a time for every number of rows that it is for."""
     file = tmp_path / "rows.json"

@@ -25,6 +25,9 @@ from lin_jax.decoding.results import WAITING, Generation, Update
 from lin_jax.errors import UserError
 from lin_jax.models import CausalModel
 
+# Room for the output of a row, in tokens, five bytes each: shorter ones share compiled programs.
+SHORTEST_OUTPUT = 256
+
 
 @dataclass(frozen=True)
 class SchedulerSpec:
@@ -312,7 +315,7 @@ class Scheduler:
             sampling=self.spec.options[0].sampling,
             end_tokens=self.spec.options[0].end_tokens,
             max_step_tokens=self.spec.depth + 1,
-            capacity=bucket(self.max_new_tokens, 16),
+            capacity=bucket(self.max_new_tokens, SHORTEST_OUTPUT),
             log_probs=self.log_probs,
         )
 

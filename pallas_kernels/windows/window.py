@@ -55,10 +55,12 @@ class AttentionWindow:
 
     @property
     def chunk(self) -> int:
-        """Tokens of the chunks that rows are cut into."""
-        if self.tokens is None:
-            return self.group_size
-        return max(self.capacity, SMALLEST_CHUNK)
+        """Tokens of the chunks that rows are cut into.
+
+        A window of tokens reaches back one less than that; chunks of as many as it holds are more often of an even
+        size, which processors compute with sooner, and fill rows of a power of two.
+        """
+        return self.group_size if self.tokens is None else max(self.tokens, SMALLEST_CHUNK)
 
     def chunks_before(self, *, aligned: bool) -> int:
         """Chunks before a query's own that reach to the start of its window, if chunks begin where groups do or not."""
