@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -62,15 +62,18 @@ def abstract_heads(config: ModelConfig, heads: int) -> MedusaHeads:
     return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
 
 
-def abstract_path_head(config: ModelConfig, width: int) -> PathHead:
-    """A path head of shapes, for a model with the given configuration.
+def abstract_path_head(
+    config: ModelConfig, width: int, layers: Sequence[int] = (), guessed: int | None = None
+) -> PathHead:
+    """A path head of shapes, for a model with the given configuration; arguments as in `PathHead`.
 
     Raises:
         UserError: the head would be wider than the model.
     """
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
-    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, dtype=dtype, rngs=nnx.Rngs(0)))
+    options = {"layers": layers, "guessed": guessed, "dtype": dtype}
+    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, **options, rngs=nnx.Rngs(0)))
 
 
 def params_of(module: nnx.Module) -> Params:
