@@ -1,8 +1,8 @@
 """A path head: a small recurrent cell that guesses along a path of a draft tree, knowing the tokens on it.
 
 In the spirit of EAGLE (Li et al. 2024) and Hydra (Ankner et al. 2024), whose drafts go on from what they have guessed;
-Medusa's heads guess every depth without knowing what stands at the depths before. As in EAGLE-3 (Li et al. 2025), it can
-begin from several layers of the model, and guess the most frequent tokens alone.
+Medusa's heads guess every depth without knowing what stands at the depths before. As in EAGLE-3 (Li et al. 2025), it
+can begin from several layers of the model, and guess the most frequent tokens alone.
 """
 
 from collections.abc import Sequence

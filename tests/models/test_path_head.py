@@ -184,4 +184,6 @@ def test_a_trimmed_vocabulary_guesses_as_the_whole_one(x64):
     expected, found = whole.guess(hidden, path), few.guess(hidden, path)
     np.testing.assert_allclose(found[..., tokens], expected[..., tokens], rtol=1e-9, atol=1e-12)
     assert np.isneginf(np.delete(np.asarray(found), tokens, axis=-1)).all()
-    np.testing.assert_array_equal(few.named(jnp.argmax(few.unrolled(hidden, path), axis=-1)), jnp.argmax(found, axis=-1))
+    np.testing.assert_array_equal(
+        few.named(jnp.argmax(few.unrolled(hidden, path), axis=-1)), jnp.argmax(found, axis=-1)
+    )

@@ -117,7 +117,9 @@ class TextMemory:
             ends = zip(zip(*shifted, strict=False), range(CONTEXT - 1, len(tokens)), strict=False)
             following = tokens[CONTEXT:]
             found = {
-                context: end for (context, end), after in zip(ends, following, strict=False) if after >= 0 <= min(context)
+                context: end
+                for (context, end), after in zip(ends, following, strict=False)
+                if after >= 0 <= min(context)
             }
             self._contexts = Contexts(tokens, found)
         return self._contexts

@@ -1,7 +1,7 @@
 """Tokens that a path head with a trimmed vocabulary can guess: the most frequent of its training text."""
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ def frequent_tokens(counts: Int[np.ndarray, " V"], wanted: int) -> tuple[int, ..
 
 def tokens_as_text(tokens: Sequence[int]) -> str:
     """Ascending tokens as ranges, such as `0-255,300`."""
-    ends = [at for at, (one, other) in enumerate(zip(tokens, tokens[1:], strict=False)) if other != one + 1]
+    ends = [at for at, (one, other) in enumerate(pairwise(tokens)) if other != one + 1]
     ranges = zip([0, *(end + 1 for end in ends)], [*ends, len(tokens) - 1], strict=True)
     return ",".join(f"{tokens[a]}-{tokens[b]}" if a < b else str(tokens[a]) for a, b in ranges)
 

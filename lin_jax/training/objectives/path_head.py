@@ -120,6 +120,6 @@ def _among(head: PathHead, ids: Int[Array, "*batch"]) -> tuple[Int[Array, "*batc
 
 
 def _ahead(mask: Bool[Array, "B T"], depth: int) -> Bool[Array, "B T K"]:
-    """A mask of positions as one of what is to be guessed at each depth: the token k + 2 ahead is chosen k + 1 later."""
+    """A mask of positions, for what is guessed at each depth: the token k + 2 ahead is chosen k + 1 later."""
     shifted = [jnp.pad(mask[:, k + 1 :], ((0, 0), (0, k + 1))) for k in range(depth)]
     return jnp.stack(shifted, axis=-1)

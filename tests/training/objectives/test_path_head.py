@@ -185,7 +185,7 @@ def test_a_path_head_learns_what_follows(exact):
 
 @pytest.mark.parametrize("targets", ["text", "model"])
 def test_own_drafts_and_a_trimmed_vocabulary(exact, targets):
-    """Against a loop: a depth counts where the head's guesses before were the text's, and its own token can be guessed."""
+    """Against a loop: a depth counts where the guesses before were the text's, and its own token can be guessed."""
     _, model, head = exact
     tokens = tuple(range(0, 11, 2))
     few = PathHead.on(model, 5, nnx.Rngs(1), tokens=tokens)
@@ -239,7 +239,7 @@ def test_frequent_tokens_as_text():
     for text in ("", "3-1", "5,4", "1,1", "0-11", "x", "-2"):
         with pytest.raises(UserError, match="are no ascending ranges of the 11 tokens"):
             tokens_from_text(text, 11)
-    with pytest.raises(UserError, match="heads.vocabulary is 13, and the model has 12 tokens"):
+    with pytest.raises(UserError, match=r"heads\.vocabulary is 13, and the model has 12 tokens"):
         frequent_tokens(counts, 13)
 
 
@@ -255,11 +255,14 @@ def test_frequent_tokens_as_text():
     ],
 )
 def test_options_of_path_heads(options, message):
-    with pytest.raises(UserError, match=message):
-        objective = options.pop("objective", "path")
-        run = RunConfig(output="x", objective=objective, init_from="x", heads=HeadsConfig(**options))
+    def check(objective="path", **heads):
+        model = replace(CONFIG, num_layers=4)
+        run = RunConfig(output="x", objective=objective, init_from="x", model=model, heads=HeadsConfig(**heads))
         check_run(run)
-        heads_layers(replace(run, model=replace(CONFIG, num_layers=4)))
+        heads_layers(run)
+
+    with pytest.raises(UserError, match=message):
+        check(**options)
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, ()), (2, (0,)), (4, (1, 2)), (16, (4, 8, 12))])
