@@ -72,8 +72,9 @@ def abstract_path_head(
     """
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
-    options = {"layers": layers, "guessed": guessed, "dtype": dtype}
-    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, **options, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: PathHead(size, width, vocabulary, layers=layers, guessed=guessed, dtype=dtype, rngs=nnx.Rngs(0))
+    )
 
 
 def params_of(module: nnx.Module) -> Params:

@@ -58,7 +58,8 @@ def draft_shapes(
         memory: the memory that a suffix drafter was built with, so that the host can tell what it would have given.
     """
     trees: list[AnyTree] = [DraftTree()]
-    arms, hindsight = [Arm(0, 0)], {}
+    arms = [Arm(0, 0)]
+    hindsight: dict[int, Callable[[], Hindsight]] = {}
     family = first = 0
     sides = list(drafter.drafters) if isinstance(drafter, UnionDrafter) else [drafter]
     copied = any(isinstance(each, NgramDrafter) for each in sides)
