@@ -152,7 +152,7 @@ class CausalModel(nnx.Module):
         return state.position[0]
 
     def run(self, apply: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: Any) -> tuple[Array, Any]:
-        """Runs `x, output = apply(block, x, state of a layer)` over the blocks; behind the last x stand `aux_layers`."""
+        """Runs `x, output = apply(block, x, state of a layer)` over the blocks; behind the last x come `aux_layers`."""
         if not self.aux_layers:
             return self.layers(apply, x, state)
 

@@ -34,7 +34,7 @@ _USUAL_SPECIAL_TOKENS = {
 }
 # Vocabularies that transformers reads with what it brings; pieces of SentencePiece (*.model) need more.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
-# Classes of transformers that take tokenizer.json as it is; what their configurations name, and what has no effect here.
+# Classes of transformers that take tokenizer.json as it is; what their configurations name, and what changes nothing.
 _AS_WRITTEN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 _NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _WITHOUT_EFFECT = frozenset(
