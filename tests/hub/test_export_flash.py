@@ -20,12 +20,13 @@ from lin_jax.models import Flash, FlashConfig
 SIZES = {"vocab_size": 23, "hidden_size": 12, "num_layers": 2, "query_key_size": 6, "relative_buckets": 8}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("flash+convolution", {}),
+    ("exponential+window", {"window": 5, "decay": "token", "sinks": 2}),
+]
+THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("augmented", {"norm": "layer", "shift_tokens": False}),
     ("performer+local+convolution", {}),
     ("softmax+local", {}),
-    ("exponential+window", {"window": 5, "decay": "token"}),
-]
-THOROUGH: list[tuple[str, dict[str, Any]]] = [
+    ("softmax", {"window": 5, "sinks": 2}),
     ("flash_local", {"relative_max_distance": 9}),
     ("flash_global", {}),
     ("linear_angular", {"query_key_size": 40}),
@@ -43,7 +44,7 @@ THOROUGH: list[tuple[str, dict[str, Any]]] = [
 
 
 def flash(name: str, **options: Any) -> Flash:
-    sizes = {size: options.pop(size) for size in ("window", "decay") if size in options}
+    sizes = {size: options.pop(size) for size in ("window", "decay", "sinks") if size in options}
     attention = AttentionConfig(name, **SMALL | sizes)
     config = FlashConfig(**SIZES | options, dtype="float64", param_dtype="float64", attention=attention)
     return random_model(lambda: Flash(config, rngs=nnx.Rngs(0)))

@@ -33,13 +33,13 @@ SIZES = {
 GATED = {"feed_forward": "gated-gelu", "tie_embeddings": False, "num_decoder_layers": 1}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("augmented", {}),
+    ("exponential+window+convolution", GATED),
+]
+THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("performer+local+convolution", GATED),
-    ("exponential+window+convolution", {}),
     ("transnormer+local", {}),
     ("square+convolution", {}),
     ("softmax+local", GATED),
-]
-THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("flash_local", {}),
     ("flash_global", GATED),
     ("flash+convolution", {}),
@@ -99,13 +99,18 @@ def test_same_logits_and_texts(name: str, options: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "decoder"),
     cells(
-        [("exponential+window", {"window": 5, "decay": "token"})],
-        [("softmax", {"window": 5}), ("rfa", {"decay": "constant"})],
+        [("exponential+window", {"window": 5, "decay": "token", "sinks": 2})],
+        [
+            ("softmax", {"window": 5}),
+            ("softmax", {"window": 4, "sinks": 3}),
+            ("exponential+window", {"window": 5, "decay": "token"}),
+            ("rfa", {"decay": "constant"}),
+        ],
     ),
     ids=str,
 )
 def test_decoders_that_forget(name: str, decoder: dict[str, Any], tmp_path: Path, x64: None) -> None:
-    """Windows and decay are for the decoder alone."""
+    """Windows, sinks and decay are for the decoder alone."""
     check(build(name, decoder=decoder), tmp_path)
 
 
