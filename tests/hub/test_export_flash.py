@@ -26,7 +26,6 @@ THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("augmented", {"norm": "layer", "shift_tokens": False}),
     ("performer+local+convolution", {}),
     ("softmax+local", {}),
-    ("softmax", {"window": 5, "sinks": 2}),
     ("flash_local", {"relative_max_distance": 9}),
     ("flash_global", {}),
     ("linear_angular", {"query_key_size": 40}),
