@@ -36,6 +36,7 @@ THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("relu", {"decay": "constant"}),
     ("elu+local", {}),
     ("hedgehog+window+convolution", {}),
+    ("exponential+window", {"window": 4, "sinks": 2}),
     ("hedgehog", {}),
     ("exponential+local", {"decay": "token"}),
     ("rfa", {}),
@@ -43,7 +44,7 @@ THOROUGH: list[tuple[str, dict[str, Any]]] = [
 
 
 def flash(name: str, **options: Any) -> Flash:
-    sizes = {size: options.pop(size) for size in ("window", "decay") if size in options}
+    sizes = {size: options.pop(size) for size in ("window", "sinks", "decay") if size in options}
     attention = AttentionConfig(name, **SMALL | sizes)
     config = FlashConfig(**SIZES | options, dtype="float64", param_dtype="float64", attention=attention)
     return random_model(lambda: Flash(config, rngs=nnx.Rngs(0)))

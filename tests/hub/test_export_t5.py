@@ -100,7 +100,12 @@ def test_same_logits_and_texts(name: str, options: dict[str, Any], tmp_path: Pat
     ("name", "decoder"),
     cells(
         [("exponential+window", {"window": 5, "decay": "token"})],
-        [("softmax", {"window": 5}), ("rfa", {"decay": "constant"})],
+        [
+            ("softmax", {"window": 5}),
+            ("rfa", {"decay": "constant"}),
+            ("exponential+window", {"window": 4, "sinks": 2}),
+            ("softmax", {"window": 4, "sinks": 2}),
+        ],
     ),
     ids=str,
 )
