@@ -322,8 +322,8 @@ def generate(
         prompts: one prompt or several.
         max_new_tokens: tokens to write for each at the most.
         drafter: none decodes token by token; ngram verifies guesses copied from the text so far; suffix copies from
-            what earlier calls with this model wrote, too; auto guesses by n-grams where that pays, by what guesses gave
-            so far. The texts are the same.
+            what earlier calls with this model wrote, too; auto guesses by both where that pays, by what guesses gave so
+            far. The texts are the same.
         temperature: 0 is greedy.
         top_k: sample from the K likeliest tokens; 0 is all.
         top_p: sample from the likeliest tokens up to this probability.
@@ -342,7 +342,7 @@ def generate(
     session = session_of(model, tokenizer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if drafter in ("auto", "suffix"):
-        generator = session.adaptive_generator("ngram" if drafter == "auto" else drafter, stops=stop)
+        generator = session.adaptive_generator(None if drafter == "auto" else drafter, stops=stop)
     else:
         plan = session.plain_plan() if drafter == "none" else session.ngram_plan(len(texts))
         generator = session.generator(plan.drafter, plan.shape, stops=stop)

@@ -240,6 +240,9 @@ def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
+    if objective == "path":
+        # Path heads of earlier versions read the last layer alone.
+        found.setdefault("heads", {}).setdefault("layers", [])
     return found
 
 

@@ -35,6 +35,12 @@ _USUAL_SPECIAL_TOKENS = {
 }
 # Vocabularies that transformers reads with what it brings; pieces of SentencePiece (*.model) need more.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Classes of transformers that take tokenizer.json as it is; what their configurations name, and what changes nothing.
+_AS_WRITTEN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_WITHOUT_EFFECT = frozenset(
+    {"backend", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_max_length", "tokenizer_class"}
+)
 # Files of a tokenizer; those of weights are never copied.
 _SUFFIXES = (".json", ".txt", ".model", ".bpe", ".jinja")
 
@@ -59,7 +65,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             return _from_json(path)
         with _without_marks(path) as folder:
             read = original_reader(folder)
-            return _from_transformers(str(folder)) if read is None else read(folder)
+            if read is not None:
+                return read(folder)
+            return _as_written(folder) or _from_transformers(str(folder))
     except UserError:
         raise
     except Exception as error:  # each kind of file fails in a way of its own, mostly with plain Exception
@@ -118,6 +126,28 @@ def _from_json(path: Path) -> Tokenizer:
         for name, usual in _USUAL_SPECIAL_TOKENS.items()
     }
     return Tokenizer(backend, **found)
+
+
+def _as_written(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder that says all in tokenizer.json, as run folders do; None for any other.
+
+    It is the one that transformers would make, without the seconds that transformers takes to be imported.
+    """
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    others = [folder / name for name in ("config.json", "chat_template.jinja", "added_tokens.json")]
+    if not all(map(Path.is_file, files)) or any(map(Path.exists, others)):
+        return None
+    said = json.loads(files[1].read_text(encoding="utf-8"))
+    if not isinstance(said, dict) or said.get("tokenizer_class") not in _AS_WRITTEN_CLASSES:
+        return None
+    special = {name: value for name, value in said.items() if name in _NAMED_TOKENS}
+    if said.keys() - special.keys() - _WITHOUT_EFFECT:
+        return None
+    backend = tokenizers.Tokenizer.from_str(files[0].read_text(encoding="utf-8"))
+    added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    if not all(isinstance(value, str) and value in added for value in special.values()):
+        return None
+    return Tokenizer(backend, **special)
 
 
 def _from_transformers(name: str) -> Tokenizer:
