@@ -36,6 +36,7 @@ THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("relu", {"decay": "constant"}),
     ("elu+local", {}),
     ("hedgehog+window+convolution", {}),
+    ("exponential+window", {"window": 4, "sinks": 2}),
     ("hedgehog", {}),
     ("exponential+local", {"decay": "token"}),
     ("rfa", {}),
