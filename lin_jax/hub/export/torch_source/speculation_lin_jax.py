@@ -19,6 +19,13 @@ from .recurrence_lin_jax import Rows, State
 
 # Guesses of a pass: at first, at most.
 FIRST, MOST = 4, 16
+# Options that look at all rows at once, and their values that do nothing, which older versions have as defaults.
+ACROSS = {
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+}
 
 
 def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> str | None:
@@ -40,8 +47,7 @@ def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> s
     beams = (config.num_beams or 1) > 1
     several = input_ids is not None and input_ids.shape[0] > 1
     # Rows are looked at one by one, and end apart.
-    numbered = ("guidance_scale", "watermarking_config", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size")
-    across = next((name for name in numbered if given(name)), None)
+    across = next((name for name, off in ACROSS.items() if getattr(config, name, None) not in (None, off)), None)
     if passed("prefix_allowed_tokens_fn"):
         across = "prefix_allowed_tokens_fn"
     apart = given("stop_strings", "max_time") or passed("stopping_criteria")
