@@ -117,21 +117,29 @@ def _stored_attention(attention: AttentionConfig, config: Any) -> dict[str, Any]
 def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     """All fields of one layer's attention but `implementation`, which is this machine's choice of kernels."""
     left = ("implementation", "pattern", "layers")
-    # Readers of earlier versions know no window.
+    # Readers of earlier versions know no window, or no sinks.
+    newer = {"window": None, "sinks": 0}
     return {
         name: value
         for name, value in asdict(attention).items()
-        if name not in left and not (name == "window" and value is None)
+        if name not in left and not (name in newer and value == newer[name])
     }
 
 
 def has_remote_code(model: nnx.Module, *, int8: bool = False) -> bool:
     """True if a model is saved with PyTorch code of its own for transformers: some families, linearized or in int8."""
     family = family_of_model(model)
-    if is_known(family, model.config) and not int8:
+    if (is_known(family, model.config) and not int8) or not can_decode(model.config):
         return False
     bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
     return has_source(family.name, type(model).__name__, bases)
+
+
+def can_decode(config: Any) -> bool:
+    """False if scores are divided by the length of a row that decoding does not know: in some FLASHs."""
+    if getattr(config, "length_scale", "position") == "position":
+        return True
+    return not any(parse_name(kind.name).base in ("softmax", "square") for kind in config.attention.kinds)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

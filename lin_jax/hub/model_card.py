@@ -26,21 +26,29 @@ _SIZES = {
     "window": ("window",),
     "window_groups": ("window",),
 }
-# What a folder with code of its own needs, and what it can do.
+# What a folder with code of its own needs.
 _OWN_CODE = """\
-The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`.
-
-`model.generate` samples, searches with beams, pads on the left, and writes several texts of a prompt. Greedy text is
+The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`."""
+# And what it can do, where it writes texts.
+_WRITES = """\
+`model.generate` samples, searches with beams, {padding}, and writes several texts of a prompt. Greedy text is
 written faster, and token for token the same, with guesses that are verified in one pass:
 
 ```python
 model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=100, speculative=True)
 ```
 
-The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. Each
+The guesses are copied from {text}; Medusa heads, where they lie beside the model, guess the rest. Each
 prompt of a batch takes as many as are right; with sampling or beams, `speculative=True` ends in an error that says so.
 With weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model
 takes no `assistant_model` and is none: its state does not go back to fewer tokens."""
+_WRITERS = {
+    "AutoModelForCausalLM": {"padding": "pads on the left", "text": "the text so far"},
+    "AutoModelForSeq2SeqLM": {
+        "padding": "takes sources of several lengths (pad them on the right: groups of tokens begin at a row's start)",
+        "text": "what it has written so far",
+    },
+}
 _INT8 = (
     "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each "
     "output or token."
@@ -111,6 +119,8 @@ def _attention_text(config: Any) -> str:
         sizes |= {size: values[size] for size, needs in _SIZES.items() if parts & set(needs)}
         if attention.window is not None:
             sizes |= {"window": attention.window, "group_size": None, "window_groups": None}
+        if attention.sinks:
+            sizes["sinks"] = attention.sinks
         if attention.decay != "none":
             sizes["decay"] = attention.decay
         listed = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)
@@ -149,7 +159,10 @@ def _loading(model: Any, *, int8: bool) -> str:
     lines = "\n".join(f'{variable} = {each}.from_pretrained("FOLDER"{option})' for variable, each in opened)
     there = f"from transformers import {name}, AutoTokenizer\n\n{lines}"
     text += f"With PyTorch{versions}:\n\n```python\n{there}\n```"
-    return text + (f"\n\n{_OWN_CODE.format(OLDEST)}" if option and name.endswith("CausalLM") else "")
+    if not option:
+        return text
+    writes = [_WRITES.format(**_WRITERS[name])] if name in _WRITERS else []
+    return "\n\n".join([text, _OWN_CODE.format(OLDEST), *writes])
 
 
 def _automatic_class(architecture: str) -> str:

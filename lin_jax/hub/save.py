@@ -65,9 +65,10 @@ def save_pretrained(
 ) -> Path:
     """Writes a model as a Hugging Face folder; its files appear, whole, at the end.
 
-    A model with softmax attention is written as transformers has it. A linearized LLaMA or GPT-2 brings its own code:
-    `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. So does any model with int8 weights, which
-    takes about a quarter of the bytes of float32.
+    A model with softmax attention is written as transformers has it. A linearized one brings its own code, which
+    transformers' automatic class for its kind opens: `AutoModelForCausalLM.from_pretrained(folder,
+    trust_remote_code=True)`, or the one that the model card names. So does any model with int8 weights, which takes
+    about a quarter of the bytes of float32.
 
     Args:
         model: of a family in `lin_jax.hub.families`.

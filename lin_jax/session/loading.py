@@ -45,10 +45,12 @@ def draft_parts(
         for each in heads:
             store_heads(each, chosen, model.config.dtype)
     model.same_bits = storage.same_bits
+    path = next((each for each in heads if isinstance(each, PathHead)), None)
+    model.aux_layers = () if path is None else path.layers
     return DraftParts(
         target=model,
         medusa=next((each for each in heads if isinstance(each, MedusaHeads)), None),
-        path=next((each for each in heads if isinstance(each, PathHead)), None),
+        path=path,
         model=small,
         layers=None if layers is None else tuple(layers),
     )

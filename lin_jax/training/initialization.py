@@ -89,7 +89,7 @@ def load_base(
     # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
     compute = config.model.compute if kind.trains.has_model else None
     model = source.model(purpose=kind.purpose, compute=compute, shardings=shardings)
-    base = BaseModel(model, source.tokenizer(config.data.tokenizer), source)
+    base = BaseModel(model, source.tokenizer(config.data.tokenizer, option="--data.tokenizer"), source)
     check_base(config, base, str(source.place))
     return base
 
@@ -153,7 +153,7 @@ def load_teacher(config: RunConfig, source: ModelSource | None, base: BaseModel 
     if base is not None and place is source:
         return Teacher(base.model, base.tokenizer, str(place.place))
     model = place.model(compute=config.model.compute)
-    return Teacher(model, place.tokenizer(config.data.tokenizer), str(place.place))
+    return Teacher(model, place.tokenizer(config.data.tokenizer, option="--data.tokenizer"), str(place.place))
 
 
 def teacher_source(config: RunConfig, source: ModelSource | None) -> ModelSource:

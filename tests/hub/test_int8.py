@@ -16,7 +16,7 @@ from support.exported import FLAGSHIP, Case, code_folder, one_thread, opened, ra
 from transformers import AutoModelForMaskedLM
 
 import lin_jax
-from lin_jax.api import _session
+from lin_jax.api.sessions import session_of
 from lin_jax.attention import AttentionConfig
 from lin_jax.cli.hub.options import WEIGHTS as OPTIONS
 from lin_jax.cli.hub.options import main
@@ -233,7 +233,7 @@ def test_a_session_and_the_verbs(tmp_path: Path) -> None:
         for one, other in zip(leaves(each.model), leaves(right.model), strict=True):
             np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     loaded, tokenizer = lin_jax.from_pretrained(folder)
-    own = _session(loaded, tokenizer).model
+    own = session_of(loaded, tokenizer).model
     assert all(np.array_equal(*pair) for pair in zip(leaves(own), leaves(right.model), strict=True))
     for verb in (lin_jax.train, lin_jax.linearize):
         with pytest.raises(UserError, match="loaded from int8 weights, which are for decoding; load the model that"):

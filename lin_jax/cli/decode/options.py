@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: help was asked for.
     """
     parser = OptionParser(
-        prog="decode.py",
+        prog="python -m lin_jax decode",
         description="Goes on from prompts with a trained model, plainly or with lossless speculation: the text is "
         "the same, only the time differs.",
         epilog="Ctrl-C ends a text early and shows what there is.",

@@ -19,12 +19,14 @@ from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, 
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
 from lin_jax.hub.conversion.convert import convert, converted_bytes, writes_int8
+from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.peft import save_adapters
 from lin_jax.hub.save import TOKENIZER_FILES, check_output_folder, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.training.checkpoint.selector import CheckpointSelector
+from lin_jax.training.config import CONFIG_FILE
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.objectives.registry import kind_of
 
@@ -149,6 +151,8 @@ def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None)
         shown, readable = adapter_table(Path(source))
         print(shown)
         return 0 if readable else 1
+    if (Path(source) / CONFIG_FILE).is_file() and not is_checkpoint_folder(Path(source)):
+        raise UserError(f"{source} is a run of train.py; make a folder of it with hub export {source} OUT, or give one")
     opened = Pretrained.open(source, attention=attention)
     print(table(opened))
     return 1 if opened.problems() else 0
@@ -202,9 +206,10 @@ def _read_figures(path: str | None) -> dict[str, Any] | None:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--figures {path} cannot be read as JSON: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--figures {path} cannot be read as JSON ({reason}); give a file with an object") from error
     if not isinstance(content, dict):
-        raise UserError(f"--figures {path} must hold a JSON object of names and numbers")
+        raise UserError(f"--figures {path} holds no JSON object; give one of names and numbers")
     return {name: value for name, value in content.items() if isinstance(value, int | float | str)}
 
 

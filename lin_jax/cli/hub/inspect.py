@@ -57,7 +57,7 @@ def adapter_table(folder: Path) -> tuple[str, bool]:
         ("factors", ", ".join(f"{factor:g}" for factor in sorted(factors))),
         ("layers", f"{len(layers):,}: {listed(layers)}"),
         *_type_rows(tensors),
-        ("what to do", f"merge them: python -m lin_jax.hub import {base} OUT --adapter {folder}"),
+        ("what to do", f"merge them: python -m lin_jax hub import {base} OUT --adapter {folder}"),
     ]
     return _formatted(rows), True
 

@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import docstring_parser  # of jsonargparse[signatures]
+
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.models.compute import DTYPES
@@ -66,7 +68,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     inspecting = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
     inspecting.add_argument("source", metavar="FOLDER", help="folder, OWNER/NAME, or file of llama2.c (.bin)")
     _add_attention(inspecting)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (size := getattr(options, "max_shard_bytes", 1)) < 1:
+        raise UserError(f"--max-shard-bytes is {size}; give at least 1")
+    return options
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +84,8 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention.layers", metavar="N=NAME,...", help="of some layers, such as 3=softmax,7=softmax")
     hints = typing.get_type_hints(AttentionConfig)
+    described = docstring_parser.parse(AttentionConfig.__doc__ or "").params
+    about = {each.arg_name: " ".join((each.description or "").split()).rstrip(".") for each in described}
     for each in fields(AttentionConfig):
         if each.name not in ("name", "pattern", "layers"):
             kind = next(part for part in (typing.get_args(hints[each.name]) or (hints[each.name],)))
@@ -86,7 +93,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
                 f"--attention.{each.name}",
                 type=_boolean if kind is bool else kind,
                 metavar=kind.__name__.upper(),
-                help=f"(default: {each.default})",
+                help=f"{about[each.name]} (default: {each.default})",
             )
 
 
