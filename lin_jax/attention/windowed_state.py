@@ -1,7 +1,7 @@
 """Decode state of attention over a window and a memory, and the state after more tokens."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -11,32 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 from lin_jax.attention.layout import Layout, first_segment_id
 from lin_jax.attention.window import AttentionWindow
 from pallas_kernels.path_commit.xla import shift_window
+from pallas_kernels.types import WindowedState as WindowedState
+from pallas_kernels.window_verify.problem import Slots, ring_slots
 
 # What tokens add to the memory: keys `[B, S, K, D]`, values `[B, S, K, E]`, factors `[B, S, K]` or None.
 Fold = Callable[[Array, Array, Array | None], Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WindowedState:
-    """Decode state of `B` sequences; its size does not grow with their length.
-
-    Attributes:
-        memory: `[B, K, M, E]` `sum phi(k) v^T` (with the normaliser behind the values, if there is one) over the tokens
-            before the next query's window, decayed up to the last of them; float32 or better.
-        keys: `[B, C, K, D]` keys of the window as they are scored, position p in slot `p % C`.
-        values: `[B, C, K, E]` its values.
-        decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
-        convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
-        position: `[B]` tokens consumed so far.
-    """
-
-    memory: Float[Array, "*layers B K M E"]
-    keys: Float[Array, "*layers B C K D"]
-    values: Float[Array, "*layers B C K E"]
-    decays: Float[Array, "*layers B C K"] | None
-    convolved: Float[Array, "*layers B W_1 K E"] | None
-    position: Int[Array, "*layers B"]
 
 
 class WindowNodes(NamedTuple):
@@ -53,23 +32,12 @@ class WindowNodes(NamedTuple):
     decays: Float[Array, "*layers B N K"] | None
 
 
-class Held(NamedTuple):
-    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use."""
-
-    positions: Int[Array, "B C"]
-    mask: Bool[Array, "B C"]
-
-
-def held(window: AttentionWindow, position: Int[Array, " B"]) -> Held:
+def held(window: AttentionWindow, position: Int[Array, " B"]) -> Slots:
     """The slots in use when `position` tokens have been consumed."""
-    size = window.capacity
-    slots = jnp.arange(size)
-    last = position[:, None] - 1
-    positions = last - (last - slots) % max(size, 1)
-    return Held(positions, positions >= jnp.maximum(window.start(position), 0)[:, None])
+    return ring_slots(position, window.start(position), window.capacity)
 
 
-def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
+def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Slots]:
     """The window's tokens from the oldest slot to the newest."""
     size = window.capacity
     order = (state.position[:, None] + jnp.arange(size)) % max(size, 1)
@@ -79,7 +47,7 @@ def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes
 
     tokens = WindowNodes(take(state.keys), take(state.values), None if state.decays is None else take(state.decays))
     slots = held(window, state.position)
-    return tokens, Held(take(slots.positions), take(slots.mask))
+    return tokens, Slots(take(slots.positions), take(slots.mask))
 
 
 def advance(
