@@ -118,4 +118,6 @@ def _check(
     count = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)
     if state.memory.shape[2:] != (count, values.shape[3] + 1):
         found = tuple(state.memory.shape[2:])
-        raise ValueError(f"the memory has {found} numbers a head; give ({count}, {values.shape[3] + 1}): features, values")
+        raise ValueError(
+            f"the memory has {found} numbers a head; give ({count}, {values.shape[3] + 1}): features, values"
+        )

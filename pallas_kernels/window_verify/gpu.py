@@ -1,4 +1,4 @@
-"""Verification by a window and a memory on GPU: one Triton program for a row, a query head, some nodes, some columns."""
+"""Verification by a window and a memory on GPU: a Triton program for a row, a query head and some nodes."""
 
 import math
 

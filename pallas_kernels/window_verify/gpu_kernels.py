@@ -1,4 +1,4 @@
-"""Triton kernel of verification by a window and a memory: some nodes of one query head, on a part of the values' columns.
+"""Triton kernel of verification by a window and a memory: some nodes of one query head, some of the values' columns.
 
 Features are taken inside, a piece of the map at a time: what a softmax over them subtracts and divides by comes first.
 Keys of the ring have features only in tiles that a node stands beyond the window of, which is seldom.
@@ -37,7 +37,7 @@ def exponents_of(
     DIRECTIONS: tl.constexpr,
     HEDGEHOG: tl.constexpr,
 ):
-    """Exponents `[n, directions]` of rows, from `weights [heads, m, D]` and `biases [heads, m]`, which Hedgehog lacks."""
+    """Exponents `[n, directions]` of rows, from `weights [heads, m, D]` and `biases [heads, m]` (Hedgehog has none)."""
     weight = load_memory(weights, head, chosen, inner, DIRECTIONS, D)
     if weight.dtype == rows.dtype:
         found = product(rows, tl.trans(weight))
@@ -134,17 +134,11 @@ def feature_products(
     found = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
     for piece in range(0, WIDE_M, PART_M):
         chosen = piece + tl.arange(0, PART_M)
-        one = exponents_of(
-            query, query_map, query_bias, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG
-        )
+        one = exponents_of(query, query_map, query_bias, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG)
         other = exponents_of(key, key_map, key_bias, kv_head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG)
         for half in tl.static_range(0, 2 if HEDGEHOG else 1):
-            asked = features_of(
-                one, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG
-            )
-            features = features_of(
-                other, chosen, held, held_sum, 1 - 2 * half, False, NORMAL, DIRECTIONS, HEDGEHOG
-            )
+            asked = features_of(one, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG)
+            features = features_of(other, chosen, held, held_sum, 1 - 2 * half, False, NORMAL, DIRECTIONS, HEDGEHOG)
             found += product(narrowed(asked, query.dtype), tl.trans(narrowed(features, key.dtype)))
     return found
 
@@ -222,9 +216,7 @@ def window_verify_kernel(
             query, query_map, query_bias, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG
         )
         for half in tl.static_range(0, 2 if HEDGEHOG else 1):
-            asked = features_of(
-                exponents, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG
-            )
+            asked = features_of(exponents, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG)
             asked = narrowed(asked, query.dtype)
             held = half * DIRECTIONS + chosen
             found += memory_product(asked, load_memory(memory, lane, held, columns, M, E + 1))

@@ -114,9 +114,7 @@ def _kernel(
             bias = None if inputs.query_bias is None else inputs.query_bias[query_head]
             asked = node_features(queries, inputs.query_map[query_head], bias, window, queries=True)
             factor = balance[first + query_head]
-            found = node_outputs(
-                queries, keys, values, asked, features[...], memory, factor, clock, pairs, window
-            )
+            found = node_outputs(queries, keys, values, asked, features[...], memory, factor, clock, pairs, window)
             outputs[:, heads.values(query_head)] = found.astype(outputs.dtype)
 
 
