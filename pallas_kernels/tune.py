@@ -344,11 +344,12 @@ def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..
     state = AugmentedState(memory, group_keys, group_values, rows(TAPS - 1)[0], jnp.full((shape.batch,), GROUP - 1))
     tree = TreeArrays(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
     if operation == "window_verify":
-        maps = FeatureWeights(*(jax.random.normal(key, (shape.heads, shape.size, shape.size)) for key in keys[:2]))
+        learnt = FeatureWeights(*(jax.random.normal(key, (shape.heads, shape.size, shape.size)) for key in keys[:2]))
         sums = jnp.abs(jax.random.normal(keys[3], (shape.batch, shape.heads, 2 * shape.size, shape.size + 1)))
-        held = WindowedState(sums, *rows(2 * GROUP)[:2], None, None, state.position)
+        ring_keys, ring_values, _ = rows(2 * GROUP)
+        held = WindowedState(sums, ring_keys, ring_values, None, None, state.position)
         options = {"features": "hedgehog", "scale": shape.size**-0.5, "implementation": implementation}
-        return partial(verify_window, weights=maps, tree=tree, state=held, **options), rows(NODES)
+        return partial(verify_window, weights=learnt, tree=tree, state=held, **options), rows(NODES)
     if operation == "tree_verify":
         verify = partial(verify_tree, tree=tree, state=state, alpha=alpha, taps=taps, implementation=implementation)
         return verify, rows(NODES)

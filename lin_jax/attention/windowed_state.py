@@ -90,9 +90,12 @@ def commit_path(
 ) -> WindowedState:
     """The state after the first `length` nodes of a path, row by row.
 
-    Node by node, by the operations that plain decoding uses, so that both leave the same bits.
+    By the operations that plain decoding uses, so that both leave the same bits: a group is folded whole, and single
+    tokens one after another.
     """
     convolved = None if state.convolved is None else shift_window(state.convolved, path.values, length)
+    if window.tokens is None and path.keys.shape[1] <= window.group_size:
+        return replace(_commit_within_groups(window, state, path, length, fold), convolved=convolved)
 
     def step(state: WindowedState, node: tuple[Array, WindowNodes]) -> tuple[WindowedState, None]:
         number, token = node
@@ -107,6 +110,41 @@ def commit_path(
     return replace(state, convolved=convolved)
 
 
+def _commit_within_groups(
+    window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state after a path that finishes one group at the most, in two writes and without a loop over the path.
+
+    The second write takes slots of the group that leaves the window, which is therefore folded before it.
+    """
+    position, order = state.position, jnp.arange(path.keys.shape[1])
+    end = (position // window.group_size + 1) * window.group_size
+    own, taken = position[:, None] + order, order < length[:, None]
+    begun = _written(state, path, own, taken & (own < end[:, None]))
+    finished = (position + length >= end) & (end >= window.capacity)
+    memory = _folded_groups(window, replace(begun, position=end), finished, fold)
+    # Without the barrier, the compiler may keep a copy of the ring for whichever comes later.
+    begun = jax.lax.optimization_barrier(replace(begun, memory=memory))
+    after = _written(begun, path, own, taken & (own >= end[:, None]))
+    return replace(after, position=position + length.astype(position.dtype))
+
+
+def _written(
+    state: WindowedState, tokens: WindowNodes, positions: Int[Array, "B P"], taken: Bool[Array, "B P"]
+) -> WindowedState:
+    """The state with tokens in their slots of the ring, where they are taken."""
+    size, rows = state.keys.shape[1], jnp.arange(positions.shape[0])[:, None]
+    slots = jnp.where(taken, positions % size, size)
+
+    def write(ring: Array, new: Array) -> Array:
+        return ring.at[rows, slots].set(new.astype(ring.dtype), mode="drop")
+
+    decays = state.decays
+    if decays is not None and tokens.decays is not None:
+        decays = write(decays, tokens.decays)
+    return replace(state, keys=write(state.keys, tokens.keys), values=write(state.values, tokens.values), decays=decays)
+
+
 def _commit_token(
     window: AttentionWindow, state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold
 ) -> WindowedState:
@@ -115,20 +153,13 @@ def _commit_token(
     after = position + taken.astype(position.dtype)
     if not size:
         return replace(state, memory=_folded_token(state.memory, token, taken, fold), position=after)
-    rows, slot = jnp.arange(position.shape[0]), position % size
     if window.tokens is not None:
         # The oldest token leaves, and the new one takes its slot.
+        rows, slot = jnp.arange(position.shape[0]), position % size
         oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
         state = replace(state, memory=_folded_token(state.memory, oldest, taken & (position >= size), fold))
-    slot = jnp.where(taken, slot, size)
-
-    def written(ring: Array | None, new: Array | None) -> Array | None:
-        return None if ring is None or new is None else ring.at[rows, slot].set(new.astype(ring.dtype), mode="drop")
-
-    keys, values = written(state.keys, token.keys), written(state.values, token.values)
-    assert keys is not None
-    assert values is not None
-    state = replace(state, keys=keys, values=values, decays=written(state.decays, token.decays), position=after)
+    one = jax.tree.map(lambda part: part[:, None], token)
+    state = replace(_written(state, one, position[:, None], taken[:, None]), position=after)
     if window.tokens is None:
         finished = taken & (after % window.group_size == 0) & (after >= size)
         state = replace(state, memory=_folded_groups(window, state, finished, fold))
@@ -147,9 +178,10 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
     """The memory with the group that has left the window, in the rows where one has: seldom all at the same time."""
     size, rows = window.group_size, jnp.argsort(~finished)
 
-    def fold_row(number: Array, memory: Array) -> Array:
+    def fold_row(number: Array, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        memory, begins = carried
         row = rows[number]
-        first = state.position[row] % window.capacity
+        first = begins[row]
 
         def cut(part: Array) -> Array:
             own = jax.lax.dynamic_slice_in_dim(part, row, 1)
@@ -162,6 +194,10 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
             factors = jnp.exp(after - decays)
             old = old * jnp.exp(after[:, 0])[..., None, None].astype(memory.dtype)
         new = old + fold(cut(state.keys), cut(state.values), factors)
-        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0)
+        # Places change from turn to turn: of a batch of one, the compiler would else compute the group before the loop,
+        # whether it is finished or not.
+        begins = begins.at[row].add(size)
+        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0), begins
 
-    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)
+    begins = state.position % window.capacity
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, (state.memory, begins))[0]

@@ -22,11 +22,12 @@ def verify(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> Float[A
     clock = pair_clock(problem, window)
     memory = jnp.swapaxes(state.memory, 2, 3).astype(accumulation_dtype(values.dtype))
 
-    def of_heads(array: Array | None) -> Array | None:
+    def of_heads(array: Array) -> Array:
         """`[K, R, ...]` from `[H, ...]`."""
-        return None if array is None else array.reshape(kv_heads, -1, *array.shape[1:])
+        return array.reshape(kv_heads, -1, *array.shape[1:])
 
-    asked = of_heads(weights.queries), of_heads(weights.query_bias), of_heads(problem.balance)
+    bias = None if weights.query_bias is None else of_heads(weights.query_bias)
+    asked = of_heads(weights.queries), bias, of_heads(problem.balance)
     held = weights.keys, weights.key_bias
 
     def row(queries: Array, keys: Array, values: Array, memory: Array, clock: Array | None, pairs: Array) -> Array:
