@@ -79,6 +79,8 @@ class WindowedState:
         decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
         convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
         position: `[B]` tokens consumed so far.
+        sink_keys: `[B, S, K, D]` keys of the first tokens, that of position p in slot p; None without sinks.
+        sink_values: `[B, S, K, E]` their values.
     """
 
     memory: Float[Array, "*layers B K M E"]
@@ -87,3 +89,5 @@ class WindowedState:
     decays: Float[Array, "*layers B C K"] | None
     convolved: Float[Array, "*layers B W_1 K E"] | None
     position: Int[Array, "*layers B"]
+    sink_keys: Float[Array, "*layers B S K D"] | None = None
+    sink_values: Float[Array, "*layers B S K E"] | None = None

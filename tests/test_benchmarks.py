@@ -45,6 +45,17 @@ def test_train_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_softmax_cache(tmp_path: Path) -> None:
+    """Both ways to read a cache have their times."""
+    file = tmp_path / "cache.json"
+    done = run_benchmark("softmax_cache", "--slots", "64", "--turns", "1", "--tokens", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["slots"], row["used"]) == (64, 62)
+    assert {"blocks", "all slots"} < set(row)
+
+
+@pytest.mark.thorough
 def test_few_rows(tmp_path: Path) -> None:
     """Every form has a time for every number of rows that it is for."""
     file = tmp_path / "rows.json"
@@ -256,6 +267,9 @@ def test_attention_steps(tmp_path: Path) -> None:
     assert len(second["all_seconds"]) == 2
     assert second["temporary_bytes"]["2048"] > second["temporary_bytes"]["1024"] > 0
     assert 0 < second["growth"] <= 1.1
+    done = run_benchmark("attention_steps", "--attentions", "relu", "--rounds", "2", *sizes, "--against", str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "s of processor time a step" in done.stdout
     done = run_benchmark("attention_steps", "--attentions", "relu/span=3")
     assert done.returncode == 2
     assert "'relu/span=3' has the option 'span'; choose among group_size" in done.stderr

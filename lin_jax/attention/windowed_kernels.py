@@ -8,18 +8,18 @@ from jaxtyping import Array, Float
 from lin_jax.attention.feature_maps import Exponential, FeatureMap, Hedgehog
 from lin_jax.attention.kernels import packed_row_arrays
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_state import WindowedState, in_order
 from pallas_kernels.linear_attention import Memory
 from pallas_kernels.types import QKV, TreeArrays
 from pallas_kernels.window_verify.api import verify_implementation, verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention, windowed_implementation
+from pallas_kernels.windows.window import AttentionWindow
 
 
 def windowed_program(
     features: FeatureMap, window: AttentionWindow, qkv: QKV, layout: Layout, asked: str | None
 ) -> str | None:
-    """The name of the kernels that compute this attention; None where plain XLA does.
+    """The name of the operation's implementation to run; None for an attention that it does not know.
 
     Args:
         features: the memory's map.
@@ -31,8 +31,7 @@ def windowed_program(
     if not _has_kernels(features, window) or layout.present is not None:
         return None
     # What no kernel computes, plain XLA does.
-    name = windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
-    return None if name == "xla" else name
+    return windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
 
 
 def verify_program(
@@ -47,7 +46,7 @@ def verify_program(
         state: which they stand on.
         asked: the implementation that the configuration names, or None.
     """
-    if not _has_kernels(features, window):
+    if not _has_kernels(features, window) or window.sinks:
         return None
     name = verify_implementation(*qkv, state, asked if asked is None else (asked, "xla"))
     return None if name == "xla" else name
@@ -82,6 +81,7 @@ def windowed_by_program(
         *qkv,
         _weights(features),
         **_options(features, window),
+        sinks=window.sinks,
         scale=scale,
         balance=balance.reshape(-1),
         log_decays=decays,
@@ -144,4 +144,5 @@ def _weights(features: FeatureMap) -> FeatureWeights:
 def _prior(window: AttentionWindow, state: WindowedState) -> WindowedPrior:
     tokens, slots = in_order(window, state)
     memory = Memory(state.memory[..., :-1], state.memory[..., -1])
-    return WindowedPrior(memory, *tokens, jnp.where(slots.mask, slots.positions, -1))
+    positions = jnp.where(slots.mask, slots.positions, -1)
+    return WindowedPrior(memory, *tokens, positions, state.sink_keys, state.sink_values)

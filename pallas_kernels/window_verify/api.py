@@ -113,6 +113,8 @@ def verify_implementation(
 def _check(
     weights: FeatureWeights, state: WindowedState, values: Array, features: Features, log_decays: Array | None
 ) -> None:
+    if state.sink_keys is not None:
+        raise ValueError("the state keeps sinks, which this operation does not know; give one without")
     if (state.decays is None) != (log_decays is None):
         raise ValueError("decays of the state and of the nodes belong together; give both, or neither")
     count = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)

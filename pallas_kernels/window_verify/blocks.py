@@ -14,6 +14,7 @@ from pallas_kernels.products import matmul, memory_matmul
 from pallas_kernels.window_verify.problem import FAR, NEAR
 from pallas_kernels.windowed_attention.blocks import DecayClock, MappedRows, block_outputs, block_weights, features_of
 from pallas_kernels.windowed_attention.problem import AttentionWindowPlan, WindowedPlan
+from pallas_kernels.windows.clock import SplitSums
 
 
 class NodePairs(NamedTuple):
@@ -64,6 +65,8 @@ def node_outputs(
     nodes, size = queries.shape[0], values.shape[1]
     plan = WindowedPlan(keys.shape[0] - nodes, nodes, nodes, window)
     masks = NodePairs(pairs == NEAR, pairs == FAR, jnp.ones((1, 1), bool))
-    ages = None if clock is None else DecayClock(clock[plan.before :], clock.T)
+    ages = None
+    if clock is not None:
+        ages = DecayClock(SplitSums.of(clock[plan.before :]), SplitSums.of(clock.T))
     weights = block_weights(queries, keys, asked, features, memory[size:], balance, ages, masks, plan)
     return block_outputs(weights, asked, values, memory[:size])

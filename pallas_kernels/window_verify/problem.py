@@ -41,7 +41,7 @@ class WindowVerifyProblem(NamedTuple):
 
     @property
     def ancestors(self) -> Bool[Array, "B N N"]:
-        """Whether node j is node i or above it, at `[i, j]`, for every row."""
+        """Mask of the nodes j that are node i or above it, at `[i, j]`, for every row."""
         batch, nodes = self.queries.shape[:2]
         return jnp.broadcast_to(self.tree.ancestors, (batch, nodes, nodes))
 

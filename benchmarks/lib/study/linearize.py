@@ -38,7 +38,8 @@ def cells(setup: Setup) -> list[Cell]:
 def _cell(model: str, attention: str, seed: int) -> Cell:
     name = cell_name(model, attention, seed)
     run = partial(linearized, part=NAME, name=name, model=model, attention=attention, seed=seed)
-    return Cell(name, run, MINUTES[model], (TEACHER,) if model == OWN else ())
+    short = model == WHOLE and attention in main_rows() and seed == SEEDS[0]
+    return Cell(name, run, MINUTES[model], (TEACHER,) if model == OWN else (), short)
 
 
 def table(results: Results) -> list[str]:
