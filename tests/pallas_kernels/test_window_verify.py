@@ -171,7 +171,7 @@ class TestImplementation:
     @pytest.mark.parametrize(
         "sizes",
         [
-            {"heads": 4, "kv_heads": 1, "key_size": 64, "value_size": 64, "size": 64, "groups": 2},
+            {"heads": 4, "kv_heads": 1, "key_size": 32, "value_size": 32, "size": 64, "groups": 2},
             {"heads": 2, "kv_heads": 2, "size": 24, "features": "hedgehog", "decay": True, "groups": 0},
             {"heads": 3, "kv_heads": 3, "key_size": 24, "value_size": 40, "size": 20, "tokens": 20, "decay": True},
         ],
