@@ -29,13 +29,19 @@ from lin_jax.attention.layout import Layout
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
 from lin_jax.attention.pairs import per_head, unit
-from lin_jax.attention.windowed_kernels import windowed_by_program, windowed_program
+from lin_jax.attention.windowed_kernels import (
+    verify_by_program,
+    verify_program,
+    windowed_by_program,
+    windowed_program,
+)
 from lin_jax.attention.windowed_state import WindowedState, advance, commit_path, held, in_order, sinks_of, with_sinks
 from lin_jax.errors import UserError
 from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.pairs import merge_heads, split_heads, weighted_values
 from pallas_kernels.precision import accumulation_dtype, upcast
 from pallas_kernels.types import QKV, TreeArrays
+from pallas_kernels.window_verify.problem import tree_ages
 from pallas_kernels.windows.clock import SplitSums, between
 from pallas_kernels.windows.normaliser import normalised
 from pallas_kernels.windows.rows import Before, Pairs, TokenPlaces, WindowedRows, WindowNodes
@@ -192,9 +198,19 @@ class WindowedAttention(nnx.Module):
 
     def _program(self, qkv: QKV, layout: Layout, bias: RelativeBias | None) -> str | None:
         """The name of the operation's implementation that computes whole rows; None where it knows none of this."""
-        if self.balance is None or self.unit_inputs or bias is not None:
+        if not self._has_kernels(bias):
             return None
         return windowed_program(self.linear.features, self.window, qkv, layout, self.implementation)
+
+    def _verify_program(self, qkv: QKV, state: WindowedState, bias: RelativeBias | None) -> str | None:
+        """The name of the kernels that compute a tree's nodes; None where plain XLA does."""
+        if not self._has_kernels(bias):
+            return None
+        return verify_program(self.linear.features, self.window, qkv, state, self.implementation)
+
+    def _has_kernels(self, bias: RelativeBias | None) -> bool:
+        """True where near pairs and the memory share a normaliser, and nothing is added to scores."""
+        return self.balance is not None and not self.unit_inputs and bias is None
 
     def _by_program(
         self, program: str, qkv: QKV, tokens: WindowNodes, layout: Layout, state: WindowedState | None
@@ -207,11 +223,23 @@ class WindowedAttention(nnx.Module):
         )
         if self.convolution is not None:
             kept = None if state is None else state.convolved
-            added = merge_heads(self.convolution.parallel(qkv.values, layout, kept))
-            outputs = (upcast(outputs) + added).astype(qkv.values.dtype)
+            outputs = _plus(outputs, self.convolution.parallel(qkv.values, layout, kept))
         if state is None or layout.continued:
             return outputs, None
         return outputs, advance(self.window, state, tokens, layout, after)
+
+    def _verify_by_program(
+        self, program: str, qkv: QKV, nodes: WindowNodes, tree: TreeArrays, state: WindowedState
+    ) -> Float[Array, "B N H E"]:
+        """Outputs of a tree's nodes by kernels."""
+        assert self.balance is not None, "near pairs and the memory are balanced"
+        options = {"scale": self.scale, "balance": self.balance[...]}
+        outputs = verify_by_program(
+            program, self.linear.features, self.window, qkv, nodes.decays, tree, state, **options
+        )
+        if self.convolution is None or state.convolved is None:
+            return outputs
+        return _plus(outputs, self.convolution.verify(qkv.values, tree.depth, tree.ancestors, state.convolved))
 
     def verify(
         self,
@@ -225,6 +253,8 @@ class WindowedAttention(nnx.Module):
         What lies before a node's window, though it is not in the memory yet, counts through the feature map.
         """
         queries, nodes = self._inputs(qkv)
+        if (program := self._verify_program(qkv, state, bias)) is not None:
+            return self._verify_by_program(program, qkv, nodes, tree, state), nodes
         slots = held(self.window, state.position)
         positions = state.position[:, None] + tree.depth
         known, early = with_sinks(state, slots)
@@ -242,14 +272,12 @@ class WindowedAttention(nnx.Module):
         )
         read, factors = self.linear.recall(queries, state.memory), None
         if nodes.decays is not None and state.decays is not None:
-            path = jnp.einsum("bnm,bmk->bnk", ancestors.astype(nodes.decays.dtype), nodes.decays)
-            later = slots.mask[:, None] & (slots.positions[:, None] > slots.positions[:, :, None])
-            since = jnp.einsum("bcd,bdk->bck", later.astype(state.decays.dtype), state.decays)
-            elapsed = jnp.sum(jnp.where(slots.mask[..., None], state.decays, 0), axis=1, keepdims=True)
-            read = read * jnp.exp(path + elapsed)[..., None, None].astype(read.dtype)
+            ages = tree_ages(slots, state.decays, nodes.decays, ancestors)
+            read = read * jnp.exp(ages.path + ages.elapsed)[..., None, None].astype(read.dtype)
             if masks.far is not None:
-                since = jnp.pad(-since, ((0, 0), (self.window.sinks, 0), (0, 0)))
-                factors = between(SplitSums.of(path), SplitSums.of(jnp.concatenate([since, path], axis=1)), masks.far)
+                since = jnp.pad(-ages.since, ((0, 0), (self.window.sinks, 0), (0, 0)))
+                sums = jnp.concatenate([since, ages.path], axis=1)
+                factors = between(SplitSums.of(ages.path), SplitSums.of(sums), masks.far)
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
@@ -367,3 +395,8 @@ class WindowedAttention(nnx.Module):
     def _empty_memory(self, batch: int, dtype: Any) -> Array:
         width = self.value_dim + self.linear.normalised
         return jnp.zeros((batch, self.kv_heads, self.linear.features.size, width), accumulation_dtype(dtype))
+
+
+def _plus(outputs: Float[Array, "B T H E"], added: Float[Array, "B T K R E"]) -> Float[Array, "B T H E"]:
+    """Outputs of kernels with what XLA adds to them."""
+    return (upcast(outputs) + merge_heads(added)).astype(outputs.dtype)

@@ -1,63 +1,23 @@
 """Decode state of attention over a window and a memory, and the state after more tokens."""
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from lin_jax.attention.layout import Layout
 from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.path_commit.xla import shift_window
+from pallas_kernels.types import WindowedState as WindowedState
+from pallas_kernels.window_verify.problem import Slots, ring_slots
 from pallas_kernels.windows.rows import Fold, Sinks, WindowNodes, early_mask
 from pallas_kernels.windows.window import AttentionWindow
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WindowedState:
-    """Decode state of `B` sequences; its size does not grow with their length.
-
-    Attributes:
-        memory: `[B, K, M, E]` `sum phi(k) v^T` (with the normaliser behind the values, if there is one) over the tokens
-            before the next query's window, decayed up to the last of them; float32 or better.
-        keys: `[B, C, K, D]` keys of the window as they are scored, position p in slot `p % C`.
-        values: `[B, C, K, E]` its values.
-        decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
-        convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
-        position: `[B]` tokens consumed so far.
-        sink_keys: `[B, S, K, D]` keys of the first tokens, that of position p in slot p; None without sinks.
-        sink_values: `[B, S, K, E]` their values.
-    """
-
-    memory: Float[Array, "*layers B K M E"]
-    keys: Float[Array, "*layers B C K D"]
-    values: Float[Array, "*layers B C K E"]
-    decays: Float[Array, "*layers B C K"] | None
-    convolved: Float[Array, "*layers B W_1 K E"] | None
-    position: Int[Array, "*layers B"]
-    sink_keys: Float[Array, "*layers B S K D"] | None = None
-    sink_values: Float[Array, "*layers B S K E"] | None = None
-
-
-class Held(NamedTuple):
-    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use.
-
-    Sinks are in slots of their own.
-    """
-
-    positions: Int[Array, "B C"]
-    mask: Bool[Array, "B C"]
-
-
-def held(window: AttentionWindow, position: Int[Array, " B"]) -> Held:
-    """The slots in use when `position` tokens have been consumed."""
-    size = window.capacity
-    slots = jnp.arange(size)
-    last = position[:, None] - 1
-    positions = last - (last - slots) % max(size, 1)
-    return Held(positions, positions >= jnp.maximum(window.start(position), window.sinks)[:, None])
+def held(window: AttentionWindow, position: Int[Array, " B"]) -> Slots:
+    """The slots in use when `position` tokens have been consumed; sinks are in slots of their own."""
+    return ring_slots(position, jnp.maximum(window.start(position), window.sinks), window.capacity)
 
 
 def sinks_of(state: WindowedState) -> Sinks | None:
@@ -67,7 +27,7 @@ def sinks_of(state: WindowedState) -> Sinks | None:
     return Sinks(state.sink_keys, state.sink_values, early_mask(state.position, state.sink_keys.shape[1]))
 
 
-def with_sinks(state: WindowedState, slots: Held) -> tuple[WindowNodes, Held]:
+def with_sinks(state: WindowedState, slots: Slots) -> tuple[WindowNodes, Slots]:
     """Keys and values of a state's sinks, if it has any, before those of its ring's slots."""
     if (sinks := sinks_of(state)) is None:
         return WindowNodes(state.keys, state.values, None), slots
@@ -76,10 +36,10 @@ def with_sinks(state: WindowedState, slots: Held) -> tuple[WindowNodes, Held]:
         jnp.concatenate([sinks.keys, state.keys], axis=1), jnp.concatenate([sinks.values, state.values], axis=1), None
     )
     positions = jnp.concatenate([order, slots.positions], axis=1)
-    return tokens, Held(positions, jnp.concatenate([sinks.mask, slots.mask], axis=1))
+    return tokens, Slots(positions, jnp.concatenate([sinks.mask, slots.mask], axis=1))
 
 
-def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
+def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Slots]:
     """The window's tokens from the oldest slot to the newest."""
     size = window.capacity
     order = (state.position[:, None] + jnp.arange(size)) % max(size, 1)
@@ -89,7 +49,7 @@ def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes
 
     tokens = WindowNodes(take(state.keys), take(state.values), None if state.decays is None else take(state.decays))
     slots = held(window, state.position)
-    return tokens, Held(take(slots.positions), take(slots.mask))
+    return tokens, Slots(take(slots.positions), take(slots.mask))
 
 
 def advance(
@@ -140,9 +100,12 @@ def commit_path(
 ) -> WindowedState:
     """The state after the first `length` nodes of a path, row by row.
 
-    Node by node, by the operations that plain decoding uses, so that both leave the same bits.
+    By the operations that plain decoding uses, so that both leave the same bits: a group is folded whole, and single
+    tokens one after another.
     """
     convolved = None if state.convolved is None else shift_window(state.convolved, path.values, length)
+    if window.tokens is None and not window.sinks and path.keys.shape[1] <= window.group_size:
+        return replace(_commit_within_groups(window, state, path, length, fold), convolved=convolved)
 
     def step(state: WindowedState, node: tuple[Array, WindowNodes]) -> tuple[WindowedState, None]:
         number, token = node
@@ -157,6 +120,41 @@ def commit_path(
     return replace(state, convolved=convolved)
 
 
+def _commit_within_groups(
+    window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state after a path that finishes one group at the most, in two writes and without a loop over the path.
+
+    The second write takes slots of the group that leaves the window, which is therefore folded before it.
+    """
+    position, order = state.position, jnp.arange(path.keys.shape[1])
+    end = (position // window.group_size + 1) * window.group_size
+    own, taken = position[:, None] + order, order < length[:, None]
+    begun = _written(state, path, own, taken & (own < end[:, None]))
+    finished = (position + length >= end) & (end >= window.capacity)
+    memory = _folded_groups(window, replace(begun, position=end), finished, fold)
+    # Without the barrier, the compiler may keep a copy of the ring for whichever comes later.
+    begun = jax.lax.optimization_barrier(replace(begun, memory=memory))
+    after = _written(begun, path, own, taken & (own >= end[:, None]))
+    return replace(after, position=position + length.astype(position.dtype))
+
+
+def _written(
+    state: WindowedState, tokens: WindowNodes, positions: Int[Array, "B P"], taken: Bool[Array, "B P"]
+) -> WindowedState:
+    """The state with tokens in their slots of the ring, where they are taken."""
+    size, rows = state.keys.shape[1], jnp.arange(positions.shape[0])[:, None]
+    slots = jnp.where(taken, positions % size, size)
+
+    def write(ring: Array, new: Array) -> Array:
+        return ring.at[rows, slots].set(new.astype(ring.dtype), mode="drop")
+
+    decays = state.decays
+    if decays is not None and tokens.decays is not None:
+        decays = write(decays, tokens.decays)
+    return replace(state, keys=write(state.keys, tokens.keys), values=write(state.values, tokens.values), decays=decays)
+
+
 def _commit_token(
     window: AttentionWindow, state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold
 ) -> WindowedState:
@@ -169,20 +167,13 @@ def _commit_token(
     leaves = taken & (position >= size + window.sinks)
     if not size:
         return replace(state, memory=_folded_token(state.memory, token, leaves, fold), position=after)
-    rows, slot = jnp.arange(position.shape[0]), position % size
     if window.tokens is not None:
         # The oldest token leaves, and the new one takes its slot.
+        rows, slot = jnp.arange(position.shape[0]), position % size
         oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
         state = replace(state, memory=_folded_token(state.memory, oldest, leaves, fold))
-    slot = jnp.where(taken, slot, size)
-
-    def written(ring: Array | None, new: Array | None) -> Array | None:
-        return None if ring is None or new is None else ring.at[rows, slot].set(new.astype(ring.dtype), mode="drop")
-
-    keys, values = written(state.keys, token.keys), written(state.values, token.values)
-    assert keys is not None
-    assert values is not None
-    state = replace(state, keys=keys, values=values, decays=written(state.decays, token.decays), position=after)
+    one = jax.tree.map(lambda part: part[:, None], token)
+    state = replace(_written(state, one, position[:, None], taken[:, None]), position=after)
     if window.tokens is None:
         finished = taken & (after % window.group_size == 0) & (after >= size)
         state = replace(state, memory=_folded_groups(window, state, finished, fold))
@@ -214,9 +205,11 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
     """The memory with the group that has left the window, in the rows where one has: seldom all at the same time."""
     size, rows = window.group_size, jnp.argsort(~finished)
 
-    def fold_row(number: Array, memory: Array) -> Array:
+    def fold_row(number: Array, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        memory, ends = carried
         row = rows[number]
-        first = state.position[row] % window.capacity
+        end = ends[row]
+        first = end % window.capacity
 
         def cut(part: Array) -> Array:
             own = jax.lax.dynamic_slice_in_dim(part, row, 1)
@@ -225,7 +218,7 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
         old, factors = jax.lax.dynamic_slice_in_dim(memory, row, 1), None
         if window.sinks:
             order = jnp.arange(size)[None, :, None]
-            factors = (state.position[row] - window.capacity + order >= window.sinks).astype(memory.dtype)
+            factors = (end - window.capacity + order >= window.sinks).astype(memory.dtype)
         if state.decays is not None:
             decays = cut(state.decays)
             after = jnp.cumsum(decays[:, ::-1], axis=1)[:, ::-1]
@@ -233,6 +226,8 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
             factors = own if factors is None else own * factors
             old = old * jnp.exp(after[:, 0])[..., None, None].astype(memory.dtype)
         new = old + fold(cut(state.keys), cut(state.values), factors)
-        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0)
+        # Places change from turn to turn: of a batch of one, the compiler would else compute the group before the loop,
+        # whether it is finished or not.
+        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0), ends.at[row].add(size)
 
-    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, (state.memory, state.position))[0]

@@ -9,7 +9,7 @@ features in the last axis: `sum v phi(k)^T` `[E, M]`, beside the sum of keys' fe
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.precision import upcast
 from pallas_kernels.products import matmul, memory_matmul, zero_absent
 from pallas_kernels.tpu.heads import SUBLANES, flat, upright
-from pallas_kernels.windowed_attention.problem import WindowedPlan
+from pallas_kernels.windowed_attention.problem import AttentionWindowPlan, WindowedPlan
 from pallas_kernels.windows.clock import SplitSums, lag, parts_of
 from pallas_kernels.windows.features import LARGEST_EXPONENT
 
@@ -145,14 +145,19 @@ def mapped(
 ) -> MappedRows:
     """The feature map's value for rows of one head: Hedgehog's softmax, or exponentials (Choromanski et al. 2021)."""
     exponents = memory_matmul(rows, weight, (1, 0))
-    if bias is not None:
-        exponents += bias
+    return features_of(exponents if bias is None else exponents + bias, rows, plan.window, queries=queries)
+
+
+def features_of(
+    exponents: Float[Array, "n M"], rows: Float[Array, "n D"], window: AttentionWindowPlan, *, queries: bool
+) -> MappedRows:
+    """Features of rows, given their exponents but for what `exponential` takes off for a row's length."""
     scale = jnp.zeros((rows.shape[0], 1), exponents.dtype)
-    if plan.window.features == "exponential":
+    if window.features == "exponential":
         wide = upcast(rows)
-        exponents -= plan.window.scale / 2 * jnp.sum(wide * wide, axis=1, keepdims=True)
-    normal = math.log(weight.shape[1]) / 2
-    if plan.window.features == "hedgehog":
+        exponents -= window.scale / 2 * jnp.sum(wide * wide, axis=1, keepdims=True)
+    normal = math.log(exponents.shape[1]) / 2
+    if window.features == "hedgehog":
         raised = jnp.exp(exponents - jnp.max(exponents, axis=1, keepdims=True))
         found = raised / jnp.sum(raised, axis=1, keepdims=True)
     elif queries:
@@ -235,6 +240,22 @@ def _running_parts(row: Float[Array, "1 W"], plan: WindowedPlan, counts: Callabl
     return SplitSums(found[:1], found[1:2])
 
 
+class WeighedPairs(Protocol):
+    """Masks that weights are computed by, as `BlockPairs` has them."""
+
+    @property
+    def near(self) -> Bool[Array, "C W"]:
+        """Pairs whose key is in the query's window."""
+
+    @property
+    def far(self) -> Bool[Array, "C W"]:
+        """Pairs whose key is before it."""
+
+    @property
+    def reads(self) -> Bool[Array, "#C 1"]:
+        """Queries of the document that the memory is of."""
+
+
 class BlockWeights(NamedTuple):
     """Weights of one query head, not yet divided.
 
@@ -268,7 +289,7 @@ def block_weights(
     normaliser: Float[Array, "1 M"],
     balance: Array,
     clock: DecayClock | None,
-    masks: BlockPairs,
+    masks: WeighedPairs,
     plan: WindowedPlan,
 ) -> BlockWeights:
     """Weights of a block for one query head."""

@@ -18,7 +18,8 @@ from pallas_kernels.implementations import compiling_for
 from pallas_kernels.linear_attention import Memory, linear_attention
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import verify_tree
-from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.types import AugmentedState, Nodes, TreeArrays, WindowedState
+from pallas_kernels.window_verify import verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
@@ -117,6 +118,32 @@ def main(topology: str, cases: int = len(CASES)) -> None:
         print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} verify: {kernels} kernels", flush=True)
         kernels = compiled_kernels(_commit, state, Nodes(keys, values), struct((rows,)))
         print(f"{topology} {keys.shape} {dtype.__name__} commit: {kernels} kernels", flush=True)
+        _verified_window(topology, struct, rows, nodes, heads, kv_heads, key_size, value_size, dtype, own)
+
+
+def _verified_window(topology, struct, rows, nodes, heads, kv_heads, key_size, value_size, dtype, own):
+    """Compiles the verification of a tree by a window and a memory; with a tree for each row there is decay, too."""
+    wide, shape = partial(struct, dtype=jnp.float32), (rows,) if own else ()
+    tree = TreeArrays(struct((*shape, nodes)), struct((*shape, nodes, nodes), bool))
+    ring = [struct((rows, 128 - own, kv_heads, size), dtype) for size in (key_size, value_size)]
+    held, decays = (wide((rows, 127, kv_heads)), wide((rows, nodes, kv_heads))) if own else (None, None)
+    memory = wide((rows, kv_heads, 2 * key_size, value_size + 1))
+    state = WindowedState(memory, *ring, held, None, struct((rows,)))
+    directions = key_size if own else 2 * key_size
+    biases = (None, None) if own else (wide((heads, directions)), wide((kv_heads, directions)))
+    weights = FeatureWeights(wide((heads, directions, key_size)), wide((kv_heads, directions, key_size)), *biases)
+    options = {"features": "hedgehog" if own else "exponential", "tokens": 128 if own else None}
+
+    def verify(nodes, weights, tree, state, balance, decays):
+        named = options | {"scale": key_size**-0.5, "balance": balance, "log_decays": decays}
+        return verify_window(*nodes, weights, tree, state, **named)
+
+    queries, keys, values = (
+        struct((rows, nodes, *tail), dtype)
+        for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
+    )
+    kernels = compiled_kernels(verify, (queries, keys, values), weights, tree, state, wide((heads,)), decays)
+    print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} windowed verify: {kernels} kernels", flush=True)
 
 
 def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed, size, name, window):
