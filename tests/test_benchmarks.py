@@ -267,6 +267,9 @@ def test_attention_steps(tmp_path: Path) -> None:
     assert len(second["all_seconds"]) == 2
     assert second["temporary_bytes"]["2048"] > second["temporary_bytes"]["1024"] > 0
     assert 0 < second["growth"] <= 1.1
+    done = run_benchmark("attention_steps", "--attentions", "relu", "--rounds", "2", *sizes, "--against", str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "s of processor time a step" in done.stdout
     done = run_benchmark("attention_steps", "--attentions", "relu/span=3")
     assert done.returncode == 2
     assert "'relu/span=3' has the option 'span'; choose among group_size" in done.stderr

@@ -18,11 +18,12 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.config import Conventions
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
-from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.pairs import unit
 from lin_jax.attention.softmax_cache import softmax_of_cache, suits_blocks
 from lin_jax.attention.softmax_rows import softmax_rows, suits_rows
 from lin_jax.errors import UserError
 from pallas_kernels.implementations import choose_implementation, target_platform
+from pallas_kernels.pairs import merge_heads, pair_scores, split_heads, weighted_values
 from pallas_kernels.types import QKV, Nodes, TreeArrays
 
 # What cuDNN takes on every GPU that has FlashAttention at all.

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.attention.pairs import merge_heads, split_heads
 from pallas_kernels.implementations import target_platform
+from pallas_kernels.pairs import merge_heads, split_heads
 from pallas_kernels.types import QKV
 
 # Slots of a block, and the least number of slots for which blocks are the faster way.

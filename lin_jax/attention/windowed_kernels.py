@@ -1,4 +1,4 @@
-"""Attention over a window and a memory by the operation of `pallas_kernels`, where a kernel for it runs."""
+"""Attention over a window and a memory by the operation of `pallas_kernels`, for the feature maps that it knows."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -6,17 +6,17 @@ from jaxtyping import Array, Float
 from lin_jax.attention.feature_maps import Exponential, FeatureMap, Hedgehog
 from lin_jax.attention.kernels import packed_row_arrays
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_state import WindowedState, in_order
 from pallas_kernels.linear_attention import Memory
 from pallas_kernels.types import QKV
 from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention, windowed_implementation
+from pallas_kernels.windows.window import AttentionWindow
 
 
 def windowed_program(
     features: FeatureMap, window: AttentionWindow, qkv: QKV, layout: Layout, asked: str | None
 ) -> str | None:
-    """The name of the kernels that compute this attention; None where plain XLA does.
+    """The name of the operation's implementation to run; None for an attention that it does not know.
 
     Args:
         features: the memory's map.
@@ -28,8 +28,7 @@ def windowed_program(
     if not isinstance(features, Exponential | Hedgehog) or window.tokens == 0 or layout.present is not None:
         return None
     # What no kernel computes, plain XLA does.
-    name = windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
-    return None if name == "xla" else name
+    return windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
 
 
 def windowed_by_program(
@@ -64,6 +63,7 @@ def windowed_by_program(
         group_size=window.group_size,
         groups=window.groups,
         tokens=window.tokens,
+        sinks=window.sinks,
         scale=scale,
         balance=balance.reshape(-1),
         log_decays=decays,
@@ -87,4 +87,5 @@ def _weights(features: FeatureMap) -> FeatureWeights:
 def _prior(window: AttentionWindow, state: WindowedState) -> WindowedPrior:
     tokens, slots = in_order(window, state)
     memory = Memory(state.memory[..., :-1], state.memory[..., -1])
-    return WindowedPrior(memory, *tokens, jnp.where(slots.mask, slots.positions, -1))
+    positions = jnp.where(slots.mask, slots.positions, -1)
+    return WindowedPrior(memory, *tokens, positions, state.sink_keys, state.sink_values)

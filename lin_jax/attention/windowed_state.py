@@ -1,6 +1,5 @@
 """Decode state of attention over a window and a memory, and the state after more tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -8,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from lin_jax.attention.layout import Layout, first_segment_id
-from lin_jax.attention.window import AttentionWindow
+from lin_jax.attention.layout import Layout
+from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.path_commit.xla import shift_window
-
-# What tokens add to the memory: keys `[B, S, K, D]`, values `[B, S, K, E]`, factors `[B, S, K]` or None.
-Fold = Callable[[Array, Array, Array | None], Array]
+from pallas_kernels.windows.rows import Fold, Sinks, WindowNodes, early_mask
+from pallas_kernels.windows.window import AttentionWindow
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +27,8 @@ class WindowedState:
         decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
         convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
         position: `[B]` tokens consumed so far.
+        sink_keys: `[B, S, K, D]` keys of the first tokens, that of position p in slot p; None without sinks.
+        sink_values: `[B, S, K, E]` their values.
     """
 
     memory: Float[Array, "*layers B K M E"]
@@ -37,24 +37,15 @@ class WindowedState:
     decays: Float[Array, "*layers B C K"] | None
     convolved: Float[Array, "*layers B W_1 K E"] | None
     position: Int[Array, "*layers B"]
-
-
-class WindowNodes(NamedTuple):
-    """Keys, values and logarithms of decay of a draft tree's nodes (or of tokens), as a state keeps them.
-
-    Attributes:
-        keys: `[B, N, K, D]`.
-        values: `[B, N, K, E]`.
-        decays: `[B, N, K]`, or None.
-    """
-
-    keys: Float[Array, "*layers B N K D"]
-    values: Float[Array, "*layers B N K E"]
-    decays: Float[Array, "*layers B N K"] | None
+    sink_keys: Float[Array, "*layers B S K D"] | None = None
+    sink_values: Float[Array, "*layers B S K E"] | None = None
 
 
 class Held(NamedTuple):
-    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use."""
+    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use.
+
+    Sinks are in slots of their own.
+    """
 
     positions: Int[Array, "B C"]
     mask: Bool[Array, "B C"]
@@ -66,7 +57,26 @@ def held(window: AttentionWindow, position: Int[Array, " B"]) -> Held:
     slots = jnp.arange(size)
     last = position[:, None] - 1
     positions = last - (last - slots) % max(size, 1)
-    return Held(positions, positions >= jnp.maximum(window.start(position), 0)[:, None])
+    return Held(positions, positions >= jnp.maximum(window.start(position), window.sinks)[:, None])
+
+
+def sinks_of(state: WindowedState) -> Sinks | None:
+    """The sinks of a state; None if it keeps none."""
+    if state.sink_keys is None or state.sink_values is None:
+        return None
+    return Sinks(state.sink_keys, state.sink_values, early_mask(state.position, state.sink_keys.shape[1]))
+
+
+def with_sinks(state: WindowedState, slots: Held) -> tuple[WindowNodes, Held]:
+    """Keys and values of a state's sinks, if it has any, before those of its ring's slots."""
+    if (sinks := sinks_of(state)) is None:
+        return WindowNodes(state.keys, state.values, None), slots
+    order = jnp.broadcast_to(jnp.arange(sinks.mask.shape[1]), sinks.mask.shape)
+    tokens = WindowNodes(
+        jnp.concatenate([sinks.keys, state.keys], axis=1), jnp.concatenate([sinks.values, state.values], axis=1), None
+    )
+    positions = jnp.concatenate([order, slots.positions], axis=1)
+    return tokens, Held(positions, jnp.concatenate([sinks.mask, slots.mask], axis=1))
 
 
 def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
@@ -96,10 +106,10 @@ def advance(
     def gather(old: Array, new: Array, distance: Array, old_index: Array) -> Array:
         """Tokens `distance` before the end: from the rows where they reach that far, else from `old`."""
         extended = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-        in_row = distance <= count
+        in_row = (distance > 0) & (distance <= count)
         index = jnp.where(in_row, old.shape[1] + last_index[:, None] + 1 - distance, old_index)
         index = jnp.clip(index, 0, extended.shape[1] - 1).reshape(*index.shape, *(1,) * (old.ndim - 2))
-        known = in_row | (continues[:, None] & (old_index >= 0))
+        known = in_row | ((distance > 0) & continues[:, None] & (old_index >= 0))
         found = jnp.take_along_axis(extended, index, axis=1)
         return jnp.where(known.reshape(*known.shape, *(1,) * (old.ndim - 2)), found, 0)
 
@@ -114,7 +124,15 @@ def advance(
     if state.decays is not None and tokens.decays is not None:
         decays = gather(state.decays, tokens.decays, *ring)
     keys, values = gather(state.keys, tokens.keys, *ring), gather(state.values, tokens.values, *ring)
-    return WindowedState(memory, keys, values, decays, convolved, position)
+    sinks: tuple[Array | None, Array | None] = (None, None)
+    if state.sink_keys is not None and state.sink_values is not None:
+        order = jnp.broadcast_to(jnp.arange(window.sinks), (position.shape[0], window.sinks))
+        since = position[:, None] - order
+        sinks = (
+            gather(state.sink_keys, tokens.keys, since, order),
+            gather(state.sink_values, tokens.values, since, order),
+        )
+    return WindowedState(memory, keys, values, decays, convolved, position, *sinks)
 
 
 def commit_path(
@@ -145,13 +163,17 @@ def _commit_token(
     """The state after one token `[B, ...]`, in the rows that take it."""
     size, position = window.capacity, state.position
     after = position + taken.astype(position.dtype)
+    if window.sinks:
+        state = _with_sink(state, token, taken)
+    # The token that leaves the window is in the memory from then on, unless it is a sink.
+    leaves = taken & (position >= size + window.sinks)
     if not size:
-        return replace(state, memory=_folded_token(state.memory, token, taken, fold), position=after)
+        return replace(state, memory=_folded_token(state.memory, token, leaves, fold), position=after)
     rows, slot = jnp.arange(position.shape[0]), position % size
     if window.tokens is not None:
         # The oldest token leaves, and the new one takes its slot.
         oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
-        state = replace(state, memory=_folded_token(state.memory, oldest, taken & (position >= size), fold))
+        state = replace(state, memory=_folded_token(state.memory, oldest, leaves, fold))
     slot = jnp.where(taken, slot, size)
 
     def written(ring: Array | None, new: Array | None) -> Array | None:
@@ -165,6 +187,19 @@ def _commit_token(
         finished = taken & (after % window.group_size == 0) & (after >= size)
         state = replace(state, memory=_folded_groups(window, state, finished, fold))
     return state
+
+
+def _with_sink(state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"]) -> WindowedState:
+    """The state with a token among its sinks, in the rows where it is one."""
+    assert state.sink_keys is not None
+    assert state.sink_values is not None
+    rows, size = jnp.arange(state.position.shape[0]), state.sink_keys.shape[1]
+    slot = jnp.where(taken, state.position, size)
+    keys, values = (
+        old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
+        for old, new in ((state.sink_keys, token.keys), (state.sink_values, token.values))
+    )
+    return replace(state, sink_keys=keys, sink_values=values)
 
 
 def _folded_token(memory: Array, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold) -> Array:
@@ -188,10 +223,14 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
             return jax.lax.dynamic_slice_in_dim(own, first, size, axis=1)
 
         old, factors = jax.lax.dynamic_slice_in_dim(memory, row, 1), None
+        if window.sinks:
+            order = jnp.arange(size)[None, :, None]
+            factors = (state.position[row] - window.capacity + order >= window.sinks).astype(memory.dtype)
         if state.decays is not None:
             decays = cut(state.decays)
             after = jnp.cumsum(decays[:, ::-1], axis=1)[:, ::-1]
-            factors = jnp.exp(after - decays)
+            own = jnp.exp(after - decays)
+            factors = own if factors is None else own * factors
             old = old * jnp.exp(after[:, 0])[..., None, None].astype(memory.dtype)
         new = old + fold(cut(state.keys), cut(state.values), factors)
         return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0)

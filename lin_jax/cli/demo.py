@@ -102,8 +102,8 @@ def _runs(options: argparse.Namespace, folder: Path) -> DemoRuns:
     files = (options.config, options.students_config, options.heads_config)
     runs = DemoRuns.load(folder, files, data, given)
     if given is not None:
-        # A wrong one is found out at once.
-        _ = runs.source
+        # A wrong one is found out at once, and one that lacks a tokenizer.
+        runs.source.tokenizer(runs.tokenizer)
     return runs
 
 

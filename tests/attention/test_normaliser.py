@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.attention.linear import divided
+from pallas_kernels.windows.normaliser import divided
 
 
 def test_tiny_normalisers():

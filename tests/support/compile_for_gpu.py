@@ -51,7 +51,7 @@ ALL = [
     if untiled("augmented_attention.outputs", size, size, dtype) is None
 ]
 NAMES = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
-ROWS, TOKENS, HEADS, KV_HEADS, NODES, GROUP, TAPS = 2, 500, 4, 2, 26, 64, 32
+ROWS, TOKENS, HEADS, KV_HEADS, NODES, GROUP, TAPS, SINKS = 2, 500, 4, 2, 26, 64, 32, 4
 
 
 class Launches:
@@ -119,7 +119,7 @@ def trace(launches, size, dtype, placed):
         both_passes(module, problem, module.plan_for(problem, 0.0 if placed else None))
         module = MODULES["windowed_attention"]
         problem = windowed_problem(rows, held, size, packed, slots[0])
-        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, "exponential")
+        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, "exponential", SINKS if placed else 0)
         both_passes(module, problem, module.plan_for(problem, window))
         tree = TreeArrays(struct(NODES, dtype=jnp.int32), struct(NODES, NODES, dtype=bool))
         state = AugmentedState(memory, *held, struct(ROWS, TAPS - 1, KV_HEADS, size, dtype=dtype), row)
@@ -130,7 +130,7 @@ def trace(launches, size, dtype, placed):
 
 
 def windowed_problem(rows, held, size, packed, slots):
-    """Attention over a window and a memory, with the number of features that models have; placed rows decay, too."""
+    """Attention over a window and a memory, with the features that models have; placed rows decay, and have sinks."""
     features = min(2 * size, 256)
     weights = windowed.FeatureWeights(
         struct(HEADS, features, size),

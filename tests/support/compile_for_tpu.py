@@ -120,7 +120,7 @@ def main(topology: str, cases: int = len(CASES)) -> None:
 
 
 def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed, size, name, window):
-    """Compiles attention over a window and a memory, forward and backward; placed rows decay, too."""
+    """Compiles attention over a window and a memory, forward and backward; placed rows decay, and have sinks."""
     wide = partial(struct, dtype=jnp.float32)
     directions = size // 2 if name == "hedgehog" else size
     biases = (wide((heads, size)), wide((kv_heads, size))) if name == "exponential" else (None, None)
@@ -134,7 +134,8 @@ def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_s
         packed = PackedRows(*(struct((rows, tokens)),) * 2, *(struct((rows,)),) * 3)
         memory = Memory(wide((rows, kv_heads, size, value_size)), wide((rows, kv_heads, size)))
         held = [struct((rows, 64, kv_heads, each), dtype) for each in (key_size, value_size)]
-        prior = WindowedPrior(memory, *held, wide((rows, 64, kv_heads)), struct((rows, 64)))
+        sinks = [struct((rows, 4, kv_heads, each), dtype) for each in (key_size, value_size)]
+        prior = WindowedPrior(memory, *held, wide((rows, 64, kv_heads)), struct((rows, 64)), *sinks)
         decays = wide((rows, tokens, kv_heads))
 
     def loss(arrays, packed, prior):
@@ -146,6 +147,7 @@ def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_s
             weights,
             features=name,
             tokens=window,
+            sinks=4 if placed else 0,
             scale=key_size**-0.5,
             balance=balance,
             log_decays=decays,

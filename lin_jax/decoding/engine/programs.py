@@ -112,10 +112,11 @@ class ProgramCompiler:
         self._thread = threading.Thread(target=work, name="lin_jax compiler", daemon=False)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Waits for a program that is being compiled."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for a program that is being compiled, at most so long; False if it still is."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
 
 def shapes_of(tree: Any) -> Any:
