@@ -275,7 +275,8 @@ def quantized(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float[Ar
 def _quantized(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float[Array, " O"]]:
     exact = upcast(weight)
     largest = jnp.max(jnp.abs(exact), axis=1)
-    scale = jnp.where(largest > 0, largest / 127, 1).astype(jnp.float32)
+    # Not divided: compilers make that a product, here and there.
+    scale = jnp.where(largest > 0, largest * (1 / 127), 1).astype(jnp.float32)
     scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=_FACTOR_BITS)
     return jnp.round(exact / scale[:, None]).astype(jnp.int8), scale
 

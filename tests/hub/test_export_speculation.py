@@ -138,7 +138,7 @@ class TestText:
         ("options", "reason"),
         [
             ({"streamer": object()}, "a streamer is for one prompt"),
-            ({"prefix_allowed_tokens_fn": lambda row, text: [1]}, "of several prompts, none of prefix_allowed_tokens"),
+            ({"prefix_allowed_tokens_fn": lambda row, text: [1]}, "prefix_allowed_tokens_fn is for one prompt"),
             ({"max_time": 9.0}, "texts of several prompts end at eos_token_id"),
         ],
         ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
@@ -224,7 +224,7 @@ def test_rows_of_a_batch_take_as_many_drafts_as_are_right(
 
 def test_a_batch_drafts_by_itself(model: PreTrainedModel) -> None:
     """With n-grams of its own rows, and with scores that a processor changes row by row."""
-    for options in (GREEDY, GREEDY | {"repetition_penalty": 1.3}):
+    for options in (GREEDY, GREEDY | {"repetition_penalty": 1.3}, GREEDY | {"no_repeat_ngram_size": 2}):
         plain = model.generate(**padded_prompts(), **options)
         assert model.generate(**padded_prompts(), **options, speculative=True).tolist() == plain.tolist()
 

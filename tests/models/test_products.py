@@ -91,7 +91,7 @@ def test_int8_rounds_symmetrically_by_the_largest_of_each_output():
     numbers = NUMBERS.copy()
     numbers[4] = 0
     weight, scale = quantized(jnp.asarray(numbers))
-    expected = np.abs(numbers).max(axis=1) / np.float32(127)
+    expected = np.abs(numbers).max(axis=1) * np.float32(1 / 127)
     fraction, exponent = np.frexp(np.where(expected > 0, expected, 1))
     # To 17 significant bits, so that products with the integers are exact.
     right = np.ldexp(np.round(fraction * 2**17), exponent - 17)

@@ -120,10 +120,17 @@ class ProgramCompiler:
 
 
 def shapes_of(tree: Any) -> Any:
-    """Shapes and types of a tree's arrays, from which `blank` makes new ones."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """Shapes, types and devices of a tree's arrays, from which `blank` makes new ones.
+
+    A program is compiled anew for arrays that are bound to devices, as those of a checkpoint are and what is computed
+    from them, where it has been compiled for arrays that are not.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None),
+        tree,
+    )
 
 
 def blank(shapes: Any) -> Any:
-    """Arrays of zeros with the given shapes and types."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    """Arrays of zeros with the given shapes, types and devices."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)

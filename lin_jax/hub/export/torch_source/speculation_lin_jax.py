@@ -4,6 +4,7 @@ A pass leaves the state as it was. Each layer notes what entered its token mixer
 tokens that stay alone, without a second pass. Rows of a batch have their own guesses, and take as many as are right.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,13 @@ from .recurrence_lin_jax import Rows, State
 
 # Guesses of a pass: at first, at most.
 FIRST, MOST = 4, 16
+# Options that look at all rows at once, and their values that do nothing, which older versions have as defaults.
+ACROSS = {
+    "guidance_scale": 1,
+    "watermarking_config": None,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+}
 
 
 def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> str | None:
@@ -39,7 +47,9 @@ def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> s
     beams = (config.num_beams or 1) > 1
     several = input_ids is not None and input_ids.shape[0] > 1
     # Rows are looked at one by one, and end apart.
-    across = passed("prefix_allowed_tokens_fn") or given("guidance_scale", "watermarking_config")
+    across = next((name for name, off in ACROSS.items() if getattr(config, name, None) not in (None, off)), None)
+    if passed("prefix_allowed_tokens_fn"):
+        across = "prefix_allowed_tokens_fn"
     apart = given("stop_strings", "max_time") or passed("stopping_criteria")
     reasons = {
         "it takes prompts as input_ids": input_ids is None or options.get("inputs_embeds") is not None,
@@ -50,8 +60,7 @@ def refusal(input_ids: Tensor | None, config: Any, options: dict[str, Any]) -> s
         "it returns no scores, logits or hidden states; leave them out": given(*results),
         "it needs the state; leave use_cache out": config.use_cache is False,
         "a streamer is for one prompt; give one": several and passed("streamer"),
-        "of several prompts, none of prefix_allowed_tokens_fn, guidance_scale and watermarking_config is heeded; give "
-        "one prompt": several and across,
+        f"{across} is for one prompt; give one": several and across is not None,
         "texts of several prompts end at eos_token_id or a length; give one": several
         and apart
         and config.eos_token_id is None,
@@ -84,8 +93,9 @@ def decode(
     """
     del synced_gpus
     cache = state_among(inputs.values()) or LinJaxCache(len(model.base_model.layer_stack()))
-    rules = _Rules(logits_processor, stopping_criteria, generation_config, streamer)
-    texts = [_Text(row[None], _Drafts(model, row.tolist())) for row in input_ids]
+    rows = range(input_ids.shape[0])
+    rules = [_Rules(_of_row(logits_processor, row), stopping_criteria, streamer) for row in rows]
+    texts = [_Text(tokens[None], _Drafts(model, tokens.tolist())) for tokens in input_ids]
     # The texts before, but what is in the state.
     mask = inputs.get("attention_mask")
     left = model.trunk(input_ids[:, cache.length :], mask, cache, use_cache=True).last_hidden_state[:, -1:]
@@ -94,7 +104,7 @@ def decode(
         logits = model.lm_head(left).to(torch.float32, copy=True)
         likeliest = None if logits_processor else logits.argmax(-1).tolist()
         stayed = [
-            text.say(rules, logits[row], None if likeliest is None else likeliest[row])
+            text.say(rules[row], logits[row], None if likeliest is None else likeliest[row])
             for row, text in enumerate(texts)
         ]
         if commit is not None:
@@ -155,11 +165,10 @@ def verify(
 
 @dataclass(frozen=True)
 class _Rules:
-    """What a token is chosen by, and whom it is told; as in `decode`."""
+    """What a row's token is chosen by, and whom it is told; as in `decode`."""
 
     processor: LogitsProcessorList
     criteria: StoppingCriteriaList
-    config: Any
     streamer: Any
 
 
@@ -215,6 +224,18 @@ class _Text:
                 break
         self.drafts.said(said)
         return len(said)
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors as one row needs them: repetition penalties know the length of each row's padding."""
+    found = LogitsProcessorList()
+    for each in processors:
+        lengths = getattr(each, "prompt_ignore_length", None)
+        if isinstance(lengths, Tensor) and lengths.dim():
+            each = copy.copy(each)
+            each.prompt_ignore_length = lengths[row : row + 1]
+        found.append(each)
+    return found
 
 
 def _padded(texts: Sequence[_Text], config: Any) -> Tensor:
