@@ -241,6 +241,25 @@ def test_pod_plan(name: str, kernels: int, tmp_path: Path) -> None:
     assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
+def test_decode_programs(tmp_path: Path) -> None:
+    """A tree is one kernel in the loop over layers, and what cannot be is refused in one line."""
+    file = tmp_path / "programs.json"
+    done = run_benchmark(
+        *("decode_programs", "--cells", "1,3,2", "--layers", "2", "--heads", "2", "--implementations", "tpu"),
+        *("--json", str(file)),
+        without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
+    )
+    assert done.returncode == 0, done.stderr
+    verified, committed = json.loads(file.read_text())["results"]
+    assert (verified["program"], verified["kernels"], committed["program"]) == ("verify", 1, "commit")
+    assert verified["bytes"] > 0 < committed["fusions"]
+    done = run_benchmark("decode_programs", "--cells", "1,2,3")
+    assert done.returncode == 2
+    assert "no longer a path than there are nodes" in done.stderr
+
+
 def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"
