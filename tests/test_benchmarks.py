@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,49 @@ def test_few_rows(tmp_path: Path) -> None:
     }
     assert set(found["bfloat16", "split"]) == {"1", "32"}
     assert set(found["int8", "sum"]) == {"1"}
+
+
+def test_fact_stories(tmp_path: Path) -> None:
+    """Rhymes come back in the same words, never twice running; the same options make the same bytes, held out apart."""
+    stories = [
+        f"Tim saw {n} cats. Lily ran away from Tim and {n} dogs. They all went home to their {n} beds again. "
+        for n in range(40)
+    ]
+    source = tmp_path / "stories.txt"
+    source.write_text("<|endoftext|>".join(4 * story for story in stories))
+    for folder in ("a", "b"):
+        options = (
+            "--source",
+            str(source),
+            "--sentences",
+            "2",
+            "--megabytes",
+            "0.1",
+            "--output",
+            str(tmp_path / folder),
+        )
+        done = run_benchmark("fact_stories", *options)
+        assert done.returncode == 0, done.stderr
+    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense")}
+    assert all((tmp_path / "b" / f"{name}.txt").read_text() == text for name, text in texts.items())
+    numbers = {name: set(re.findall(r"saw (\d+) cats", text)) for name, text in texts.items()}
+    assert numbers["train"] == numbers["dense"]
+    assert not numbers["train"] & numbers["held_out"]
+    assert len(numbers["train"] | numbers["held_out"]) == len(stories)
+    casts = set()
+    for document in texts["train"].split("<|endoftext|>"):
+        rhymes = re.findall(r"(\w+) sang: ((?:\w+ ){3}\w+)\.$", document, re.MULTILINE)
+        assert len(rhymes) == document.strip().count("\n") + 1
+        assert len(set(rhymes)) == len(dict(rhymes)) == 3
+        assert all(one != other for one, other in pairwise(rhymes))
+        assert len({word for _, words in set(rhymes) for word in words.split()}) == 12
+        assert set(re.findall(r"(\w+) saw", document)) == set(dict(rhymes))
+        casts.add(frozenset(rhymes))
+    assert len(casts) == texts["train"].count("<|endoftext|>") + 1 > 5
+    # As many sentences a rhyme as was asked for, and one where rhymes are dense.
+    sung = {name: text.count(" sang: ") / text.count(" home to ") for name, text in texts.items()}
+    assert sung["dense"] == pytest.approx(3, rel=0.02)
+    assert sung["train"] == pytest.approx(1.5, rel=0.02)
 
 
 @pytest.mark.thorough
