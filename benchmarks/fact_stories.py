@@ -1,17 +1,16 @@
-"""Text that needs its past: stories of one cast, who sing the same rhymes over and over.
+"""Text that needs its past: stories of one cast, among which the facts of a document are told over and over.
 
     python benchmarks/fact_stories.py --output runs/fact_stories_text [--source PLACE ...] [--megabytes N]
 
 A small model makes little use of what is hundreds of tokens behind it, for in short stories little comes back. Here
-each document has a cast of its own with invented names, who take the parts in a series of stories (real ones, from
-`--source`), and each of the cast has a rhyme: words drawn at random for this document. After every few sentences one
-of them sings it, never the same twice running. What is sung can be known from where it was sung before, more than a
-hundred tokens ago, and from nowhere else. A row of tokens from the middle of a document is like one from its
-beginning.
+each document has a cast with invented names, who take the parts in a series of stories (real ones, from `--source`),
+and its own facts: which town, pet, dish, song and ship they speak of. After every few sentences one of the cast names
+three of these again. Which they are can be known from where they were named before, more than a window ago, and from
+nowhere else. A row of tokens from the middle of a document is like one from its beginning.
 
 `train.txt` and `held_out.txt` hold documents with `<|endoftext|>` between them. The stories of the two are different
-ones, and so are casts and rhymes. `dense.txt` has a rhyme after every sentence: a model learns to look back from it in
-a fraction of the steps. The same options make the same bytes.
+ones, and so are casts and facts. `dense.txt` has facts after every sentence: a model learns to look back from it in a
+fraction of the steps. The same options make the same bytes.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import cycle, islice
+from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 from lin_jax.data import Corpus, DataConfig
@@ -36,23 +35,16 @@ Mary Billy Molly Anna Emma Grace Buddy Benny Bella Lisa Fin Ella Bobo Andy Momo 
 Emily Bobby Ann Alex Rosie Penny Jenny Jake Fred Elly Bill Alice Rachel Pete Oliver Mimi Luna Kate Julie Joey
 Jimmy Henry George Gary Chloe Charlie Buzz Zara Tweety Mittens Whiskers Ollie Peter Nemo Mike Tommy Jill
 """
-# Syllables of the names in their place, and the words of rhymes.
-FIRST = """
-Ba Be Bo Da Di Do Fa Fe Ga Gu Ka Ki Ko La Le Lo Ma Mo Na Ni No Pa Pi Po Ra Ri Ro Sa Si Ta Te To Va Vi Za Zo
-"""
-SECOND = """
-bar bel dor dra fin fos gan gol kar kim lan lop mar mus nar nok pel pin ran rik sel sun tal tok van vik zan zul
-"""
-THINGS = """
-apple ball barn basket bed bell boat book bottle box bread brush cake candle castle cave chair church clock
-cloud coat corn cup door drum egg farm feather fence field fish flag flute forest fork garden gate glass grape
-hat hill honey horn house island jam kite ladder lake lamp leaf lemon letter lion map market meadow milk mill
-mirror moon mountain nest nut onion owl park pear pie pond pot pumpkin rice ring river road rock roof rope rose
-sea shell ship shoe shop snow soup spoon star stone stove swing table tent tower train tree tunnel wagon well
-wheel window wood
-"""
-# Characters of a document, at least; some 4,000 tokens.
-LONG = 12_000
+# Words in their place, and of facts: a syllable with the ending of what it is.
+SYLLABLES = "Ba Be Bo Da Di Do Fa Fe Ga Gu Ka Ki La Le Mo Na Ni Po Ra Ro Sa Ti Va Zo"
+NAME = "lin"
+ENDINGS = {"town": "ford", "pet": "pup", "dish": "tart", "song": "hymn", "ship": "mast"}
+# Facts of a sentence.
+TOLD = 3
+
+# Characters of a document, at least: some 4,000 tokens, and 450 where facts are dense. Rows of one document are read
+# one after the other, and a model would learn dense facts by heart, in its weights.
+LONG, SHORT = 12_000, 1_500
 
 
 @dataclass(frozen=True)
@@ -61,26 +53,26 @@ class Sizes:
 
     Attributes:
         cast: names.
-        words: of a rhyme.
-        sentences: of a story between two rhymes.
+        sentences: of a story between facts.
+        characters: at least.
     """
 
     cast: int
-    words: int
     sentences: int
+    characters: int
 
 
 @dataclass(frozen=True)
 class Book:
-    """Names and rhymes of one document.
+    """Names and facts of one document.
 
     Attributes:
         cast: names.
-        rhymes: sentences, one of each.
+        facts: what they speak of, such as "the town Baford".
     """
 
     cast: tuple[str, ...]
-    rhymes: tuple[str, ...]
+    facts: tuple[str, ...]
 
 
 def main() -> int:
@@ -89,13 +81,14 @@ def main() -> int:
     stories = stories_of(options)
     held = max(len(stories) // 10, 1)
     options.output.mkdir(parents=True, exist_ok=True)
-    for name, chosen, megabytes, sentences in (
-        ("held_out", stories[:held], options.megabytes / 10, options.sentences),
-        ("train", stories[held:], options.megabytes, options.sentences),
-        ("dense", stories[held:], options.megabytes / 4, 1),
+    sparse = Sizes(options.cast, options.sentences, LONG)
+    for name, chosen, megabytes, sizes in (
+        ("held_out", stories[:held], options.megabytes / 10, sparse),
+        ("train", stories[held:], options.megabytes, sparse),
+        ("dense", stories[held:], options.megabytes / 4, replace(sparse, sentences=1, characters=SHORT)),
     ):
         chance = random.Random(f"{name} {options.seed}")
-        made = list(documents(chosen, chance, Sizes(options.cast, options.words, sentences), megabytes * 1e6))
+        made = list(documents(chosen, chance, sizes, megabytes * 1e6))
         path = options.output / f"{name}.txt"
         path.write_text(SEPARATOR.join(f"{each}\n" for each in made), encoding="utf-8")
         print(f"{path}: {len(made):,} documents, {sum(map(len, made)):,} characters, of {len(chosen):,} stories")
@@ -110,8 +103,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-bytes", type=int, default=9_000_000, help="of the stories that are read")
     parser.add_argument("--megabytes", type=float, default=16, help="of text for training; a tenth more is held out")
     parser.add_argument("--cast", type=int, default=3, help="names of a document")
-    parser.add_argument("--words", type=int, default=4, help="of a rhyme")
-    parser.add_argument("--sentences", type=int, default=8, help="of a story between two rhymes")
+    parser.add_argument("--sentences", type=int, default=4, help="of a story between facts")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -137,23 +129,23 @@ def documents(stories: Sequence[str], chance: random.Random, sizes: Sizes, chara
 
 
 def pieces_of(stories: Iterator[str], book: Book, chance: random.Random, sizes: Sizes) -> Iterator[str]:
-    """Yields a few sentences of a story with a rhyme behind them, until a document is long enough."""
-    length, sung = 0, ""
-    while length < LONG:
+    """Yields a few sentences of a story with facts behind them, until a document is long enough."""
+    length = 0
+    while length < sizes.characters:
         ends = re.split(r"(?<=[.!?])\s+", " ".join(recast(next(stories), book, chance).split()))
         for begin in range(0, len(ends), sizes.sentences):
-            sung = chance.choice([rhyme for rhyme in book.rhymes if rhyme != sung])
-            piece = " ".join([*ends[begin : begin + sizes.sentences], sung])
+            *told, last = chance.sample(book.facts, TOLD)
+            fact = f"{chance.choice(book.cast)} spoke of {', '.join(told)} and {last}."
+            piece = " ".join([*ends[begin : begin + sizes.sentences], fact])
             length += len(piece) + 1
             yield piece
 
 
 def make_book(chance: random.Random, sizes: Sizes) -> Book:
-    """Draws names and rhymes; no word is in two of a document's rhymes."""
-    firsts, seconds = chance.sample(FIRST.split(), sizes.cast), chance.sample(SECOND.split(), sizes.cast)
-    cast = tuple(first + second for first, second in zip(firsts, seconds, strict=True))
-    words = iter(chance.sample(THINGS.split(), sizes.cast * sizes.words))
-    return Book(cast, tuple(f"{name} sang: {' '.join(islice(words, sizes.words))}." for name in cast))
+    """Draws names and facts."""
+    syllables = SYLLABLES.split()
+    cast = tuple(syllable + NAME for syllable in chance.sample(syllables, sizes.cast))
+    return Book(cast, tuple(f"the {kind} {chance.choice(syllables)}{ending}" for kind, ending in ENDINGS.items()))
 
 
 def recast(story: str, book: Book, chance: random.Random) -> str:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ def test_few_rows(tmp_path: Path) -> None:
 
 
 def test_fact_stories(tmp_path: Path) -> None:
-    """Rhymes come back in the same words, never twice running; the same options make the same bytes, held out apart."""
+    """A document says the same of each kind; the same options make the same bytes; other stories are held out."""
     stories = [
         f"Tim saw {n} cats. Lily ran away from Tim and {n} dogs. They all went home to their {n} beds again. "
         for n in range(40)
@@ -89,23 +88,25 @@ def test_fact_stories(tmp_path: Path) -> None:
     texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense")}
     assert all((tmp_path / "b" / f"{name}.txt").read_text() == text for name, text in texts.items())
     numbers = {name: set(re.findall(r"saw (\d+) cats", text)) for name, text in texts.items()}
-    assert numbers["train"] == numbers["dense"]
+    assert numbers["dense"] <= numbers["train"]
     assert not numbers["train"] & numbers["held_out"]
     assert len(numbers["train"] | numbers["held_out"]) == len(stories)
     casts = set()
     for document in texts["train"].split("<|endoftext|>"):
-        rhymes = re.findall(r"(\w+) sang: ((?:\w+ ){3}\w+)\.$", document, re.MULTILINE)
-        assert len(rhymes) == document.strip().count("\n") + 1
-        assert len(set(rhymes)) == len(dict(rhymes)) == 3
-        assert all(one != other for one, other in pairwise(rhymes))
-        assert len({word for _, words in set(rhymes) for word in words.split()}) == 12
-        assert set(re.findall(r"(\w+) saw", document)) == set(dict(rhymes))
-        casts.add(frozenset(rhymes))
+        told = re.findall(r"(\w+) spoke of the (\w+ \w+), the (\w+ \w+) and the (\w+ \w+)\.$", document, re.MULTILINE)
+        assert len(told) == document.strip().count("\n") + 1
+        facts = {fact for _, *facts in told for fact in facts}
+        assert len(facts) == len(dict(fact.split() for fact in facts)) == 5
+        assert all(len({*facts}) == 3 for _, *facts in told)
+        cast = {name for name, *_ in told}
+        assert len(cast) == 3
+        assert set(re.findall(r"(\w+) saw", document)) <= cast
+        casts.add(frozenset(facts))
     assert len(casts) == texts["train"].count("<|endoftext|>") + 1 > 5
-    # As many sentences a rhyme as was asked for, and one where rhymes are dense.
-    sung = {name: text.count(" sang: ") / text.count(" home to ") for name, text in texts.items()}
-    assert sung["dense"] == pytest.approx(3, rel=0.02)
-    assert sung["train"] == pytest.approx(1.5, rel=0.02)
+    # As many sentences between facts as were asked for, and one where facts are dense.
+    often = {name: text.count(" spoke of ") / text.count(" home to ") for name, text in texts.items()}
+    assert often["dense"] == pytest.approx(3, rel=0.02)
+    assert often["train"] == pytest.approx(1.5, rel=0.02)
 
 
 @pytest.mark.thorough
