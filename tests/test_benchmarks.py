@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -72,6 +73,51 @@ def test_few_rows(tmp_path: Path) -> None:
     }
     assert set(found["bfloat16", "split"]) == {"1", "32"}
     assert set(found["int8", "sum"]) == {"1"}
+
+
+def test_fact_stories(tmp_path: Path) -> None:
+    """A document says the same of each kind; the same options make the same bytes; other stories are held out."""
+    stories = [
+        f"Tim saw {n} cats. Lily ran away from Tim and {n} dogs. They all went home to their {n} beds again. "
+        for n in range(40)
+    ]
+    source = tmp_path / "stories.txt"
+    source.write_text("<|endoftext|>".join(4 * story for story in stories))
+    for folder in ("a", "b"):
+        options = (
+            "--source",
+            str(source),
+            "--sentences",
+            "2",
+            "--megabytes",
+            "0.1",
+            "--output",
+            str(tmp_path / folder),
+        )
+        done = run_benchmark("fact_stories", *options)
+        assert done.returncode == 0, done.stderr
+    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense")}
+    assert all((tmp_path / "b" / f"{name}.txt").read_text() == text for name, text in texts.items())
+    numbers = {name: set(re.findall(r"saw (\d+) cats", text)) for name, text in texts.items()}
+    assert numbers["dense"] <= numbers["train"]
+    assert not numbers["train"] & numbers["held_out"]
+    assert len(numbers["train"] | numbers["held_out"]) == len(stories)
+    casts = set()
+    for document in texts["train"].split("<|endoftext|>"):
+        told = re.findall(r"(\w+) spoke of the (\w+ \w+), the (\w+ \w+) and the (\w+ \w+)\.$", document, re.MULTILINE)
+        assert len(told) == document.strip().count("\n") + 1
+        facts = {fact for _, *facts in told for fact in facts}
+        assert len(facts) == len(dict(fact.split() for fact in facts)) == 5
+        assert all(len({*facts}) == 3 for _, *facts in told)
+        cast = {name for name, *_ in told}
+        assert len(cast) == 3
+        assert set(re.findall(r"(\w+) saw", document)) <= cast
+        casts.add(frozenset(facts))
+    assert len(casts) == texts["train"].count("<|endoftext|>") + 1 > 5
+    # As many sentences between facts as were asked for, and one where facts are dense.
+    often = {name: text.count(" spoke of ") / text.count(" home to ") for name, text in texts.items()}
+    assert often["dense"] == pytest.approx(3, rel=0.02)
+    assert often["train"] == pytest.approx(1.5, rel=0.02)
 
 
 @pytest.mark.thorough
