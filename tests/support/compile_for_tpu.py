@@ -1,7 +1,7 @@
 """Compiles the operations with the real TPU compiler, in a process of its own: `compile_for_tpu.py TOPOLOGY [CASES]`.
 
-Of windows and memories, a case fewer is compiled, but one at least. Prints a line for each program; a program that the compiler refuses
-ends the process with its message.
+Of windows and memories, a case fewer is compiled, but one at least. Prints a line for each program; a program that the
+compiler refuses ends the process with its message.
 """
 
 import sys
