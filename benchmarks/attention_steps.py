@@ -1,16 +1,22 @@
 """Training steps of a LLaMA with one attention and another, in turn: seconds, and memory by XLA's own account.
 
     python benchmarks/attention_steps.py [--attentions augmented exponential+window ...] [--lengths 1024 4096 16384]
-        [--rounds 7] [--timed-length 1024] [--json FILE]
+        [--rounds 7] [--timed-length 1024] [--against FOLDER] [--json FILE]
 
 Options stand behind a name, as in `exponential+window/window=32/decay=token`. The first attention is the one that all
 others are compared with: in each round every attention takes one step on the same rows, forwards and backwards through
 the list by turns, and the ratio is the median of the rounds' ratios. A step is that of `train_speed.py`. Memory is what
 XLA sets aside for the compiled step of one row of each length beyond parameters and moments; nothing is run for it. The
 status is 1 where memory grows faster than the text (by more than a tenth between the last two lengths).
+
+With `--against FOLDER`, another checkout of this repository, each attention's step is compared with that of the code
+there instead: each in a process of its own, in turn, by the processor time of all its threads.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +50,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--against", metavar="FOLDER", help="compare with the code there instead")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     if options.rounds < 0:
@@ -120,6 +128,57 @@ def timed(contenders: dict[str, Contender], options: argparse.Namespace) -> dict
     }
 
 
+def serve(options: argparse.Namespace) -> int:
+    """Takes a step of the first attention for each line that comes in, and prints its seconds of processor time."""
+    step = Contender(config_of(options.attentions[0], options)).stepper(options.rows, options.timed_length)
+    for _ in range(WARM_UP):
+        step()
+    for _ in sys.stdin:
+        began = time.process_time()
+        step()
+        print(time.process_time() - began, flush=True)
+    return 0
+
+
+def against(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of processor time of an attention's steps here and by the other code, in turn."""
+    sizes = ("rows", "timed_length", "hidden_size", "layers", "heads")
+    flags = [f"--{size.replace('_', '-')}={getattr(options, size)}" for size in sizes]
+    command = [sys.executable, __file__, "--serve", "--attentions", name, *flags]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    places = [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), os.path.abspath(options.against)]
+    servers = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": place}, **pipes) for place in places]
+    taken: list[list[float]] = [[], []]
+    for number in range(options.rounds):
+        for at in (0, 1) if number % 2 == 0 else (1, 0):
+            servers[at].stdin.write("step\n")
+            servers[at].stdin.flush()
+            taken[at].append(float(servers[at].stdout.readline()))
+    for server in servers:
+        server.stdin.close()
+        server.wait()
+    here, there = np.array(taken)
+    return {
+        "attention": name,
+        "processor_seconds": float(np.median(here)),
+        "times_the_other": float(np.median(here / there)),
+        "least_times_the_other": float(here.min() / there.min()),
+    }
+
+
+def beside(options: argparse.Namespace) -> int:
+    """Compares all attentions with the other code, and writes JSON if asked to."""
+    rows = []
+    for name in options.attentions:
+        row = against(name, options)
+        rows.append(row)
+        ratios = f"{row['times_the_other']:.3f} times the other's (least: {row['least_times_the_other']:.3f})"
+        print(f"{name:44} {row['processor_seconds']:.3f} s of processor time a step, {ratios}", flush=True)
+    if options.json:
+        write(header("attention steps") | {**vars(options), "results": rows}, options.json)
+    return 0
+
+
 def memory(contender: Contender, lengths: list[int]) -> dict[int, int]:
     """Bytes that XLA sets aside for a step of one row of each length, beyond what goes in and comes out."""
     return {length: contender.compiled(1, length).memory_analysis().temp_size_in_bytes for length in lengths}
@@ -136,6 +195,10 @@ def growth(sizes: dict[int, int]) -> float | None:
 def main() -> int:
     """Measures, prints, and writes JSON if asked to; 1 if memory grows faster than the text."""
     options = parse()
+    if options.serve:
+        return serve(options)
+    if options.against:
+        return beside(options)
     contenders = {name: Contender(config_of(name, options)) for name in options.attentions}
     found: dict[str, dict[str, Any]] = {name: {} for name in contenders}
     if options.rounds:

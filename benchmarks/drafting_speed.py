@@ -32,6 +32,7 @@ from lib.quick_model import (
     trained_model,
 )
 from lib.report import header, write
+from lib.tiles_option import add_tiles_option, use_tiles
 from tqdm import tqdm
 from train_speed import SIZES
 
@@ -64,6 +65,7 @@ class Pair(NamedTuple):
 def main() -> int:
     """Trains, measures, prints, and writes JSON if asked to, batch by batch."""
     options = parse()
+    use_tiles(options)
     report: dict[str, Any] = header("drafting speed") | {"size": options.size, "correct": True, "cells": []}
     began = time.perf_counter()
 
@@ -109,6 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--head-steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="that compile")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep model and head, or go on with what is kept")
+    add_tiles_option(parser)
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     least = {"rounds": 2, "tokens": 8, "prompt": 2, "threads": 1, "rows": 1, "length": 8}

@@ -1,12 +1,14 @@
 """Speculation in an exported folder against the folder's own plain `generate`, in PyTorch on a CPU.
 
-    python benchmarks/export_speculation.py [--folder DIR --prompt TEXT ...] [--tokens 120] [--rounds 5] [--json FILE]
+    python benchmarks/export_speculation.py [--folder DIR --prompt TEXT ...] [--rows 1] [--tokens 120] [--rounds 5]
+        [--json FILE]
 
 Without a folder, a linearized LLaMA is made and exported whose layers do their work and change next to nothing, so that
 the next token follows from the last one alone, among 32: greedy text turns in a circle, as text that repeats itself,
 which n-gram drafts are for. With a folder, prompts are continued by its model; texts that quote their prompt show what
 drafts are worth, others what they cost. Both ways take turns, text by text and round by round, and the ratio is that of
-the fastest of each, by the clock and by processor time. The texts must be equal, token for token.
+the fastest of each, by the clock and by processor time. The texts must be equal, token for token. With `--rows`, as
+many texts are written at once.
 """
 
 import argparse
@@ -33,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=8, help="of that model")
     parser.add_argument("--width", type=int, default=512, help="of that model")
     parser.add_argument("--texts", type=int, default=3, help="texts of that model")
+    parser.add_argument("--rows", type=int, default=1, help="texts at once, of that model")
     parser.add_argument("--tokens", type=int, default=120, help="new tokens of a text")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each way")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
@@ -45,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_folder(folder, options.attention, options.layers, options.width)
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         rows = []
-        for prompt in prompts(folder, options.prompt, options.texts):
+        for prompt in prompts(folder, options.prompt, options.texts, options.rows):
             rows.append(row := compared(model, prompt, options))
             print(
-                f"{row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, with drafts "
-                f"{row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by processor "
-                f"time); {row['passes']} passes, equal: {row['equal']}",
+                f"{row['rows']} x {row['prompt_tokens']} + {row['tokens']} tokens: plain {row['plain_s']:.2f} s, "
+                f"with drafts {row['drafted_s']:.2f} s, {row['ratio']:.2f} times as fast ({row['cpu_ratio']:.2f} by "
+                f"processor time); {row['passes']} passes, equal: {row['equal']}",
                 flush=True,
             )
     print(f"median of the ratios: {statistics.median(row['ratio'] for row in rows):.2f}")
@@ -81,11 +84,11 @@ def make_folder(folder: Path, attention: str, layers: int, width: int) -> None:
     save_pretrained(model, folder, overwrite=True)
 
 
-def prompts(folder: Path, given: Sequence[str] | None, count: int) -> list[torch.Tensor]:
-    """Tokens `[1, T]` of texts; without any, so many random ones."""
+def prompts(folder: Path, given: Sequence[str] | None, count: int, rows: int) -> list[torch.Tensor]:
+    """Tokens `[B, T]` of texts; without any, so many random ones of so many rows."""
     if not given:
         draw = torch.Generator().manual_seed(0)
-        return [torch.randint(1, 200, (1, 32), generator=draw) for _ in range(count)]
+        return [torch.randint(1, 200, (rows, 32), generator=draw) for _ in range(count)]
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     return [tokenizer(text, return_tensors="pt")["input_ids"] for text in given]
 
@@ -106,6 +109,7 @@ def compared(model: PreTrainedModel, prompt: torch.Tensor, options: argparse.Nam
     plain, drafted = (min(wall for wall, _ in times[way]) for way in (False, True))
     plain_cpu, drafted_cpu = (min(cpu for _, cpu in times[way]) for way in (False, True))
     return {
+        "rows": prompt.shape[0],
         "prompt_tokens": prompt.shape[1],
         "tokens": texts[True].shape[1] - prompt.shape[1],
         "plain_s": plain,

@@ -44,8 +44,10 @@ INSTALL_SECONDS = 45.0
 # What the package index is asked for; the package itself runs from this folder.
 PACKAGES = (".[gpu]", "pytest>=8.4", "pytest-xdist>=3.8", "hypothesis>=6.130", "flash-linear-attention")
 JSON = ("--json", "{report}")
+# What was tuned before.
+TILES = ("--tiles", "{output}/tiles.json")
 THREADS = str(min(os.cpu_count() or 1, 8))
-KERNELS = ("benchmarks/kernels.py", *JSON, "--without-verify")
+KERNELS = ("benchmarks/kernels.py", *JSON, *TILES, "--without-verify")
 KERNELS_ASKED = (
     *("--operations", "augmented", "linear", "--implementations", "gpu", "--threads", THREADS),
     *("--rounds", "3", "--seconds", "0.1"),
@@ -98,7 +100,7 @@ PARTS = (
     ),
     Part(
         "train",
-        ("benchmarks/train_speed.py", *JSON),
+        ("benchmarks/train_speed.py", *JSON, *TILES),
         165,
         ("--size", "1b", "--lengths", "2048", "8192", "32768", "--steps", "4", "--threads", "3"),
         ("--size", "tiny", "--lengths", "16", "32", "--tokens", "64", "--part", "32", "--steps", "1", "--threads", "2"),
@@ -108,7 +110,7 @@ PARTS = (
     ),
     Part(
         "drafting",
-        ("benchmarks/drafting_speed.py", *JSON, "--keep", "{scratch}/drafting.npz"),
+        ("benchmarks/drafting_speed.py", *JSON, *TILES, "--keep", "{scratch}/drafting.npz"),
         110,
         ("--size", "110m", "--batches", "1", "8", "32"),
         (
@@ -120,7 +122,7 @@ PARTS = (
     ),
     Part(
         "verify",
-        ("benchmarks/kernels.py", *JSON, "--operations", "none"),
+        ("benchmarks/kernels.py", *JSON, *TILES, "--operations", "none"),
         30,
         (
             *("--implementations", "gpu", "--nodes", "1", "8", "16", "64", "--batches", "1", "8", "32"),
@@ -134,7 +136,7 @@ PARTS = (
     ),
     Part(
         "commit",
-        ("benchmarks/path_commit.py", *JSON),
+        ("benchmarks/path_commit.py", *JSON, *TILES),
         20,
         ("--implementations", "gpu", "xla"),
         (
@@ -260,7 +262,6 @@ def variables(output: Path, scratch: Path, options: argparse.Namespace) -> dict[
     found = {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(scratch / "site"), given))),
         "JAX_COMPILATION_CACHE_DIR": str(scratch / "programs"),
-        "PALLAS_KERNELS_TILES": str(output / "tiles.json"),
         # What is measured here decides nothing later.
         "LIN_JAX_CACHE": "off",
         "TQDM_MININTERVAL": "5",

@@ -36,6 +36,7 @@ from lib.kernel_cases import (
 from lib.kernel_peers import PEERS, Call
 from lib.kernel_traffic import traffic_of
 from lib.report import header, write
+from lib.tiles_option import add_tiles_option, use_tiles
 from tqdm import tqdm
 
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
@@ -53,6 +54,7 @@ CHECKED_HEADS = 2
 def main() -> int:
     """Measures, prints, and writes JSON if asked to."""
     options = parse()
+    use_tiles(options)
     shapes = [parse_shape(text) for text in (SWEEP if options.sweep else options.shapes)]
     if options.traffic:
         results = [row for name in options.operations for shape in shapes for row in moved(name, shape, options.dtype)]
@@ -103,6 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--nodes", nargs="+", type=int, default=NODES, metavar="N", help="of draft trees")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B", help="rows with a tree each")
     parser.add_argument("--traffic", action="store_true", help="bytes that the TPU programs move; nothing is run")
+    add_tiles_option(parser)
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     for name in ("rounds", "threads"):

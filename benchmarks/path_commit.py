@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from lib.report import header, write
+from lib.tiles_option import add_tiles_option, use_tiles
 
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from pallas_kernels.implementations import PREFERRED
@@ -38,6 +39,7 @@ class Paths(NamedTuple):
 def main() -> int:
     """Measures, prints, and writes JSON if asked to, cell by cell."""
     options = parse()
+    use_tiles(options)
     report: dict[str, Any] = header("path commit") | {"correct": True, "results": []}
     for dtype in options.dtypes:
         for batch in options.batches:
@@ -68,6 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--path", type=int, default=8, help="nodes of a path")
     parser.add_argument("--commits", type=int, default=64, help="one after another")
     parser.add_argument("--rounds", type=int, default=5, help="the same commits again; the median time is taken")
+    add_tiles_option(parser)
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     if options.path > options.group:

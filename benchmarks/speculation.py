@@ -84,7 +84,7 @@ def adaptive(session: Session, options: argparse.Namespace) -> int:
     """Plain and adaptive decoding of each prompt, in turns."""
     prompts = chosen_prompts(session, options.data, options.prompts)
     report = header("speculation") | {"model": options.model}
-    report |= {"adaptive": adaptive_report(session, prompts, options.new_tokens, options.rounds)}
+    report |= {"adaptive": adaptive_report(session, prompts, options.new_tokens, options.rounds, again=options.again)}
     print_adaptive(report["adaptive"], report["device"])
     if options.json is not None:
         write(report, options.json)
@@ -125,6 +125,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chains", type=int, default=3, help="how many of the most promising chains take part")
     parser.add_argument(
         "--adaptive", action="store_true", help="only plain against adaptive decoding, prompt by prompt"
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="with --adaptive: a second pass, with the first one in the session's memory",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --adaptive: folder of prompts")

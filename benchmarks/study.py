@@ -2,6 +2,7 @@
 
     python benchmarks/study.py                                  # all of it; hours, or days on two cores
     python benchmarks/study.py --parts linearize ablations      # some parts, and what they need
+    python benchmarks/study.py --short                          # the main rows on a small budget: an hour of one core
     python benchmarks/study.py --quick                          # tiny models, to see that everything runs
     python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
 
@@ -76,7 +77,9 @@ def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, c
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny models and few steps; its figures say nothing")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--quick", action="store_true", help="tiny models and few steps; its figures say nothing")
+    sizes.add_argument("--short", action="store_true", help="the main rows with a seventh of the training each")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="WORD", help="cells alone with such a word in their name"
@@ -87,7 +90,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="FOLDER", help=f"of the report ({FULL}; quick: {QUICK})")
     parser.add_argument(
-        "--scratch", metavar="FOLDER", help="of models and results (runs/study; quick: runs/study-quick)"
+        "--scratch", metavar="FOLDER", help="of models and results (runs/study; also with -short or -quick)"
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args(words)
@@ -103,15 +106,20 @@ def setup_of(options: argparse.Namespace) -> Setup:
         if not all(each.partition("=")):
             raise UserError(f"--data {each} names no place; give NAME=PLACE")
     data = dict(each.split("=", 1) for each in options.data)
-    scratch = options.scratch or ("runs/study-quick" if options.quick else "runs/study")
-    setup = Setup(Path(scratch), options.quick, data)
+    scratch = options.scratch or "-".join(["runs/study", *_chosen_sizes(options)])
+    setup = Setup(Path(scratch), options.quick, data, options.short)
     assert setup.places
     return setup
 
 
+def _chosen_sizes(options: argparse.Namespace) -> list[str]:
+    """The option that makes the study smaller, if one does."""
+    return [name for name in ("short", "quick") if getattr(options, name)]
+
+
 def shown_command(options: argparse.Namespace) -> str:
     """The command as the report has it, without the folders of this machine."""
-    words = ["python", "benchmarks/study.py", *(["--quick"] if options.quick else [])]
+    words = ["python", "benchmarks/study.py", *(f"--{each}" for each in _chosen_sizes(options))]
     if tuple(options.parts) != tuple(PARTS):
         words += ["--parts", *options.parts]
     if options.only:
@@ -124,7 +132,7 @@ def shown_command(options: argparse.Namespace) -> str:
 
 def cell_command(options: argparse.Namespace) -> list[str]:
     """The command that runs one cell, but for the cell's name."""
-    words = [__file__, *(["--quick"] if options.quick else [])]
+    words = [__file__, *(f"--{each}" for each in _chosen_sizes(options))]
     if options.data:
         words += ["--data", *options.data]
     if options.scratch:

@@ -4,8 +4,8 @@
 
 A model is T(rained: eight steps lower the loss), E(ncodes: real tokens do not see padding), D(ecodes: token by token
 equals the whole text), S(peculates: drafts leave the tokens of plain decoding), X (exported: what comes back from a
-Hugging Face folder is equal to the bit, and PyTorch's logits of it agree for LLaMA and GPT-2: to 1e-9, or to 1e-5 where
-transformers' own code, which is partly float32, opens it). A letter that
+Hugging Face folder is equal to the bit, and PyTorch's logits of it agree: to 1e-9, or to 1e-5 where transformers' own
+code, which is partly float32, opens it). A letter that
 is missing is something that attention and model do not have; one in brackets failed. `--write` puts the table between
 the marks in a file.
 """
@@ -33,6 +33,8 @@ from lin_jax.decoding import DraftTree, Generator
 from lin_jax.decoding.drafting.api import DraftContext, Guesses, Stateless, TreeLevel
 from lin_jax.errors import exit_cleanly
 from lin_jax.hub import from_pretrained, save_pretrained
+from lin_jax.hub.config_json import is_known
+from lin_jax.hub.families.registry import family_of_model
 from lin_jax.models import (
     T5,
     Bert,
@@ -67,7 +69,7 @@ class Subject:
         encode: hidden vectors from tokens and a mask; None where nothing is encoded.
         causal: a causal language model; None where nothing is decoded.
         encoder: what `encode` takes instead of the model.
-        in_pytorch: whether PyTorch can open the export.
+        in_pytorch: transformers' automatic class that opens the export.
     """
 
     model: Any
@@ -75,21 +77,21 @@ class Subject:
     encode: Encode | None = None
     causal: CausalModel | None = None
     encoder: Any = None
-    in_pytorch: bool = False
+    in_pytorch: str = "AutoModelForCausalLM"
 
 
 def llama(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
     """Grouped queries."""
     sizes = {"intermediate_size": 24, "num_heads": 4, "num_kv_heads": 2, "initializer_range": 0.4}
     model = Llama(LlamaConfig(**SIZES, **sizes, attention=attention), rngs=rngs)
-    return Subject(model, lambda model, tokens: model(tokens), causal=model, in_pytorch=True)
+    return Subject(model, lambda model, tokens: model(tokens), causal=model)
 
 
 def gpt2(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
     """Learnt positions."""
     sizes = {"num_heads": 2, "max_positions": 128, "initializer_range": 0.4}
     model = Gpt2(Gpt2Config(**SIZES, **sizes, attention=attention), rngs=rngs)
-    return Subject(model, lambda model, tokens: model(tokens), causal=model, in_pytorch=True)
+    return Subject(model, lambda model, tokens: model(tokens), causal=model)
 
 
 def t5(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
@@ -108,6 +110,7 @@ def t5(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
         lambda model, tokens: model(tokens, tokens),
         lambda model, tokens, mask: model.encode(tokens, mask),
         model.condition(source),
+        in_pytorch="AutoModelForSeq2SeqLM",
     )
 
 
@@ -121,6 +124,7 @@ def bert(attention: AttentionConfig, rngs: nnx.Rngs) -> Subject:
         lambda model, tokens: model(tokens),
         lambda body, tokens, mask: body.hidden(tokens, mask=mask),
         encoder=body,
+        in_pytorch="AutoModelForMaskedLM",
     )
 
 
@@ -267,16 +271,20 @@ def exports(subject: Subject) -> bool:
         own, other = (dict(nnx.to_flat_state(nnx.state(model))) for model in (subject.model, back))
         if own.keys() != other.keys() or not all(np.array_equal(own[key][...], other[key][...]) for key in own):
             return False
-        if not subject.in_pytorch:
-            return True
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        theirs = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+        automatic = getattr(transformers, subject.in_pytorch)
+        theirs = automatic.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+        inputs = {"input_ids": torch.asarray(tokens)}
+        if isinstance(subject.model, T5):
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        # Without a state, which yoso samples; an encoder has none.
+        stateless = {} if isinstance(subject.model, BertMaskedLM) else {"use_cache": False}
         with torch.no_grad():
-            found = theirs(torch.asarray(tokens), use_cache=False).logits.numpy()
+            found = theirs(**inputs, **stateless).logits.numpy()
     expected = np.asarray(subject.logits(subject.model, jnp.asarray(tokens)))
-    bound = 1e-5 if subject.model.config.attention.name == "softmax" else 1e-9
+    bound = 1e-5 if is_known(family_of_model(subject.model), subject.model.config) else 1e-9
     return bool(np.abs(found - expected).max() < bound * np.abs(expected).max())
 
 

@@ -29,6 +29,7 @@ import numpy as np
 import optax
 from kernels import seconds
 from lib.report import header, write
+from lib.tiles_option import add_tiles_option, use_tiles
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
@@ -54,6 +55,7 @@ PEER = Path(__file__).with_name("train_peer.py")
 def main() -> int:
     """Measures, prints, and writes JSON if asked to, row by row."""
     options = parse()
+    use_tiles(options)
     results = peer_rows(options) if options.peers else []
     report = header("train speed") | {"size": options.size, "tokens": options.tokens, "dtype": options.dtype}
     report |= {"peak_flops": peak_flops(), "product_flops": product_flops(), "results": results}
@@ -87,6 +89,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--remat", choices=("off", "products", "nothing"), default="products", help="what it keeps")
     parser.add_argument("--without-check", action="store_true", help="do not hold attention against plain XLA")
     parser.add_argument("--peers", nargs="*", default=(), choices=("fla",), help="PyTorch models, timed before")
+    add_tiles_option(parser)
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     for length in options.lengths:

@@ -44,6 +44,10 @@ STATES: tuple[tuple[str, AttentionConfig], ...] = (
     ("exponential+window", AttentionConfig("exponential+window")),
     ("exponential+window, window: 64", AttentionConfig("exponential+window", window=64)),
     ("hedgehog+window, window: 64, decay: token", AttentionConfig("hedgehog+window", window=64, decay="token")),
+    (
+        "exponential+window, window: 64, sinks: 4",
+        AttentionConfig("exponential+window", window=64, sinks=4),
+    ),
     ("linformer", AttentionConfig("linformer")),
     ("yoso", AttentionConfig("yoso")),
     ("transnormer", AttentionConfig("transnormer")),

@@ -67,7 +67,8 @@ class LinJaxLM(TemplateLM):
             what pays; or a drafter of `decode`. The answers are the same.
         dtype: type that is computed in: float32, bfloat16 or float64; None is the stored one, but float32 for bfloat16
             on a CPU.
-        weights: stored keeps their type; int8 rounds those of all linear layers and of the head.
+        weights: stored keeps their type; int8 rounds those of all linear layers, of the head and of the table of
+            tokens.
         same_bits: add up in one order, so that batches and drafts change no bit.
         batch_size: texts at a time, or auto: as many as fit, `max_batch_size` at the most.
         max_batch_size: of auto.

@@ -1,14 +1,13 @@
 """Tile sizes of kernels: a small table for each kind of device, kernel, size of heads and type.
 
-`tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand. The environment
-variable `PALLAS_KERNELS_TILES` names another file in its place.
+`tiles.json` is shipped; `python -m pallas_kernels.tune` measures better entries for the device at hand. `use_table`
+puts another file in its place.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TABLE = Path(os.environ.get("PALLAS_KERNELS_TILES") or Path(__file__).with_name("tiles.json"))
+TABLE = Path(__file__).with_name("tiles.json")
 # Entries of devices that have none of their own.
 COMMON = "any"
 SIZES = (32, 64, 128, 256)
 _table: ContextVar[dict[str, Any] | None] = ContextVar("table", default=None)
+# The file that all threads read, where no `using` says otherwise.
+_files = [TABLE]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,8 +107,17 @@ def using(table: dict[str, Any]) -> Iterator[None]:
         _table.reset(token)
 
 
-@functools.cache
+def use_table(file: Path) -> None:
+    """Reads another table than the shipped one from here on, in all threads; what has been traced keeps its own."""
+    _files[:] = [file]
+
+
 def load_table() -> dict[str, Any]:
     """The table: device, kernel, bucket, tiles."""
-    table: dict[str, Any] = json.loads(TABLE.read_text())
+    return _read(_files[0])
+
+
+@functools.cache
+def _read(file: Path) -> dict[str, Any]:
+    table: dict[str, Any] = json.loads(file.read_text())
     return table

@@ -31,6 +31,7 @@ import pallas_kernels.augmented_attention.gpu
 import pallas_kernels.linear_attention.gpu
 import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
+import pallas_kernels.window_verify.gpu
 import pallas_kernels.windowed_attention.gpu
 from pallas_kernels import tiles
 from pallas_kernels.augmented_attention import PackedRows, augmented_attention
@@ -40,10 +41,12 @@ from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tiles import COMMON, SIZES, TABLE, tile_bucket
 from pallas_kernels.tree_verify import verify_tree
-from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.types import AugmentedState, Nodes, TreeArrays, WindowedState
+from pallas_kernels.window_verify import verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
 
-OPERATIONS = ("augmented_attention", "linear_attention", "windowed_attention", "tree_verify", "path_commit")
+VERIFIED = ("tree_verify", "window_verify")
+OPERATIONS = ("augmented_attention", "linear_attention", "windowed_attention", *VERIFIED, "path_commit")
 # Those that have rows of their own for packed rows.
 PLACED = ("augmented_attention", "windowed_attention")
 PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
@@ -54,6 +57,7 @@ NAMES = {
     "linear_attention.memories": "block_sums_kernel",
     "windowed_attention.memories": "block_sums_kernel",
     "tree_verify": "verify_kernel",
+    "window_verify": "window_verify_kernel",
     "path_commit": "fold_kernel",
 }
 # Where kernels are launched from.
@@ -63,6 +67,7 @@ LAUNCHERS = (
     pallas_kernels.linear_attention.gpu,
     pallas_kernels.path_commit.gpu,
     pallas_kernels.tree_verify.gpu,
+    pallas_kernels.window_verify.gpu,
     pallas_kernels.windowed_attention.gpu,
 )
 MOST_CALLS = 100
@@ -77,7 +82,7 @@ Table = dict[str, dict[str, dict[str, Entry]]]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Rows to be timed: B of T tokens, with H heads of one size; `tree_verify` and `path_commit` take B only."""
+    """Rows to be timed: B of T tokens, with H heads of one size; trees and paths take B only."""
 
     batch: int
     tokens: int
@@ -145,7 +150,7 @@ def parse() -> argparse.Namespace:
 
 def tunable_kernels(operation: str, implementation: str) -> list[str]:
     """The kernels of an operation that have rows in the table; on TPU only blocks are to be chosen."""
-    if operation in ("tree_verify", "path_commit"):
+    if operation in (*VERIFIED, "path_commit"):
         return [] if implementation == "tpu" else [operation]
     return [f"{operation}.{each}" for each in (PASSES[:1] if implementation == "tpu" else PASSES)]
 
@@ -337,8 +342,15 @@ def call(operation: str, shape: Shape, implementation: str) -> tuple[Callable[..
     memory = jax.random.normal(keys[3], (shape.batch, shape.heads, shape.size, shape.size))
     group_keys, group_values, _ = rows(GROUP)
     state = AugmentedState(memory, group_keys, group_values, rows(TAPS - 1)[0], jnp.full((shape.batch,), GROUP - 1))
+    tree = TreeArrays(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
+    if operation == "window_verify":
+        learnt = FeatureWeights(*(jax.random.normal(key, (shape.heads, shape.size, shape.size)) for key in keys[:2]))
+        sums = jnp.abs(jax.random.normal(keys[3], (shape.batch, shape.heads, 2 * shape.size, shape.size + 1)))
+        ring_keys, ring_values, _ = rows(2 * GROUP)
+        held = WindowedState(sums, ring_keys, ring_values, None, None, state.position)
+        options = {"features": "hedgehog", "scale": shape.size**-0.5, "implementation": implementation}
+        return partial(verify_window, weights=learnt, tree=tree, state=held, **options), rows(NODES)
     if operation == "tree_verify":
-        tree = TreeArrays(jnp.arange(NODES), jnp.tril(jnp.ones((NODES, NODES), bool)))
         verify = partial(verify_tree, tree=tree, state=state, alpha=alpha, taps=taps, implementation=implementation)
         return verify, rows(NODES)
     if operation == "path_commit":

@@ -64,3 +64,30 @@ class AugmentedState:
     values: Float[Array, "*layers B G K E"]
     window: Float[Array, "*layers B W_1 K E"] | None
     position: Int[Array, "*layers B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WindowedState:
+    """Decode state of `B` sequences; its size does not grow with their length.
+
+    Attributes:
+        memory: `[B, K, M, E]` `sum phi(k) v^T` (with the normaliser behind the values, if there is one) over the tokens
+            before the next query's window, decayed up to the last of them; float32 or better.
+        keys: `[B, C, K, D]` keys of the window as they are scored, position p in slot `p % C`.
+        values: `[B, C, K, E]` its values.
+        decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
+        convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
+        position: `[B]` tokens consumed so far.
+        sink_keys: `[B, S, K, D]` keys of the first tokens, that of position p in slot p; None without sinks.
+        sink_values: `[B, S, K, E]` their values.
+    """
+
+    memory: Float[Array, "*layers B K M E"]
+    keys: Float[Array, "*layers B C K D"]
+    values: Float[Array, "*layers B C K E"]
+    decays: Float[Array, "*layers B C K"] | None
+    convolved: Float[Array, "*layers B W_1 K E"] | None
+    position: Int[Array, "*layers B"]
+    sink_keys: Float[Array, "*layers B S K D"] | None = None
+    sink_values: Float[Array, "*layers B S K E"] | None = None

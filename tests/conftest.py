@@ -47,8 +47,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # What tests measure is of no use to anybody, and nobody's measurements decide what tests do.
     os.environ["LIN_JAX_CACHE"] = "off"
     if not config.getoption("--users-settings"):
-        # Most of the time of a small model's test is compilation.
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
+        # Most of the time of a small model's test is compilation; code generators side by side cost more than they
+        # save on programs as small.
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
     # Triton learns whether it interprets when it is imported, which PyTorch may do.
@@ -70,6 +72,15 @@ def _holds(file: Path, pattern: str) -> bool:
     """Whether a golden file has an array whose name matches."""
     with safe_open(file, "np") as opened:
         return any(re.match(pattern, key) for key in opened.keys())  # noqa: SIM118 - the handle is no mapping
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the mark `users_settings` to the cells that it names, where it names any."""
+    for item in items:
+        mark = item.get_closest_marker("users_settings")
+        if mark is not None and mark.args and not any(f"[{name}]" in item.name for name in mark.args):
+            item.own_markers.remove(mark)
 
 
 def pytest_collection_finish() -> None:

@@ -60,7 +60,7 @@ def test_an_attention_is_a_name_or_a_configuration(place, tiny_model):
         replace(tiny_model, attention=3)
 
 
-def test_in_memory(place, loaded, corpus):
+def test_in_memory(loaded, corpus):
     """Linearizing changes neither the model nor its teacher; run again, it gives the same model."""
     model, tokenizer = loaded
     before = values_of(model)
@@ -71,8 +71,6 @@ def test_in_memory(place, loaded, corpus):
         np.any(one != other) for one, other in zip(*map(jax.tree.leaves, (before, values_of(linear))), strict=True)
     )
     assert_same(lin_jax.linearize(model, tokenizer, corpus, steps=3, **OPTIONS), linear)
-    softmax, _ = lin_jax.from_pretrained(place)
-    assert_same(lin_jax.linearize(softmax, tokenizer, corpus, attention=LINEAR, steps=3, **OPTIONS), linear)
     # What is linearized already goes on learning from the model as it was loaded.
     again = lin_jax.linearize(linear, tokenizer, corpus, steps=2, **OPTIONS)
     tuned = lin_jax.train(again, tokenizer, corpus, steps=1, lora=2, **OPTIONS)
@@ -80,13 +78,22 @@ def test_in_memory(place, loaded, corpus):
 
 
 @pytest.mark.thorough
-def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
+def test_an_attention_may_be_given_when_linearizing(place, loaded, corpus):
+    model, tokenizer = loaded
+    softmax, _ = lin_jax.from_pretrained(place)
+    found = lin_jax.linearize(softmax, tokenizer, corpus, attention=LINEAR, steps=3, **OPTIONS)
+    assert_same(found, lin_jax.linearize(model, tokenizer, corpus, steps=3, **OPTIONS))
+
+
+@pytest.mark.thorough
+def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog, capsys):
     """Stopped in the middle and called again, the result is that of a call that nothing stopped."""
     model, tokenizer = loaded
     given = {"steps": 6, "output": tmp_path / "out", **OPTIONS}
     whole = lin_jax.linearize(model, tokenizer, corpus, **given | {"output": tmp_path / "whole"})
     with stopping_after(2, monkeypatch), pytest.raises(KeyboardInterrupt):
         lin_jax.linearize(model, tokenizer, corpus, **given)
+    assert "out/transfer/checkpoints/2; the same call goes on from there" in capsys.readouterr().err
     linear = lin_jax.linearize(model, tokenizer, corpus, **given)
     assert_same(linear, whole)
     assert lin_jax.linearize(linear, tokenizer, corpus, **given) is linear
@@ -110,6 +117,9 @@ def test_in_a_folder(loaded, corpus, tmp_path, monkeypatch, caplog):
     trained = lin_jax.train(linear, tokenizer, corpus, steps=1, output=tmp_path / "on", **OPTIONS)
     loaded_again, _ = lin_jax.from_pretrained(tmp_path / "on" / "train")
     assert_same(loaded_again, trained)
+    with stopping_after(1, monkeypatch):
+        lin_jax.train(linear, tokenizer, corpus, steps=2, **OPTIONS)
+    assert "train: stopped by SIGTERM after 1 of 2 steps; the model is what it is by now" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"out was begun from another model; give another output"):
         lin_jax.linearize(nnx.clone(trained), tokenizer, corpus, teacher=tmp_path / "out" / "teacher", **given)
 
@@ -188,6 +198,7 @@ def test_mistakes_are_named(loaded, call, message):
         call(*loaded)
 
 
+@pytest.mark.thorough
 def test_students_beside_their_teacher(place, loaded, corpus):
     """Compared on what training holds out, without folders; then one layer keeps the teacher's attention."""
     model, tokenizer = loaded

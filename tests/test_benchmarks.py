@@ -46,6 +46,17 @@ def test_train_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_softmax_cache(tmp_path: Path) -> None:
+    """Both ways to read a cache have their times."""
+    file = tmp_path / "cache.json"
+    done = run_benchmark("softmax_cache", "--slots", "64", "--turns", "1", "--tokens", "2", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["slots"], row["used"]) == (64, 62)
+    assert {"blocks", "all slots"} < set(row)
+
+
+@pytest.mark.thorough
 def test_few_rows(tmp_path: Path) -> None:
     """Every form has a time for every number of rows that it is for."""
     file = tmp_path / "rows.json"
@@ -276,6 +287,25 @@ def test_pod_plan(name: str, kernels: int, tmp_path: Path) -> None:
     assert f"| {plan['gib_held']:.2f} |" in done.stdout
 
 
+@pytest.mark.thorough
+@pytest.mark.skipif(not (Path(sys.prefix) / "libtpu").is_dir(), reason="libtpu is not installed")
+def test_decode_programs(tmp_path: Path) -> None:
+    """A tree is one kernel in the loop over layers, and what cannot be is refused in one line."""
+    file = tmp_path / "programs.json"
+    done = run_benchmark(
+        *("decode_programs", "--cells", "1,3,2", "--layers", "2", "--heads", "2", "--implementations", "tpu"),
+        *("--json", str(file)),
+        without=("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
+    )
+    assert done.returncode == 0, done.stderr
+    verified, committed = json.loads(file.read_text())["results"]
+    assert (verified["program"], verified["kernels"], committed["program"]) == ("verify", 1, "commit")
+    assert verified["bytes"] > 0 < committed["fusions"]
+    done = run_benchmark("decode_programs", "--cells", "1,2,3")
+    assert done.returncode == 2
+    assert "no longer a path than there are nodes" in done.stderr
+
+
 def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"
@@ -302,6 +332,9 @@ def test_attention_steps(tmp_path: Path) -> None:
     assert len(second["all_seconds"]) == 2
     assert second["temporary_bytes"]["2048"] > second["temporary_bytes"]["1024"] > 0
     assert 0 < second["growth"] <= 1.1
+    done = run_benchmark("attention_steps", "--attentions", "relu", "--rounds", "2", *sizes, "--against", str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "s of processor time a step" in done.stdout
     done = run_benchmark("attention_steps", "--attentions", "relu/span=3")
     assert done.returncode == 2
     assert "'relu/span=3' has the option 'span'; choose among group_size" in done.stderr

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,12 @@ def navigation(entries: Any) -> list[str]:
     return [page for each in inner for page in navigation(each)]
 
 
+# Options of YAML files and the sections that they are in, as the reference lists them.
+OPTIONS_PAGE = (DOCS / "reference" / "options.md").read_text(encoding="utf-8")
+OPTIONS = set(re.findall(r"^\| `([\w.]+)`", OPTIONS_PAGE, flags=re.MULTILINE))
+SECTIONS = {name.rpartition(".")[0] for name in OPTIONS} - {""}
+
+
 def test_links_lead_somewhere() -> None:
     assert [
         each for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES) for each in broken_links(page)
@@ -71,7 +78,8 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 def test_every_picture_is_shown() -> None:
     shown = {Path(link).name for page in PAGES for link in LINK.findall(text_of(page)) if link.endswith(".svg")}
-    assert shown == {path.name for path in (DOCS / "pictures").iterdir()}
+    there = [*(DOCS / "pictures").iterdir(), *(DOCS / "study").glob("*.svg")]
+    assert shown == {path.name for path in there}
 
 
 def reference() -> ModuleType:
@@ -90,6 +98,45 @@ def test_the_reference_is_as_the_code_has_it() -> None:
 
 def code_blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+# Mappings of the text that are parts of something else than a run's file, by the first of their keys.
+OTHER_MAPPINGS = {"attention", "fewshot_config", "name", "prompt"}
+
+
+def options_named(text: str) -> set[str]:
+    """Names of options in a page: `--section.field`, `section.field`, and keys of YAML in blocks and in lines."""
+    sections = {name.partition(".")[0] for name in OPTIONS}
+    found = re.findall(r"(?:--|`)([a-z_]+(?:\.[a-z_]+)+)\b", text)
+    named = {name for name in found if name.partition(".")[0] in sections}
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    inline = [line for line in re.findall(r"`([^`\n]+)`", text) if re.match(r"[a-z_]+: \{", line)]
+    for mapping in map(yaml.safe_load, [*blocks, *inline]):
+        if next(iter(mapping)) not in OTHER_MAPPINGS:
+            named |= set(keys(mapping))
+    return {name for name in named if not name.startswith(("stages.", "model.layers"))} - {"stages", "data.field"}
+
+
+def keys(mapping: dict[str, Any], before: str = "") -> Iterator[str]:
+    for name, value in mapping.items():
+        if isinstance(value, dict) and f"{before}{name}" in SECTIONS:
+            yield from keys(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}"
+
+
+def test_options_in_the_pages_exist() -> None:
+    pages = [ROOT / "README.md", *PAGES]
+    missing = {f"{page.name}: {name}" for page in pages for name in options_named(page.read_text(encoding="utf-8"))}
+    missing -= {f"{page.name}: {name}" for page in pages for name in {*OPTIONS, *SECTIONS}}
+    assert missing == set()
+
+
+def test_an_option_that_is_not_there_is_found() -> None:
+    page = (
+        "`--training.stepz 3` `data.source` `adapters: {rank: 8, also: [norms]}`\n```yaml\ndata: {sauce: a.txt}\n```\n"
+    )
+    assert options_named(page) - OPTIONS == {"training.stepz", "adapters.also", "data.sauce"}
 
 
 @pytest.mark.thorough

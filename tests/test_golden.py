@@ -83,7 +83,9 @@ LOGITS = (
 )
 
 
-@pytest.mark.users_settings
+@pytest.mark.users_settings(
+    *("flash-augmented-float64", "gpt2-augmented-float64", "llama-augmented-gqa-float64", "llama-softmax-float64")
+)
 @pytest.mark.always(*LOGITS)
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family(*CAUSAL)
@@ -233,6 +235,7 @@ def verify(model: Llama, tokens: jax.Array, tree: TreeArrays, state: Any) -> jax
     return model.logits(model.verify(tokens, tree, state)[0])
 
 
+@pytest.mark.thorough
 @pytest.mark.always("medusa-mc63")
 @pytest.mark.holds("outputs/first_tree_tokens_")
 @pytest.mark.parametrize("dtype", cells(["float64"], ["float32"]))

@@ -63,6 +63,21 @@ def test_registry(study: Any, quick: bool, tmp_path: Path) -> None:
     assert [name for name in only if name != "linearize/teacher"] == ["ablations/no mask"]
 
 
+def test_short_study(study: Any, tmp_path: Path) -> None:
+    """It has all cells of the study, of which it runs the main rows, and others only if they are named."""
+    registry, cells = study("registry"), study("cells")
+    setup = cells.Setup(tmp_path, short=True)
+    assert set(registry.all_cells(setup)) == set(registry.all_cells(cells.Setup(tmp_path)))
+    chosen = registry.chosen_cells(setup, list(registry.PARTS))
+    seven = study("attentions").PAPER
+    wanted = {f"linearize/stories260K/{name}/0" for base in seven for name in (base, study("attentions").both(base))}
+    assert wanted < set(chosen)
+    assert {name.split("/")[0] for name in chosen} == {"linearize", "ablations"}
+    assert {name for name in registry.all_cells(setup) if name.startswith("ablations/")} < set(chosen)
+    assert list(registry.chosen_cells(setup, ["linearize"], ["relu/2"])) == ["linearize/stories260K/relu/2"]
+    assert setup.sizes.steps < cells.Sizes().steps
+
+
 def test_paper_is_covered(study: Any, tmp_path: Path) -> None:
     """The seven attentions of the paper are linearized bare, with each part of the augmentation and with both."""
     cells = study("registry").all_cells(study("cells").Setup(tmp_path))
@@ -258,6 +273,9 @@ def test_report_of_nothing(study: Any, tmp_path: Path) -> None:
     assert text.count("**not yet run**") == len(claims)
     assert "its figures say nothing" in text
     assert not list((tmp_path / "out").glob("*.svg"))
+    store = runner.Store(study("cells").Setup(tmp_path / "scratch", short=True))
+    study("pages").write_study(store, study("registry").all_cells(store.setup), tmp_path / "short", "command")
+    assert "a seventh of the training" in (tmp_path / "short" / "README.md").read_text()
 
 
 LENGTH, GROUP = 12, 4

@@ -42,7 +42,9 @@ class Pair:
         return float(np.median([plain / adaptive for plain, adaptive in times]))
 
 
-def adaptive_report(session: Session, prompts: Sequence[Sequence[int]], tokens: int, rounds: int) -> dict[str, Any]:
+def adaptive_report(
+    session: Session, prompts: Sequence[Sequence[int]], tokens: int, rounds: int, *, again: bool = False
+) -> dict[str, Any]:
     """Decodes every prompt plainly and adaptively in turns, and lists each prompt's ratio.
 
     Shapes that the choice wants are compiled when it first wants them, before anything is timed. Every prompt begins
@@ -53,8 +55,13 @@ def adaptive_report(session: Session, prompts: Sequence[Sequence[int]], tokens: 
         prompts: token ids.
         tokens: new tokens per prompt; end tokens stop nobody.
         rounds: timed turns of each prompt.
+        again: write all texts once before, so that the session's memory has them; nothing is added to it afterwards.
     """
     found = session.adaptive_generator(background=False)
+    if again:
+        for prompt in tqdm(prompts, desc="first pass", file=sys.stderr):
+            found.generate([prompt], tokens)
+        session.parts.memory.refresh()
     plain = Generator(session.model)
     pairs = []
     for prompt in tqdm(prompts, desc="adaptive", file=sys.stderr):
@@ -82,6 +89,7 @@ def adaptive_report(session: Session, prompts: Sequence[Sequence[int]], tokens: 
         "drafter": session.adaptive_drafter()[0],
         "tokens": tokens,
         "rounds": rounds,
+        "again": again,
         "step_costs": session.step_costs,
         "prompts": results,
         "speedup": float(total[0] / total[1]),
@@ -131,7 +139,8 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
         )
         print(f"{told}  {each['prompt']!r}")
     print(
-        f"on {device}: {report['drafter']}, {len(report['prompts'])} prompts of {report['tokens']} new tokens: "
+        f"on {device}: {report['drafter']}{', all written before' if report['again'] else ''}, "
+        f"{len(report['prompts'])} prompts of {report['tokens']} new tokens: "
         f"{report['speedup']:.2f}x plain together, lowest {report['lowest']:.3f}, "
         f"{report['below_least']} below {LEAST}"
     )

@@ -8,17 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from lin_jax.attention.feature_maps import Exponential
-from lin_jax.attention.layout import whole_rows
-from lin_jax.attention.linear import LinearBranch
-from lin_jax.attention.window import AttentionWindow
-from lin_jax.attention.windowed_attention import WindowedAttention
 from pallas_kernels.augmented_attention import augmented_attention
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.tree_verify import verify_tree
-from pallas_kernels.types import QKV, AugmentedState, TreeArrays
+from pallas_kernels.types import AugmentedState, TreeArrays
 from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
 
 GROUP, TAPS = 64, 32
@@ -100,18 +94,9 @@ def _decayed(queries: Any, keys: Any, values: Any, *, implementation: Any) -> ja
 
 def _windowed(queries: Any, keys: Any, values: Any, asked: Any, held: Any, *, implementation: Any) -> jax.Array:
     """Own and previous group, and a memory by learnt exponential features that does not decay."""
-    heads, size, features = keys.shape[2], keys.shape[3], asked.shape[1]
-    asked, held = (each / features**0.5 for each in (asked, held))
-    if implementation != "xla":
-        weights, options = FeatureWeights(asked, held), {"group_size": GROUP, "scale": size**-0.5}
-        options |= {"features": "exponential", "implementation": implementation}
-        return windowed_attention(queries, keys, values, weights, **options)[0]
-    phi = Exponential(size, features, heads, heads, scale=size**-0.5, param_dtype=asked.dtype, rngs=nnx.Rngs(0))
-    phi.query_map[...], phi.key_map[...] = asked[:, None], held
-    window, linear = AttentionWindow(None, GROUP), LinearBranch(phi, reach="all", finish="divided")
-    parts: dict[str, Any] = {"window": window, "linear": linear, "softmax": True, "scale": size**-0.5}
-    attention = WindowedAttention(heads, heads, size, values.shape[3], **parts, implementation="xla")
-    return attention.parallel(QKV(queries, keys, values), whole_rows(*queries.shape[:2]))[0]
+    weights = FeatureWeights(*(each / asked.shape[1] ** 0.5 for each in (asked, held)))
+    options = {"group_size": GROUP, "scale": keys.shape[3] ** -0.5, "features": "exponential"}
+    return windowed_attention(queries, keys, values, weights, **options, implementation=implementation)[0]
 
 
 OPERATIONS = {

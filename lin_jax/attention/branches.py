@@ -10,7 +10,8 @@ from jaxtyping import Array, Float
 from lin_jax.attention.convolution import Convolution
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
-from lin_jax.attention.pairs import split_heads, unit, weighted_values
+from lin_jax.attention.pairs import unit
+from pallas_kernels.pairs import split_heads, weighted_values
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import QKV
 

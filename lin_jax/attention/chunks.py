@@ -7,17 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from lin_jax.attention.bias import RelativeBias
-from lin_jax.attention.layout import Layout, first_segment_id
-from lin_jax.attention.memory import carried_segment_ids, scan_memory
+from lin_jax.attention.layout import Layout
+from lin_jax.attention.memory import scan_memory
 from lin_jax.attention.pairs import PairMasks, causal_masks, per_head
+from pallas_kernels.chunks import carried_segment_ids, cut, first_segment_id
 from pallas_kernels.types import AugmentedState
-
-
-def cut(x: Array, size: int, front: int = 0) -> Array:
-    """Rows `[B, T, ...]` as chunks `[B, n, size, ...]`, with zeros before them and to fill the last one up."""
-    back = -(x.shape[1] + front) % size
-    padded = jnp.pad(x, ((0, 0), (front, back), *((0, 0),) * (x.ndim - 2)))
-    return padded.reshape(x.shape[0], -1, size, *x.shape[2:])
 
 
 @dataclass(frozen=True)

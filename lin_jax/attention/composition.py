@@ -16,17 +16,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches, nothing, plus
-from lin_jax.attention.chunks import Chunks, cut
+from lin_jax.attention.chunks import Chunks
 from lin_jax.attention.kernels import fused, fused_commit, fused_verify, is_fused
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.pairs import (
-    PairMasks,
-    merge_heads,
-    per_head,
-    split_heads,
-)
+from lin_jax.attention.pairs import PairMasks, per_head
 from lin_jax.attention.sequence_parallel import lies_cut, over_sequence
 from lin_jax.attention.state import TreePairs, advance
+from pallas_kernels.chunks import cut
+from pallas_kernels.pairs import merge_heads, split_heads
 from pallas_kernels.path_commit.xla import advance_by_path
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays

@@ -71,6 +71,8 @@ class AttentionConfig:
             None is a window of groups; for softmax, all that is before it. With a window, decode states do not grow.
         window_groups: groups before the query's own in a window of groups.
         decay: of the memory: none, constant (a learnt factor per head) or token (from each token, per head).
+        sinks: tokens at the beginning of a document that stay visible beside a window for ever, and never enter the
+            memory (Xiao et al. 2024).
         pattern: attentions of the layers in turn, repeated, such as `[augmented, augmented, softmax]`.
         layers: attentions of some layers by their number, from 0, such as `{3: softmax, 7: softmax}`.
     """
@@ -90,6 +92,7 @@ class AttentionConfig:
     window: int | None = None
     window_groups: int = 1
     decay: str = "none"
+    sinks: int = 0
     # Read from YAML as they stand there; afterwards tuples of configurations, and of pairs with numbers.
     pattern: Any = None
     layers: Any = None
@@ -128,6 +131,7 @@ class AttentionConfig:
         if self.pattern is not None:
             return "[" + ", ".join(each.label for each in self.pattern) + "]"
         own = self.name if self.window is None else f"{self.name} of {self.window}"
+        own = own if not self.sinks else f"{own} with {self.sinks} sinks"
         if self.layers is None:
             return own
         return f"{own}, with " + ", ".join(f"{each.label} in layer {number}" for number, each in self.layers)
@@ -191,6 +195,8 @@ class AttentionConfig:
             raise UserError(f"attention.window is {self.window}; give at least 1, the query's own token")
         if self.window_groups < 0:
             raise UserError(f"attention.window_groups is {self.window_groups}; give zero or more")
+        if self.sinks < 0:
+            raise UserError(f"attention.sinks is {self.sinks}; give zero or more")
         if self.decay not in DECAYS:
             raise UserError(f"attention.decay is '{self.decay}'; choose one of {', '.join(DECAYS)}")
         if self.diagonal_layers < 0:
@@ -219,10 +225,13 @@ class AttentionConfig:
         unfit: dict[str, Any] = {}
         # A window that stands beside is of the attentions with `+window`, if there are any, else of softmax.
         if "window" not in added and (taken or base != "softmax"):
-            unfit["window"] = None
+            unfit |= {"window": None, "sinks": 0}
         if base in ("softmax", "square"):
             unfit["decay"] = "none"
-        return replace(self, **{field: value for field, value in unfit.items() if field not in given})
+        fitting = replace(self, **{field: value for field, value in unfit.items() if field not in given})
+        if base == "softmax" and fitting.window is None and "sinks" not in given:
+            return replace(fitting, sinks=0)
+        return fitting
 
     def _read_pattern(self, entries: Any) -> "tuple[AttentionConfig, ...]":
         if not isinstance(entries, list | tuple) or not entries:

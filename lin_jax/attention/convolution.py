@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.pairs import weighted_values
+from pallas_kernels.pairs import weighted_values
 
 
 class Convolution(nnx.Module):

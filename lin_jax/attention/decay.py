@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.precision import upcast
 
@@ -58,12 +58,3 @@ class TokenDecay(nnx.Module):
 
 
 Decay = ConstantDecay | TokenDecay
-
-
-def between(
-    queries: Float[Array, "*batch T K"], keys: Float[Array, "*batch S K"], mask: Bool[Array, "*#batch T S"]
-) -> Float[Array, "*batch K 1 T S"]:
-    """Factors of pairs from sums of logarithms up to each query and key, one where the mask has no pair."""
-    difference = jnp.swapaxes(queries, -1, -2)[..., :, None] - jnp.swapaxes(keys, -1, -2)[..., None, :]
-    # Masked before the exponential: pairs that do not count would overflow, and their gradients with them.
-    return jnp.exp(jnp.where(mask[..., None, :, :], difference, 0))[..., None, :, :]

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from lin_jax.attention.memory import EXACT, fold, recall
-from lin_jax.attention.pairs import pair_scores, unit
+from lin_jax.attention.pairs import unit
+from pallas_kernels.pairs import EXACT, fold, pair_scores, recall
 from pallas_kernels.precision import accumulation_dtype, upcast
-
-# Keys' exponents are capped here, so that float32 holds sums of products of features.
-LARGEST_EXPONENT = 40.0
+from pallas_kernels.windows.features import (
+    LARGEST_EXPONENT,
+    exponential_keys,
+    exponential_queries,
+    hedgehog_keys,
+    hedgehog_queries,
+)
 
 
 class RandomProjection(nnx.Variable):
@@ -178,13 +182,11 @@ class Hedgehog(FeatureMap):
 
     def queries(self, queries: Array) -> Array:
         """Positive features that sum up to one."""
-        wide = upcast(queries)
-        return _both_signs(_by_head("...tkrd,krmd->...tkrm", wide, self.query_map))
+        return hedgehog_queries(queries, self.query_map[...])
 
     def keys(self, keys: Array) -> Array:
         """Positive features that sum up to one."""
-        wide = upcast(keys)
-        return _both_signs(_by_head("...skd,kmd->...skm", wide, self.key_map))
+        return hedgehog_keys(keys, self.key_map[...])
 
 
 class Exponential(FeatureMap):
@@ -216,7 +218,7 @@ class Exponential(FeatureMap):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        self.size, self.root = size, math.sqrt(scale)
+        self.size, self.scale = size, scale
         share = heads // kv_heads
         draw = partial(OrthogonalProjection.draw, count=size, size=head_dim)
         start = jax.vmap(draw)(jax.random.split(rngs.params(), kv_heads)).astype(param_dtype)
@@ -227,26 +229,15 @@ class Exponential(FeatureMap):
 
     def log_scale(self, queries: Array) -> Array:
         """The largest exponent of each query, less that of `M^0.5`."""
-        largest = jax.lax.stop_gradient(jnp.max(self._exponents(queries), axis=-1))
-        return largest - math.log(self.size) / 2
+        return exponential_queries(queries, self.query_map[...], self.query_bias[...], self.scale)[1]
 
     def queries(self, queries: Array) -> Array:
         """Positive features, the largest of each query one."""
-        exponents = self._exponents(queries)
-        return jnp.exp(exponents - jax.lax.stop_gradient(jnp.max(exponents, axis=-1, keepdims=True)))
+        return exponential_queries(queries, self.query_map[...], self.query_bias[...], self.scale)[0]
 
     def keys(self, keys: Array) -> Array:
         """Positive features."""
-        scaled = upcast(keys) * self.root
-        exponents = _by_head("...skd,kmd->...skm", scaled, self.key_map) + self.key_bias[...].astype(scaled.dtype)
-        exponents = exponents - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
-        return jnp.exp(jnp.minimum(exponents, LARGEST_EXPONENT)) / math.sqrt(self.size)
-
-    def _exponents(self, queries: Array) -> Array:
-        scaled = upcast(queries) * self.root
-        exponents = _by_head("...tkrd,krmd->...tkrm", scaled, self.query_map)
-        exponents = exponents + self.query_bias[...].astype(scaled.dtype)
-        return exponents - jnp.sum(jnp.square(scaled), axis=-1, keepdims=True) / 2
+        return exponential_keys(keys, self.key_map[...], self.key_bias[...], self.scale)
 
 
 class RandomFourierFeatures(FeatureMap):
@@ -320,11 +311,3 @@ def redraw(module: nnx.Module, key: Key[Array, ""]) -> None:
 def _project(x: Float[Array, "*batch D"], projection: Any) -> Float[Array, "*batch M"]:
     directions = jax.lax.stop_gradient(projection[...]).astype(x.dtype)
     return jnp.einsum("...d,md->...m", x, directions, precision=EXACT)
-
-
-def _by_head(products: str, x: Array, weights: Any) -> Array:
-    return jnp.einsum(products, x, weights[...].astype(x.dtype), precision=EXACT)
-
-
-def _both_signs(projected: Float[Array, "*batch M"]) -> Float[Array, "*batch 2M"]:
-    return jax.nn.softmax(jnp.concatenate([projected, -projected], axis=-1), axis=-1)

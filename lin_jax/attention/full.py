@@ -18,10 +18,12 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.config import Conventions
 from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
-from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.pairs import unit
+from lin_jax.attention.softmax_cache import softmax_of_cache, suits_blocks
 from lin_jax.attention.softmax_rows import softmax_rows, suits_rows
 from lin_jax.errors import UserError
 from pallas_kernels.implementations import choose_implementation, target_platform
+from pallas_kernels.pairs import merge_heads, pair_scores, split_heads, weighted_values
 from pallas_kernels.types import QKV, Nodes, TreeArrays
 
 # What cuDNN takes on every GPU that has FlashAttention at all.
@@ -126,6 +128,11 @@ class FullAttention(nnx.Module):
         """Outputs for the nodes of a tree on top of the cache."""
         queries, keys, values = qkv
         batch, count = keys.shape[:2]
+        cache = QKV(queries, state.keys, state.values)
+        if self._in_blocks(cache, bias):
+            used = jnp.broadcast_to(state.position[:, None], (batch, count))
+            ancestors = jnp.broadcast_to(tree.ancestors, (batch, count, count))
+            return softmax_of_cache(cache, used, self._scale, (keys, values, ancestors)), Nodes(keys, values)
         slots = jnp.arange(state.keys.shape[1])
         cached = slots < state.position[:, None]
         mask = jnp.concatenate(
@@ -180,11 +187,19 @@ class FullAttention(nnx.Module):
     ) -> tuple[Array, CacheState]:
         queries, keys, values = qkv
         state = self.commit(state, Nodes(keys, values), layout.lengths)
+        cache = QKV(queries, state.keys, state.values)
+        if self._in_blocks(cache, bias):
+            return softmax_of_cache(cache, layout.positions + 1, self._scale), state
         slots = jnp.arange(state.keys.shape[1])
         mask = slots <= layout.positions[..., None]
         added = None if bias is None else bias.between(layout.positions, jnp.broadcast_to(slots, (1, slots.size)))
         cached = QKV(queries, state.keys.astype(keys.dtype), state.values.astype(values.dtype))
         return self._attend(cached, mask, added, layout.positions + 1), state
+
+    def _in_blocks(self, cache: QKV, bias: RelativeBias | None) -> bool:
+        """True where a cache is read block by block."""
+        plain = self.weights == "softmax" and self.conventions.softmax_scale != "length"
+        return plain and bias is None and suits_blocks(cache)
 
     @property
     def _scale(self) -> float:

@@ -6,9 +6,10 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.branches import Branches
 from lin_jax.attention.feature_maps import Identity
-from lin_jax.attention.layout import Layout, first_segment_id
+from lin_jax.attention.layout import Layout
 from lin_jax.attention.local import relu_squared
 from pallas_kernels.augmented_attention import PackedRows, PriorContext, augmented_attention
+from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.tree_verify import verify_tree

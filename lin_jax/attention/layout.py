@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.chunks import first_segment_id
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -88,10 +90,3 @@ def padded_rows(lengths: Int[Array, " B"], width: int, start: Int[Array, " B"]) 
     """The layout of rows of one document each that go on from `start` and are padded on the right to `width`."""
     segment_ids = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
     return packed_rows(segment_ids, start)
-
-
-def first_segment_id(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
-    """The segment id of each row's first real token; 1 in a row of padding."""
-    first = jnp.argmax(segment_ids > 0, axis=1)
-    number = jnp.take_along_axis(segment_ids, first[:, None], axis=1)[:, 0]
-    return jnp.where(number > 0, number, 1)

@@ -10,14 +10,9 @@ from jaxtyping import Array, Bool, Float
 
 from lin_jax.attention.feature_maps import FeatureMap
 from lin_jax.attention.pairs import unit
+from pallas_kernels.windows.normaliser import divided
 
 Finish = Callable[[Array], Array]
-
-
-def divided(sums: Float[Array, "*batch K R E_1"]) -> Float[Array, "*batch K R E"]:
-    """Sums divided by the last of them, the normaliser; no weights at all give zero, not NaN."""
-    normaliser = sums[..., -1:]
-    return sums[..., :-1] / jnp.where(normaliser == 0, 1, normaliser)
 
 
 def divided_above_floor(sums: Float[Array, "*batch K R E_1"]) -> Float[Array, "*batch K R E"]:

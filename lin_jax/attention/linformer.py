@@ -16,15 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.chunks import Chunks
-from lin_jax.attention.layout import Layout, first_segment_id
-from lin_jax.attention.memory import EXACT
-from lin_jax.attention.pairs import (
-    merge_heads,
-    pair_scores,
-    split_heads,
-    weighted_values,
-)
+from lin_jax.attention.layout import Layout
 from lin_jax.attention.state import TreePairs, advance
+from pallas_kernels.chunks import first_segment_id
+from pallas_kernels.pairs import EXACT, merge_heads, pair_scores, split_heads, weighted_values
 from pallas_kernels.path_commit.xla import begun_group, join
 from pallas_kernels.precision import accumulation_dtype, upcast
 from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays

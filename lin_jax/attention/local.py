@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lin_jax.attention.pairs import pair_scores, unit
+from lin_jax.attention.pairs import unit
+from pallas_kernels.pairs import pair_scores
 
 ScoreFunction = Callable[[Array], Array]
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.precision import accumulation_dtype, upcast
+from pallas_kernels.precision import upcast
 
 
 class PairMasks(NamedTuple):
@@ -21,43 +21,10 @@ class PairMasks(NamedTuple):
     """Key of the same document in a group before the query's: the grouped branch. None where there is no such pair."""
 
 
-def split_heads(queries: Float[Array, "*batch T H D"], kv_heads: int) -> Float[Array, "*batch T K R D"]:
-    """Splits query heads into key/value heads times the queries that share one."""
-    *lead, heads, size = queries.shape
-    return queries.reshape(*lead, kv_heads, heads // kv_heads, size)
-
-
-def merge_heads(outputs: Float[Array, "*batch T K R D"]) -> Float[Array, "*batch T H D"]:
-    """The inverse of `split_heads`."""
-    *lead, kv_heads, share, size = outputs.shape
-    return outputs.reshape(*lead, kv_heads * share, size)
-
-
 def per_head(bias: Float[Array, "*batch H T S"], kv_heads: int) -> Float[Array, "*batch K R T S"]:
     """Splits the head axis of a bias like `split_heads` does that of queries."""
     *lead, heads, rows, columns = bias.shape
     return bias.reshape(*lead, kv_heads, heads // kv_heads, rows, columns)
-
-
-def pair_scores(
-    queries: Float[Array, "*batch T K R D"], keys: Float[Array, "*batch S K D"]
-) -> Float[Array, "*batch K R T S"]:
-    """Inner products of queries and keys, accumulated in float32 or better."""
-    return jnp.einsum(
-        "...tkrd,...skd->...krts", queries, keys, preferred_element_type=accumulation_dtype(queries.dtype)
-    )
-
-
-def weighted_values(
-    weights: Float[Array, "*batch K R T S"], values: Float[Array, "*batch S K E"]
-) -> Float[Array, "*batch T K R E"]:
-    """Sums of values under the given weights, accumulated in float32 or better."""
-    return jnp.einsum(
-        "...krts,...ske->...tkre",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=accumulation_dtype(values.dtype),
-    )
 
 
 def causal_masks(

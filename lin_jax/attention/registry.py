@@ -31,10 +31,10 @@ from lin_jax.attention.local import LOCAL_SCORES, LocalBranch
 from lin_jax.attention.protocols import Form
 from lin_jax.attention.sliding import SlidingSoftmax
 from lin_jax.attention.transnormer import TransNormerAttention
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_attention import WindowedAttention
 from lin_jax.attention.yoso import YosoAttention
 from lin_jax.errors import UserError
+from pallas_kernels.windows.window import AttentionWindow
 
 ALIASES = {"augmented": "flash_global+local+convolution"}
 AUGMENTATIONS = ("local", "convolution", "window")
@@ -229,7 +229,7 @@ def _windowed_kernel(config: AttentionConfig, name: Name, sizes: Sizes, linear: 
     """Linear attention by a feature map with a window, with decay, or with both."""
     window = AttentionWindow(0)
     if name.window:
-        window = AttentionWindow(config.window, config.group_size, config.window_groups)
+        window = AttentionWindow(config.window, config.group_size, config.window_groups, config.sinks)
     elif name.local:
         window = AttentionWindow(None, config.group_size, groups=0)
     return _windowed(
@@ -317,6 +317,7 @@ def _softmax(config: AttentionConfig, sizes: Sizes) -> FullAttention | SlidingSo
         sizes.head_dim,
         sizes.value_dim,
         window=config.window,
+        sinks=config.sinks,
         scale=sizes.head_dim**-0.5 if scale == "root" else 1.0,
         implementation=config.implementation,
     )
@@ -520,6 +521,11 @@ def build_mixer(
         )
     if config.window is not None and not (name.window or name.base == "softmax"):
         raise UserError(f"attention.window is {config.window}, and '{config.name}' has none; add +window to its name")
+    if config.sinks and not (name.window or softmax_window(config) is not None):
+        raise UserError(
+            f"attention.sinks is {config.sinks}, and '{config.name}' has no window that they would stay beside; "
+            "add +window to its name, or give softmax a window"
+        )
     value_dim = head_dim if value_dim is None else value_dim
     conventions = conventions or Conventions()
     return entry.build(

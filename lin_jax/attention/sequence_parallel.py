@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.memory import EXACT
 from lin_jax.errors import UserError
 from pallas_kernels.mesh_axes import ROWS, SEQUENCE
 from pallas_kernels.over_devices import axes_along, free_axes, over_devices
+from pallas_kernels.pairs import EXACT
 from pallas_kernels.types import QKV, AugmentedState
 
 

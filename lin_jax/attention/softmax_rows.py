@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from lin_jax.attention.pairs import merge_heads, split_heads
 from pallas_kernels.implementations import target_platform
+from pallas_kernels.pairs import merge_heads, split_heads
 from pallas_kernels.types import QKV
 
 # Blocks of causal rows, and the least number of queries in one: more of them skip more pairs, and compile longer.

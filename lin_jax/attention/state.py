@@ -5,8 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lin_jax.attention.layout import Layout, first_segment_id
+from lin_jax.attention.layout import Layout
 from lin_jax.attention.pairs import PairMasks, causal_masks
+from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.types import AugmentedState as AugmentedState
 from pallas_kernels.types import Nodes, TreeArrays
 

@@ -7,10 +7,14 @@ Under one normaliser (LoLCATs, Zhang et al. 2025; Based, Arora et al. 2024):
 with a learnt balance b for each head and the decay `d_ts = prod_{s<r<=t} a_r`, which is one without decay. Apart, where
 the near branch is not softmax (or is missing): `o_t = sum_near a(q_t, k_s) v_s + alpha finish(sum_far ...)`.
 
-The state has a constant size: the window's keys and values, `C K (D + E)` numbers, and the memory, `K M (E + 1)`.
+Near are the tokens of a window and, for ever, the sinks, the first tokens of a document (Xiao et al. 2024).
+
+The state has a constant size: the window's keys and values, `C K (D + E)` numbers, those of sinks, and the memory,
+`K M (E + 1)`.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,34 +24,28 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import SourceMemory
 from lin_jax.attention.convolution import Convolution
-from lin_jax.attention.decay import Decay, between
+from lin_jax.attention.decay import Decay
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.linear import LinearBranch, divided
+from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
-from lin_jax.attention.pairs import merge_heads, pair_scores, per_head, split_heads, unit, weighted_values
-from lin_jax.attention.window import AttentionWindow, NearFarMasks
-from lin_jax.attention.windowed_kernels import windowed_by_program, windowed_program
-from lin_jax.attention.windowed_rows import WindowedRows
-from lin_jax.attention.windowed_state import WindowedState, WindowNodes, advance, commit_path, held
+from lin_jax.attention.pairs import per_head, unit
+from lin_jax.attention.windowed_kernels import (
+    verify_by_program,
+    verify_program,
+    windowed_by_program,
+    windowed_program,
+)
+from lin_jax.attention.windowed_state import WindowedState, advance, commit_path, held, in_order, sinks_of, with_sinks
 from lin_jax.errors import UserError
+from pallas_kernels.chunks import first_segment_id
+from pallas_kernels.pairs import merge_heads, split_heads, weighted_values
 from pallas_kernels.precision import accumulation_dtype, upcast
 from pallas_kernels.types import QKV, TreeArrays
-
-
-class Pairs(NamedTuple):
-    """Tokens that queries `[..., T, K, R, D]` are scored against one by one.
-
-    Attributes:
-        tokens: keys `[..., S, K, D]` and values `[..., S, K, E]`.
-        masks: of the pairs, `[..., T, S]`.
-        factors: `[..., K, 1, T, S]` decay between them; None is one.
-        bias: `[..., K, R, T, S]` added to the scores of near pairs, or None.
-    """
-
-    tokens: WindowNodes
-    masks: NearFarMasks
-    factors: Array | None
-    bias: Array | None
+from pallas_kernels.window_verify.problem import tree_ages
+from pallas_kernels.windows.clock import SplitSums, between
+from pallas_kernels.windows.normaliser import normalised
+from pallas_kernels.windows.rows import Before, Pairs, TokenPlaces, WindowedRows, WindowNodes
+from pallas_kernels.windows.window import AttentionWindow, NearFarMasks
 
 
 class WindowedAttention(nnx.Module):
@@ -101,20 +99,24 @@ class WindowedAttention(nnx.Module):
         self.balance = nnx.Param(jnp.zeros((kv_heads, heads // kv_heads), param_dtype)) if softmax else None
 
     def narrowed(self, tokens: int) -> "WindowedAttention":
-        """This attention, of the same parameters, with a sliding window of so many tokens."""
-        other = nnx.merge(*nnx.split(self))
-        other.window = AttentionWindow(tokens)
-        return other
+        """This attention, of the same parameters and sinks, with a sliding window of so many tokens."""
+        return self._with_window(AttentionWindow(tokens, sinks=self.window.sinks))
 
     def ablations(self) -> tuple[str, ...]:
         """Names of the branches that it can be without."""
         named = {"window": self.softmax, "memory": self.softmax, "convolution": self.convolution is not None}
+        named["sinks"] = self.window.sinks > 0
         return tuple(name for name, there in named.items() if there)
 
     def without(self, branch: str) -> "WindowedAttention":
-        """This attention without a branch: a window of the query's own token, an empty memory, no convolution."""
+        """This attention without a branch: a window of the query's own token, an empty memory, no convolution.
+
+        Without its sinks, these tokens enter the memory.
+        """
         if branch == "window":
             return self.narrowed(1)
+        if branch == "sinks":
+            return self._with_window(replace(self.window, sinks=0))
         other = nnx.merge(*nnx.split(self))
         if branch == "convolution":
             other.convolution = None
@@ -123,11 +125,17 @@ class WindowedAttention(nnx.Module):
             other.balance = nnx.Param(jnp.full_like(other.balance[...], -jnp.inf))
         return other
 
+    def _with_window(self, window: AttentionWindow) -> "WindowedAttention":
+        other = nnx.merge(*nnx.split(self))
+        other.window = window
+        return other
+
     def init_state(self, batch: int, capacity: int, dtype: Any) -> WindowedState:
         """The empty state; its size does not depend on `capacity`, the longest text."""
         del capacity
         wide, slots = accumulation_dtype(dtype), (batch, self.window.capacity, self.kv_heads)
         width = 0 if self.convolution is None else self.convolution.width - 1
+        sinks = (batch, self.window.sinks, self.kv_heads)
         return WindowedState(
             memory=self._empty_memory(batch, dtype),
             keys=jnp.zeros((*slots, self.head_dim), dtype),
@@ -137,6 +145,8 @@ class WindowedAttention(nnx.Module):
             if self.convolution is None
             else jnp.zeros((batch, width, self.kv_heads, self.value_dim), dtype),
             position=jnp.zeros((batch,), jnp.int32),
+            sink_keys=jnp.zeros((*sinks, self.head_dim), dtype) if self.window.sinks else None,
+            sink_values=jnp.zeros((*sinks, self.value_dim), dtype) if self.window.sinks else None,
         )
 
     def parallel(
@@ -153,38 +163,59 @@ class WindowedAttention(nnx.Module):
         queries, tokens = self._inputs(qkv)
         if (program := self._program(qkv, layout, bias)) is not None:
             return self._by_program(program, qkv, tokens, layout, state)
-        rows = WindowedRows.of(self.window, queries, tokens, layout, state)
+        rows = WindowedRows.of(self.window, queries, tokens, *self._context(layout, state))
         whole = state is not None and not layout.continued
         initial = self._empty_memory(queries.shape[0], qkv.keys.dtype) if state is None else state.memory
         before, after = rows.memories(initial, self._fold, whole=whole)
-        read = self.linear.recall(rows.queries, before)
-        sums, masks = rows.sums_beside, self._reach(rows.masks)
-        factors = None
-        if sums is not None:
-            own = sums[:, :, -rows.window.chunk :]
-            read = read * jnp.exp(own)[..., None, None].astype(read.dtype)
-            factors = None if masks.far is None else between(own, sums, masks.far)
-        read = jnp.where(rows.reads_memory[..., None, None, None], read, 0)
-        outputs = self._outputs(rows.queries, Pairs(rows.beside, masks, factors, rows.bias(bias)), read)
-        outputs = rows.flatten(outputs)
+        added = None
+        if bias is not None:
+            added = per_head(bias.between(rows.query_positions, rows.key_positions), self.kv_heads)
+        pairs = rows.pairs(added, counts_near=self._counts_near)
+        outputs = rows.flatten(self._outputs(rows.queries, pairs, rows.read(before, self.linear.recall)))
         if self.convolution is not None:
             kept = None if state is None else state.convolved
             outputs = outputs + self.convolution.parallel(qkv.values, layout, kept)
         new_state = None
-        if state is not None and not layout.continued:
+        if state is not None and after is not None:
             new_state = advance(self.window, state, tokens, layout, after)
         return merge_heads(outputs).astype(qkv.values.dtype), new_state
 
+    def _context(self, layout: Layout, state: WindowedState | None) -> tuple[TokenPlaces, Before | None]:
+        """The places of rows' tokens, all alike where they can be, and what came before them."""
+        readable, owners, positions = (
+            jnp.where(layout.valid, layout.segment_ids, 0),
+            layout.segment_ids,
+            layout.positions,
+        )
+        first = first_segment_id(layout.segment_ids)
+        if layout.aligned and layout.present is None and state is None:
+            readable, owners, positions, first = readable[:1], owners[:1], positions[:1], first[:1]
+        places = TokenPlaces(readable, owners, positions, first, layout.aligned)
+        if state is None:
+            return places, None
+        tokens, slots = in_order(self.window, state)
+        return places, Before(tokens, jnp.where(slots.mask, slots.positions, -1), sinks_of(state))
+
     def _program(self, qkv: QKV, layout: Layout, bias: RelativeBias | None) -> str | None:
-        """The name of the kernels that compute whole rows; None where plain XLA does."""
-        if self.balance is None or self.unit_inputs or bias is not None:
+        """The name of the operation's implementation that computes whole rows; None where it knows none of this."""
+        if not self._has_kernels(bias):
             return None
         return windowed_program(self.linear.features, self.window, qkv, layout, self.implementation)
+
+    def _verify_program(self, qkv: QKV, state: WindowedState, bias: RelativeBias | None) -> str | None:
+        """The name of the kernels that compute a tree's nodes; None where plain XLA does."""
+        if not self._has_kernels(bias):
+            return None
+        return verify_program(self.linear.features, self.window, qkv, state, self.implementation)
+
+    def _has_kernels(self, bias: RelativeBias | None) -> bool:
+        """True where near pairs and the memory share a normaliser, and nothing is added to scores."""
+        return self.balance is not None and not self.unit_inputs and bias is None
 
     def _by_program(
         self, program: str, qkv: QKV, tokens: WindowNodes, layout: Layout, state: WindowedState | None
     ) -> tuple[Float[Array, "B T H E"], WindowedState | None]:
-        """Outputs by kernels, and the state after the rows if one was given."""
+        """Outputs by the operation, and the state after the rows if one was given."""
         assert self.balance is not None, "near pairs and the memory are balanced"
         options = {"scale": self.scale, "balance": self.balance[...]}
         outputs, after = windowed_by_program(
@@ -192,11 +223,23 @@ class WindowedAttention(nnx.Module):
         )
         if self.convolution is not None:
             kept = None if state is None else state.convolved
-            added = merge_heads(self.convolution.parallel(qkv.values, layout, kept))
-            outputs = (upcast(outputs) + added).astype(qkv.values.dtype)
+            outputs = _plus(outputs, self.convolution.parallel(qkv.values, layout, kept))
         if state is None or layout.continued:
             return outputs, None
         return outputs, advance(self.window, state, tokens, layout, after)
+
+    def _verify_by_program(
+        self, program: str, qkv: QKV, nodes: WindowNodes, tree: TreeArrays, state: WindowedState
+    ) -> Float[Array, "B N H E"]:
+        """Outputs of a tree's nodes by kernels."""
+        assert self.balance is not None, "near pairs and the memory are balanced"
+        options = {"scale": self.scale, "balance": self.balance[...]}
+        outputs = verify_by_program(
+            program, self.linear.features, self.window, qkv, nodes.decays, tree, state, **options
+        )
+        if self.convolution is None or state.convolved is None:
+            return outputs
+        return _plus(outputs, self.convolution.verify(qkv.values, tree.depth, tree.ancestors, state.convolved))
 
     def verify(
         self,
@@ -210,29 +253,31 @@ class WindowedAttention(nnx.Module):
         What lies before a node's window, though it is not in the memory yet, counts through the feature map.
         """
         queries, nodes = self._inputs(qkv)
+        if (program := self._verify_program(qkv, state, bias)) is not None:
+            return self._verify_by_program(program, qkv, nodes, tree, state), nodes
         slots = held(self.window, state.position)
         positions = state.position[:, None] + tree.depth
-        key_positions = jnp.concatenate([slots.positions, positions], axis=1)
+        known, early = with_sinks(state, slots)
+        key_positions = jnp.concatenate([early.positions, positions], axis=1)
         ancestors = jnp.broadcast_to(tree.ancestors, (*positions.shape, positions.shape[1]))
-        ring = jnp.broadcast_to(slots.mask[:, None], (*positions.shape, slots.mask.shape[1]))
+        ring = jnp.broadcast_to(early.mask[:, None], (*positions.shape, early.mask.shape[1]))
         masks = self.window.masks(positions, key_positions, jnp.concatenate([ring, ancestors], axis=2))
         if positions.shape[1] == 1 and self.window.tokens != 0:
             masks = masks._replace(far=None)
         masks = self._reach(masks)
         tokens = WindowNodes(
-            jnp.concatenate([state.keys.astype(nodes.keys.dtype), nodes.keys], axis=1),
-            jnp.concatenate([state.values.astype(nodes.values.dtype), nodes.values], axis=1),
+            jnp.concatenate([known.keys.astype(nodes.keys.dtype), nodes.keys], axis=1),
+            jnp.concatenate([known.values.astype(nodes.values.dtype), nodes.values], axis=1),
             None,
         )
         read, factors = self.linear.recall(queries, state.memory), None
         if nodes.decays is not None and state.decays is not None:
-            path = jnp.einsum("bnm,bmk->bnk", ancestors.astype(nodes.decays.dtype), nodes.decays)
-            later = slots.mask[:, None] & (slots.positions[:, None] > slots.positions[:, :, None])
-            since = jnp.einsum("bcd,bdk->bck", later.astype(state.decays.dtype), state.decays)
-            elapsed = jnp.sum(jnp.where(slots.mask[..., None], state.decays, 0), axis=1, keepdims=True)
-            read = read * jnp.exp(path + elapsed)[..., None, None].astype(read.dtype)
+            ages = tree_ages(slots, state.decays, nodes.decays, ancestors)
+            read = read * jnp.exp(ages.path + ages.elapsed)[..., None, None].astype(read.dtype)
             if masks.far is not None:
-                factors = between(path, jnp.concatenate([-since, path], axis=1), masks.far)
+                since = jnp.pad(-ages.since, ((0, 0), (self.window.sinks, 0), (0, 0)))
+                sums = jnp.concatenate([since, ages.path], axis=1)
+                factors = between(SplitSums.of(ages.path), SplitSums.of(sums), masks.far)
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
@@ -293,11 +338,13 @@ class WindowedAttention(nnx.Module):
         queries = split_heads(unit(queries) if self.unit_inputs else queries, self.kv_heads)
         return merge_heads(self._finished(self.linear.recall(queries, memory.memory))).astype(queries.dtype)
 
+    @property
+    def _counts_near(self) -> bool:
+        """True where near pairs count as far ones too: the memory's branch reaches all keys beside a near one."""
+        return self.near is not None and self.linear.reach != "earlier"
+
     def _reach(self, masks: NearFarMasks) -> NearFarMasks:
-        """The masks with near pairs among the far ones, if the memory's branch reaches all keys beside a near one."""
-        if self.near is None or self.linear.reach == "earlier":
-            return masks
-        return masks._replace(far=masks.near if masks.far is None else masks.near | masks.far)
+        return masks.with_near_among_far() if self._counts_near else masks
 
     def _inputs(self, qkv: QKV) -> tuple[Float[Array, "B T K R D"], WindowNodes]:
         queries, keys, values = qkv
@@ -339,21 +386,8 @@ class WindowedAttention(nnx.Module):
     ) -> Float[Array, "*batch T K R E"]:
         """Softmax of near pairs and the memory's sums, under one normaliser."""
         assert self.balance is not None, "near pairs and the memory are balanced"
-        scores = pair_scores(queries, pairs.tokens.keys) * self.scale
-        if pairs.bias is not None:
-            scores = scores + pairs.bias
-        allowed, lowest = pairs.masks.near[..., None, None, :, :], jnp.finfo(scores.dtype).min
-        largest = jnp.moveaxis(jnp.max(jnp.where(allowed, scores, lowest), axis=-1), -1, -3)
-        scale = self.linear.features.log_scale(queries) + self.balance[...].astype(scores.dtype)
-        total = far[..., -1]
-        seen = jnp.where(total > 0, scale + jnp.log(jnp.where(total > 0, total, 1)), lowest)
-        # Nothing is larger than one but for what is the largest, whose choice does not change the outputs.
-        top = jax.lax.stop_gradient(jnp.maximum(jnp.maximum(largest, seen), lowest / 2))
-        # Masked before the exponential, whose gradient would not be a number otherwise.
-        weights = jnp.exp(jnp.where(allowed, scores - jnp.moveaxis(top, -3, -1)[..., None], -jnp.inf))
-        near = weighted_values(weights, self.linear.extended(pairs.tokens.values))
-        factor = jnp.exp(jnp.where(total > 0, scale - top, 0))
-        return divided(near + factor[..., None] * far)
+        log_scale = self.linear.features.log_scale(queries) + self.balance[...].astype(far.dtype)
+        return normalised(queries, pairs, far, log_scale, self.scale)
 
     def _finished(self, sums: Array) -> Array:
         return self.linear.finished(sums)
@@ -361,3 +395,8 @@ class WindowedAttention(nnx.Module):
     def _empty_memory(self, batch: int, dtype: Any) -> Array:
         width = self.value_dim + self.linear.normalised
         return jnp.zeros((batch, self.kv_heads, self.linear.features.size, width), accumulation_dtype(dtype))
+
+
+def _plus(outputs: Float[Array, "B T H E"], added: Float[Array, "B T K R E"]) -> Float[Array, "B T H E"]:
+    """Outputs of kernels with what XLA adds to them."""
+    return (upcast(outputs) + merge_heads(added)).astype(outputs.dtype)

@@ -1,4 +1,6 @@
-"""Attention over a window and a memory by the operation of `pallas_kernels`, where a kernel for it runs."""
+"""Attention over a window and a memory by the operations of `pallas_kernels`, where kernels for it run."""
+
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -6,17 +8,18 @@ from jaxtyping import Array, Float
 from lin_jax.attention.feature_maps import Exponential, FeatureMap, Hedgehog
 from lin_jax.attention.kernels import packed_row_arrays
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.window import AttentionWindow
 from lin_jax.attention.windowed_state import WindowedState, in_order
 from pallas_kernels.linear_attention import Memory
-from pallas_kernels.types import QKV
+from pallas_kernels.types import QKV, TreeArrays
+from pallas_kernels.window_verify.api import verify_implementation, verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention, windowed_implementation
+from pallas_kernels.windows.window import AttentionWindow
 
 
 def windowed_program(
     features: FeatureMap, window: AttentionWindow, qkv: QKV, layout: Layout, asked: str | None
 ) -> str | None:
-    """The name of the kernels that compute this attention; None where plain XLA does.
+    """The name of the operation's implementation to run; None for an attention that it does not know.
 
     Args:
         features: the memory's map.
@@ -25,10 +28,27 @@ def windowed_program(
         layout: of the rows.
         asked: the implementation that the configuration names, or None.
     """
-    if not isinstance(features, Exponential | Hedgehog) or window.tokens == 0 or layout.present is not None:
+    if not _has_kernels(features, window) or layout.present is not None:
         return None
     # What no kernel computes, plain XLA does.
-    name = windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
+    return windowed_implementation(*qkv, features.size, asked if asked is None else (asked, "xla"))
+
+
+def verify_program(
+    features: FeatureMap, window: AttentionWindow, qkv: QKV, state: WindowedState, asked: str | None
+) -> str | None:
+    """The name of the kernels that compute a draft tree's nodes; None where plain XLA does.
+
+    Args:
+        features: the memory's map.
+        window: of each query.
+        qkv: queries, keys and values of the nodes.
+        state: which they stand on.
+        asked: the implementation that the configuration names, or None.
+    """
+    if not _has_kernels(features, window) or window.sinks:
+        return None
+    name = verify_implementation(*qkv, state, asked if asked is None else (asked, "xla"))
     return None if name == "xla" else name
 
 
@@ -60,10 +80,8 @@ def windowed_by_program(
     outputs, memory = windowed_attention(
         *qkv,
         _weights(features),
-        features="hedgehog" if isinstance(features, Hedgehog) else "exponential",
-        group_size=window.group_size,
-        groups=window.groups,
-        tokens=window.tokens,
+        **_options(features, window),
+        sinks=window.sinks,
         scale=scale,
         balance=balance.reshape(-1),
         log_decays=decays,
@@ -72,6 +90,45 @@ def windowed_by_program(
         implementation=name,
     )
     return outputs, jnp.concatenate([memory.values, memory.keys[..., None]], axis=-1)
+
+
+def verify_by_program(
+    name: str,
+    features: FeatureMap,
+    window: AttentionWindow,
+    qkv: QKV,
+    decays: Float[Array, "B N K"] | None,
+    tree: TreeArrays,
+    state: WindowedState,
+    *,
+    scale: float,
+    balance: Float[Array, "K R"],
+) -> Float[Array, "B N H E"]:
+    """Outputs of a draft tree's nodes.
+
+    Args:
+        name: of the implementation.
+        features: the memory's map.
+        window: of each query.
+        qkv: queries, keys and values of the nodes.
+        decays: logarithms of the nodes' decay, None without decay.
+        tree: the tree.
+        state: which it stands on.
+        scale: factor of q·k.
+        balance: logarithm of the memory's factor.
+    """
+    options = _options(features, window) | {"scale": scale, "balance": balance.reshape(-1), "log_decays": decays}
+    return verify_window(*qkv, _weights(features), tree, state, **options, implementation=name)
+
+
+def _has_kernels(features: FeatureMap, window: AttentionWindow) -> bool:
+    return isinstance(features, Exponential | Hedgehog) and window.tokens != 0
+
+
+def _options(features: FeatureMap, window: AttentionWindow) -> dict[str, Any]:
+    """The map's name and the window, as the operations take them."""
+    name = "hedgehog" if isinstance(features, Hedgehog) else "exponential"
+    return {"features": name, "group_size": window.group_size, "groups": window.groups, "tokens": window.tokens}
 
 
 def _weights(features: FeatureMap) -> FeatureWeights:
@@ -87,4 +144,5 @@ def _weights(features: FeatureMap) -> FeatureWeights:
 def _prior(window: AttentionWindow, state: WindowedState) -> WindowedPrior:
     tokens, slots = in_order(window, state)
     memory = Memory(state.memory[..., :-1], state.memory[..., -1])
-    return WindowedPrior(memory, *tokens, jnp.where(slots.mask, slots.positions, -1))
+    positions = jnp.where(slots.mask, slots.positions, -1)
+    return WindowedPrior(memory, *tokens, positions, state.sink_keys, state.sink_values)

@@ -1,75 +1,45 @@
 """Decode state of attention over a window and a memory, and the state after more tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from lin_jax.attention.layout import Layout, first_segment_id
-from lin_jax.attention.window import AttentionWindow
+from lin_jax.attention.layout import Layout
+from pallas_kernels.chunks import first_segment_id
 from pallas_kernels.path_commit.xla import shift_window
-
-# What tokens add to the memory: keys `[B, S, K, D]`, values `[B, S, K, E]`, factors `[B, S, K]` or None.
-Fold = Callable[[Array, Array, Array | None], Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class WindowedState:
-    """Decode state of `B` sequences; its size does not grow with their length.
-
-    Attributes:
-        memory: `[B, K, M, E]` `sum phi(k) v^T` (with the normaliser behind the values, if there is one) over the tokens
-            before the next query's window, decayed up to the last of them; float32 or better.
-        keys: `[B, C, K, D]` keys of the window as they are scored, position p in slot `p % C`.
-        values: `[B, C, K, E]` its values.
-        decays: `[B, C, K]` logarithms of its decay factors, float32 or better; None without decay.
-        convolved: `[B, W-1, K, E]` the last values, newest last; None without a convolution.
-        position: `[B]` tokens consumed so far.
-    """
-
-    memory: Float[Array, "*layers B K M E"]
-    keys: Float[Array, "*layers B C K D"]
-    values: Float[Array, "*layers B C K E"]
-    decays: Float[Array, "*layers B C K"] | None
-    convolved: Float[Array, "*layers B W_1 K E"] | None
-    position: Int[Array, "*layers B"]
+from pallas_kernels.types import WindowedState as WindowedState
+from pallas_kernels.window_verify.problem import Slots, ring_slots
+from pallas_kernels.windows.rows import Fold, Sinks, WindowNodes, early_mask
+from pallas_kernels.windows.window import AttentionWindow
 
 
-class WindowNodes(NamedTuple):
-    """Keys, values and logarithms of decay of a draft tree's nodes (or of tokens), as a state keeps them.
-
-    Attributes:
-        keys: `[B, N, K, D]`.
-        values: `[B, N, K, E]`.
-        decays: `[B, N, K]`, or None.
-    """
-
-    keys: Float[Array, "*layers B N K D"]
-    values: Float[Array, "*layers B N K E"]
-    decays: Float[Array, "*layers B N K"] | None
+def held(window: AttentionWindow, position: Int[Array, " B"]) -> Slots:
+    """The slots in use when `position` tokens have been consumed; sinks are in slots of their own."""
+    return ring_slots(position, jnp.maximum(window.start(position), window.sinks), window.capacity)
 
 
-class Held(NamedTuple):
-    """Slots of a window's ring: positions `[B, C]` of their tokens, and the mask `[B, C]` of those in use."""
-
-    positions: Int[Array, "B C"]
-    mask: Bool[Array, "B C"]
-
-
-def held(window: AttentionWindow, position: Int[Array, " B"]) -> Held:
-    """The slots in use when `position` tokens have been consumed."""
-    size = window.capacity
-    slots = jnp.arange(size)
-    last = position[:, None] - 1
-    positions = last - (last - slots) % max(size, 1)
-    return Held(positions, positions >= jnp.maximum(window.start(position), 0)[:, None])
+def sinks_of(state: WindowedState) -> Sinks | None:
+    """The sinks of a state; None if it keeps none."""
+    if state.sink_keys is None or state.sink_values is None:
+        return None
+    return Sinks(state.sink_keys, state.sink_values, early_mask(state.position, state.sink_keys.shape[1]))
 
 
-def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Held]:
+def with_sinks(state: WindowedState, slots: Slots) -> tuple[WindowNodes, Slots]:
+    """Keys and values of a state's sinks, if it has any, before those of its ring's slots."""
+    if (sinks := sinks_of(state)) is None:
+        return WindowNodes(state.keys, state.values, None), slots
+    order = jnp.broadcast_to(jnp.arange(sinks.mask.shape[1]), sinks.mask.shape)
+    tokens = WindowNodes(
+        jnp.concatenate([sinks.keys, state.keys], axis=1), jnp.concatenate([sinks.values, state.values], axis=1), None
+    )
+    positions = jnp.concatenate([order, slots.positions], axis=1)
+    return tokens, Slots(positions, jnp.concatenate([sinks.mask, slots.mask], axis=1))
+
+
+def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes, Slots]:
     """The window's tokens from the oldest slot to the newest."""
     size = window.capacity
     order = (state.position[:, None] + jnp.arange(size)) % max(size, 1)
@@ -79,7 +49,7 @@ def in_order(window: AttentionWindow, state: WindowedState) -> tuple[WindowNodes
 
     tokens = WindowNodes(take(state.keys), take(state.values), None if state.decays is None else take(state.decays))
     slots = held(window, state.position)
-    return tokens, Held(take(slots.positions), take(slots.mask))
+    return tokens, Slots(take(slots.positions), take(slots.mask))
 
 
 def advance(
@@ -96,10 +66,10 @@ def advance(
     def gather(old: Array, new: Array, distance: Array, old_index: Array) -> Array:
         """Tokens `distance` before the end: from the rows where they reach that far, else from `old`."""
         extended = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-        in_row = distance <= count
+        in_row = (distance > 0) & (distance <= count)
         index = jnp.where(in_row, old.shape[1] + last_index[:, None] + 1 - distance, old_index)
         index = jnp.clip(index, 0, extended.shape[1] - 1).reshape(*index.shape, *(1,) * (old.ndim - 2))
-        known = in_row | (continues[:, None] & (old_index >= 0))
+        known = in_row | ((distance > 0) & continues[:, None] & (old_index >= 0))
         found = jnp.take_along_axis(extended, index, axis=1)
         return jnp.where(known.reshape(*known.shape, *(1,) * (old.ndim - 2)), found, 0)
 
@@ -114,7 +84,15 @@ def advance(
     if state.decays is not None and tokens.decays is not None:
         decays = gather(state.decays, tokens.decays, *ring)
     keys, values = gather(state.keys, tokens.keys, *ring), gather(state.values, tokens.values, *ring)
-    return WindowedState(memory, keys, values, decays, convolved, position)
+    sinks: tuple[Array | None, Array | None] = (None, None)
+    if state.sink_keys is not None and state.sink_values is not None:
+        order = jnp.broadcast_to(jnp.arange(window.sinks), (position.shape[0], window.sinks))
+        since = position[:, None] - order
+        sinks = (
+            gather(state.sink_keys, tokens.keys, since, order),
+            gather(state.sink_values, tokens.values, since, order),
+        )
+    return WindowedState(memory, keys, values, decays, convolved, position, *sinks)
 
 
 def commit_path(
@@ -122,9 +100,12 @@ def commit_path(
 ) -> WindowedState:
     """The state after the first `length` nodes of a path, row by row.
 
-    Node by node, by the operations that plain decoding uses, so that both leave the same bits.
+    By the operations that plain decoding uses, so that both leave the same bits: a group is folded whole, and single
+    tokens one after another.
     """
     convolved = None if state.convolved is None else shift_window(state.convolved, path.values, length)
+    if window.tokens is None and not window.sinks and path.keys.shape[1] <= window.group_size:
+        return replace(_commit_within_groups(window, state, path, length, fold), convolved=convolved)
 
     def step(state: WindowedState, node: tuple[Array, WindowNodes]) -> tuple[WindowedState, None]:
         number, token = node
@@ -139,32 +120,77 @@ def commit_path(
     return replace(state, convolved=convolved)
 
 
+def _commit_within_groups(
+    window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state after a path that finishes one group at the most, in two writes and without a loop over the path.
+
+    The second write takes slots of the group that leaves the window, which is therefore folded before it.
+    """
+    position, order = state.position, jnp.arange(path.keys.shape[1])
+    end = (position // window.group_size + 1) * window.group_size
+    own, taken = position[:, None] + order, order < length[:, None]
+    begun = _written(state, path, own, taken & (own < end[:, None]))
+    finished = (position + length >= end) & (end >= window.capacity)
+    memory = _folded_groups(window, replace(begun, position=end), finished, fold)
+    # Without the barrier, the compiler may keep a copy of the ring for whichever comes later.
+    begun = jax.lax.optimization_barrier(replace(begun, memory=memory))
+    after = _written(begun, path, own, taken & (own >= end[:, None]))
+    return replace(after, position=position + length.astype(position.dtype))
+
+
+def _written(
+    state: WindowedState, tokens: WindowNodes, positions: Int[Array, "B P"], taken: Bool[Array, "B P"]
+) -> WindowedState:
+    """The state with tokens in their slots of the ring, where they are taken."""
+    size, rows = state.keys.shape[1], jnp.arange(positions.shape[0])[:, None]
+    slots = jnp.where(taken, positions % size, size)
+
+    def write(ring: Array, new: Array) -> Array:
+        return ring.at[rows, slots].set(new.astype(ring.dtype), mode="drop")
+
+    decays = state.decays
+    if decays is not None and tokens.decays is not None:
+        decays = write(decays, tokens.decays)
+    return replace(state, keys=write(state.keys, tokens.keys), values=write(state.values, tokens.values), decays=decays)
+
+
 def _commit_token(
     window: AttentionWindow, state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold
 ) -> WindowedState:
     """The state after one token `[B, ...]`, in the rows that take it."""
     size, position = window.capacity, state.position
     after = position + taken.astype(position.dtype)
+    if window.sinks:
+        state = _with_sink(state, token, taken)
+    # The token that leaves the window is in the memory from then on, unless it is a sink.
+    leaves = taken & (position >= size + window.sinks)
     if not size:
-        return replace(state, memory=_folded_token(state.memory, token, taken, fold), position=after)
-    rows, slot = jnp.arange(position.shape[0]), position % size
+        return replace(state, memory=_folded_token(state.memory, token, leaves, fold), position=after)
     if window.tokens is not None:
         # The oldest token leaves, and the new one takes its slot.
+        rows, slot = jnp.arange(position.shape[0]), position % size
         oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
-        state = replace(state, memory=_folded_token(state.memory, oldest, taken & (position >= size), fold))
-    slot = jnp.where(taken, slot, size)
-
-    def written(ring: Array | None, new: Array | None) -> Array | None:
-        return None if ring is None or new is None else ring.at[rows, slot].set(new.astype(ring.dtype), mode="drop")
-
-    keys, values = written(state.keys, token.keys), written(state.values, token.values)
-    assert keys is not None
-    assert values is not None
-    state = replace(state, keys=keys, values=values, decays=written(state.decays, token.decays), position=after)
+        state = replace(state, memory=_folded_token(state.memory, oldest, leaves, fold))
+    one = jax.tree.map(lambda part: part[:, None], token)
+    state = replace(_written(state, one, position[:, None], taken[:, None]), position=after)
     if window.tokens is None:
         finished = taken & (after % window.group_size == 0) & (after >= size)
         state = replace(state, memory=_folded_groups(window, state, finished, fold))
     return state
+
+
+def _with_sink(state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"]) -> WindowedState:
+    """The state with a token among its sinks, in the rows where it is one."""
+    assert state.sink_keys is not None
+    assert state.sink_values is not None
+    rows, size = jnp.arange(state.position.shape[0]), state.sink_keys.shape[1]
+    slot = jnp.where(taken, state.position, size)
+    keys, values = (
+        old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
+        for old, new in ((state.sink_keys, token.keys), (state.sink_values, token.values))
+    )
+    return replace(state, sink_keys=keys, sink_values=values)
 
 
 def _folded_token(memory: Array, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold) -> Array:
@@ -179,21 +205,29 @@ def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool
     """The memory with the group that has left the window, in the rows where one has: seldom all at the same time."""
     size, rows = window.group_size, jnp.argsort(~finished)
 
-    def fold_row(number: Array, memory: Array) -> Array:
+    def fold_row(number: Array, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        memory, ends = carried
         row = rows[number]
-        first = state.position[row] % window.capacity
+        end = ends[row]
+        first = end % window.capacity
 
         def cut(part: Array) -> Array:
             own = jax.lax.dynamic_slice_in_dim(part, row, 1)
             return jax.lax.dynamic_slice_in_dim(own, first, size, axis=1)
 
         old, factors = jax.lax.dynamic_slice_in_dim(memory, row, 1), None
+        if window.sinks:
+            order = jnp.arange(size)[None, :, None]
+            factors = (end - window.capacity + order >= window.sinks).astype(memory.dtype)
         if state.decays is not None:
             decays = cut(state.decays)
             after = jnp.cumsum(decays[:, ::-1], axis=1)[:, ::-1]
-            factors = jnp.exp(after - decays)
+            own = jnp.exp(after - decays)
+            factors = own if factors is None else own * factors
             old = old * jnp.exp(after[:, 0])[..., None, None].astype(memory.dtype)
         new = old + fold(cut(state.keys), cut(state.values), factors)
-        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0)
+        # Places change from turn to turn: of a batch of one, the compiler would else compute the group before the loop,
+        # whether it is finished or not.
+        return jax.lax.dynamic_update_slice_in_dim(memory, new, row, 0), ends.at[row].add(size)
 
-    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, state.memory)
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, (state.memory, state.position))[0]

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.pairs import merge_heads, pair_scores, split_heads, unit, weighted_values
+from lin_jax.attention.pairs import unit
+from pallas_kernels.pairs import merge_heads, pair_scores, split_heads, weighted_values
 from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lin_jax.errors import OptionParser, UserError
 from lin_jax.files import write_durably
 from lin_jax.session import Session
 from lin_jax.training.config import plain
+from lin_jax.user_cache import keep_programs
 
 Part = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parse(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     keep_freed_memory()
+    # A part that is begun again, the demo on another text, and decode.py afterwards compile less.
+    keep_programs()
     cpu = devices_shown()
     say(f"on {cpu}")
     folder = Path(options.output)
@@ -99,8 +102,8 @@ def _runs(options: argparse.Namespace, folder: Path) -> DemoRuns:
     files = (options.config, options.students_config, options.heads_config)
     runs = DemoRuns.load(folder, files, data, given)
     if given is not None:
-        # A wrong one is found out at once.
-        _ = runs.source
+        # A wrong one is found out at once, and one that lacks a tokenizer.
+        runs.source.tokenizer(runs.tokenizer)
     return runs
 
 
@@ -138,30 +141,49 @@ def _parts(options: argparse.Namespace, runs: DemoRuns) -> Iterator[Part]:
         yield name, f"linearizing it: {name}", trained(partial(runs.student_runs, name))
     yield "quality", "perplexity of all of them on held-out text", lambda: measure_quality(runs)
     yield "head", f"training a draft head on {BEST}", trained(lambda: [runs.head_run()])
-    yield "decoding", "decoding with softmax, plainly, and with drafts, in turn", lambda: _decode(options, runs)
-    yield "context", "a token after long texts", lambda: _context(options, runs)
+    subjects = _Subjects(runs, options.prompts)
+    yield "decoding", "decoding with softmax, plainly, and with drafts, in turn", lambda: _decode(options, subjects)
+    yield "context", "a token after long texts", lambda: _context(options, subjects)
 
 
-def _decode(options: argparse.Namespace, runs: DemoRuns) -> dict[str, Any]:
-    student, teacher = _sessions(runs)
-    prompts = _prompts(runs, student, options.prompts)
-    return measure_decoding(student, teacher, prompts, options.new_tokens, options.rounds)
+class _Subjects:
+    """Models that decode and prompts that they go on from, read once: what one part compiles is there for the next.
+
+    Args:
+        runs: finished ones.
+        count: number of prompts.
+    """
+
+    def __init__(self, runs: DemoRuns, count: int) -> None:
+        self.runs, self.count = runs, count
+
+    @cached_property
+    def student(self) -> Session:
+        """The last student, and its draft head."""
+        return Session.load(self.runs.student_folder(BEST))
+
+    @cached_property
+    def teacher(self) -> Session:
+        """The softmax model."""
+        return Session.load(self.runs.source.place, tokenizer=self.runs.tokenizer)
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Prompts of the held-out text, each behind what begins a text."""
+        tokenizer = self.student.tokenizer
+        found = held_out_prompts(self.runs.data, tokenizer, self.count, self.count)
+        return [[*tokenizer.begin_ids, *each] for each in found]
 
 
-def _context(options: argparse.Namespace, runs: DemoRuns) -> dict[str, Any]:
-    student, teacher = _sessions(runs)
-    text = [token for prompt in _prompts(runs, student, options.prompts) for token in prompt]
-    return measure_context(student.model, teacher.model, text, sorted(set(options.contexts)))
+def _decode(options: argparse.Namespace, subjects: _Subjects) -> dict[str, Any]:
+    student, teacher = subjects.student, subjects.teacher
+    return measure_decoding(student, teacher, subjects.prompts, options.new_tokens, options.rounds)
 
 
-def _sessions(runs: DemoRuns) -> tuple[Session, Session]:
-    return Session.load(runs.student_folder(BEST)), Session.load(runs.source.place, tokenizer=runs.tokenizer)
-
-
-def _prompts(runs: DemoRuns, session: Session, count: int) -> list[list[int]]:
-    """Prompts of the held-out text, each behind what begins a text."""
-    found = held_out_prompts(runs.data, session.tokenizer, count)[:count]
-    return [[*session.tokenizer.begin_ids, *each] for each in found]
+def _context(options: argparse.Namespace, subjects: _Subjects) -> dict[str, Any]:
+    text = [token for prompt in subjects.prompts for token in prompt]
+    models = subjects.student.model, subjects.teacher.model
+    return measure_context(*models, text, sorted(set(options.contexts)))
 
 
 def _finish(options: argparse.Namespace, runs: DemoRuns, ledger: Ledger, cpu: str) -> None:

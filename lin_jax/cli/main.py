@@ -1,10 +1,13 @@
 """The commands of `python -m lin_jax`, and of the script `lin-jax`."""
 
 import importlib
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import NamedTuple
 
+import lin_jax
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.extras import require
 
@@ -49,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("--help", "-h"):
         print(_help())
         return 0
+    if name == "--version":
+        print(f"lin_jax {lin_jax.__version__}, jax {version('jax')}, Python {platform.python_version()}")
+        return 0
     if name not in COMMANDS:
         raise UserError(f"command '{name}' is unknown; choose one of {', '.join(COMMANDS)}")
     for package in _NEEDS.get(name, ()):
@@ -73,6 +79,6 @@ def _help() -> str:
             "",
             *lines,
             "",
-            "'python -m lin_jax COMMAND --help' lists a command's options.",
+            "'python -m lin_jax COMMAND --help' lists a command's options, '--version' says which versions these are.",
         ]
     )

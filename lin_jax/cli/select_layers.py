@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = _read_recipe(options.recipe)
     device_kind()
     source = ModelSource.open(options.model, options.step)
+    source.check_holds_no_tokenizer(options.tokenizer)
     tokenizer = source.tokenizer(options.tokenizer)
     for name in ("keep", "one_in"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -48,11 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, theirs = (each.config.attention.of_layers(each.config.num_layers) for each in (student, teacher))
     kept = [number for number, pair in enumerate(zip(own, theirs, strict=True)) if _entry(*pair) == pair[1].name]
     count = options.keep if options.keep is not None else max(1, len(own) // options.one_in)
-    if not len(kept) < count <= len(own):
-        raise UserError(
-            f"{count} of {len(own)} layers are to keep the teacher's attention, and {len(kept)} have it; "
-            f"give --keep {min(len(kept) + 1, len(own))} to {len(own)}"
-        )
+    _check_count(count, len(kept), len(own), options.model)
     left = [number for number in range(len(own)) if number not in kept]
     found = _measured(student, teacher, batches, left, Path(f"{options.output}{RECORD}"))
     chosen = sorted([*kept, *found.ranking[: count - len(kept)]])
@@ -149,7 +146,7 @@ def _end(node: Any) -> int:
 
 def _entry(attention: AttentionConfig, base: AttentionConfig) -> str | dict[str, Any]:
     """A layer's attention as a recipe has it: its name, and the fields that are not those of the other layers."""
-    names = ("window",) if attention.name == "softmax" else tuple(asdict(attention))
+    names = ("window", "sinks") if attention.name == "softmax" else tuple(asdict(attention))
     left = ("name", "implementation", "pattern", "layers")
     other = {
         name: getattr(attention, name)
@@ -164,7 +161,7 @@ def _read_recipe(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
         content = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise UserError(f"cannot read the recipe {path}: {reason}; give a YAML file that train.py takes") from error
     if not isinstance(content, dict):
         raise UserError(f"the recipe {path} holds no names with values; give a YAML file that train.py takes")
@@ -189,6 +186,17 @@ def _check_pair(student: Any, teacher: Any, options: argparse.Namespace, batches
     if not 0 <= largest < student.config.vocab_size:
         found = "no tokens" if largest < 0 else f"a token of id {largest}"
         raise UserError(f"the text has {found}, and the model knows {student.config.vocab_size}; give other text")
+
+
+def _check_count(count: int, kept: int, layers: int, place: str) -> None:
+    """Refuses a number of layers that leaves none to choose among."""
+    if kept == layers:
+        raise UserError(f"all {layers} layers of {place} have the teacher's attention; give a linearized model")
+    if not kept < count <= layers:
+        raise UserError(
+            f"{count} of {layers} layers are to keep the teacher's attention, and {kept} have it; "
+            f"give --keep {kept + 1}" + (f" to {layers}" if kept + 1 < layers else "")
+        )
 
 
 def _known(record: Path, identity: list[str]) -> Any:

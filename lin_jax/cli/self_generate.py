@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lin_jax.data import open_documents, split_documents
 from lin_jax.decoding.engine.sampling import Sampling
@@ -19,6 +18,7 @@ from lin_jax.decoding.generator import Generator, check_batch
 from lin_jax.devices import devices_shown
 from lin_jax.errors import OptionParser, UserError, check_seed
 from lin_jax.files import replacement
+from lin_jax.progress_bar import progress_bar
 from lin_jax.session import Session
 
 FIELD = "text"
@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line; None takes the process's own.
     """
     options = _parse(argv)
+    output = Path(options.output)
+    if not output.parent.is_dir():
+        # Found out before hours of writing, not behind them.
+        raise UserError(f"cannot write {output}: there is no folder {output.parent}; make it, or give another file")
     devices = devices_shown()
     session = Session.load(options.model)
     print(f"generating on {devices}", file=sys.stderr)
@@ -42,11 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     scheduler = generator.stream(
         prompts, options.new_tokens, sampling=sampling, seed=options.seed, slots=options.batch, steps_per_sync=32
     )
-    with tqdm(total=len(prompts), unit="text", file=sys.stderr) as progress:
+    with progress_bar(total=len(prompts), unit="text") as progress:
         for update in scheduler:
             progress.update(update.finished)
             progress.set_postfix_str(f"{scheduler.tokens_per_second:,.0f} tokens/s", refresh=False)
-    output = Path(options.output)
     continuations = [before_circles(tokens) for tokens in scheduler.generation.tokens]
     try:
         with replacement(output) as partial, partial.open("w", encoding="utf-8") as file:

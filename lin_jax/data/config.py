@@ -166,7 +166,7 @@ class DataConfig:
         if self.subset is not None and not self.is_hub:
             raise UserError(
                 f"subset {self.subset!r} is for hub data sets, and the source is {self.source!r}; "
-                "leave subset out, or give a source 'hub:OWNER/NAME'"
+                "leave subset out (--data.subset null), or give a source 'hub:OWNER/NAME'"
             )
         if self.streaming and self.source == PYTHON_STDLIB:
             raise UserError(f"source '{PYTHON_STDLIB}' cannot be streamed; leave streaming off")

@@ -82,9 +82,9 @@ def state_difference(one: ComparedState, other: ComparedState) -> float:
     position = np.asarray(one.position)
     if not np.array_equal(position, np.asarray(other.position)):
         return float("inf")
-    in_groups = isinstance(one, AugmentedState)
+    in_groups, later = isinstance(one, AugmentedState), ("decays", "convolved", "sink_keys", "sink_values")
     largest = 0.0
-    for name in ("memory", "keys", "values", *(("window",) if in_groups else ("decays", "convolved"))):
+    for name in ("memory", "keys", "values", *(("window",) if in_groups else later)):
         if getattr(one, name) is None or not getattr(one, name).size:
             continue
         left, right = (np.asarray(getattr(state, name)).astype(np.float64) for state in (one, other))

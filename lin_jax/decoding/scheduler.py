@@ -25,6 +25,9 @@ from lin_jax.decoding.results import WAITING, Generation, Update
 from lin_jax.errors import UserError
 from lin_jax.models import CausalModel
 
+# Room for the output of a row, in tokens, five bytes each: shorter ones share compiled programs.
+SHORTEST_OUTPUT = 256
+
 
 @dataclass(frozen=True)
 class SchedulerSpec:
@@ -105,7 +108,7 @@ class Scheduler:
         self.max_new_tokens = max_new_tokens
         self.steering = steering
         if spec.memory is not None:
-            spec.memory.refresh()
+            spec.memory.refresh(cheaply=spec.adaptive)
         self.modules = Flat.of(spec.model, spec.drafter)
         self.seed = np.uint32(seed)
         self.first_row = first_row
@@ -129,7 +132,8 @@ class Scheduler:
         shapes = [(leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(self._shapes)]
         # Texts, whose hashes Python keeps.
         self._keys = [f"{options} {shapes} {spec.adaptive}" for options in spec.options]
-        self._written = np.zeros(spec.slots, np.int64)
+        # Output tokens of each slot that the steering has read.
+        self._read = [0] * spec.slots
         for slot, index in enumerate(first):
             self._begin_row(slot, index)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.decode_state.model)) // spec.slots
@@ -192,7 +196,7 @@ class Scheduler:
                 raise UserError(
                     f"the logits of prompt {index + 1} have become NaN or infinite within {int(written[slot])} tokens: "
                     "the model's numbers overflow; give another checkpoint, or this one in a wider type "
-                    "(python -m lin_jax.hub import --dtype float32)"
+                    "(python -m lin_jax hub import --dtype float32)"
                 )
             result = self.outputs[index]
             new = slice(len(result.tokens), int(written[slot]))
@@ -243,7 +247,13 @@ class Scheduler:
         self.shape_steps[choice.arm] += steps
         self.nodes += steps * len(self.slot_to_prompt) * self.spec.options[choice.arm].tree.size
         histogram = np.asarray(self.state.accepted_histogram) - before
-        self.steering.update(choice, steps, seconds, histogram, self._new_tokens)
+        written, output = np.asarray(self.state.written).tolist(), np.asarray(self.state.output)
+
+        def new_tokens(slot: int) -> list[int]:
+            begin, self._read[slot] = self._read[slot], written[slot]
+            return output[slot, begin : written[slot]].tolist()
+
+        self.steering.update(choice, steps, seconds, histogram, new_tokens)
 
     def _call(
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
@@ -273,15 +283,9 @@ class Scheduler:
     def _is_ready(self, shape: int) -> bool:
         return self.spec.compiler.is_ready(self._keys[shape])
 
-    def _new_tokens(self, slot: int) -> list[int]:
-        """Tokens of a slot since they were last asked for."""
-        begin, end = int(self._written[slot]), int(np.asarray(self.state.written)[slot])
-        self._written[slot] = end
-        return np.asarray(self.state.output)[slot, begin:end].tolist()
-
     def _begin_row(self, slot: int, index: int) -> None:
         self.slot_to_prompt[slot] = index
-        self._written[slot] = 0
+        self._read[slot] = 0
         self.steering.begin_row(slot, self.prompts[index])
 
     def _fill_slots(self) -> None:
@@ -312,7 +316,7 @@ class Scheduler:
             sampling=self.spec.options[0].sampling,
             end_tokens=self.spec.options[0].end_tokens,
             max_step_tokens=self.spec.depth + 1,
-            capacity=bucket(self.max_new_tokens, 16),
+            capacity=bucket(self.max_new_tokens, SHORTEST_OUTPUT),
             log_probs=self.log_probs,
         )
 

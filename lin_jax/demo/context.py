@@ -12,10 +12,8 @@ from lin_jax.decoding import Generator, Prefix
 from lin_jax.demo.progress import PartProgress
 from lin_jax.models import CausalModel
 
-# Tokens that are written after each text in a round, behind one of the prompt, and rounds, the first of which compiles.
+# Tokens that are written after each text in a round, and rounds, the first of which compiles.
 NEW_TOKENS, ROUNDS = 24, 5
-# Tokens that are read at a time.
-CHUNK = 512
 # Where reading a text takes longer than so many seconds, longer ones are left out.
 READING_SECONDS = 20.0
 
@@ -28,13 +26,12 @@ class _Point:
     length: int
     generator: Generator
     prefix: Prefix
-    tail: list[int]
     state_bytes: int = 0
     seconds: list[float] = field(default_factory=list)
 
     def decode(self) -> None:
         """Writes some tokens after the text."""
-        done = self.generator.generate([self.tail], NEW_TOKENS, prefix=self.prefix, slots=1)
+        done = self.generator.generate([[]], NEW_TOKENS, prefix=self.prefix, slots=1)
         self.seconds.append(done.decode_seconds / done.decoded)
         self.state_bytes = done.state_bytes
 
@@ -59,7 +56,7 @@ def measure_context(
         softmax was left out, None.
     """
     models = {"linear": linear, "softmax": softmax}
-    lengths = [each for each in lengths if NEW_TOKENS + 1 < each <= _longest(softmax)]
+    lengths = [each for each in lengths if NEW_TOKENS < each <= _longest(softmax)]
     points: list[_Point] = []
     with PartProgress(2 * len(lengths) + ROUNDS, "step") as progress:
         for kind, model in models.items():
@@ -83,14 +80,14 @@ def _read_all(
     kind: str, model: CausalModel, text: Sequence[int], lengths: Sequence[int], progress: PartProgress
 ) -> list[_Point]:
     """Reads the text up to each length, as long as that does not take too long."""
-    generator = Generator(model, prefill_chunk_size=CHUNK)
+    generator = Generator(model)
     points: list[_Point] = []
     for length in lengths:
         began = time.perf_counter()
-        *beginning, last = (text[place % len(text)] for place in range(length - NEW_TOKENS))
-        prefix = generator.prefix(beginning, room=NEW_TOKENS + 1)
+        beginning = [text[place % len(text)] for place in range(length - NEW_TOKENS)]
+        prefix = generator.prefix(beginning, room=NEW_TOKENS)
         jax.block_until_ready(prefix.decode_state)
-        points.append(_Point(kind, length, generator, prefix, [last]))
+        points.append(_Point(kind, length, generator, prefix))
         progress.step(f"{kind}, {length:,} tokens read")
         if time.perf_counter() - began > READING_SECONDS:
             break

@@ -1,20 +1,26 @@
 """Decoding in the demo: the best student plainly and with drafts, and its teacher, in turn, in one process."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from lin_jax.attention import max_draft_depth
 from lin_jax.decoding import Generation, Generator, Sampling, TokenOrigin
 from lin_jax.decoding.autotune.plan import PLAIN
-from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
+from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.drafters import build_drafter
+from lin_jax.decoding.drafting.drafters.union import UnionDrafter
+from lin_jax.decoding.drafting.tree import AnyTree, DraftTree, parse_tree
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.equivalence import is_rounding_tie
 from lin_jax.demo.progress import PartProgress
 from lin_jax.session import Session
 
-# Drafts copied from the text so far, and those together with the trained head's.
+# Drafts copied from the text so far, and those together with the trained head's; the last has all of them.
 DRAFTERS = ("ngram", "path+ngram")
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
 SEED = 1
@@ -63,14 +69,17 @@ def measure_decoding(
         prompts: token ids.
         new_tokens: tokens to write after each, two or more; end tokens do not stop a text, so that all write as much.
         rounds: counted rounds.
-        drafters: names of the drafters.
+        drafters: names of the drafters, one that has all of the others' kinds at the end.
 
     Returns:
         Medians of the speeds, `drafters` by name with their figures, `best_drafter` ("plain" if nothing was drafted),
         and `samples`: of each prompt its tokens, the new tokens, and who chose each.
     """
-    softmax, plain = _Way(_endless(teacher, "none")), _Way(_endless(student, "none"))
-    drafted = {name: _Way(_endless(student, name)) for name in drafters}
+    softmax, plain = _Way(Generator(teacher.model)), _Way(Generator(student.model))
+    # One drafter for all: those of a few kinds use a part of its trees, and the compiled programs are the same ones.
+    kinds = drafters[-1].split("+")
+    drafter = build_drafter(drafters[-1], student.parts)
+    drafted = {name: _Way(_adaptive(student, drafter, kinds, name.split("+"))) for name in drafters}
     ways = [softmax, plain, *drafted.values()]
     with PartProgress((WARM_UP + rounds) * len(ways) + 1 + len(drafted), "round") as progress:
         for turn in range(WARM_UP + rounds):
@@ -81,7 +90,8 @@ def measure_decoding(
         progress.step("sampled")
         found = {}
         for name, way in drafted.items():
-            texts = _sampled(_with_tree(student, name, way.most_used), prompts, new_tokens)
+            tree = parse_tree(way.most_used)
+            texts = _sampled(Generator(student.model, drafter=drafter, tree=tree), prompts, new_tokens)
             found[name] = _figures(student, prompts, plain, way, sampled, texts)
             progress.step("sampled")
     pays = {name: each.speedup for name, each in found.items() if each.drafted_share > 0}
@@ -172,19 +182,39 @@ def _figures(
     )
 
 
-def _endless(session: Session, kind: str) -> Generator:
-    """A generator that no end token stops: plain decoding, or drafts chosen while it decodes."""
-    if kind == "none":
-        return Generator(session.model)
-    generator = session.adaptive_generator(kind, background=False)
-    generator.end_tokens = ()
-    return generator
+def _adaptive(session: Session, drafter: Drafter, kinds: Sequence[str], used: Sequence[str]) -> Generator:
+    """A generator that chooses drafts of some kinds while it decodes, and that no end token stops."""
+    shapes = draft_shapes(drafter, max_draft_depth(session.model.config.attention))
+    few = few_shapes(shapes, lambda tree: kinds[part_of(drafter, tree)] in used)
+    return Generator(session.model, drafter=drafter, shapes=few, compiler=ProgramCompiler(background=False))
 
 
-def _with_tree(session: Session, kind: str, tree: str) -> Generator:
-    generator = session.generator(kind, parse_tree(tree))
-    generator.end_tokens = ()
-    return generator
+def few_shapes(shapes: DraftShapes, wanted: Callable[[AnyTree], bool]) -> DraftShapes:
+    """Plain decoding, and of each family with a wanted tree the deepest: each is a program that takes long to compile.
+
+    Args:
+        shapes: the shapes of a drafter.
+        wanted: says of a tree whether it is.
+    """
+    deepest: dict[int, int] = {}
+    for number, (tree, arm) in enumerate(zip(shapes.trees, shapes.arms, strict=True)):
+        if tree.size > 1 and wanted(tree):
+            known = deepest.get(arm.family)
+            deepest[arm.family] = number if known is None or arm.depth > shapes.arms[known].depth else known
+    kept = [0, *sorted(deepest.values())]
+    return DraftShapes(
+        tuple(shapes.trees[number] for number in kept),
+        tuple(shapes.arms[number] for number in kept),
+        {family: begin for family, begin in shapes.hindsight.items() if family in deepest},
+    )
+
+
+def part_of(drafter: Drafter, tree: AnyTree) -> int:
+    """Index of the drafter of a union whose guesses a tree begins with; 0 where there is but one."""
+    if not isinstance(drafter, UnionDrafter) or not isinstance(tree, DraftTree):
+        return 0
+    begins = np.cumsum([each.width for each in drafter.drafters])
+    return int(np.searchsorted(begins, tree.paths[0][0], side="right"))
 
 
 def _sampled(generator: Generator, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

@@ -99,13 +99,13 @@ def attention_flops(config: AttentionConfig, heads: int, kv_heads: int, size: in
     in_groups = whole * _pairs(config.group_size) + _pairs(rest)
     pairs = _pairs(length) if name.base in ("softmax", "square") else 0
     if name.base == "softmax" and config.window is not None:
-        pairs -= _pairs(max(length - config.window, 0))
+        pairs += _sink_pairs(config, length) - _pairs(max(length - config.window, 0))
     if name.local or name.base in ("flash", "flash_local", "linear_angular", "transnormer"):
         pairs += in_groups
     if name.base == "linformer":
         pairs += in_groups + config.rank * config.group_size * _pairs(whole)
     if name.window:
-        pairs += _window_pairs(config, length)
+        pairs += _window_pairs(config, length) + _sink_pairs(config, length)
     total = 4.0 * heads * size * pairs
     if (features := _features(config, name.base, size)) is not None:
         total += 2.0 * (heads + kv_heads) * length * features * size
@@ -133,6 +133,18 @@ def _window_pairs(config: AttentionConfig, length: int) -> int:
     return sum(
         _pairs(tokens) + tokens * size * min(number, config.window_groups)
         for number, tokens in zip(groups, sizes, strict=True)
+    )
+
+
+def _sink_pairs(config: AttentionConfig, length: int) -> int:
+    """Pairs of a row whose key is a sink before the query's window."""
+    if config.window is not None:
+        beyond = max(length - config.window, 0)
+        return _pairs(beyond) - _pairs(max(beyond - config.sinks, 0))
+    size = config.group_size
+    return sum(
+        min(size, length - number * size) * min(config.sinks, max(number - config.window_groups, 0) * size)
+        for number in range(-(-length // size))
     )
 
 

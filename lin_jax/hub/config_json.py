@@ -15,6 +15,8 @@ from lin_jax.attention.registry import Name
 from lin_jax.errors import UserError
 from lin_jax.hub.export import architectures, auto_map, has_source
 from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
+from lin_jax.hub.int8.matrices import check_family, module_patterns, output_axes
+from lin_jax.hub.int8.tensor import FIELD
 from lin_jax.json_files import LARGEST_ID, short
 
 Attentions = str | AttentionConfig | Mapping[str, AttentionConfig]
@@ -73,13 +75,21 @@ def _with_attentions(family: Family, config: Any, attentions: Mapping[str, Atten
     return replace(config, **{name + _SUFFIX: value for name, value in attentions.items()})
 
 
-def config_json(model: nnx.Module) -> dict[str, Any]:
-    """The contents of a model's `config.json`."""
+def config_json(model: nnx.Module, *, int8: bool = False) -> dict[str, Any]:
+    """The contents of a model's `config.json`.
+
+    Args:
+        model: the model, which may be abstract.
+        int8: whether its matrices are rounded, which transformers has no model with.
+
+    Raises:
+        UserError: matrices of such models are not rounded.
+    """
     family = family_of_model(model)
     architecture = family.head_of(model).architectures[0]
     config = model.config
     hf_config = family.config_to_huggingface(config, architecture)
-    if is_known(family, config):
+    if is_known(family, config) and not int8:
         return hf_config
     attentions = {name: _stored_attention(attention, config) for name, attention in attentions_of(config).items()}
     hf_config |= {
@@ -88,7 +98,10 @@ def config_json(model: nnx.Module) -> dict[str, Any]:
         **family.linearized_options(config),
         "attention": attentions.get("", attentions),
     }
-    if has_remote_code(model):
+    if int8:
+        check_family(family.name)
+        hf_config[FIELD] = module_patterns(output_axes(model, family.entries(model)))
+    if has_remote_code(model, int8=int8):
         name = type(model).__name__
         hf_config |= {"architectures": architectures(family.name, name), "auto_map": auto_map(family.name, name)}
     return hf_config
@@ -104,21 +117,29 @@ def _stored_attention(attention: AttentionConfig, config: Any) -> dict[str, Any]
 def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     """All fields of one layer's attention but `implementation`, which is this machine's choice of kernels."""
     left = ("implementation", "pattern", "layers")
-    # Readers of earlier versions know no window.
+    # Readers of earlier versions know no window, or no sinks.
+    newer = {"window": None, "sinks": 0}
     return {
         name: value
         for name, value in asdict(attention).items()
-        if name not in left and not (name == "window" and value is None)
+        if name not in left and not (name in newer and value == newer[name])
     }
 
 
-def has_remote_code(model: nnx.Module) -> bool:
-    """True if a model is saved with PyTorch code of its own for transformers: linearized ones of some families."""
+def has_remote_code(model: nnx.Module, *, int8: bool = False) -> bool:
+    """True if a model is saved with PyTorch code of its own for transformers: some families, linearized or in int8."""
     family = family_of_model(model)
-    if is_known(family, model.config):
+    if (is_known(family, model.config) and not int8) or not can_decode(model.config):
         return False
     bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
     return has_source(family.name, type(model).__name__, bases)
+
+
+def can_decode(config: Any) -> bool:
+    """False if scores are divided by the length of a row that decoding does not know: in some FLASHs."""
+    if getattr(config, "length_scale", "position") == "position":
+        return True
+    return not any(parse_name(kind.name).base in ("softmax", "square") for kind in config.attention.kinds)
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:

@@ -17,6 +17,8 @@ from lin_jax.hub.config_json import Attentions, family_of, model_config
 from lin_jax.hub.families.heads import has_own_head, head_remedy, with_shared_head
 from lin_jax.hub.families.registry import Family
 from lin_jax.hub.files import find_checkpoint, read_checkpoint, read_config, unread_index
+from lin_jax.hub.int8.filling import fill_rounded
+from lin_jax.hub.int8.tensor import FIELD, RoundedTensor, joined
 from lin_jax.hub.llama2c import read_llama2c
 from lin_jax.hub.tensors import (
     Entries,
@@ -65,7 +67,14 @@ class HubCheckpoint:
         if folder.is_file():
             return cls(folder, *read_llama2c(folder))
         note = unread_index(folder)
-        return cls(folder, read_config(folder), read_checkpoint(folder), () if note is None else (note,))
+        hf_config, tensors = read_config(folder), read_checkpoint(folder)
+        known = joined(tensors) if FIELD in hf_config else tensors
+        return cls(folder, hf_config, known, () if note is None else (note,))
+
+    @property
+    def rounded(self) -> bool:
+        """True if its matrices are int8."""
+        return FIELD in self.hf_config
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,11 @@ class Pretrained:
         folder, hf_config, tensors = checkpoint.folder, checkpoint.hf_config, checkpoint.tensors
         family = family_of(hf_config)
         config = model_config(family, hf_config, attention)
-        param_dtype = param_dtype or stored_type(tensors)
+        own_type = stored_type(tensors)
+        if param_dtype is None and checkpoint.rounded:
+            # What int8 numbers stand for is exact in float32.
+            dtype, param_dtype = dtype or own_type, own_type if own_type == "float64" else "float32"
+        param_dtype = param_dtype or own_type
         config = replace(config, param_dtype=param_dtype, dtype=dtype or param_dtype)
         _check_precision(config)
         _check_layers(config, checkpoint)
@@ -171,6 +184,11 @@ class Pretrained:
         read = {id(tensor) for tensor in own.values()}
         left_out = tuple(name for name, tensor in tensors.items() if id(tensor) not in read)
         return cls(folder, hf_config, family, model, entries, own, adds, tuple(notes), left_out)
+
+    @property
+    def rounded(self) -> bool:
+        """True if the checkpoint's matrices are int8."""
+        return FIELD in self.hf_config
 
     def problems(self) -> list[Mismatch]:
         """Tensors that do not fit the model."""
@@ -207,7 +225,10 @@ class Pretrained:
         def filled(path: tuple[Any, ...]) -> None:
             finish_at(self.model, path, chosen)
 
-        fill(self.model, entries, self.tensors, note=note, filled=filled)
+        if chosen.int8:
+            entries = fill_rounded(self.model, entries, self.tensors, note)
+        left = {name: tensor for name, tensor in self.tensors.items() if name in entries}
+        fill(self.model, entries, left, note=note, filled=filled)
         return self.model
 
     def begin(self, seed: int = 0, shardings: ShardingFn | None = None) -> None:
@@ -253,7 +274,7 @@ def from_pretrained(
 
     Another attention turns a Transformer into a linearized one. Parameters that it adds are initialised as in the paper
     (You et al., ICML 2024): its factor and its convolution at zero, random features drawn anew. The host holds one
-    parameter beside the model.
+    parameter beside the model. Of int8 weights, the model has the numbers that they stand for, exactly, in float32.
 
     Args:
         name_or_path: a folder, `owner/name` on the Hub, or a file in llama2.c's first format.
@@ -274,9 +295,14 @@ def from_pretrained(
 
 
 def stored_type(tensors: Mapping[str, Any]) -> str:
-    """Parameter type of a checkpoint: that of most of its bytes, or float32 if a model cannot have that."""
+    """Parameter type of a checkpoint: that of most of its bytes, or float32 if a model cannot have that.
+
+    Int8 numbers with factors do not count.
+    """
     sizes: dict[str, int] = {}
     for tensor in tensors.values():
+        if isinstance(tensor, RoundedTensor):
+            continue
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     most = max(sizes, key=lambda name: sizes[name], default="float32")
     return most if most in DTYPES else "float32"

@@ -26,20 +26,33 @@ _SIZES = {
     "window": ("window",),
     "window_groups": ("window",),
 }
-# What a folder with code of its own needs, and what it can do.
+# What a folder with code of its own needs.
 _OWN_CODE = """\
-The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`.
-
-`model.generate` samples, searches with beams, pads on the left, and writes several texts of a prompt. Greedy text of
-one prompt is written faster, and token for token the same, with guesses that are verified in one pass:
+The code of the model is in the `.py` files here, and needs nothing else: `pip install torch "transformers>={}"`."""
+# And what it can do, where it writes texts.
+_WRITES = """\
+`model.generate` samples, searches with beams, {padding}, and writes several texts of a prompt. Greedy text is
+written faster, and token for token the same, with guesses that are verified in one pass:
 
 ```python
 model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=100, speculative=True)
 ```
 
-The guesses are copied from the text so far; Medusa heads, where they lie beside the model, guess the rest. With
-weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model takes
-no `assistant_model` and is none: its state does not go back to fewer tokens."""
+The guesses are copied from {text}; Medusa heads, where they lie beside the model, guess the rest. Each
+prompt of a batch takes as many as are right; with sampling or beams, `speculative=True` ends in an error that says so.
+With weights in bfloat16 or float16, a pass over several tokens may round another way than a pass over one. The model
+takes no `assistant_model` and is none: its state does not go back to fewer tokens."""
+_WRITERS = {
+    "AutoModelForCausalLM": {"padding": "pads on the left", "text": "the text so far"},
+    "AutoModelForSeq2SeqLM": {
+        "padding": "takes sources of several lengths (pad them on the right: groups of tokens begin at a row's start)",
+        "text": "what it has written so far",
+    },
+}
+_INT8 = (
+    "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each "
+    "output or token."
+)
 _KNOWN_ONLY_HERE = "The model opens with `lin_jax` only."
 
 
@@ -50,6 +63,7 @@ def model_card(
     base: str | None = None,
     figures: Mapping[str, Any] | None = None,
     heads: MedusaHeads | None = None,
+    int8: bool = False,
 ) -> str:
     """The model card as Markdown, with the metadata that the Hub reads at its top.
 
@@ -59,6 +73,7 @@ def model_card(
         base: name of the model that it was made from.
         figures: measured figures by name.
         heads: Medusa heads in the same folder.
+        int8: whether its matrices are int8 there.
     """
     family, config = family_of_model(model), model.config
     linearized = not is_softmax(config)
@@ -67,10 +82,12 @@ def model_card(
         summary.append(f"It was made from {base}.")
     if linearized:
         summary.append(f"Its attention: {_attention_text(config)}.")
+    if int8:
+        summary.append(_INT8)
     if heads is not None:
         summary.append(f"{heads.count} Medusa heads are beside it in `medusa_lm_head.safetensors`.")
     sections = [_metadata(family.name, linearized), f"# {name}", " ".join(summary), _table(_sizes(model))]
-    sections.append(_loading(model))
+    sections.append(_loading(model, int8=int8))
     if figures:
         sections.append("## Measured\n\n" + _table({key: _figure(value) for key, value in figures.items()}))
     return "\n\n".join(sections) + "\n"
@@ -102,6 +119,8 @@ def _attention_text(config: Any) -> str:
         sizes |= {size: values[size] for size, needs in _SIZES.items() if parts & set(needs)}
         if attention.window is not None:
             sizes |= {"window": attention.window, "group_size": None, "window_groups": None}
+        if attention.sinks:
+            sizes["sinks"] = attention.sinks
         if attention.decay != "none":
             sizes["decay"] = attention.decay
         listed = ", ".join(f"{size} {value}" for size, value in sizes.items() if value is not None)
@@ -125,21 +144,25 @@ def _sizes(model: Any) -> dict[str, str]:
     return rows
 
 
-def _loading(model: Any) -> str:
+def _loading(model: Any, *, int8: bool) -> str:
     here = 'from lin_jax.hub import from_pretrained\n\nmodel = from_pretrained("FOLDER")'
     text = f"## Opening it\n\nWith JAX:\n\n```python\n{here}\n```\n\n"
-    if not is_known(family_of_model(model), model.config) and not has_remote_code(model):
+    own_code = has_remote_code(model, int8=int8)
+    if not is_known(family_of_model(model), model.config) and not own_code:
         return text + _KNOWN_ONLY_HERE
     option, versions = "", ""
-    if has_remote_code(model):
+    if own_code:
         option, versions = ", trust_remote_code=True", f" and transformers {OLDEST} or newer (tried up to {NEWEST})"
-    name = _automatic_class(config_json(model)["architectures"][0])
+    name = _automatic_class(config_json(model, int8=int8)["architectures"][0])
     # transformers opens the configuration for the tokenizer's sake too, and asks about its code.
     opened = (("model", name), ("tokenizer", "AutoTokenizer"))
     lines = "\n".join(f'{variable} = {each}.from_pretrained("FOLDER"{option})' for variable, each in opened)
     there = f"from transformers import {name}, AutoTokenizer\n\n{lines}"
     text += f"With PyTorch{versions}:\n\n```python\n{there}\n```"
-    return text + (f"\n\n{_OWN_CODE.format(OLDEST)}" if option and name.endswith("CausalLM") else "")
+    if not option:
+        return text
+    writes = [_WRITES.format(**_WRITERS[name])] if name in _WRITERS else []
+    return "\n\n".join([text, _OWN_CODE.format(OLDEST), *writes])
 
 
 def _automatic_class(architecture: str) -> str:

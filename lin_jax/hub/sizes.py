@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 
 
@@ -24,9 +25,12 @@ def context_length(config: Any) -> int | None:
 
 
 def state_bytes(model: nnx.Module, length: int) -> int | None:
-    """Bytes of the decode state of one sequence of at most `length` tokens; None for models that are not causal."""
+    """Bytes of the decode state of one sequence of at most `length` tokens; None for models that do not decode."""
     if not isinstance(model, CausalModel):
         return None
     graph, state = nnx.split(model)
-    shapes = jax.eval_shape(lambda state: nnx.merge(graph, state).init_state(1, length), state)
+    try:
+        shapes = jax.eval_shape(lambda state: nnx.merge(graph, state).init_state(1, length), state)
+    except UserError:  # scores that are divided by the length of the row have no state
+        return None
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(shapes))

@@ -39,6 +39,9 @@ class CausalModel(nnx.Module):
 
     Attributes:
         same_bits: whether texts and nodes are computed so that their number changes no bit (`models.same_bits`).
+        aux_layers: numbers of layers, in ascending order, whose outputs hidden vectors have behind them, for draft
+            heads that read several layers (EAGLE-3, Li et al. 2025); the vectors then have the width W =
+            `(1 + len(aux_layers)) E`, else it is E.
     """
 
     config: Any
@@ -47,6 +50,7 @@ class CausalModel(nnx.Module):
     norm: Any
     head: nnx.Linear | None
     same_bits: bool = False
+    aux_layers: tuple[int, ...] = ()
 
     @abstractmethod
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:
@@ -56,9 +60,22 @@ class CausalModel(nnx.Module):
         """Inputs of the head, from the outputs of the last block: their norm."""
         return self.norm(x)
 
-    def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+    @property
+    def hidden_width(self) -> int:
+        """Width W of hidden vectors."""
+        return self.config.hidden_size * (1 + len(self.aux_layers))
+
+    def outputs(self, x: Float[Array, "B T W"]) -> Float[Array, "B T W"]:
+        """Hidden vectors, from what `run` gives: `finish` of the last block's outputs, and those of other layers."""
+        size = self.config.hidden_size
+        if not self.aux_layers:
+            return self.finish(x)
+        return jnp.concatenate([self.finish(x[..., :size]), x[..., size:]], axis=-1)
+
+    def logits(self, hidden: Float[Array, "*batch W"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
         head = self.embed.attend if self.head is None else self.head
+        hidden = hidden[..., : self.config.hidden_size]
         return upcast(logits_of(head, hidden) if self.same_bits else head(hidden))
 
     def __call__(
@@ -77,8 +94,8 @@ class CausalModel(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         *,
         mask: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T E"]:
-        """Hidden vectors at every position, as the head reads them.
+    ) -> Float[Array, "B T W"]:
+        """Hidden vectors at every position, as the head reads them, with those of `aux_layers` behind them.
 
         Args:
             tokens: `[B, T]`.
@@ -99,7 +116,7 @@ class CausalModel(nnx.Module):
 
     def prefill(
         self, tokens: Int[Array, "B T"], lengths: Int[Array, " B"], state: Any
-    ) -> tuple[Float[Array, "B T E"], Any]:
+    ) -> tuple[Float[Array, "B T W"], Any]:
         """Consumes the first `lengths` tokens of each row: hidden vectors at every position, and the state after."""
 
         def read(tokens: Array, lengths: Array, state: Any) -> tuple[Array, Any]:
@@ -107,13 +124,13 @@ class CausalModel(nnx.Module):
 
         return prefill_rows(read, tokens, lengths, state) if self.same_bits else read(tokens, lengths, state)
 
-    def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N E"], Any]:
+    def verify(self, tokens: Int[Array, "B N"], tree: TreeArrays, state: Any) -> tuple[Float[Array, "B N W"], Any]:
         """Hidden vectors of a tree's nodes on top of the state, which is not touched, and the nodes for `commit`."""
         if self.same_bits:
             return verify_nodes(self, tokens, tree, state)
         x, context = self.begin(tokens, self.position(state)[:, None] + tree.depth)
         x, nodes = self.run(lambda block, x, layer: block.verify(x, context, tree, layer), x, state)
-        return self.finish(x), nodes
+        return self.outputs(x), nodes
 
     def commit(self, state: Any, nodes: Any, path: Int[Array, "B P"], length: Int[Array, " B"]) -> Any:
         """The state after the first `length` nodes of `path`, row by row; zero leaves a row as it is."""
@@ -126,6 +143,7 @@ class CausalModel(nnx.Module):
     def with_layers(self, numbers: Sequence[int]) -> Self:
         """This model with some of its layers only, in the given order, and with states of as many."""
         model = nnx.clone(self)
+        model.aux_layers = ()
         model.layers = self.layers.selected(numbers)
         return model
 
@@ -134,10 +152,21 @@ class CausalModel(nnx.Module):
         return state.position[0]
 
     def run(self, apply: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, state: Any) -> tuple[Array, Any]:
-        """Runs `x, output = apply(block, x, layer's state)` over the blocks."""
-        return self.layers(apply, x, state)
+        """Runs `x, output = apply(block, x, state of a layer)` over the blocks; behind the last x come `aux_layers`."""
+        if not self.aux_layers:
+            return self.layers(apply, x, state)
+
+        def one(block: Any, carry: Any, layer: Any) -> tuple[Any, Any]:
+            number, x, kept = carry
+            x, output = apply(block, x, layer)
+            kept = tuple(jnp.where(number == at, x, old) for at, old in zip(self.aux_layers, kept, strict=True))
+            return (number + 1, x, kept), output
+
+        begin = jnp.zeros((), jnp.int32), x, (jnp.zeros_like(x),) * len(self.aux_layers)
+        (_, x, kept), outputs = self.layers(one, begin, state)
+        return jnp.concatenate([x, *kept], axis=-1), outputs
 
     def _parallel(self, tokens: Array, layout: Layout, state: Any) -> tuple[Array, Any]:
         x, context = self.begin(tokens, layout.positions)
         x, state = self.run(lambda block, x, layer: block.parallel(x, context, layout, layer), x, state)
-        return self.finish(x), state
+        return self.outputs(x), state

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
@@ -24,6 +25,8 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 # Differences named in one message; a wholly different model has hundreds.
 _NAMED = 6
+# Numbers of an array whose bits the host sums in no time.
+_SMALL = 2**22
 
 
 def new_params(config: ModelConfig, key: Array, wanted: set[Any] | None = None, purpose: str = CAUSAL_LM) -> Params:
@@ -62,15 +65,19 @@ def abstract_heads(config: ModelConfig, heads: int) -> MedusaHeads:
     return nnx.eval_shape(lambda: MedusaHeads(heads, size, vocabulary, dtype=dtype))
 
 
-def abstract_path_head(config: ModelConfig, width: int) -> PathHead:
-    """A path head of shapes, for a model with the given configuration.
+def abstract_path_head(
+    config: ModelConfig, width: int, layers: Sequence[int] = (), guessed: int | None = None
+) -> PathHead:
+    """A path head of shapes, for a model with the given configuration; arguments as in `PathHead`.
 
     Raises:
         UserError: the head would be wider than the model.
     """
     assert config.vocab_size is not None, "filled in when a run begins"
     size, vocabulary, dtype = config.hidden_size, config.vocab_size, jnp.dtype(config.param_dtype)
-    return nnx.eval_shape(lambda: PathHead(size, width, vocabulary, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+        lambda: PathHead(size, width, vocabulary, layers=layers, guessed=guessed, dtype=dtype, rngs=nnx.Rngs(0))
+    )
 
 
 def params_of(module: nnx.Module) -> Params:
@@ -233,9 +240,22 @@ def params_fingerprint(params: Params) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
+def _checksum(values: Any) -> Any:
+    """A weighted sum of an array's bits, in integers that wrap around: exact in any order, and fast on any device.
+
+    Small arrays in the host's memory are summed by NumPy, without a program for each shape.
+    """
+    if values.size > _SMALL or jax.default_backend() != "cpu" or not getattr(values, "is_fully_addressable", True):
+        return _checksum_on_device(values)
+    narrow = {1: np.uint8, 2: np.uint16}.get(values.dtype.itemsize, np.uint32)
+    bits = np.ascontiguousarray(values).view(narrow).astype(np.uint32).ravel()
+    weights = np.arange(bits.size, dtype=np.uint32) * np.uint32(2654435761) | np.uint32(1)
+    return np.sum(bits * weights, dtype=np.uint32)
+
+
 @jax.jit
-def _checksum(values: Array) -> Array:
-    """A weighted sum of an array's bits, in integers that wrap around: exact in any order, and fast on any device."""
+def _checksum_on_device(values: Array) -> Array:
+    """A weighted sum of an array's bits."""
     narrow = {1: jnp.uint8, 2: jnp.uint16}.get(values.dtype.itemsize, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(values, narrow).astype(jnp.uint32).ravel()
     weights = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) | jnp.uint32(1)

@@ -32,6 +32,8 @@ _BFLOAT16 = (8, 7)
 _NO_NUMBER = 0x7FABCDEF
 # Weights that are rounded to int8 at a time, which takes some float32 numbers for each.
 _ROUNDED = 2**22
+# Bits of the fraction of an int8 weight's factor: its products with 7-bit integers are exact in float32.
+_FACTOR_BITS = 16
 # Rows of a block of the form whose order of sums does not depend on the number of rows.
 _BLOCK = 8
 
@@ -243,7 +245,10 @@ class StoredMatrix(nnx.Module):
 
     def quantize(self) -> None:
         """Turns the weights into int8, in place; they are stored outputs first."""
-        weight, scale = quantized(self.weight[...])
+        self.set_rounded(*quantized(self.weight[...]))
+
+    def set_rounded(self, weight: Int8[Array, "O I"], scale: Float[Array, " O"]) -> None:
+        """Puts int8 weights and their factors in the place of the weights."""
         self.weight = nnx.Param(weight)
         self.scale = nnx.data(nnx.Param(scale))
 
@@ -256,7 +261,10 @@ def times(x: Float[Array, "*batch I"], matrix: Any) -> Float[Array, "*batch O"]:
 
 
 def quantized(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float[Array, " O"]]:
-    """Rounds to int8, symmetrically, with a factor for each output: `weight ~ int8 * scale`; some outputs at a time."""
+    """Rounds to int8, symmetrically, with a factor for each output: `weight ~ int8 * scale`; some outputs at a time.
+
+    What `dequantized` makes of both is exact, and is rounded to the same again.
+    """
     size = max(_ROUNDED // weight.shape[1], 1)
     parts = [_quantized(weight[at : at + size]) for at in range(0, weight.shape[0], size)]
     rounded, scales = zip(*parts, strict=True)
@@ -267,7 +275,9 @@ def quantized(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float[Ar
 def _quantized(weight: Float[Array, "O I"]) -> tuple[Int8[Array, "O I"], Float[Array, " O"]]:
     exact = upcast(weight)
     largest = jnp.max(jnp.abs(exact), axis=1)
-    scale = jnp.where(largest > 0, largest / 127, 1).astype(jnp.float32)
+    # Not divided: compilers make that a product, here and there.
+    scale = jnp.where(largest > 0, largest * (1 / 127), 1).astype(jnp.float32)
+    scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=_FACTOR_BITS)
     return jnp.round(exact / scale[:, None]).astype(jnp.int8), scale
 
 

@@ -32,7 +32,7 @@ class Model(Protocol):
     def begin(self, tokens: Array, positions: Array) -> tuple[Array, Any]:
         """As in `CausalModel`."""
 
-    def finish(self, x: Array) -> Array:
+    def outputs(self, x: Array) -> Array:
         """As in `CausalModel`."""
 
     def position(self, state: Any) -> Array:
@@ -76,7 +76,7 @@ def verify_nodes(
         return in_blocks(lambda own: block.verify(own[0], own[1], root, own[2])[0], (x, context, before), always), nodes
 
     x, nodes = model.run(step, x, state)
-    return nodes_of(in_blocks(model.finish, x, always)), nodes
+    return nodes_of(in_blocks(model.outputs, x, always)), nodes
 
 
 def in_blocks(function: Callable[[Any], Any], rows: Any, always: Array) -> Any:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from lin_jax.devices import instruction_set
 from lin_jax.errors import UserError
@@ -30,6 +30,7 @@ from lin_jax.models.products import (
     bits_of,
     multiply,
     numbers_of,
+    quantized,
 )
 from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
@@ -42,8 +43,8 @@ class WeightStorage:
     """Options of a decoding model's weights.
 
     Attributes:
-        weights: stored keeps the type that they are stored in; int8 rounds those of all linear layers and of the head,
-            symmetrically, with a factor for each output.
+        weights: stored keeps the type that they are stored in; int8 rounds those of all linear layers, of the head and
+            of the table of tokens, symmetrically, with a factor for each output or token.
         same_bits: add up in one order for any number of rows, so that one node and many give the same bits.
 
     Raises:
@@ -104,23 +105,30 @@ class StoredEmbedding(nnx.Module):
     its bits, in integers, and the head is a second view of the same memory.
 
     Attributes:
-        embedding: the table `[V, E]`, in the type that it is stored in, or the bits of its bfloat16 numbers.
-        head: the matrix of a tied head: the numbers of the bits, or the table in int8; None is the table itself.
+        embedding: the table `[V, E]`, in the type that it is stored in, in int8, or the bits of its bfloat16 numbers.
+        scale: `[V]` factor of each row of an int8 table; None for one of floating point.
+        head: the matrix of a tied head, if that is the numbers of the bits; None is the table itself.
         plan: forms of the products with the table.
         tied: whether it is the head.
         num_embeddings: V.
         dtype: type of the vectors.
     """
 
-    def __init__(self, table: nnx.Embed, plan: ProductPlan, *, tied: bool) -> None:
-        self.embedding = nnx.Param(bits_of(table.embedding.get_value()))
-        self.plan, self.tied = plan, tied
+    def __init__(self, table: nnx.Embed, plan: ProductPlan, *, tied: bool, int8: bool) -> None:
+        numbers = table.embedding.get_value()
+        self.embedding = nnx.Param(numbers if int8 else bits_of(numbers))
+        self.plan, self.tied, self.int8 = plan, tied, int8
+        self.scale: Any = None
         self.head: StoredMatrix | None = None
         self.num_embeddings, self.dtype = table.num_embeddings, table.dtype
 
     def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch E"]:
         """The vectors of tokens."""
-        return numbers_of(jnp.take(self.embedding[...], inputs, axis=0)).astype(self.dtype)
+        rows = numbers_of(jnp.take(self.embedding[...], inputs, axis=0))
+        if self.scale is not None:
+            factors = jnp.take(self.scale[...], inputs)[..., None]
+            rows = rows.astype(factors.dtype) * factors
+        return rows.astype(self.dtype)
 
     def attend(self, query: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Products of vectors with all vectors of the table: logits of a head that is tied to it."""
@@ -128,20 +136,26 @@ class StoredEmbedding(nnx.Module):
         if self.head is not None:
             return self.head(query)
         rows = query.reshape(-1, query.shape[-1])
-        return multiply(rows, self.embedding[...], self.plan).reshape(*query.shape[:-1], -1)
+        found = multiply(rows, self.embedding[...], self.plan)
+        if self.scale is not None:
+            found = found * self.scale[...].astype(found.dtype)
+        return found.reshape(*query.shape[:-1], -1)
 
-    def attach_head(self, *, int8: bool) -> None:
-        """Makes the matrix of a tied head, once the table is there."""
-        bits = self.embedding.dtype == jnp.uint16
-        if not self.tied or isinstance(self.embedding.get_value(), jax.ShapeDtypeStruct) or not (bits or int8):
+    def finish(self) -> None:
+        """Rounds the table to int8, or makes the matrix of a tied head, once the table is there."""
+        if isinstance(self.embedding.get_value(), jax.ShapeDtypeStruct):
             return
-        table = self.embedding[...]
-        # JAX takes memory that lies as its own arrays do without copying it.
-        weight = jax.device_put(np.asarray(table).view(ml_dtypes.bfloat16)) if bits else table
-        head = StoredMatrix(weight, self.plan)
-        if int8:
-            head.quantize()
-        self.head = nnx.data(head)
+        if self.int8:
+            self.set_rounded(*quantized(self.embedding[...]))
+        elif self.tied and self.embedding.dtype == jnp.uint16:
+            # JAX takes memory that lies as its own arrays do without copying it.
+            weight = jax.device_put(np.asarray(self.embedding[...]).view(ml_dtypes.bfloat16))
+            self.head = nnx.data(StoredMatrix(weight, self.plan))
+
+    def set_rounded(self, weight: Int8[Array, "V E"], scale: Float[Array, " V"]) -> None:
+        """Puts an int8 table and the factors of its rows in the place of the table."""
+        self.embedding = nnx.Param(weight)
+        self.scale = nnx.data(nnx.Param(scale))
 
 
 @dataclass(frozen=True)
@@ -261,10 +275,10 @@ def _store_embedding(model: Any, storage: Storage) -> None:
     # Stored by its rows, which are the outputs of a tied head.
     plan = storage.plan(table.embedding.shape[::-1], table.embedding.dtype, table.dtype, ("oi",)) if tied else None
     read_alone = storage.times is not None and table.embedding.dtype == jnp.bfloat16
-    if plan is None and not read_alone:
+    if plan is None and not read_alone and not storage.int8:
         return
-    model.embed = StoredEmbedding(table, plan or ProductPlan("oi", ((1, "columns"),)), tied=tied)
-    model.embed.attach_head(int8=storage.int8)
+    model.embed = StoredEmbedding(table, plan or ProductPlan("oi", ((1, "columns"),)), tied=tied, int8=storage.int8)
+    model.embed.finish()
 
 
 def store_heads(heads: Any, storage: Storage, compute: Any) -> None:
@@ -308,10 +322,10 @@ def separate_shapes(stack: LayerStack) -> SeparateLayers:
 
 
 def finish_at(model: Any, path: tuple[Any, ...], storage: Storage) -> None:
-    """Rounds the matrix that the variable at a path belongs to, or makes the head of a table, once it is filled."""
+    """Rounds the matrix or table that the variable at a path belongs to, or makes a table's head, once it is filled."""
     holder = module_at(model, path[:-1])
     if isinstance(holder, StoredEmbedding):
-        holder.attach_head(int8=storage.int8)
+        holder.finish()
     elif isinstance(holder, StoredMatrix):
         _round(storage, holder)
 
@@ -331,10 +345,9 @@ def restored(model: Any) -> Any:
     model = nnx.merge(*nnx.split(model))
     for path, node in found:
         put(model, path, node.learning())
-    if isinstance(model.embed, StoredEmbedding):
+    if isinstance(model.embed, StoredEmbedding) and model.embed.scale is None:
         model.embed.embedding = nnx.Param(numbers_of(model.embed.embedding[...]))
-        if model.embed.head is not None and model.embed.head.scale is None:
-            model.embed.head = None
+        model.embed.head = None
     return model
 
 

@@ -25,6 +25,11 @@ HEAD_FOLDERS = ("heads", "path")
 STORED = WeightStorage()
 
 
+def storage_of(source: ModelSource, storage: WeightStorage) -> WeightStorage:
+    """The way a model's weights are stored: int8 where its files hold that, else as asked for."""
+    return replace(storage, weights="int8") if source.rounded else storage
+
+
 def draft_parts(
     model: CausalModel,
     heads: Sequence[MedusaHeads | PathHead] = (),
@@ -40,10 +45,12 @@ def draft_parts(
         for each in heads:
             store_heads(each, chosen, model.config.dtype)
     model.same_bits = storage.same_bits
+    path = next((each for each in heads if isinstance(each, PathHead)), None)
+    model.aux_layers = () if path is None else path.layers
     return DraftParts(
         target=model,
         medusa=next((each for each in heads if isinstance(each, MedusaHeads)), None),
-        path=next((each for each in heads if isinstance(each, PathHead)), None),
+        path=path,
         model=small,
         layers=None if layers is None else tuple(layers),
     )
@@ -69,6 +76,7 @@ def load_for_decoding(
     Raises:
         UserError: the place holds no model that writes texts, or a damaged one.
     """
+    storage = storage_of(source, storage)
     if source.is_run:
         model = source.model(attention=attention)
         check_causal(model, str(source.place))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -11,12 +12,15 @@ from flax import nnx
 from lin_jax.attention import max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
+from lin_jax.decoding.autotune.chooser import Evidence
 from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
+from lin_jax.decoding.autotune.steering import no_evidence
 from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.decoding.generator import Generator
 from lin_jax.decoding.streamed_text import StreamedText
@@ -30,6 +34,7 @@ from lin_jax.session.loading import (
     heads_are_near,
     load_for_decoding,
     load_heads,
+    storage_of,
 )
 from lin_jax.session.plan_search import PLAN_FILE, PlanSearch, fits
 from lin_jax.training.checkpoint.selector import CheckpointSelector
@@ -39,6 +44,9 @@ from lin_jax.training.model_source import ModelSource
 NGRAM_LENGTH = 7
 # Of several kinds of heads, the one that guesses where nothing is asked for.
 BEST_DRAFTERS = ("path", "medusa", "model", "self")
+# Drafters that copy: from the text so far, and from all that the session wrote.
+MEMORY_DRAFTER = "suffix"
+DEFAULT_COPIES = f"ngram+{MEMORY_DRAFTER}"
 # Tokens of a prompt that are read at a time; with the same bits for all batches there is this one size.
 PREFILL_CHUNK, SAME_BITS_CHUNK = 256, 32
 
@@ -61,6 +69,7 @@ class Session:
     folder: Path | None = None
     data: DataConfig | None = None
     _costs: dict[tuple[str, int], tuple[list[str], StepCosts]] = field(default_factory=dict, repr=False, compare=False)
+    _shared: dict[Any, tuple[ProgramCompiler, Evidence]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def model(self) -> CausalModel:
@@ -93,7 +102,8 @@ class Session:
             tokenizer: folder or file of the tokenizer, for a file of llama2.c.
             dtype: type that is computed in: float32, bfloat16 or float64; None is the stored one, but float32 for
                 bfloat16 on a CPU, which has weights of any type at hand.
-            weights: stored keeps their type; int8 rounds those of all linear layers and of the head.
+            weights: stored keeps their type; int8 rounds those of all linear layers, of the head and of the table of
+                tokens. A folder with int8 weights is decoded with those.
             same_bits: add up in one order for any number of nodes and rows, so that speculation gives plain
                 decoding's tokens in float32 and bfloat16 too.
 
@@ -101,7 +111,8 @@ class Session:
             UserError: there is no such place, or its parts do not belong together.
         """
         source = ModelSource.open(place, step)
-        storage = WeightStorage(weights, same_bits)
+        source.check_holds_no_tokenizer(tokenizer)
+        storage = storage_of(source, WeightStorage(weights, same_bits))
         places = [heads] if isinstance(heads, str | Path) else list(heads)
         model = load_for_decoding(source, dtype, storage, whole=bool(places) or heads_are_near(source.place))
         known = source.tokenizer(tokenizer)
@@ -109,7 +120,9 @@ class Session:
         found = load_heads(places, source, model)
         small = None
         if draft_model is not None:
-            other = Session.load(draft_model, tokenizer=tokenizer, dtype=dtype, weights=weights)
+            own = ModelSource.open(draft_model)
+            named = tokenizer if own.place.is_file() else None
+            other = Session.load(draft_model, tokenizer=named, dtype=dtype, weights=weights)
             if other.tokenizer.fingerprint != known.fingerprint:
                 raise UserError(f"the draft model {draft_model} has another tokenizer; give one trained with the same")
             small = other.model
@@ -252,9 +265,12 @@ class Session:
 
     @property
     def default_drafter(self) -> str:
-        """Name of the drafter that guesses where none is asked for: the model's heads if it has some, and n-grams."""
+        """Name of the drafter that guesses where none is asked for.
+
+        That is the model's heads if it has some, n-grams of the text, and what the session wrote before.
+        """
         heads = next((name for name in BEST_DRAFTERS if name in available(self.parts)), None)
-        return "ngram" if heads is None else f"{heads}+ngram"
+        return DEFAULT_COPIES if heads is None else f"{heads}+{DEFAULT_COPIES}"
 
     def adaptive_generator(
         self,
@@ -278,11 +294,14 @@ class Session:
         kind, plan = self.adaptive_drafter(kind, slots)
         drafter = build_drafter(kind, self.parts)
         deepest = max_draft_depth(self.model.config.attention)
-        shapes = draft_shapes(drafter, deepest, None if plan is None else plan.shape)
+        shapes = draft_shapes(drafter, deepest, None if plan is None else plan.shape, self.parts.memory)
         generator = self.generator(
             kind, None, stops=stops, shapes=shapes, costs=partial(self._step_costs, kind, shapes, plan)
         )
-        generator.compiler.background = background
+        # What was compiled and learned serves later calls of the session, too.
+        key = (kind, shapes.trees, tuple(stops), background)
+        shared = self._shared.setdefault(key, (ProgramCompiler(background=background), no_evidence(shapes)))
+        generator.compiler, generator.learned = shared
         return generator
 
     def adaptive_drafter(self, kind: str | None = None, slots: int = 1) -> tuple[str, SpeculationPlan | None]:
@@ -294,7 +313,10 @@ class Session:
             if plan.slots == slots and plan.drafts and kind in (None, plan.drafter) and self._has(plan)
         ]
         best = max(fitting, key=lambda plan: plan.measured_speedup, default=None)
-        return kind or (self.default_drafter if best is None else best.drafter), best
+        if kind is None and best is not None:
+            # Its ranks come last, so that the plan's tree stays what it is.
+            kind = best.drafter if reads_memory(best.drafter) else f"{best.drafter}+{MEMORY_DRAFTER}"
+        return kind or self.default_drafter, best
 
     def save_costs(self) -> None:
         """Keeps what draft shapes cost on this machine in the user's cache folder, for later calls."""

@@ -64,7 +64,9 @@ def parse_run_config(argv: Sequence[str]) -> Command:
         SystemExit: help was asked for.
     """
     argv = list(argv)
-    if argv and not argv[0].startswith("-"):
+    if not argv:
+        raise UserError("no configuration is given; give a YAML file, such as configs/tiny.yaml")
+    if not argv[0].startswith("-"):
         argv.insert(0, "--config")
     parser = _parser(_family(argv))
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
@@ -85,6 +87,8 @@ def load_run_config(path: str | Path) -> RunConfig:
         if not (path / CONFIG_FILE).exists():
             raise UserError(f"{path} is not a run folder: it holds no {CONFIG_FILE}; give the output of a train.py run")
         return replace(load_run_config(path / CONFIG_FILE), output=str(path))
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"there is no folder {path}; give the output of a train.py run")
     try:
         content = path.read_bytes()
     except OSError:
@@ -125,8 +129,8 @@ def run_hints(family: str) -> dict[str, Any]:
 
 def _parser(family: str) -> ArgumentParser:
     parser = ArgumentParser(
-        prog="train.py",
-        usage="train.py CONFIG.yaml [--resume] [--section.field VALUE ...]",
+        prog="python -m lin_jax train",
+        usage="python -m lin_jax train CONFIG.yaml [--resume] [--section.field VALUE ...]",
         description="Trains a model, or draft heads for one, as a YAML file describes; options override the file.",
         exit_on_error=False,
     )
@@ -142,7 +146,7 @@ def _parse(parser: ArgumentParser, argv: list[str], *, translated: bool = False)
             parsed = parser.instantiate(unmarked(parser.parse_args(present)))
         except ArgumentError as error:
             message = " ".join(re.sub(r"<class '(\w+)'>", r"\1", str(error)).split())
-            raise UserError(f"{message}; 'train.py --help' lists every option") from error
+            raise UserError(f"{message}; 'python -m lin_jax train --help' lists every option") from error
     values = {each.name: getattr(parsed, each.name) for each in fields(RunConfig)}
     return Command(RunConfig(**values), getattr(parsed, "resume", False), getattr(parsed, "launch", Launch()))
 
@@ -236,6 +240,9 @@ def _translated(content: Mapping[str, Any]) -> dict[str, Any]:
         for section in sections:
             place = place.setdefault(section, {})
         place[name] = value
+    if objective == "path":
+        # Path heads of earlier versions read the last layer alone.
+        found.setdefault("heads", {}).setdefault("layers", [])
     return found
 
 

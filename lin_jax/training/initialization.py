@@ -53,14 +53,20 @@ def open_base(config: RunConfig, *, resume: bool) -> ModelSource | None:
     """Opens the model that a run starts from, or stands on; None if it names none.
 
     Raises:
-        UserError: there is no such place.
+        UserError: there is no such place, or its weights are int8 and are to be trained.
     """
     if config.init_from is None:
         return None
     # What stands on a frozen model goes on with the very one that it began with, even if its own run has gone on since.
     step = read_base(config.output).step if resume and keeps_base(config) else None
     with given_by("--init_from"):
-        return ModelSource.open(config.init_from, step or None)
+        source = ModelSource.open(config.init_from, step or None)
+    if source.rounded and kind_of(config).trains.has_model:
+        raise UserError(
+            f"init_from {config.init_from} has int8 weights, which are for decoding; give the model that they were "
+            f"rounded from, or turn them back: python -m lin_jax hub import {config.init_from} OUT --weights float"
+        )
+    return source
 
 
 def load_base(
@@ -83,7 +89,7 @@ def load_base(
     # Heads stand on the model as it is stored; a model that goes on learning may do so in another type.
     compute = config.model.compute if kind.trains.has_model else None
     model = source.model(purpose=kind.purpose, compute=compute, shardings=shardings)
-    base = BaseModel(model, source.tokenizer(config.data.tokenizer), source)
+    base = BaseModel(model, source.tokenizer(config.data.tokenizer, option="--data.tokenizer"), source)
     check_base(config, base, str(source.place))
     return base
 
@@ -147,7 +153,7 @@ def load_teacher(config: RunConfig, source: ModelSource | None, base: BaseModel 
     if base is not None and place is source:
         return Teacher(base.model, base.tokenizer, str(place.place))
     model = place.model(compute=config.model.compute)
-    return Teacher(model, place.tokenizer(config.data.tokenizer), str(place.place))
+    return Teacher(model, place.tokenizer(config.data.tokenizer, option="--data.tokenizer"), str(place.place))
 
 
 def teacher_source(config: RunConfig, source: ModelSource | None) -> ModelSource:

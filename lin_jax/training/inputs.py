@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lin_jax.data import (
@@ -28,6 +28,7 @@ from lin_jax.errors import UserError
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models import BertConfig, ModelConfig, T5Config
 from lin_jax.training.config import RunConfig, TrainingConfig
+from lin_jax.training.objectives.draft_vocabulary import count_tokens, frequent_tokens, tokens_as_text
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,10 @@ def _read_text(config: RunConfig, known: Tokenizer | None, rows: tuple[int, int]
     data, training = config.data, config.training
     sizes = {"batch_size": training.batch_size, "seed": training.seed}
     batches = training_batches(train, tokenizer, data, **sizes, rows=rows)
+    # The same batches for all processes.
+    config = _with_draft_tokens(
+        config, lambda: training_batches(train, tokenizer, data, **sizes, rows=(0, training.batch_size))
+    )
     validation = validation_batches(held_out, tokenizer, data, batch_size=training.batch_size)
     return Inputs(config, tokenizer, batches, validation)
 
@@ -141,6 +146,16 @@ def _with_steps(training: TrainingConfig, examples: int) -> TrainingConfig:
     each = math.ceil(examples / training.batch_size)
     steps = math.ceil(training.epochs * examples / training.batch_size)
     return replace(training, steps=steps, evaluate_every=each, checkpoint_every=each)
+
+
+def _with_draft_tokens(config: RunConfig, batches: Callable[[], TrainingBatches]) -> RunConfig:
+    """Fills in the tokens that a path head with a trimmed vocabulary can guess, counted in the first batches."""
+    heads, size = config.heads, config.model.vocab_size
+    if heads.vocabulary is None or heads.tokens is not None or heads.vocabulary == size:
+        return config
+    assert size is not None, "filled in before"
+    chosen = frequent_tokens(count_tokens(batches(), size), heads.vocabulary)
+    return replace(config, heads=replace(heads, tokens=tokens_as_text(chosen)))
 
 
 def _with_vocabulary(config: RunConfig, tokenizer: Tokenizer, *, of_model: bool) -> RunConfig:

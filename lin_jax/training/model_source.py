@@ -92,6 +92,11 @@ class ModelSource:
         """`config.json` and headers of the tensors of a Hugging Face folder or a file of llama2.c."""
         return HubCheckpoint.open(self.place)
 
+    @property
+    def rounded(self) -> bool:
+        """True for a Hugging Face folder with int8 weights."""
+        return not self.is_run and self.checkpoint.rounded
+
     @cached_property
     def config(self) -> Any:
         """Configuration of the model, in the types in which it is stored."""
@@ -179,13 +184,14 @@ class ModelSource:
         """
         return self._found(read_base(self.place, self.selector if isinstance(self.selector, int) else None))
 
-    def tokenizer(self, named: str | None = None) -> Tokenizer:
+    def tokenizer(self, named: str | None = None, *, option: str = "--tokenizer") -> Tokenizer:
         """Reads the tokenizer.
 
         A file of llama2.c holds none: it is a file of its own. Those models begin every text with a token and end none.
 
         Args:
             named: folder or file of the tokenizer, for a file of llama2.c.
+            option: the option that names it, for messages.
 
         Raises:
             UserError: there is none, or it cannot be read.
@@ -193,13 +199,22 @@ class ModelSource:
         if not self.place.is_file():
             return load_tokenizer(self.place / TOKENIZER_FOLDER if self.is_run else self.place)
         if named is None:
-            raise UserError(f"{self.place} holds no tokenizer; say where it is with --data.tokenizer FILE")
-        with given_by("--data.tokenizer"):
+            raise UserError(f"{self.place} holds no tokenizer; say where it is with {option} FILE")
+        with given_by(option):
             if Path(named).is_dir() or (is_remote(named) and not is_remote_file(named)):
                 return load_tokenizer(named)
             file = fetch_file(named, MODEL) if is_remote(named) else Path(named)
         found = read_sentencepiece(file, self.config.vocab_size)
         return Tokenizer(found.backend, bos_token=SPECIAL[1])
+
+    def check_holds_no_tokenizer(self, named: str | None) -> None:
+        """Refuses a tokenizer that is named for a folder, which has one of its own.
+
+        Raises:
+            UserError: one is named, and this is a folder.
+        """
+        if named is not None and not self.place.is_file():
+            raise UserError(f"{self.place} has a tokenizer of its own, and {named} is not read; leave --tokenizer out")
 
     def end_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Tokens that end a text: all that `generation_config.json`, `config.json` and the tokenizer name as such.

@@ -109,6 +109,13 @@ class HeadsConfig:
         loss_weight: weight of all heads beside the model in the loss of medusa_joint.
         learning_rate_factor: learning rate of the heads of medusa_joint, as a multiple of the model's.
         warmup_steps: first steps of medusa_joint, in which its heads are trained and its model is not.
+        layers: numbers (from 0) of the layers that a path head reads beside the last, as EAGLE-3 does; null takes one
+            each at a quarter, a half and three quarters of the model's depth, `[]` reads the last alone.
+        self_steps: depths at which a path head learns from its own drafts: what comes after a wrong best guess of one
+            of the first so many depths counts nothing, since verification ends a draft there. 0 counts all.
+        vocabulary: how many tokens a path head can guess, the most frequent of the training text; null is all. Fewer
+            make guesses of a model with a large vocabulary cheaper.
+        tokens: these tokens themselves, as ranges such as 0-255,300; a run fills them in by `vocabulary`.
     """
 
     targets: str = "text"
@@ -118,12 +125,20 @@ class HeadsConfig:
     loss_weight: float = 0.2
     learning_rate_factor: float = 4.0
     warmup_steps: int = 100
+    layers: tuple[int, ...] | None = None
+    self_steps: int = 0
+    vocabulary: int | None = None
+    tokens: str | None = None
 
     def __post_init__(self) -> None:
         if self.targets not in HEAD_TARGETS:
             raise UserError(f"heads.targets is '{self.targets}'; choose one of {', '.join(HEAD_TARGETS)}")
         if self.depth is not None and self.depth < 1:
             raise UserError(f"heads.depth is {self.depth}; give 1 or more")
+        if self.self_steps < 0:
+            raise UserError(f"heads.self_steps is {self.self_steps}; give 0 or more")
+        if self.vocabulary is not None and self.vocabulary < 1:
+            raise UserError(f"heads.vocabulary is {self.vocabulary}; give 1 or more tokens")
         for name in ("loss_weight", "learning_rate_factor"):
             if not getattr(self, name) > 0:
                 raise UserError(f"heads.{name} is {getattr(self, name)}; give a positive number")

@@ -52,11 +52,13 @@ class FinalReport(Hook):
     Args:
         run: the run.
         checkpoints: of the run.
+        how_to_go_on: said of a run that was stopped.
     """
 
-    def __init__(self, run: ResolvedRun, checkpoints: Checkpoints) -> None:
+    def __init__(self, run: ResolvedRun, checkpoints: Checkpoints, how_to_go_on: str) -> None:
         self._run = run
         self._checkpoints = checkpoints
+        self._how_to_go_on = how_to_go_on
 
     def on_end(self, training: Training) -> None:
         """Prints the report and draws the curves."""
@@ -73,16 +75,17 @@ class FinalReport(Hook):
         """Tells how to go on."""
         self._checkpoints.wait()
         saved = self._checkpoints.path(training.step)
-        training.note(f"step {training.step}: stopped by {signal_name}; saved {saved}; add --resume to go on")
+        training.note(f"step {training.step}: stopped by {signal_name}; saved {saved}; {self._how_to_go_on}")
 
 
-def train(config: RunConfig, *, resume: bool = False) -> Outcome:
+def train(config: RunConfig, *, resume: bool = False, how_to_go_on: str = "add --resume to go on") -> Outcome:
     """Runs a configuration to its last step, or until a signal such as Ctrl-C; either way there is a checkpoint then.
 
     Args:
         config: the run.
         resume: go on from the newest checkpoint in the run's folder; the losses are those of a run never interrupted.
             Settings that are not those of before are said, and written to the folder.
+        how_to_go_on: said of a run that is stopped.
 
     Raises:
         UserError: the configuration or the folder does not allow it, or the loss is no longer a number.
@@ -91,7 +94,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Outcome:
         import_wandb()
     run = resolve(config, resume=resume)
     with jax.set_mesh(run.shardings.mesh):
-        return _train(run, resume)
+        return _train(run, resume, how_to_go_on)
 
 
 def train_in_memory(run: ResolvedRun, description: str) -> tuple[Any, Outcome]:
@@ -111,10 +114,13 @@ def train_in_memory(run: ResolvedRun, description: str) -> tuple[Any, Outcome]:
         hooks = [SpikeResponse(training.loss_spikes), progress, throughput]
         trainer = _trainer(run, run.state, hooks, 0)
         outcome = trainer.run(stack.enter_context(StopSignal()))
+        if outcome.stopped_by is not None:
+            name, steps = outcome.stopped_by.name, f"{outcome.step} of {training.steps} steps"
+            progress.on_note(f"{description}: stopped by {name} after {steps}; the model is what it is by now")
     return trainer.state.params, outcome
 
 
-def _train(run: ResolvedRun, resume: bool) -> Outcome:
+def _train(run: ResolvedRun, resume: bool, how_to_go_on: str) -> Outcome:
     training = run.config.training
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(run.folder, training.keep_checkpoints, training.keep_best))
@@ -138,7 +144,8 @@ def _train(run: ResolvedRun, resume: bool) -> Outcome:
         watchdog, stop = stack.enter_context(Watchdog()), stack.enter_context(StopSignal())
         profiler = Profiler(training.profile, run.folder)
         stack.callback(profiler.close)
-        hooks = _hooks(run, checkpoints, trackers, progress, watchdog, profiler, start or 0)
+        ending = FinalReport(run, checkpoints, how_to_go_on)
+        hooks = [*_hooks(run, checkpoints, trackers, progress, watchdog, profiler, start or 0), ending]
         return _trainer(run, state, hooks, start or 0).run(stop)
 
 
@@ -151,7 +158,7 @@ def _hooks(
     profiler: Profiler,
     done: int,
 ) -> list[Hook]:
-    """Hooks of a run with a folder, in the order in which they are called."""
+    """Hooks of a run with a folder, in the order in which they are called, but for its end."""
     training = run.config.training
 
     def last_good() -> str:
@@ -173,7 +180,6 @@ def _hooks(
         HangWatch(watchdog, training.monitoring.hang_seconds),
         profiler,
         CheckpointWriter(checkpoints, run),
-        FinalReport(run, checkpoints),
     ]
 
 

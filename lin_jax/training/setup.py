@@ -42,6 +42,7 @@ from lin_jax.training.objectives import Objective, initial_key
 from lin_jax.training.objectives.registry import (
     check_run,
     has_teacher,
+    heads_layers,
     keeps_base,
     kind_of,
     objective_of,
@@ -138,6 +139,8 @@ def _laid_out(config: RunConfig, base: BaseModel | None, mesh: Mesh) -> tuple[Ru
     """Finds out where a run lies on its mesh, and refuses sizes that do not fit it."""
     if base is not None and not kind_of(config).trains.has_model:
         config = replace(config, family=family_of_config(base.model.config).name, model=base.model.config)
+    if config.objective == "path":
+        config = replace(config, heads=replace(config.heads, layers=heads_layers(config)))
     _check_length(config)
     # A stand-in vocabulary: any size shows whether the rest describes a model, and heads that fit it.
     shardings = shardings_of(config, objective_of(replace(config, model=_with_vocabulary(config.model))), mesh)

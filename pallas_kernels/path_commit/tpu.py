@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.products import matmul, zero_absent
-from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, flatten_heads
+from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, all_rows, flatten_heads
 from pallas_kernels.types import AugmentedState, Nodes
 
 
@@ -30,10 +30,10 @@ def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"], *, inte
         *([] if window is None else [window]),
     ]
     specs = [
-        _columns(state.keys.shape[1], key),
-        _columns(state.values.shape[1], value),
+        all_rows(state.keys.shape[1], key),
+        all_rows(state.values.shape[1], value),
         pl.BlockSpec(memory_space=pl.ANY),
-        *([] if window is None else [_columns(window.shape[1], value)]),
+        *([] if window is None else [all_rows(window.shape[1], value)]),
     ]
     scalars = [state.position.astype(jnp.int32), length.astype(jnp.int32)]
     found = pl.pallas_call(
@@ -42,7 +42,7 @@ def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"], *, inte
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, kv_heads // heads.together),
-            in_specs=[_columns(nodes, key), _columns(nodes, value), *specs],
+            in_specs=[all_rows(nodes, key), all_rows(nodes, value), *specs],
             out_specs=specs,
             scratch_shapes=[
                 pltpu.VMEM((heads.together, heads.key_size, heads.value_size), state.memory.dtype),
@@ -113,8 +113,3 @@ def _picked(rows: jax.Array, index: jax.Array) -> jax.Array:
     """Rows picked by a column of numbers, zero where there is none: a product with zeros and ones rounds nothing."""
     chosen = jax.lax.broadcasted_iota(jnp.int32, (index.shape[0], rows.shape[0]), 1) == index
     return matmul(chosen.astype(rows.dtype), rows, (1, 0)).astype(rows.dtype)
-
-
-def _columns(rows: int, columns: int) -> pl.BlockSpec:
-    """All rows, of the program's heads."""
-    return pl.BlockSpec((None, rows, columns), lambda b, k, *_: (b, 0, k))

@@ -58,14 +58,19 @@ def fold_finished(
     """
     rows = jnp.argsort(~finished)
 
-    def fold_row(index: Array, memory: Array) -> Array:
+    def fold_row(index: Array, carried: tuple[Array, Array]) -> tuple[Array, Array]:
+        memory, positions = carried
+
         def row(part: Array) -> Array:
             return jax.lax.dynamic_slice_in_dim(part, rows[index], 1)
 
-        group = begun_group((row(buffer[0]), row(buffer[1])), row(position), (row(path[0]), row(path[1])))
-        return jax.lax.dynamic_update_slice_in_dim(memory, row(memory) + fold(*group), rows[index], 0)
+        group = begun_group((row(buffer[0]), row(buffer[1])), row(positions), (row(path[0]), row(path[1])))
+        new = jax.lax.dynamic_update_slice_in_dim(memory, row(memory) + fold(*group), rows[index], 0)
+        # Positions change from turn to turn: of a batch of one, the compiler would else compute the group before the
+        # loop, whether it is finished or not.
+        return new, positions.at[rows[index]].add(1)
 
-    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, memory)
+    return jax.lax.fori_loop(0, jnp.sum(finished), fold_row, (memory, position))[0]
 
 
 def _written(buffer: Buffer, path: Buffer, slots: Int[Array, "B P"]) -> Buffer:

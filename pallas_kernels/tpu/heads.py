@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 LANES = 128
@@ -46,6 +47,11 @@ class ProgramHeads(NamedTuple):
 def flatten_heads(rows: Float[Array, "B T H D"]) -> Float[Array, "B T HD"]:
     """Rows with their heads side by side in the last axis."""
     return rows.reshape(*rows.shape[:2], -1)
+
+
+def all_rows(rows: int, columns: int) -> pl.BlockSpec:
+    """All rows `[B, rows, ...]` of the heads of a program, whose grid is rows of the batch and parts of the heads."""
+    return pl.BlockSpec((None, rows, columns), lambda b, k, *_: (b, 0, k))
 
 
 def upright(row: Float[Array, "1 C"]) -> Float[Array, "C 1"]:

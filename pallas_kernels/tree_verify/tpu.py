@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.blocks import unit_rows
 from pallas_kernels.products import matmul, memory_matmul
-from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, flatten_heads
+from pallas_kernels.tpu.heads import VMEM_BYTES, ProgramHeads, Ref, all_rows, flatten_heads
 from pallas_kernels.tree_verify.problem import EARLIER, LOCAL, VerifyProblem, branches, convolution_matrices
 
 
@@ -62,7 +62,7 @@ def verify(
             num_scalar_prefetch=1,
             grid=(batch, kv_heads // heads.together),
             in_specs=(_specs(arrays, heads),),
-            out_specs=_columns(nodes, heads.together * heads.share * value_size),
+            out_specs=all_rows(nodes, heads.together * heads.share * value_size),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
@@ -142,19 +142,14 @@ def _specs(arrays: VerifyInputs, heads: ProgramHeads) -> VerifyInputs:
         return pl.BlockSpec((None, together, *shape), lambda b, k, _: (b if rows > 1 else 0, k, 0, 0))
 
     return VerifyInputs(
-        queries=_columns(arrays.queries.shape[1], heads.share * key),
-        keys=_columns(arrays.keys.shape[1], key),
-        values=_columns(arrays.values.shape[1], value),
-        group_keys=_columns(arrays.group_keys.shape[1], key),
-        group_values=_columns(arrays.group_values.shape[1], value),
+        queries=all_rows(arrays.queries.shape[1], heads.share * key),
+        keys=all_rows(arrays.keys.shape[1], key),
+        values=all_rows(arrays.values.shape[1], value),
+        group_keys=all_rows(arrays.group_keys.shape[1], key),
+        group_values=all_rows(arrays.group_values.shape[1], value),
         memory=memory,
         branch=pl.BlockSpec((None, *arrays.branch.shape[1:]), lambda b, k, _: (b, 0, 0)),
-        window=None if arrays.window is None else _columns(arrays.window.shape[1], value),
+        window=None if arrays.window is None else all_rows(arrays.window.shape[1], value),
         into_window=matrix(arrays.into_window),
         among=matrix(arrays.among),
     )
-
-
-def _columns(rows: int, columns: int) -> pl.BlockSpec:
-    """All rows, of the program's heads."""
-    return pl.BlockSpec((None, rows, columns), lambda b, k, _: (b, 0, k))

@@ -15,8 +15,9 @@ from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
 from pallas_kernels.linear_attention.problem import Memory
 from pallas_kernels.over_devices import over_devices
+from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.tiles import SIZES
-from pallas_kernels.windowed_attention import gpu, tpu
+from pallas_kernels.windowed_attention import gpu, tpu, xla
 from pallas_kernels.windowed_attention.problem import (
     FEATURES,
     AttentionWindowPlan,
@@ -26,8 +27,12 @@ from pallas_kernels.windowed_attention.problem import (
     WindowedPrior,
     WindowedProblem,
 )
+from pallas_kernels.windows.rows import Sinks, TokenPlaces, WindowNodes
+from pallas_kernels.windows.sinks import add_sinks
 
 _Returned = tuple[Float[Array, "B T H E"], Memory]
+# The same, and the logarithms of the sums of weights, which are None without sinks.
+_Computed = tuple[Float[Array, "B T H E"], Memory, Float[Array, "B H T"] | None]
 
 
 def windowed_attention(
@@ -40,6 +45,7 @@ def windowed_attention(
     group_size: int = 64,
     groups: int = 1,
     tokens: int | None = None,
+    sinks: int = 0,
     scale: float,
     balance: Float[Array, " H"] | None = None,
     log_decays: Float[Array, "B T K"] | None = None,
@@ -56,7 +62,7 @@ def windowed_attention(
     be differentiated in everything that is a float.
 
     Args:
-        queries: `[B, T, H, D]`, bfloat16 or float32.
+        queries: `[B, T, H, D]`, bfloat16 or float32 (XLA: float64 too).
         keys: `[B, T, K, D]`; H is a multiple of K.
         values: `[B, T, K, E]`.
         weights: the feature map's learnt parts; m features, twice as many with `hedgehog`.
@@ -64,35 +70,35 @@ def windowed_attention(
         group_size: tokens of a group, by position.
         groups: groups before the query's own that its window holds.
         tokens: a window of exactly so many tokens instead, the query's own included.
+        sinks: tokens at the beginning of each document that are near for ever (Xiao et al. 2024), beside the window,
+            and never far.
         scale: factor of q·k.
         balance: `[H]` logarithm b of the memory's factor; None for zero.
         log_decays: `[B, T, K]` logarithms of each token's decay `a`, not positive; None for no decay.
         packed: segment ids and positions of rows with several documents or padding; None for whole rows from 0 on.
         prior: context before the rows; it needs `packed`.
-        implementation: `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several in
-            order of preference, or None for what suits the platform. Plain XLA is not among them: models compute this
-            by themselves there.
+        implementation: `xla`, `tpu`, `gpu`, `tpu_interpreted` or `gpu_interpreted` (anywhere, slow, for tests), several
+            in order of preference, or None for what suits the platform, the types and the shapes.
 
     Returns:
-        outputs `[B, T, H, E]` in the type of the values, and the memory, float32, of the last document's tokens before
-        the window of the query after the rows, `[B, K, M, E]` and `[B, K, M]`, decayed up to the last of them. Without
-        `packed` the memory has no meaning.
+        outputs `[B, T, H, E]` in the type of the values, and the memory, float32 or better, of the last document's
+        tokens before the window of the query after the rows, `[B, K, M, E]` and `[B, K, M]`, decayed up to the last of
+        them. Without `packed` the memory has no meaning.
 
     Raises:
         UnsupportedError: the implementation that was asked for cannot run here or with these types.
         ValueError: shapes do not fit each other.
     """
-    _check(queries, keys, values, weights, features, tokens, packed, prior)
+    _check(queries, keys, values, weights, features, packed, prior)
+    window = AttentionWindowPlan(tokens, group_size, groups, scale, features, sinks)
+    _check_window(window, prior)
     size = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)
-    told = "it is not part of this operation"
-    name = windowed_implementation(queries, keys, values, size, implementation, xla=told)
-    heads = queries.shape[2]
-    balance = jnp.zeros((heads,)) if balance is None else balance.astype(jnp.float32)
-    decays = None if log_decays is None else log_decays.astype(jnp.float32)
-    window = AttentionWindowPlan(tokens, group_size, groups, scale, features)
-    wide = jax.tree.map(lambda each: each.astype(jnp.float32), weights)
-    problem = WindowedProblem(queries, keys, values, _linear(wide, window), balance, decays, packed, prior)
-    return IMPLEMENTATIONS[name](problem, window)
+    name = windowed_implementation(queries, keys, values, size, implementation)
+    wide = accumulation_dtype(values.dtype)
+    balance = jnp.zeros((queries.shape[2],), wide) if balance is None else balance.astype(wide)
+    decays = None if log_decays is None else log_decays.astype(wide)
+    own = jax.tree.map(lambda each: each.astype(wide), weights)
+    return IMPLEMENTATIONS[name](WindowedProblem(queries, keys, values, own, balance, decays, packed, prior), window)
 
 
 def windowed_implementation(
@@ -101,10 +107,8 @@ def windowed_implementation(
     values: Array,
     size: int,
     asked: str | Sequence[str] | None,
-    *,
-    xla: str | None = None,
 ) -> str:
-    """The name of the implementation to run, or `xla` for the caller's own program.
+    """The name of the implementation to run.
 
     Args:
         queries: as in `windowed_attention`.
@@ -112,13 +116,12 @@ def windowed_implementation(
         values: likewise.
         size: features M of a key.
         asked: an implementation, several in order of preference, or None for what suits the platform.
-        xla: why there is no such program; None if there is.
 
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
     obstacles = {name: _obstacle(name, queries, keys, values, size) for name in IMPLEMENTATIONS}
-    return choose_implementation("windowed_attention", asked, {"xla": xla} | obstacles)
+    return choose_implementation("windowed_attention", asked, obstacles)
 
 
 def _linear(weights: FeatureWeights, window: AttentionWindowPlan) -> FeatureWeights:
@@ -130,29 +133,50 @@ def _linear(weights: FeatureWeights, window: AttentionWindowPlan) -> FeatureWeig
 
 
 def _programs(problem: WindowedProblem, window: AttentionWindowPlan, *, platform: str, interpret: bool) -> _Returned:
-    def run(problem: WindowedProblem) -> _Returned:
+    early: Sinks | None = None
+    if problem.prior is not None and problem.packed is not None:
+        early = problem.prior.sinks(problem.packed)
+        problem = problem._replace(prior=problem.prior.without_sinks(window.sinks))
+    problem = problem._replace(weights=_linear(problem.weights, window))
+
+    def run(problem: WindowedProblem) -> _Computed:
         plan = PROGRAMS[platform].plan_for(problem, window)
         if problem.prior is not None:
             problem = problem._replace(prior=problem.prior.of_length(plan.before))
         return _program(problem, plan, platform, interpret)
 
     batch, kv_heads = problem.keys.shape[0], problem.keys.shape[2]
-    return over_devices(run, problem, DIMENSIONS, ("bthe", Memory._make(["bkde", "bkd"])), rows=batch, heads=kv_heads)
+    returned = "bthe", Memory._make(["bkde", "bkd"]), "bht" if window.sinks else None
+    outputs, after, totals = over_devices(run, problem, DIMENSIONS, returned, rows=batch, heads=kv_heads)
+    if totals is not None:
+        outputs = _with_sinks(problem, early, outputs, totals, window)
+    return outputs, after
+
+
+def _with_sinks(
+    problem: WindowedProblem, early: Sinks | None, outputs: Array, totals: Array, window: AttentionWindowPlan
+) -> Float[Array, "B T H E"]:
+    packed, places = problem.packed, TokenPlaces.whole(problem.queries.shape[1])
+    if packed is not None:
+        places = TokenPlaces(packed.segment_ids, packed.segment_ids, packed.positions, packed.first, aligned=False)
+    tokens = WindowNodes(problem.keys, problem.values, None)
+    parts = places, early, outputs, totals
+    return add_sinks(problem.queries, tokens, *parts, sinks=window.sinks, scale=window.scale)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _program(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> _Returned:
+def _program(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> _Computed:
     result = PROGRAMS[platform].forward(problem, plan, interpret=interpret)
-    return result.outputs, result.after
+    return result.outputs, result.after, result.totals
 
 
-def _forward(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> tuple[_Returned, Any]:
+def _forward(problem: WindowedProblem, plan: WindowedPlan, platform: str, interpret: bool) -> tuple[_Computed, Any]:
     result = PROGRAMS[platform].forward(problem, plan, differentiated=True, interpret=interpret)
-    return (result.outputs, result.after), (problem, result.before)
+    return (result.outputs, result.after, result.totals), (problem, result.before)
 
 
 def _backward(
-    plan: WindowedPlan, platform: str, interpret: bool, residuals: Any, cotangents: _Returned
+    plan: WindowedPlan, platform: str, interpret: bool, residuals: Any, cotangents: _Computed
 ) -> tuple[WindowedProblem]:
     problem, before = residuals
     found = PROGRAMS[platform].backward(problem, plan, before, *cotangents, interpret=interpret)
@@ -175,12 +199,12 @@ DIMENSIONS = WindowedProblem._make(
         FeatureWeights._make(["hmd", "kmd", "hm", "km"]),
         *("h", "btk"),
         PackedRows._make(["bt", "bt", "b", "b", "b"]),
-        WindowedPrior._make([Memory._make(["bkde", "bkd"]), "bpkd", "bpke", "bpk", "bp"]),
+        WindowedPrior._make([Memory._make(["bkde", "bkd"]), "bpkd", "bpke", "bpk", "bp", "bskd", "bske"]),
     ]
 )
 # Modules with `plan_for`, `forward` and `backward`.
 PROGRAMS: dict[str, Any] = {"tpu": tpu, "gpu": gpu}
-IMPLEMENTATIONS: dict[str, Any] = {
+IMPLEMENTATIONS: dict[str, Any] = {"xla": xla.forward} | {
     f"{platform}_interpreted" if interpret else platform: partial(_programs, platform=platform, interpret=interpret)
     for platform in PROGRAMS
     for interpret in (False, True)
@@ -193,6 +217,8 @@ def _no_gradient(numbers: Array) -> Any:
 
 def _obstacle(name: str, queries: Array, keys: Array, values: Array, size: int) -> str | None:
     """The reason why an implementation cannot take a problem, None if it can."""
+    if name == "xla":
+        return None
     kinds = {str(each.dtype) for each in (queries, keys, values)}
     if kinds not in ({"float32"}, {"bfloat16"}):
         return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
@@ -210,7 +236,6 @@ def _check(
     values: Array,
     weights: FeatureWeights,
     features: str,
-    tokens: int | None,
     packed: PackedRows | None,
     prior: WindowedPrior | None,
 ) -> None:
@@ -224,7 +249,15 @@ def _check(
         found = getattr(weights, name).shape
         if (found[0], found[2]) != rows.shape[2:]:
             raise ValueError(f"weights.{name} has the shape {found}; give [{rows.shape[2]}, m, {rows.shape[3]}]")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens is {tokens}; give at least 1, the query's own token")
     if prior is not None and packed is None:
         raise ValueError("a prior context needs packed rows: positions go on from it; give packed")
+
+
+def _check_window(window: AttentionWindowPlan, prior: WindowedPrior | None) -> None:
+    if window.tokens is not None and window.tokens < 1:
+        raise ValueError(f"tokens is {window.tokens}; give at least 1, the query's own token")
+    if window.sinks < 0:
+        raise ValueError(f"sinks is {window.sinks}; give zero or more")
+    have = 0 if prior is None or prior.sink_keys is None else prior.sink_keys.shape[1]
+    if prior is not None and have != window.sinks:
+        raise ValueError(f"the prior context has {have} sinks, and sinks is {window.sinks}; give as many in both")

@@ -9,7 +9,7 @@ features in the last axis: `sum v phi(k)^T` `[E, M]`, beside the sum of keys' fe
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.precision import upcast
 from pallas_kernels.products import matmul, memory_matmul, zero_absent
 from pallas_kernels.tpu.heads import SUBLANES, flat, upright
-from pallas_kernels.windowed_attention.problem import WindowedPlan
+from pallas_kernels.windowed_attention.problem import AttentionWindowPlan, WindowedPlan
+from pallas_kernels.windows.clock import SplitSums, lag, parts_of
+from pallas_kernels.windows.features import LARGEST_EXPONENT
 
-# Keys' exponents are capped here, so that float32 holds sums of products of features.
-LARGEST_EXPONENT = 40.0
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -57,15 +57,16 @@ def block_pairs_in_row(block: Int[Array, ""], plan: WindowedPlan) -> BlockPairs:
     query, key = begin + _count(plan.block, 0), begin - plan.before + _count(plan.width, 1)
     upright_key = begin - plan.before + _count(plan.width, 0)
     there, held = ((each >= 0) & (each < plan.length) for each in (key, upright_key))
+    counts, joins = (each >= plan.window.sinks for each in (key, upright_key))
     start = plan.window.start(query)
     return BlockPairs(
-        near=there & (key <= query) & (key >= start),
-        far=there & (key < start),
+        near=there & counts & (key <= query) & (key >= start),
+        far=there & counts & (key < start),
         keys=held,
         keys_flat=there,
         queries=query < plan.length,
-        folded=held & (_count(plan.width, 0) < plan.block),
-        folded_flat=there & (_count(plan.width, 1) < plan.block),
+        folded=held & joins & (_count(plan.width, 0) < plan.block),
+        folded_flat=there & counts & (_count(plan.width, 1) < plan.block),
         reads=query < plan.length,
         keep=jnp.bool_(True),
     )
@@ -94,11 +95,11 @@ def block_pairs_by_segment(
     own, where = columns[:, :1], columns[:, 1:2]
     asked, asked_at = own[plan.before :], where[plan.before :]
     start = plan.window.start(asked_at)
-    both = (asked == segment) & (segment > 0) & (position <= asked_at)
+    both = (asked == segment) & (segment > 0) & (position <= asked_at) & (position >= plan.window.sinks)
 
     def folded(segment: Array, position: Array, axis: int) -> Array:
         leaves = (_count(plan.width, axis) < plan.block) | (block == plan.blocks - 1)
-        complete = (segment != carried[2]) | (position < finished)
+        complete = ((segment != carried[2]) | (position < finished)) & (position >= plan.window.sinks)
         return (segment > 0) & (segment == carried[1]) & leaves & complete
 
     return BlockPairs(
@@ -144,14 +145,19 @@ def mapped(
 ) -> MappedRows:
     """The feature map's value for rows of one head: Hedgehog's softmax, or exponentials (Choromanski et al. 2021)."""
     exponents = memory_matmul(rows, weight, (1, 0))
-    if bias is not None:
-        exponents += bias
+    return features_of(exponents if bias is None else exponents + bias, rows, plan.window, queries=queries)
+
+
+def features_of(
+    exponents: Float[Array, "n M"], rows: Float[Array, "n D"], window: AttentionWindowPlan, *, queries: bool
+) -> MappedRows:
+    """Features of rows, given their exponents but for what `exponential` takes off for a row's length."""
     scale = jnp.zeros((rows.shape[0], 1), exponents.dtype)
-    if plan.window.features == "exponential":
+    if window.features == "exponential":
         wide = upcast(rows)
-        exponents -= plan.window.scale / 2 * jnp.sum(wide * wide, axis=1, keepdims=True)
-    normal = math.log(weight.shape[1]) / 2
-    if plan.window.features == "hedgehog":
+        exponents -= window.scale / 2 * jnp.sum(wide * wide, axis=1, keepdims=True)
+    normal = math.log(exponents.shape[1]) / 2
+    if window.features == "hedgehog":
         raised = jnp.exp(exponents - jnp.max(exponents, axis=1, keepdims=True))
         found = raised / jnp.sum(raised, axis=1, keepdims=True)
     elif queries:
@@ -192,23 +198,23 @@ def mapped_gradients(
 
 
 class DecayClock(NamedTuple):
-    """Sums of the logarithms of decay from the window's beginning to each row, itself included.
+    """Sums of the logarithms of decay from the window's beginning to each row, itself included, in two parts.
 
     Attributes:
         queries: `[C, 1]` of the block's rows.
         keys: `[1, W]`.
     """
 
-    queries: Float[Array, "C 1"]
-    keys: Float[Array, "1 W"]
+    queries: SplitSums
+    keys: SplitSums
 
 
 def clock_of(decays: Float[Array, "1 W"] | None, plan: WindowedPlan) -> DecayClock | None:
     """The clock of a window whose absent rows have zeros."""
     if decays is None:
         return None
-    sums = _running(decays, plan, lambda row, column: row <= column)
-    return DecayClock(upright(sums)[plan.before :], sums)
+    sums = _running_parts(decays, plan, lambda row, column: row <= column)
+    return DecayClock(SplitSums(*(upright(each)[plan.before :] for each in sums)), sums)
 
 
 def clock_gradient(queries: Float[Array, "C 1"], keys: Float[Array, "1 W"], plan: WindowedPlan) -> Float[Array, "1 W"]:
@@ -225,6 +231,31 @@ def _running(
     return matmul(jnp.broadcast_to(row, (SUBLANES, plan.width)), ones, (1, 0))[:1]
 
 
+def _running_parts(row: Float[Array, "1 W"], plan: WindowedPlan, counts: Callable[[Array, Array], Array]) -> SplitSums:
+    """The same of logarithms of decay, taken apart: one product for both parts."""
+    ones = counts(_count(plan.width, 0), _count(plan.width, 1)).astype(row.dtype)
+    parts = parts_of(row)
+    rows = jnp.where(_count(SUBLANES, 0) == 0, parts.coarse, parts.fine)
+    found = matmul(rows, ones, (1, 0))
+    return SplitSums(found[:1], found[1:2])
+
+
+class WeighedPairs(Protocol):
+    """Masks that weights are computed by, as `BlockPairs` has them."""
+
+    @property
+    def near(self) -> Bool[Array, "C W"]:
+        """Pairs whose key is in the query's window."""
+
+    @property
+    def far(self) -> Bool[Array, "C W"]:
+        """Pairs whose key is before it."""
+
+    @property
+    def reads(self) -> Bool[Array, "#C 1"]:
+        """Queries of the document that the memory is of."""
+
+
 class BlockWeights(NamedTuple):
     """Weights of one query head, not yet divided.
 
@@ -234,6 +265,7 @@ class BlockWeights(NamedTuple):
         ratio: `[C, W]` what features' products are multiplied by to be the latter.
         read: `[C, 1]` what is read from the memory is multiplied by.
         divisor: `[C, 1]` the sum of all weights, one where there are none.
+        top: `[C, 1]` logarithm of what all of them were divided by.
     """
 
     near: Float[Array, "C W"]
@@ -241,6 +273,12 @@ class BlockWeights(NamedTuple):
     ratio: Float[Array, "C W"]
     read: Float[Array, "C 1"]
     divisor: Float[Array, "C 1"]
+    top: Float[Array, "C 1"]
+
+    @property
+    def totals(self) -> Float[Array, "1 C"]:
+        """Logarithms of the sums of weights."""
+        return flat(self.top + jnp.log(self.divisor))
 
 
 def block_weights(
@@ -251,7 +289,7 @@ def block_weights(
     normaliser: Float[Array, "1 M"],
     balance: Array,
     clock: DecayClock | None,
-    masks: BlockPairs,
+    masks: WeighedPairs,
     plan: WindowedPlan,
 ) -> BlockWeights:
     """Weights of a block for one query head."""
@@ -260,8 +298,8 @@ def block_weights(
     age = jnp.ones_like(asked.log_scale)
     if clock is not None:
         # Masked before the exponential: pairs that do not count would overflow.
-        ratio = jnp.exp(jnp.where(masks.far, clock.queries - clock.keys, 0))
-        age = jnp.exp(clock.queries)
+        ratio = jnp.exp(jnp.where(masks.far, lag(clock.queries, clock.keys), 0))
+        age = jnp.exp(clock.queries.total)
     ratio = jnp.where(masks.far, ratio, 0)
     age = jnp.where(masks.reads, age, 0)
     far = ratio * matmul(asked.rounded, features, (1, 1))
@@ -275,7 +313,7 @@ def block_weights(
     near = jnp.where(masks.near, jnp.exp(jnp.where(masks.near, scores - top, 0)), 0)
     factor = jnp.exp(jnp.where(some, scale - top, 0))
     divisor = jnp.sum(near, axis=1, keepdims=True) + factor * total
-    return BlockWeights(near, factor * far, factor * ratio, factor * age, jnp.where(divisor == 0, 1, divisor))
+    return BlockWeights(near, factor * far, factor * ratio, factor * age, jnp.where(divisor == 0, 1, divisor), top)
 
 
 def block_outputs(
@@ -322,9 +360,10 @@ def head_gradients(
     memory: Float[Array, "E M"],
     normaliser: Float[Array, "1 M"],
     weights: BlockWeights,
+    totals: Float[Array, "C 1"] | None,
     plan: WindowedPlan,
 ) -> HeadGradients:
-    """Gradients of what a query head met, given those of its outputs, which need not be known."""
+    """Gradients of what a query head met, given those of its outputs, which need not be known, and of `totals`."""
     share = (weights.near + weights.far) / weights.divisor
     read = weights.read / weights.divisor
     upstream = matmul(cotangents, values, (1, 1))
@@ -332,6 +371,8 @@ def head_gradients(
     wide = upcast(asked.rounded)
     held_sum = jnp.sum(wide * held, axis=1, keepdims=True)
     mean = jnp.sum(share * upstream, axis=1, keepdims=True) + read * held_sum
+    if totals is not None:
+        mean -= totals
     upstream = (upstream - mean) / weights.divisor
     slope = plan.window.scale * weights.near * upstream
     far = weights.far * upstream
@@ -367,8 +408,8 @@ def ages_of(decays: Float[Array, "1 W"] | None, masks: BlockPairs, plan: Windowe
     if decays is None:
         return None
     counted = jnp.where(masks.folded_flat, decays, 0)
-    later = _running(counted, plan, lambda row, column: row > column)
-    return Ages(jnp.exp(upright(later)), jnp.exp(jnp.sum(counted, axis=1, keepdims=True)))
+    later = _running_parts(counted, plan, lambda row, column: row > column)
+    return Ages(jnp.exp(upright(later.total)), jnp.exp(jnp.sum(counted, axis=1, keepdims=True)))
 
 
 def joined(

@@ -27,6 +27,7 @@ from pallas_kernels.windowed_attention.problem import (
     WindowedResult,
     packed_windows,
 )
+from pallas_kernels.windows.clock import parts_of
 
 KERNELS = "pallas_kernels.windowed_attention.gpu_kernels"
 # Kernels with tiles of their own; all of them divide blocks.
@@ -81,7 +82,8 @@ def forward(
         PARTS=parts,
     )
     kept = KeptForBackward(before, after, outputs, totals) if differentiated else None
-    return WindowedResult(outputs, kept, Memory(after.values, after.keys))
+    sums = totals if plan.window.sinks else None
+    return WindowedResult(outputs, kept, Memory(after.values, after.keys), sums)
 
 
 def backward(
@@ -90,12 +92,14 @@ def backward(
     before: KeptForBackward,
     outputs: Float[Array, "B T H E"],
     after: Memory,
+    totals: Float[Array, "B H T"] | None = None,
     *,
     interpret: bool = False,
 ) -> WindowedGradients:
-    """Gradients, given what `forward` left, and gradients of the outputs and of the memory after the rows."""
+    """Gradients, given what `forward` left, and gradients of what it returned."""
     call = _Call.of(problem, plan, interpret)
     means = jnp.sum(outputs.astype(jnp.float32) * before.outputs.astype(jnp.float32), axis=3).transpose(0, 2, 1)
+    means = means if totals is None else means - totals
     later, memory = call.memory_gradients(outputs, means, before.totals, after)
     queries, asked = _query_gradients(call, before, outputs, means)
     keys, values, held = _key_gradients(call, later, before.totals, outputs, means)
@@ -195,7 +199,7 @@ class _Call(NamedTuple):
     scales: Array  # [B, H, T] logarithms of what sums of far pairs are multiplied by
     places: Array  # [B, 3, P + T]
     carried: Array  # [B, n + 1]
-    clock: Array  # [B, K, P + T]
+    clock: Array  # [B, K, 2, P + T] coarse and fine parts
     folds: Array  # [B, K, P + T] how much of each row joins the memory
     folded: Array  # [B or 1, P + T] rows that do
     reads: Array  # [B or 1, T] queries of the memory's document
@@ -208,13 +212,14 @@ class _Call(NamedTuple):
         joins = jnp.minimum(index // plan.block, plan.blocks - 1)
         if packed is None:
             places = carried = jnp.zeros((1,), jnp.int32)
-            there = folded = (index >= plan.before)[None]
+            there, folded = (index >= plan.before)[None], (index >= plan.before + plan.window.sinks)[None]
             reads, keep = jnp.ones((1, plan.length), bool), jnp.ones((1, plan.blocks), bool)
         else:
             places, carried = jnp.concatenate([packed.first, packed.rows], axis=2), packed.carried
             segment, position = places[:, 0], places[:, 1]
             there, own = segment > 0, segment[:, plan.before :]
             complete = (segment != carried[:, -1:]) | (position < packed.finished[:, None])
+            complete &= position >= plan.window.sinks
             folded = there & (segment == carried[:, joins + 1]) & complete
             reads = (own > 0) & (own == carried[:, jnp.arange(plan.length) // plan.block])
             keep = carried[:, :-1] == carried[:, 1:]
@@ -247,6 +252,7 @@ class _Call(NamedTuple):
             "GROUP": window.group,
             "GROUPS": window.groups,
             "TOKENS": window.tokens or 0,
+            "SINKS": window.sinks,
             "BLOCK": plan.block,
             "BEFORE": plan.before,
             "TILE": tiles.rows,
@@ -316,8 +322,8 @@ class _Call(NamedTuple):
         plan = self.plan
         rows = jnp.arange(plan.length)
         end = (rows // plan.block + 1) * plan.block - plan.before
-        total = self.clock[:, :, jnp.minimum(end + plan.before, self.clock.shape[2]) - 1]
-        return self.clock[:, :, plan.before :] + jnp.where(rows >= end, total, 0)
+        total = self.clock[..., jnp.minimum(end + plan.before, self.clock.shape[3]) - 1]
+        return jnp.sum(self.clock[..., plan.before :] + jnp.where(rows >= end, total, 0), axis=2)
 
     def _scan(
         self, rows: SummedRows, initial: Memories, shift: int, *, reverse: bool, **flags: bool
@@ -398,9 +404,11 @@ def _ages(
         padded = jnp.pad(rows, ((0, 0), (0, 0), (0, pieces * plan.block - width)))
         return padded.reshape(*rows.shape[:2], pieces, plan.block)
 
-    clock = jnp.cumsum(cut(decays), axis=3).reshape(*decays.shape[:2], -1)[..., :width]
+    parts = [jnp.cumsum(cut(part), axis=3).reshape(*decays.shape[:2], -1)[..., :width] for part in parts_of(decays)]
+    clock = jnp.stack(parts, axis=2)
     joining = cut(jnp.where(folded[:, None], decays, 0))
-    later = jnp.cumsum(joining[..., ::-1], axis=3)[..., ::-1] - joining
+    coarse, fine = (jnp.cumsum(part[..., ::-1], axis=3)[..., ::-1] - part for part in parts_of(joining))
+    later = coarse + fine
     sums = jnp.sum(joining, axis=3)
     if pieces > plan.blocks:
         # What lies beyond the last block joins the memory with it.

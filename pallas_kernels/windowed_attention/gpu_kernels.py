@@ -34,14 +34,19 @@ def load_numbers(numbers, lane, rows, length):
 def load_clock(clock, lane, rows, block, length, BLOCK: tl.constexpr, BEFORE: tl.constexpr):
     """Sums of the logarithms of decay from the beginning of a block's window to each row, itself included.
 
-    `clock [B K, P + T]` begins anew with every BLOCK rows, of which a window has the first, and some more.
+    `clock [B K, 2, P + T]` begins anew with every BLOCK rows, of which a window has the first, and some more. Coarse
+    and fine parts are returned apart: differences are to be taken of each.
     """
     whole = length + BEFORE
+    coarse = clock + 2 * lane * whole + BEFORE
+    fine = coarse + whole
     inside = (rows < length) & (rows >= -BEFORE)
-    found = tl.load(clock + lane * whole + rows + BEFORE, mask=inside, other=0.0)
     end = (block + 1) * BLOCK - BEFORE
-    total = tl.load(clock + lane * whole + tl.minimum(end + BEFORE, whole) - 1)
-    return found + tl.where(rows >= end, total, 0.0)
+    last = tl.minimum(end, length) - 1
+    late = rows >= end
+    found = tl.load(coarse + rows, mask=inside, other=0.0) + tl.where(late, tl.load(coarse + last), 0.0)
+    rest = tl.load(fine + rows, mask=inside, other=0.0) + tl.where(late, tl.load(fine + last), 0.0)
+    return found, rest
 
 
 @triton.jit
@@ -53,10 +58,16 @@ def near_far(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
-    """Masks `[queries, keys]` of pairs whose key is in the query's window, and of those whose key is before it."""
+    """Masks `[queries, keys]` of pairs whose key is in the query's window, and of those whose key is before it.
+
+    Keys at the SINKS first positions are in neither.
+    """
     both = (segment[:, None] == other_segment[None, :]) & (other_segment > 0)[None, :]
     both = both & (other_position[None, :] <= position[:, None])
+    if SINKS > 0:
+        both = both & (other_position >= SINKS)[None, :]
     if TOKENS > 0:
         start = position - TOKENS + 1
     else:
@@ -148,9 +159,10 @@ def decay_ratio(
 ):
     """Decay `[queries, keys]` of far pairs, zero for others; one without DECAYED."""
     if DECAYED:
-        own = load_clock(clock, lane, asked, block, length, BLOCK, BEFORE)
-        other = load_clock(clock, lane, rows, block, length, BLOCK, BEFORE)
-        found = tl.where(far, tl.exp(tl.where(far, own[:, None] - other[None, :], 0.0)), 0.0)
+        own, own_rest = load_clock(clock, lane, asked, block, length, BLOCK, BEFORE)
+        other, other_rest = load_clock(clock, lane, rows, block, length, BLOCK, BEFORE)
+        lag = (own[:, None] - other[None, :]) + (own_rest[:, None] - other_rest[None, :])
+        found = tl.where(far, tl.exp(tl.where(far, lag, 0.0)), 0.0)
     else:
         found = tl.where(far, 1.0, 0.0)
     return found
@@ -190,6 +202,7 @@ def outputs_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     TILE: tl.constexpr,
@@ -229,14 +242,15 @@ def outputs_kernel(
         held = tl.load(normalisers + index * M + chosen, mask=chosen < M, other=0.0)
         total += tl.sum(some.to(tl.float32) * held[None, :], axis=1)
     if DECAYED:
-        age = tl.exp(load_clock(clock, lane, asked, block, length, BLOCK, BEFORE))
+        coarse, fine = load_clock(clock, lane, asked, block, length, BLOCK, BEFORE)
+        age = tl.exp(coarse + fine)
         found *= age[:, None]
         total *= age
     for key_begin in range(lowest, end_far(begin + TILE - 1, GROUP, GROUPS, TOKENS, PLACED), TILE):
         rows = key_begin + tl.arange(0, TILE)
         other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
         there = other_segment > 0
-        near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS)
+        near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS, SINKS)
         scores = feature_scores(
             asked_features,
             features,
@@ -282,7 +296,7 @@ def outputs_kernel(
         value = load_joined(
             values, first_values, batch, key_begin, columns, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
         )
-        near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS)
+        near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS, SINKS)
         scores = tl.where(near, SCALE * product(query, tl.trans(key)), LOWEST)
         top = tl.maximum(largest, tl.max(scores, axis=1))
         weights = tl.where(near, tl.exp(scores - top[:, None]), 0.0)
@@ -333,6 +347,7 @@ def query_gradients_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     TILE: tl.constexpr,
@@ -377,7 +392,7 @@ def query_gradients_kernel(
             value = load_joined(
                 values, first_values, batch, key_begin, outer, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
             )
-            near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS)
+            near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS, SINKS)
             scores = tl.where(near, SCALE * product(query, tl.trans(key)) - total[:, None], LOWEST)
             slope = tl.exp(scores) * (product(cotangent, tl.trans(value)) - mean[:, None])
             found += product(narrowed(slope, key.dtype), key)
@@ -392,13 +407,14 @@ def query_gradients_kernel(
         if PLACED:
             reads = reads & (segment == tl.load(carried + batch * (blocks + 1) + block))
         if DECAYED:
-            moved *= tl.exp(load_clock(clock, lane, asked, block, length, BLOCK, BEFORE))[:, None]
+            coarse, fine = load_clock(clock, lane, asked, block, length, BLOCK, BEFORE)
+            moved *= tl.exp(coarse + fine)[:, None]
         moved = tl.where(reads[:, None], moved, 0.0)
         for key_begin in range(lowest, end_far(begin + TILE - 1, GROUP, GROUPS, TOKENS, PLACED), TILE):
             rows = key_begin + tl.arange(0, TILE)
             other_segment, other_position, known = load_segments(places, batch, rows, length, BEFORE, PLACED)
             there = other_segment > 0
-            near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS)
+            near, far = near_far(segment, position, other_segment, other_position, GROUP, GROUPS, TOKENS, SINKS)
             value = load_joined(
                 values, first_values, batch, key_begin, outer, there, length, kv_head, KV_HEADS, E, BEFORE, STARTED
             )
@@ -451,6 +467,7 @@ def key_gradients_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     TOKENS: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BEFORE: tl.constexpr,
     TILE: tl.constexpr,
@@ -507,7 +524,7 @@ def key_gradients_kernel(
                 cotangent = load_rows(cotangents, batch, query_begin, outer, own_segment > 0, length, own, HEADS, E)
                 total = load_numbers(totals, own_lane, asked, length)
                 mean = load_numbers(means, own_lane, asked, length)
-                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS)
+                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS, SINKS)
                 scores = tl.where(near, SCALE * product(query, tl.trans(key)) - total[:, None], LOWEST)
                 weights = tl.exp(scores)
                 slope = weights * (product(cotangent, tl.trans(value)) - mean[:, None])
@@ -517,7 +534,7 @@ def key_gradients_kernel(
                 asked = query_begin + tl.arange(0, TILE)
                 own_segment, own_position, known = load_segments(places, batch, asked, length, BEFORE, PLACED)
                 cotangent = load_rows(cotangents, batch, query_begin, outer, own_segment > 0, length, own, HEADS, E)
-                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS)
+                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS, SINKS)
                 weights = feature_scores(
                     asked_features,
                     features,
@@ -559,7 +576,7 @@ def key_gradients_kernel(
                 asked = query_begin + tl.arange(0, TILE)
                 own_segment, own_position, known = load_segments(places, batch, asked, length, BEFORE, PLACED)
                 cotangent = load_rows(cotangents, batch, query_begin, outer, own_segment > 0, length, own, HEADS, E)
-                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS)
+                near, far = near_far(own_segment, own_position, segment, position, GROUP, GROUPS, TOKENS, SINKS)
                 slope = product(cotangent, tl.trans(value))
                 slope -= load_numbers(means, own_lane, asked, length)[:, None]
                 block = query_begin // BLOCK

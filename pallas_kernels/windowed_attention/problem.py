@@ -15,6 +15,7 @@ from pallas_kernels.augmented_attention.problem import (
     rounded,
 )
 from pallas_kernels.linear_attention.problem import Memory
+from pallas_kernels.windows.rows import Sinks, early_mask, first_position
 
 Features = Literal["exponential", "hedgehog"]
 FEATURES: tuple[Features, ...] = ("exponential", "hedgehog")
@@ -45,6 +46,8 @@ class WindowedPrior(NamedTuple):
         values: `[B, P, K, E]`.
         log_decays: `[B, P, K]` logarithms of their decay; None without decay.
         positions: `[B, P]` of these tokens, -1 where there is none.
+        sink_keys: `[B, S, K, D]` of the document's first tokens, that of position p in slot p; None without sinks.
+        sink_values: `[B, S, K, E]` likewise.
     """
 
     memory: Memory
@@ -52,6 +55,20 @@ class WindowedPrior(NamedTuple):
     values: Float[Array, "B P K E"]
     log_decays: Float[Array, "B P K"] | None
     positions: Int[Array, "B P"]
+    sink_keys: Float[Array, "B S K D"] | None = None
+    sink_values: Float[Array, "B S K E"] | None = None
+
+    def sinks(self, packed: PackedRows) -> Sinks | None:
+        """The sinks before the rows."""
+        if self.sink_keys is None or self.sink_values is None:
+            return None
+        position = first_position(packed.segment_ids, packed.positions)
+        return Sinks(self.sink_keys, self.sink_values, early_mask(position, self.sink_keys.shape[1]))
+
+    def without_sinks(self, sinks: int) -> "WindowedPrior":
+        """The same without its sinks, in the window either."""
+        positions = jnp.where(self.positions < sinks, -1, self.positions)
+        return self._replace(positions=positions, sink_keys=None, sink_values=None)
 
     def of_length(self, length: int) -> "WindowedPrior":
         """The same with `length` tokens before the row: the last ones, or with absent ones before them."""
@@ -63,7 +80,9 @@ class WindowedPrior(NamedTuple):
             return jnp.pad(rows[:, extra:], pad, constant_values=value)
 
         decays = None if self.log_decays is None else fit(self.log_decays)
-        return WindowedPrior(self.memory, fit(self.keys), fit(self.values), decays, fit(self.positions, -1))
+        return self._replace(
+            keys=fit(self.keys), values=fit(self.values), log_decays=decays, positions=fit(self.positions, -1)
+        )
 
 
 class WindowedProblem(NamedTuple):
@@ -73,7 +92,7 @@ class WindowedProblem(NamedTuple):
         queries: `[B, T, H, D]`.
         keys: `[B, T, K, D]`, H a multiple of K.
         values: `[B, T, K, E]`.
-        weights: the feature map's, `[heads, M, D]` with all that exponents are linear in, float32.
+        weights: the feature map's own, float32 or better; kernels take `[heads, M, D]`, linear in all exponents.
         balance: `[H]` logarithm of the memory's factor, float32.
         log_decays: `[B, T, K]` logarithms of each token's decay, float32; None without decay.
         packed: segment ids and positions; None where every row is one document from its beginning.
@@ -96,11 +115,15 @@ class WindowedProblem(NamedTuple):
 
 
 class WindowedResult(NamedTuple):
-    """Outputs, the memory before every block (None if not asked for, of a form of its own) and after the rows."""
+    """Outputs, the memory before every block (None if not asked for, of a form of its own) and after the rows.
+
+    `totals` are the logarithms of the sums of weights, `[B, H, T]` float32; None without sinks.
+    """
 
     outputs: Float[Array, "B T H E"]
     before: Any
     after: Memory
+    totals: Float[Array, "B H T"] | None = None
 
 
 class WindowedGradients(NamedTuple):
@@ -125,6 +148,7 @@ class AttentionWindowPlan:
         groups: finished groups before the query's own that a window of groups holds.
         scale: factor of q·k.
         features: the feature map's name.
+        sinks: tokens at the beginning of a document that kernels leave out altogether.
     """
 
     tokens: int | None
@@ -132,6 +156,7 @@ class AttentionWindowPlan:
     groups: int
     scale: float
     features: Features
+    sinks: int = 0
 
     def start(self, positions: Array) -> Array:
         """Positions at which the windows of queries begin, negative ones included."""

@@ -17,6 +17,7 @@ def windowed_attention_reference(
     group_size: int,
     groups: int,
     tokens: int | None,
+    sinks: int = 0,
     scale: float,
     balance: np.ndarray,
     log_decays: np.ndarray | None,
@@ -32,6 +33,7 @@ def windowed_attention_reference(
         group_size: tokens of a group, by position.
         groups: groups before the query's own that its window holds.
         tokens: a window of exactly so many tokens instead, the query's own included; None for groups.
+        sinks: first tokens that are near for ever.
         scale: factor of q·k.
         balance: `[H]` logarithm of the memory's factor.
         log_decays: `[T, K]` logarithms of each token's decay, None for no decay.
@@ -50,7 +52,7 @@ def windowed_attention_reference(
             start = t - tokens + 1 if tokens is not None else (t // group_size - groups) * group_size
             total = 0.0
             for s in range(t + 1):
-                if s >= start:
+                if s >= start or s < sinks:
                     weight = np.exp(scale * queries[t, head] @ keys[s, kv])
                 else:
                     decay = 1.0 if log_decays is None else np.exp(np.sum(log_decays[s + 1 : t + 1, kv]))

@@ -53,18 +53,20 @@ def forward(
     call = _Call.of(problem, plan, lambda step: step)
     batch, length, heads, _ = problem.queries.shape
     size = problem.values.shape[3]
-    outputs, before, after = call(
+    outputs, before, after, totals = call(
         forward_kernel,
         (),
         out_specs=(
             call.rows(call.query_heads * size),
             call.block_memory if differentiated else None,
             call.memory if call.placed else None,
+            call.totals if plan.window.sinks else None,
         ),
         out=(
             _struct((batch, length, heads * size), problem.values.dtype),
             call.block_memory_structs if differentiated else None,
             call.memory_structs if call.placed else None,
+            _struct((batch, heads, 1, length)) if plan.window.sinks else None,
         ),
         scratch=(call.memory_scratch,),
         interpret=interpret,
@@ -72,7 +74,8 @@ def forward(
     )
     if after is None:
         after = jax.tree.map(lambda each: jnp.zeros(each.shape), call.memory_structs)
-    return WindowedResult(outputs.reshape(batch, length, heads, size), before, _memory(after))
+    totals = None if totals is None else totals[:, :, 0]
+    return WindowedResult(outputs.reshape(batch, length, heads, size), before, _memory(after), totals)
 
 
 def backward(
@@ -81,10 +84,11 @@ def backward(
     before: FeatureMemory,
     outputs: Float[Array, "B T H E"],
     after: Memory,
+    totals: Float[Array, "B H T"] | None = None,
     *,
     interpret: Any = False,
 ) -> WindowedGradients:
-    """Gradients, given the memory before every block, and gradients of the outputs and of the memory after the rows."""
+    """Gradients, given the memory before every block, and gradients of what `forward` returned."""
     call = _Call.of(problem, plan, lambda step: plan.blocks - 1 - step)
     heads, decayed = call.heads, problem.log_decays is not None
     scratch = CarriedGradients(
@@ -95,11 +99,17 @@ def backward(
     )
     (found,) = call(
         gradient_kernel,
-        (flatten_heads(outputs), before, _feature_memory(after) if call.placed else None),
+        (
+            flatten_heads(outputs),
+            before,
+            _feature_memory(after) if call.placed else None,
+            None if totals is None else totals[:, :, None],
+        ),
         in_specs=(
             call.rows(call.query_heads * heads.value_size),
             call.block_memory,
             call.memory if call.placed else None,
+            None if totals is None else call.totals,
         ),
         out_specs=(_gradient_specs(call),),
         out=(_gradient_structs(problem, call),),
@@ -238,6 +248,11 @@ class _Call(NamedTuple):
             return b, self.order(i), k, 0, 0
 
         return FeatureMemory(*(_spec((None, None, self.heads.together, *each), index) for each in self.memory_shapes))
+
+    @property
+    def totals(self) -> pl.BlockSpec:
+        """A number for each of a block's rows, of the program's query heads."""
+        return _spec((None, self.query_heads, 1, self.plan.block), lambda b, k, i: (b, k, 0, self.order(i)))
 
     def rows(self, columns: int) -> pl.BlockSpec:
         """A block's rows, of the program's heads."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.products import zero_absent
-from pallas_kernels.tpu.heads import ProgramHeads, Ref
+from pallas_kernels.tpu.heads import ProgramHeads, Ref, upright
 from pallas_kernels.windowed_attention.blocks import (
     Ages,
     BlockPairs,
@@ -161,6 +161,7 @@ def forward_kernel(
     outputs: Ref,
     before: FeatureMemory | None,
     after: FeatureMemory | None,
+    totals: Ref,
     memory: FeatureMemory,
     *,
     plan: WindowedPlan,
@@ -168,7 +169,8 @@ def forward_kernel(
 ) -> None:
     """Outputs `[C, k R E]` of a block, and the memory after the row, where it has a meaning.
 
-    To be differentiated also the memory before every block; else `before` is None.
+    To be differentiated also the memory before every block; else `before` is None. With sinks also the logarithms of
+    the sums of weights, `totals` `[k R, 1, C]`; else None.
     """
     block = pl.program_id(2)
 
@@ -192,6 +194,8 @@ def forward_kernel(
             )
             found = block_outputs(weights, asked, window.values, held)
             outputs[:, heads.values(query_head)] = found.astype(outputs.dtype)
+            if totals is not None:
+                totals[query_head] = weights.totals
         memory.values[head], memory.keys[head] = joined(features, window.values, held, normaliser, window.ages, masks)
 
     if after is not None:
@@ -243,6 +247,7 @@ def gradient_kernel(
     cotangents: Ref,
     before: FeatureMemory,
     after: FeatureMemory | None,
+    totals: Ref,
     gradients: WindowedGradientOutputs,
     carried: CarriedGradients,
     *,
@@ -251,7 +256,8 @@ def gradient_kernel(
 ) -> None:
     """All gradients, from the last block to the first.
 
-    `before` is the memory before the block, `after` the gradient of the memory after the row, None for zero.
+    `before` is the memory before the block, `after` the gradient of the memory after the row, `totals` that of the
+    logarithms of the sums of weights, both None for zero.
     """
     block = plan.blocks - 1 - pl.program_id(2)
 
@@ -271,7 +277,9 @@ def gradient_kernel(
 
     masks = block_pairs_of(scalars, inputs, block, plan)
     for head in range(heads.together):
-        _head_gradients(scalars, inputs, cotangents, before, gradients, carried, head, block, masks, plan, heads)
+        _head_gradients(
+            scalars, inputs, cotangents, before, totals, gradients, carried, head, block, masks, plan, heads
+        )
 
     first, memory = gradients.first, gradients.memory
     if first is not None and memory is not None:
@@ -288,6 +296,7 @@ def _head_gradients(
     inputs: WindowedInputs,
     cotangents: Ref,
     before: FeatureMemory,
+    totals: Ref,
     gradients: WindowedGradientOutputs,
     carried: CarriedGradients,
     head: int,
@@ -308,13 +317,16 @@ def _head_gradients(
         cotangent = zero_absent(cotangents[:, heads.values(query_head)], masks.queries)
         balance = _balance(scalars, query_head, heads)
         weights = block_weights(queries, window.keys, asked, features, held[1], balance, window.clock, masks, plan)
-        found = head_gradients(cotangent, queries, window.keys, window.values, asked, features, *held, weights, plan)
+        change = None if totals is None else zero_absent(upright(totals[query_head]), masks.queries)
+        found = head_gradients(
+            cotangent, queries, window.keys, window.values, asked, features, *held, weights, change, plan
+        )
         feature_rows, value_rows = feature_rows + found.key_features, value_rows + found.values
         key_rows, memory, normaliser = key_rows + found.keys, memory + found.memory, normaliser + found.normaliser
         if decays is not None:
             decays += clock_gradient(found.clock_queries, found.clock_keys, plan)
-        change = jnp.sum(found.clock_queries)
-        gradients.balance[query_head] += jnp.full(gradients.balance.shape[1:], change)
+        moved = jnp.sum(found.clock_queries)
+        gradients.balance[query_head] += jnp.full(gradients.balance.shape[1:], moved)
         weight = inputs.maps.queries[query_head]
         own = mapped_gradients(queries, asked, weight, found.query_features, plan, queries=True)
         gradients.maps.queries[query_head] += own.weight

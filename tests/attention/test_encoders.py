@@ -37,12 +37,15 @@ AUGMENTED = (
     "relu+local+convolution",
     "linformer+local+convolution",
     "exponential+window+convolution",
+    "hedgehog+window/2",  # with sinks
 )
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 def config_of(name: str) -> AttentionConfig:
-    return AttentionConfig(name, GROUP, 7, initial_alpha=0.7, features=8, rank=2, hashes=3, hash_bits=2)
+    name, _, sinks = name.partition("/")
+    options = {"initial_alpha": 0.7, "features": 8, "rank": 2, "hashes": 3, "hash_bits": 2, "sinks": int(sinks or 0)}
+    return AttentionConfig(name, GROUP, 7, **options)
 
 
 def mixer_of(name: str, form: Any, layer: int = 1, **options: Any) -> Any:
@@ -65,7 +68,7 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
 
 def names(form: str) -> list[Any]:
     bases = [name for name, entry in REGISTRY.items() if form in entry.forms]
-    more = [name for name in AUGMENTED if form in REGISTRY[parse_name(name).base].forms]
+    more = [name for name in AUGMENTED if form in REGISTRY[parse_name(name.partition("/")[0]).base].forms]
     layers = [(name, 1) for name in bases + more]
     layers += [("transnormer", 0)] if "transnormer" in bases else []
     return some_of(
@@ -205,7 +208,9 @@ def test_hash_tables_estimate_the_expectation() -> None:
     close(shares, collision_probability(jnp.asarray(units[0] @ units[1].T), 3), 0.02)
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("performer", lambda q, k: q @ k / 2), ("rfa", lambda q, k: q @ k - 1)])
+@pytest.mark.parametrize(
+    ("name", "kernel"), some_of([("performer", lambda q, k: q @ k / 2), ("rfa", lambda q, k: q @ k - 1)], 1)
+)
 def test_random_features_estimate_their_kernels(name: str, kernel: Any) -> None:
     """With many features, the weights are exponentials; drawn anew, they are others with the same mean."""
     config = AttentionConfig(name, features=40_000)
@@ -255,6 +260,9 @@ def test_unknown_names(name: str, message: str) -> None:
         ({"name": "yoso", "decay": "token"}, "yoso has no memory that decays; choose one of flash_global"),
         ({"name": "relu+window", "window": 0}, "attention.window is 0; give at least 1"),
         ({"name": "relu+window", "window_groups": -1}, "attention.window_groups is -1; give zero or more"),
+        ({"name": "relu+window", "sinks": -1}, "attention.sinks is -1; give zero or more"),
+        ({"name": "relu", "sinks": 2}, "'relu' has no window that they would stay beside; add \\+window to its name"),
+        ({"name": "softmax", "sinks": 2}, "'softmax' has no window that they would stay beside"),
         ({"name": "relu", "decay": "slow"}, "attention.decay is 'slow'; choose one of none, constant, token"),
     ],
 )

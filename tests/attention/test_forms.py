@@ -26,6 +26,7 @@ from lin_jax.attention import (
 from lin_jax.attention.augmentation import WrappedState
 from lin_jax.attention.full import CacheState
 from lin_jax.attention.linformer import LinformerState
+from lin_jax.attention.sliding import RingCache
 from lin_jax.attention.windowed_state import WindowedState, held
 from lin_jax.attention.yoso import YosoAttention
 from pallas_kernels.augmented_attention import augmented_attention_reference
@@ -49,6 +50,13 @@ WINDOWED = (
     "relu+local/decay=constant",
     "rfa/decay=constant",
     "elu/decay=token",
+    # Sinks: in the same group as what leaves the window, in several groups, of a window shorter than they are.
+    "exponential+window+convolution/window=5/sinks=3",
+    "hedgehog+window/decay=token/sinks=2",
+    "relu+window/window_groups=0/decay=constant/sinks=11",
+    "hedgehog+window/window=1/decay=token/sinks=4",
+    "softmax/window=5/sinks=3",
+    "softmax/window=1/sinks=1",
 )
 NAMES = (*REGISTRY, *AUGMENTED, *WINDOWED)
 pytestmark = pytest.mark.usefixtures("x64")
@@ -116,12 +124,13 @@ class Case:
 # One of each kind; what others add to them is in `make test-all`.
 ALWAYS = (
     "augmented",
-    "softmax+local+convolution",
     "linformer",
     "transnormer",
     "yoso",
     "exponential+window+convolution/window=5",
     "hedgehog+window/window=9/decay=token",
+    "hedgehog+window/decay=token/sinks=2",
+    "softmax/window=5/sinks=3",
 )
 
 
@@ -187,7 +196,9 @@ def same_state(case: Case, one: Any, other: Any) -> None:
         used = np.asarray(one.position)[:, None] > np.arange(one.keys.shape[1])
     elif isinstance(one, WindowedState):
         used = held(case.mixer.window, one.position).mask
-    for part in ("memory", "window", "convolved"):
+    elif isinstance(one, RingCache):
+        used = np.asarray(one.position)[:, None] > np.arange(one.keys.shape[1])
+    for part in ("memory", "window", "convolved", "sink_keys", "sink_values"):
         if getattr(one, part, None) is not None:
             close(getattr(one, part), getattr(other, part))
     for part in ("keys", "values", "decays"):
@@ -197,7 +208,7 @@ def same_state(case: Case, one: Any, other: Any) -> None:
         close(*(np.where(mask, getattr(state, part), 0) for state in (one, other)))
 
 
-@pytest.mark.users_settings
+@pytest.mark.users_settings("augmented-0", "exponential+window+convolution/window=5-0")
 def test_whole_rows_and_their_gradients(case: Case) -> None:
     inputs = case.inputs(2, case.length)
     expected = np.stack([case.reference(*(part[row] for part in inputs), tables=False) for row in range(2)])

@@ -39,6 +39,9 @@ def test_a_state_of_constant_size(options: dict[str, Any], slots: int) -> None:
     state = mixer_of(**options).init_state(1, 10_000, jnp.float32)
     assert state.keys.shape == (1, slots, KV_HEADS, SIZE)
     assert state.memory.shape == (1, KV_HEADS, 6, SIZE + 1)
+    assert state.sink_keys is None
+    kept = mixer_of(sinks=3, **options).init_state(1, 10_000, jnp.float32)
+    assert kept.sink_keys.shape == kept.sink_values.shape == (1, 3, KV_HEADS, SIZE)
 
 
 @pytest.mark.parametrize("decay", ["none", "token"])
@@ -70,6 +73,15 @@ def test_learnt_features_start_near_softmax() -> None:
         return float(np.sqrt(np.mean(np.square(found - expected))))
 
     assert missed(4096) < 0.4 * missed(8)
+
+
+def test_without_its_sinks() -> None:
+    """They enter the memory."""
+    inputs, mixer = inputs_of(20), mixer_of(window=4, sinks=3)
+    assert "sinks" in mixer.ablations()
+    found, expected = whole(mixer.without("sinks"), inputs), whole(mixer_of(window=4), inputs)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert float(np.abs(found - whole(mixer, inputs)).max()) > 1e-3
 
 
 @pytest.mark.parametrize(("branch", "options"), [("window", {"window": 1}), ("memory", {}), ("convolution", {})])
@@ -143,6 +155,14 @@ def test_decay_over_a_long_text(decay: str) -> None:
         (
             {"name": "relu+window", "window": 8, "layers": {1: {"name": "softmax", "window": 4}}},
             "relu+window of 8, with softmax of 4 in layer 1",
+        ),
+        (
+            {"name": "relu+window", "window": 8, "sinks": 2, "layers": {1: "softmax"}},
+            "relu+window of 8 with 2 sinks, with softmax in layer 1",
+        ),
+        (
+            {"window": 8, "sinks": 2, "pattern": ["augmented", "softmax"]},
+            "[augmented, softmax of 8 with 2 sinks]",
         ),
     ],
 )

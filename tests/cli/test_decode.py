@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.cells import cells
 from support.processes import ROOT
 
 from lin_jax.cli.decode.command import decode
@@ -28,11 +29,19 @@ FEW = (1, 4, 16)
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with heads, trained on real text, and a plan for it."""
+    """A tiny model with heads, trained on real text."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     train(replace(load_run_config(ROOT / "configs/tiny.yaml"), output=str(folder)))
     heads = load_run_config(ROOT / "configs/tiny_medusa.yaml")
     train(replace(heads, output=str(folder / "heads"), init_from=str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a plan for it."""
+    folder = tmp_path_factory.mktemp("planned") / "tiny"
+    shutil.copytree(run_folder, folder)
     session = Session.load(folder)
     assert session.data is not None
     with pytest.MonkeyPatch.context() as patch:
@@ -87,11 +96,11 @@ def test_a_run_remembers_its_texts(run_folder: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.thorough
 def test_a_thorough_search_is_kept(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    planned_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is made when it is asked for, and not before; that of another machine is made anew."""
     monkeypatch.setitem(measure_costs.__kwdefaults__, "sizes", FEW)
-    shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copytree(planned_folder, tmp_path / "run")
     file = tmp_path / "run" / "speculation.json"
     measured = json.loads(file.read_text())
     plans = [plan for plan in measured["plans"] if plan["drafter"] != "ngram"]
@@ -111,10 +120,13 @@ def test_a_thorough_search_is_kept(
     assert load_plans(file) == ([], [])
 
 
+@pytest.mark.parametrize("folder", cells(["run_folder"], ["planned_folder"]))
 def test_decoding_begins_at_once(
-    run_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is measured or searched before the first token, with or without a plan; the text is plain decoding's."""
+
+    words = (str(request.getfixturevalue(folder)), "import os\n", "--max-new-tokens", "60")
 
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("calibration")
@@ -122,7 +134,6 @@ def test_decoding_begins_at_once(
     for name in ("measure_costs", "make_plan", "calibration_prompts"):
         place = "session" if name == "calibration_prompts" else "plan_search"
         monkeypatch.setattr(f"lin_jax.session.{place}.{name}", refuse)
-    words = (str(run_folder), "import os\n", "--max-new-tokens", "60")
     plain, figures = output(capsys, *words, "--drafter", "none")
     assert "(plain decoding)" in figures
     assert output(capsys, *words)[0] == plain

@@ -148,7 +148,7 @@ def test_inspect_what_is_left_out(files: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("change", "status", "row", "value"),
     [
-        ({}, 0, "what to do", "merge them: python -m lin_jax.hub import owner/base OUT --adapter adapter"),
+        ({}, 0, "what to do", "merge them: python -m lin_jax hub import owner/base OUT --adapter adapter"),
         ({}, 0, "layers", "1: model.layers.0.self_attn.q_proj"),
         ({"use_rslora": True}, 0, "factors", "2.82843"),
         ({"rank_pattern": {"q_proj": 2}, "r": 8}, 0, "ranks", "2"),
@@ -192,6 +192,7 @@ def test_inspect_adapters(
         ((*IMPORT, "--sheep"), "--sheep"),
         ((*IMPORT, "--figures", "model.bin"), "cannot be read as JSON"),
         (("frobnicate", "model.bin"), "frobnicate"),
+        ((*IMPORT, "--max-shard-bytes", "0"), "--max-shard-bytes is 0; give at least 1"),
         (("inspect", "."), "holds no config.json"),
         ((), "required"),
     ],
@@ -203,6 +204,19 @@ def test_errors(words: tuple[str, ...], message: str, files: Path) -> None:
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(files.iterdir()) == before
+
+
+def test_a_run_is_no_checkpoint(files: Path) -> None:
+    (files / "run").mkdir()
+    (files / "run" / "config.yaml").write_text("output: run\n")
+    with pytest.raises(UserError, match=r"run is a run of train.py; make a folder of it with hub export run OUT"):
+        run("inspect", "run")
+
+
+def test_options_of_attentions_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("import", "--help")
+    assert "tokens in a group, by absolute position (default: 64)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_overwriting(files: Path) -> None:

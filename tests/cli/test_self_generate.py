@@ -46,3 +46,8 @@ def test_texts_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(UserError, match="--texts is 0"):
         main([*options, "--texts", "0"])
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*gone; make it, or give another file"):
+        main(["nowhere", str(tmp_path / "gone" / "own.jsonl")])

@@ -41,7 +41,7 @@ def script(monkeypatch, capsys):
         ([TINY, "--objective", "medusa", "--init_from", "nowhere"], "nowhere"),
         ([TINY, "--model.vocab_size", "12"], "model.vocab_size 12 is smaller than the tokenizer's 300"),
         ([TINY, "--resume"], "leave --resume out"),
-        ([], "required: output"),
+        ([], "no configuration is given; give a YAML file"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(script, tmp_path, monkeypatch, arguments, message):
@@ -73,7 +73,7 @@ def test_help_names_every_section():
         "--training.gradient_accumulation",
     ):
         assert name in done.stdout
-    assert "usage: train.py CONFIG.yaml" in done.stdout
+    assert "usage: python -m lin_jax train CONFIG.yaml" in done.stdout
     assert done.stderr == ""
 
 

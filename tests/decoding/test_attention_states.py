@@ -10,19 +10,22 @@ import pytest
 from support.cells import cells
 from support.samples import NEW, TREE, KnowingDrafter, build_model, padded
 
-from lin_jax.attention import REGISTRY
+from lin_jax.attention import REGISTRY, AttentionConfig
 from lin_jax.decoding import Generator, Sampling
 
+# Sinks before a memory that decays, and before nothing but a window.
+WINDOWED = {"name": "hedgehog+window", "window": 5, "decay": "token", "sinks": 3}
+SINKS = AttentionConfig(pattern=(WINDOWED, {"name": "softmax", "window": 4, "sinks": 2}))
 NAMES = cells(
-    ["linformer", "rfa+convolution"],
-    ["flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
+    ["rfa+convolution", SINKS],
+    ["linformer", "flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
 )
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
 pytestmark = pytest.mark.usefixtures("x64")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_speculation_is_lossless(name: str) -> None:
+def test_speculation_is_lossless(name: str | AttentionConfig) -> None:
     model = build_model(name)
     plain = Generator(model, prefill_chunk_size=8).generate(PROMPTS, NEW, sampling=Sampling(1.0), seed=5)
     truth = padded(PROMPTS, plain.tokens)

@@ -93,7 +93,8 @@ def test_nodes_and_rows_have_the_bits_of_plain_decoding(attention, dtype):
 @pytest.mark.parametrize(("attention", "dtype"), CELLS)
 def test_drafts_and_batches_change_no_token(attention, dtype):
     model = target(attention, dtype)
-    alone = [generator(model, "none").generate([prompt], 60).tokens[0] for prompt in PROMPTS]
+    plain = generator(model, "none")
+    alone = [plain.generate([prompt], 60).tokens[0] for prompt in PROMPTS]
     for tree, matches in (("none", 1), ("chain:5", 1), ("0;1;0,0;0,1;0,0,0;0,0,0,0;0,0,0,1;1,0;1,0,0", 2)):
         found = generator(model, tree, matches).generate(PROMPTS, 60)
         assert list(found.tokens) == alone

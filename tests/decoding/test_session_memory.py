@@ -12,6 +12,7 @@ from lin_jax.decoding import (
     DynamicTree,
     Generator,
     LikeliestDrafter,
+    NgramDrafter,
     PathDrafter,
     Sampling,
     SuffixDrafter,
@@ -19,8 +20,11 @@ from lin_jax.decoding import (
     UnionDrafter,
     chain,
 )
+from lin_jax.decoding.autotune.shapes import draft_shapes
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
+from lin_jax.decoding.drafting.tree import tree_text
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.models import Llama, PathHead
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -94,6 +98,7 @@ def test_rows_of_unequal_drafts(prompts: list[list[int]]) -> None:
     assert max(known) <= 6 < 20 < min(new)
 
 
+@pytest.mark.thorough
 def test_a_later_prompt_of_one_call_knows_the_earlier(prompts: list[list[int]]) -> None:
     """The same prompt again and again in a single slot: from the second on it is drafted whole."""
     model, memory = build_model(), TextMemory(1024)
@@ -117,3 +122,42 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     assert first.tokens == again.tokens == forgotten.tokens
     assert again.steps[0] < first.steps[0] / 3 < forgotten.steps[0]
     assert len(memory.texts) == 1
+
+
+def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]) -> None:
+    """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
+    model, memory = build_model(), TextMemory(2048)
+    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), SuffixDrafter(memory, lookback=64))
+    shapes = draft_shapes(drafter, DEPTH, memory=memory)
+    assert set(shapes.hindsight) == {0, 1}
+    generator = Generator(
+        model,
+        drafter=drafter,
+        shapes=shapes,
+        compiler=ProgramCompiler(background=False),
+        memory=memory,
+        prefill_chunk_size=32,
+    )
+    sampling, own = Sampling(1.0), {tree_text(shapes.trees[at]) for at, arm in enumerate(shapes.arms) if arm.family}
+    plain = Generator(model, prefill_chunk_size=32).generate(prompts[:2], 90, sampling=sampling)
+    first, second = (generator.generate(prompts[:2], 90, sampling=sampling) for _ in range(2))
+    assert first.tokens == second.tokens == plain.tokens
+    assert not any(first.steps_by_tree.get(tree, 0) for tree in own)
+    assert sum(second.steps_by_tree.get(tree, 0) for tree in own) > 5
+    assert max(second.steps) < 90 / 3 < min(first.steps)
+
+
+def test_large_memories_are_sorted_seldom() -> None:
+    """Beside a large memory, few new tokens are not worth sorting all anew, unless it is asked for."""
+    memory, rng = TextMemory(2**15), np.random.default_rng(0)
+    for _ in range(20):
+        memory.add(rng.integers(0, 99, 1000).tolist())
+    memory.refresh()
+    before = int(memory.index.get_value().filled)
+    memory.add([1, 2, 3])
+    memory.refresh(cheaply=True)
+    assert int(memory.index.get_value().filled) == before
+    assert memory.contexts.tokens[-4:] != [1, 2, 3, -1]
+    memory.refresh()
+    assert memory.contexts.tokens[-4:] == [1, 2, 3, -1]
+    assert int(memory.index.get_value().filled) == sum(len(text) - 1 for text in memory.texts)

@@ -6,14 +6,20 @@ from html import unescape
 
 import pytest
 import yaml
+from flax import nnx
 from support.interrupted import stopping_after
 from support.llama2c_files import HEADER, write_file
 
 from lin_jax.cli.demo import main
-from lin_jax.demo.decoding import measure_decoding
+from lin_jax.decoding.autotune.shapes import draft_shapes
+from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
+from lin_jax.decoding.drafting.drafters.path import PathDrafter
+from lin_jax.decoding.drafting.drafters.union import UnionDrafter
+from lin_jax.demo.decoding import few_shapes, measure_decoding, part_of
 from lin_jax.demo.runs import BARE, BEST, SEPARATOR, STUDENTS, described_text, find_model
 from lin_jax.errors import UserError
 from lin_jax.hub import save_pretrained
+from lin_jax.models import PathHead
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.config_file import load_run_config
 from lin_jax.training.model_source import ModelSource
@@ -237,3 +243,20 @@ def test_wrong_numbers_are_refused(option, tmp_path):
     with pytest.raises(UserError, match=f"{option} is 0; give at least"):
         main([option, "0", "--output", str(tmp_path)])
     assert not any(tmp_path.iterdir())
+
+
+def test_few_shapes_are_compiled():
+    """Plain decoding, and of the wanted drafters of a union the longest chain and the tree."""
+    heads = PathDrafter(PathHead(8, 8, 16, rngs=nnx.Rngs(0)), depth=4)
+    drafter = UnionDrafter(heads, NgramDrafter(matches=1))
+    every = draft_shapes(drafter)
+    few = few_shapes(every, lambda tree: True)
+    assert [arm.depth for arm in few.arms] == [0, 4, 4, 7]
+    assert [tree.size for tree in few.trees] == [1, 5, 8, 8]
+    assert set(few.trees) < set(every.trees)
+    assert set(few.hindsight) == set(every.hindsight)
+    ngram = few_shapes(every, lambda tree: part_of(drafter, tree) == 1)
+    assert ngram.trees == (few.trees[0], few.trees[3])
+    assert ngram.arms[1] == few.arms[3]
+    none = few_shapes(every, lambda tree: False)
+    assert (len(none.trees), none.hindsight) == (1, {})

@@ -24,18 +24,25 @@ def test_shares_are_what_a_branch_changes_in_each_head():
     layout = single_rows(TOKENS.shape, None)
     x, context = model.begin(TOKENS, layout.positions)
     graph, parameters = nnx.split(model.layers.layers)
-    for layer in range(2):
-        block = nnx.merge(graph, jax.tree.map(lambda leaf, layer=layer: leaf[layer], parameters))
+
+    @jax.jit
+    def apart(parameters, x):
+        """The mixer's outputs, whole and without each branch, and the layer's."""
+        block = nnx.merge(graph, parameters)
         mixer = block.attention.mixer
         qkv = block.attention.project(block.attention_norm(x), context)
-        whole = np.asarray(mixer.parallel(qkv, layout)[0], np.float64)
+        rest = {branch: mixer.without(branch).parallel(qkv, layout)[0] for branch in found}
+        return mixer.parallel(qkv, layout)[0], rest, block.parallel(x, context, layout, None)[0]
+
+    for layer in range(2):
+        whole, rests, x = apart(jax.tree.map(lambda leaf, layer=layer: leaf[layer], parameters), x)
+        whole = np.asarray(whole, np.float64)
         for branch, shares in found.items():
-            rest = np.asarray(mixer.without(branch).parallel(qkv, layout)[0], np.float64)
+            rest = np.asarray(rests[branch], np.float64)
             for head in range(2):
                 expected = np.linalg.norm(whole[:, :, head] - rest[:, :, head]) / np.linalg.norm(whole[:, :, head])
                 assert shares[layer, head] == pytest.approx(expected, rel=1e-4)
                 assert expected > 0
-        x, _ = block.parallel(x, context, layout, None)
 
 
 def test_a_layer_without_a_branch_has_no_share():

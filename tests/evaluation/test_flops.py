@@ -40,12 +40,15 @@ class TestAttention:
 
     @pytest.mark.parametrize("length", [8, 13])
     @pytest.mark.parametrize("name", ["exponential+window", "hedgehog+window"])
-    @pytest.mark.parametrize("options", [{}, {"window": 5}, {"window_groups": 2, "decay": "token"}], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"window": 5, "sinks": 2}, {"window_groups": 0, "decay": "token", "sinks": 5}], ids=str
+    )
     def test_windows_take_their_pairs_the_memory_and_learnt_features(self, length, name, options):
         config = AttentionConfig(name, group_size=4, features=6, **options)
 
         def seen(query, key):
-            return query - key < 5 if "window" in options else query // 4 - key // 4 <= config.window_groups
+            near = query - key < 5 if "window" in options else query // 4 - key // 4 <= config.window_groups
+            return near or key < config.sinks
 
         rows, matrix = (6, 6 * SIZE) if "exponential" in name else (2 * SIZE, SIZE * SIZE)
         memory = length * 2 * (rows * SIZE + matrix) * (HEADS + KV_HEADS)

@@ -37,13 +37,14 @@ from support.try_export import try_folder, write_exports
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from lin_jax.attention import REGISTRY, parse_name
+from lin_jax.attention.registry import _BUILT_IN
 from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.decoding import Generator
 from lin_jax.errors import UserError
 from lin_jax.hub import from_pretrained, save_pretrained
-from lin_jax.hub.export import architectures, auto_map, write_remote_code
+from lin_jax.hub.export import ATTENTIONS, architectures, auto_map, has_source, write_remote_code
 from lin_jax.hub.export.torch_source import versions_lin_jax as versions
-from lin_jax.hub.families.registry import family_of_model
+from lin_jax.hub.families.registry import FAMILIES, family_of_model
 from lin_jax.hub.tensors import named
 from lin_jax.models import RotaryConfig
 from lin_jax.models.rotary import rotary_table
@@ -283,13 +284,24 @@ def test_an_untried_version_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         continued(theirs, *batch())
 
 
-@pytest.mark.parametrize("name", some_of(["llama-augmented", "gpt2-softmax"], 1))
+WAYS_OF_FAMILIES = [
+    "llama-augmented",
+    "flash-performer+local+convolution",
+    "t5-augmented",
+    "gpt2-augmented",
+    "gpt2-softmax",
+]
+
+
+@pytest.mark.parametrize("name", some_of(WAYS_OF_FAMILIES, {"t5-augmented"}))
 def test_a_folder_is_tried_in_any_environment(name: str, tmp_path: Path, x64: None) -> None:
-    """The script that compares ways to generate finds none that differs."""
+    """The script that compares ways to generate finds none that differs, and what cannot be is said in a line."""
     cells = try_folder(*write_exports(tmp_path, [name]))
-    assert len(cells) == 10
+    assert len(cells) == 12
     if "softmax" not in name:
         assert "not supported with stateful models" in cells.pop("assistant")
+    else:
+        assert all("not used by the model" in cells.pop(each) for each in ("speculative", "speculative, batched"))
     assert set(cells.values()) == {"equal"}
 
 
@@ -378,7 +390,11 @@ def test_other_types(dtype: str, tmp_path: Path) -> None:
     assert sums.dtype == torch.float32
 
 
-@pytest.mark.parametrize("case", [FLAGSHIP, Case("yoso+local", "gpt2")], ids=str)
+# Softmax over a window has a type of transformers' own, but with sinks.
+SINKS = Case("softmax", sizes={"window": 5, "sinks": 2})
+
+
+@pytest.mark.parametrize("case", [FLAGSHIP, Case("yoso+local", "gpt2"), SINKS], ids=str)
 def test_saved_by_transformers(case: Case, tmp_path: Path) -> None:
     """A folder that transformers writes holds the code and the numbers once more, for PyTorch and for us."""
     ours = case.model("float32")
@@ -436,16 +452,26 @@ def test_rotary_scalings(scaling: str, tmp_path: Path) -> None:
 
 def test_the_files(tmp_path: Path) -> None:
     """What `auto_map` names is in the folder, and what the files need of each other."""
-    write_remote_code(tmp_path, "gpt2")
     assert auto_map("gpt2")["AutoConfig"] == "configuration_lin_jax.LinJaxGPT2Config"
     assert architectures("gpt2") == ["LinJaxGPT2LMHeadModel"]
-    for place in auto_map("gpt2").values():
-        module, name = place.split(".")
-        assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
-        if module.startswith("modeling"):  # From a folder, transformers 4.57 copies what this file names, no more.
-            named = re.findall(r"^from \.(\w+) import", (tmp_path / f"{module}.py").read_text(), flags=re.MULTILINE)
-            assert {*named, module} == {path.stem for path in tmp_path.glob("*.py")}
+    for family in FAMILIES:
+        folder = tmp_path / family
+        folder.mkdir()
+        write_remote_code(folder, family)
+        for place in auto_map(family).values():
+            module, name = place.split(".")
+            assert f"class {name}(" in (folder / f"{module}.py").read_text()
+            if module.startswith("modeling"):  # From a folder, transformers 4.57 copies what this file names, no more.
+                named = re.findall(r"^from \.(\w+) import", (folder / f"{module}.py").read_text(), flags=re.MULTILINE)
+                assert {*named, module} == {path.stem for path in folder.glob("*.py")}
     with pytest.raises(
-        UserError, match="of the family 't5' cannot be opened in PyTorch; llama, gpt2, bert and flash can"
+        UserError, match="of the family 'opt' cannot be opened in PyTorch; llama, gpt2, bert, flash and t5 can"
     ):
-        write_remote_code(tmp_path, "t5")
+        write_remote_code(tmp_path, "opt")
+
+
+def test_the_attentions_that_the_code_has() -> None:
+    """All of this package's, and no other: one that somebody registered opens in JAX alone."""
+    assert {*ATTENTIONS} == {*_BUILT_IN}
+    assert has_source("llama", "Llama", ["relu"])
+    assert not has_source("llama", "Llama", ["relu", "my_own"])

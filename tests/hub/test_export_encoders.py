@@ -84,9 +84,19 @@ def test_same_logits(name: str, tmp_path: Path, x64: None) -> None:
     assert_close(found[batch["mask"]], expected[batch["mask"]], "float64")
 
 
-@pytest.mark.parametrize("sizes", [{"window": 3}, {"window_groups": 0}], ids=str)
-def test_windows_on_both_sides(sizes: dict[str, int], tmp_path: Path, x64: None) -> None:
-    ours, batch = encoder("exponential+window", **sizes), rows()
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("exponential+window", {"window": 3}),
+        ("exponential+window", {"window_groups": 0}),
+        ("exponential+window", {"window": 2, "sinks": 3}),
+        ("relu+convolution", {"convolve_padding": True}),
+    ],
+    ids=str,
+)
+def test_other_sizes(name: str, sizes: dict[str, Any], tmp_path: Path, x64: None) -> None:
+    """Windows on both sides, and a convolution that reads what is not there."""
+    ours, batch = encoder(name, **sizes), rows()
     folder = save_pretrained(ours, tmp_path / "model")
     expected = np.asarray(ours(*(jnp.asarray(part.astype(np.int32)) for part in batch.values())))
     found = outputs(theirs(BertMaskedLM, folder), batch).logits.numpy()

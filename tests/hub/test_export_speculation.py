@@ -134,9 +134,20 @@ class TestText:
         with pytest.raises(ValueError, match=f"no speculation: {reason}"):
             model.generate(PROMPT, speculative=True, **GREEDY | options)
 
-    def test_one_prompt(self, model: PreTrainedModel) -> None:
-        with pytest.raises(ValueError, match="no speculation: it takes one prompt as input_ids, or leave"):
-            model.generate(PROMPT.repeat(2, 1), speculative=True, **GREEDY)
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"streamer": object()}, "a streamer is for one prompt"),
+            ({"prefix_allowed_tokens_fn": lambda row, text: [1]}, "prefix_allowed_tokens_fn is for one prompt"),
+            ({"max_time": 9.0}, "texts of several prompts end at eos_token_id"),
+        ],
+        ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+    )
+    def test_what_it_cannot_do_with_several_prompts(
+        self, model: PreTrainedModel, options: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(ValueError, match=f"no speculation: {reason}"):
+            model.generate(PROMPT.repeat(2, 1), speculative=True, **GREEDY | options)
 
     def test_under_the_name_of_transformers(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         """`custom_generate=FOLDER` asks for it, whether the folder's function is in place or not."""
@@ -151,6 +162,71 @@ class TestText:
         monkeypatch.delitem(vars(model), "generate")
         assert model.generate(PROMPT, **GREEDY, **place).tolist() == plain.tolist()
         assert asked == [1, 1]
+
+
+LENGTHS = (12, 5, 9)
+
+
+def padded_prompts() -> dict[str, torch.Tensor]:
+    """Prompts of different lengths, padded on the left; each turns in a circle of its own."""
+    real = torch.arange(12) >= 12 - torch.tensor(LENGTHS)[:, None]
+    tokens = torch.stack([PROMPT[0], PROMPT[0].roll(3), PROMPT[0].flip(0)])
+    return {"input_ids": tokens * real, "attention_mask": real.long()}
+
+
+def said_at_several_places(rows: list[list[int]]) -> int:
+    """A token that rows say at different places, or never, and none of them at once."""
+    for token in range(1, 23):
+        places = [[*row, token].index(token) for row in rows]
+        if min(places) > 0 and len(set(places)) > 1:
+            return token
+    raise AssertionError("no token ends these texts at different places")
+
+
+@pytest.mark.parametrize("case", cells(STATES[:2], STATES[2:]), ids=str)
+@pytest.mark.parametrize("ends", [False, True])
+def test_rows_of_a_batch_take_as_many_drafts_as_are_right(
+    case: Case, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text by text those of plain generation, padded behind their ends; and so is the state."""
+    model = opened(save_pretrained(case.model("float32"), tmp_path / "model"))
+    inputs, options = padded_prompts(), {**GREEDY, "return_dict_in_generate": True}
+    plain = model.generate(**inputs, **options)
+    if ends:
+        options["eos_token_id"] = said_at_several_places(plain.sequences[:, 12:].tolist())
+        plain = model.generate(**inputs, **options)
+    texts, taken = plain.sequences.tolist(), []
+
+    def following(self: Any, hidden: torch.Tensor, room: int) -> list[int]:
+        """Row r guesses r to r + 2 tokens that are right, and one that is wrong."""
+        own = self.ngrams.tokens
+        row = next(row for row, text in enumerate(texts) if text[: len(own)] == own)
+        rest = [*texts[row][len(own) :], 0]
+        right = rest[: min(row + len(own) % 3, room, len(rest) - 1)]
+        self.guesses = [*right, (rest[len(right)] + 1) % 23][:room]
+        taken.append((row, len(right)))
+        return self.guesses
+
+    monkeypatch.setattr(module(model, "speculation")._Drafts, "next", following)
+    fast = model.generate(**inputs, **options, speculative=True)
+    assert fast.sequences.tolist() == texts
+    assert {row for row, _ in taken} == {0, 1, 2}
+    assert len({right for _, right in taken}) > 1
+    one, other = (found.past_key_values for found in (plain, fast))
+    assert (one.length, one.position.tolist()) == (other.length, other.position.tolist())
+    more = {**GREEDY, "max_new_tokens": 5}
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, plain.sequences.shape[1] - 12), value=1)
+    after = [
+        model.generate(plain.sequences, attention_mask=mask, past_key_values=state, **more) for state in (one, other)
+    ]
+    assert after[0].tolist() == after[1].tolist()
+
+
+def test_a_batch_drafts_by_itself(model: PreTrainedModel) -> None:
+    """With n-grams of its own rows, and with scores that a processor changes row by row."""
+    for options in (GREEDY, GREEDY | {"repetition_penalty": 1.3}, GREEDY | {"no_repeat_ngram_size": 2}):
+        plain = model.generate(**padded_prompts(), **options)
+        assert model.generate(**padded_prompts(), **options, speculative=True).tolist() == plain.tolist()
 
 
 def test_heads_draft_what_the_text_has_not(tmp_path: Path) -> None:

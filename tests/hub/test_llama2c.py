@@ -196,6 +196,17 @@ def test_losses_as_training_measures_them(published: tuple[str, Path, Llama], sh
     assert round(found.loss, 3) == PUBLISHED[name][2][0]
 
 
+def test_a_tokenizer_is_named_for_a_file_alone(tmp_path: Path) -> None:
+    write_file(tmp_path / "model.bin", HEADER)
+    source = ModelSource(tmp_path / "model.bin")
+    for options, named in (({}, "--tokenizer"), ({"option": "--data.tokenizer"}, "--data.tokenizer")):
+        with pytest.raises(UserError, match=f"model.bin holds no tokenizer; say where it is with {named} FILE"):
+            source.tokenizer(**options)
+    source.check_holds_no_tokenizer("letters.vocab")
+    with pytest.raises(UserError, match=r"has a tokenizer of its own, and letters.vocab is not read"):
+        ModelSource(tmp_path).check_holds_no_tokenizer("letters.vocab")
+
+
 @pytest.mark.thorough
 def test_a_run_on_a_file(tmp_path: Path) -> None:
     """Its sizes and weights, another attention, and the tokenizer that the run names; loaded again, and refused."""

@@ -32,7 +32,7 @@ def with_gradient(model, batch):
         sums = next_token_sums(model, batch)
         return sums.loss[0], sums
 
-    return jax.tree.leaves(nnx.value_and_grad(loss, has_aux=True)(model))
+    return jax.tree.leaves(nnx.jit(nnx.value_and_grad(loss, has_aux=True))(model))
 
 
 @pytest.mark.parametrize("parts", cells([5], [2]))

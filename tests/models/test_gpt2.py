@@ -159,6 +159,7 @@ def test_forms_agree(attention: str, x64: None) -> None:
     assert_forms_agree(model(attention))
 
 
+@pytest.mark.thorough
 def test_drafts_change_nothing_up_to_the_last_position(x64: None) -> None:
     """The longest text fills the positions; drafts reach beyond them."""
     own = model()

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.cells import cells
 
-from lin_jax.attention import AttentionConfig
+from lin_jax.attention import AttentionConfig, tree_arrays
 from lin_jax.errors import UserError
-from lin_jax.models import Llama, LlamaConfig, PathHead
+from lin_jax.models import Llama, LlamaConfig, PathHead, SeparateLayers
 
 E, D, V = 12, 8, 19
 CONFIG = LlamaConfig(
@@ -128,3 +129,61 @@ def test_narrow_numbers(dtype):
 def test_a_width_that_does_not_fit(width):
     with pytest.raises(UserError, match=f"heads.width {width} does not fit a model of width {E}; give 1 to {E}"):
         PathHead.on(model("float32"), width, nnx.Rngs(0))
+
+
+def test_outputs_of_several_layers_begin_its_state(x64):
+    """Behind the last layer's vector stand others, each divided by its root mean square; a slow loop fuses them."""
+    layers, head = (0, 3), PathHead(E, D, V, layers=(0, 3), dtype=jnp.float64, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    head.projection[...] = jnp.asarray(rng.normal(size=(3 * E, D)))
+    assert (head.hidden_size, head.width, head.vocab_size, head.guessed) == (E, D, V, V)
+    hidden = 5 * rng.normal(size=(2, 3 * E))
+    for row, state in zip(hidden, head.begin(jnp.asarray(hidden)), strict=True):
+        parts = [row[:E]]
+        for number in range(len(layers)):
+            own = row[(number + 1) * E : (number + 2) * E]
+            parts.append(own / np.sqrt(sum(x * x for x in own) / E + 1e-5))
+        np.testing.assert_allclose(state, np.concatenate(parts) @ np.asarray(head.projection[...]), rtol=1e-9)
+    with pytest.raises(UserError, match=r"reads layers \[0, 3\] .* was given 12 numbers; give the model aux_layers"):
+        head.begin(jnp.asarray(hidden[:, :E]))
+
+
+@pytest.mark.parametrize("separate", cells([False], [True]))
+def test_a_model_gives_the_outputs_of_its_layers(separate, x64):
+    """Those of a model that ends there, without the norm; in whole texts, in trees, and beside the same last vector."""
+    options = vars(CONFIG) | {"dtype": "float64", "param_dtype": "float64", "num_layers": 3, "initializer_range": 0.5}
+    base = Llama(LlamaConfig(**options), rngs=nnx.Rngs(0))
+    tokens = jnp.asarray(PATH[0])
+    last = base.hidden(tokens)
+    ends = []
+    for count in (1, 2):
+        cut = base.with_layers(range(count))
+        cut.norm = lambda x: x
+        ends.append(cut.hidden(tokens))
+    if separate:
+        base.layers = SeparateLayers.of(base.layers)
+    base.aux_layers = (0, 1)
+    assert base.hidden_width == 3 * E
+    whole = base.hidden(tokens)
+    np.testing.assert_allclose(whole, np.concatenate([last, *ends], axis=-1), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(base.logits(whole), base.logits(last), rtol=1e-9)
+    chain = tree_arrays(tuple(range(-1, tokens.shape[1] - 1)))
+    for same_bits in {False, separate}:
+        base.same_bits = same_bits
+        nodes, _ = base.verify(tokens, chain, base.init_state(len(tokens), 8))
+        np.testing.assert_allclose(nodes, whole, rtol=1e-9, atol=1e-9)
+    assert base.with_layers([2]).hidden_width == E
+
+
+def test_a_trimmed_vocabulary_guesses_as_the_whole_one(x64):
+    """The same logits for the tokens that it has, and none for others."""
+    base, tokens = model(), (0, 3, 4, 11, 18)
+    whole, few = PathHead.on(base, D, nnx.Rngs(0)), PathHead.on(base, D, nnx.Rngs(0), tokens=tokens)
+    assert (few.vocab_size, few.guessed) == (V, len(tokens))
+    hidden, path = jnp.asarray(HIDDEN), jnp.asarray(PATH)
+    expected, found = whole.guess(hidden, path), few.guess(hidden, path)
+    np.testing.assert_allclose(found[..., tokens], expected[..., tokens], rtol=1e-9, atol=1e-12)
+    assert np.isneginf(np.delete(np.asarray(found), tokens, axis=-1)).all()
+    np.testing.assert_array_equal(
+        few.named(jnp.argmax(few.unrolled(hidden, path), axis=-1)), jnp.argmax(found, axis=-1)
+    )

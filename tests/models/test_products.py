@@ -91,8 +91,11 @@ def test_int8_rounds_symmetrically_by_the_largest_of_each_output():
     numbers = NUMBERS.copy()
     numbers[4] = 0
     weight, scale = quantized(jnp.asarray(numbers))
-    expected = np.abs(numbers).max(axis=1) / 127
-    np.testing.assert_allclose(np.asarray(scale), np.where(expected > 0, expected, 1), rtol=1e-6)
+    expected = np.abs(numbers).max(axis=1) * np.float32(1 / 127)
+    fraction, exponent = np.frexp(np.where(expected > 0, expected, 1))
+    # To 17 significant bits, so that products with the integers are exact.
+    right = np.ldexp(np.round(fraction * 2**17), exponent - 17)
+    np.testing.assert_allclose(np.asarray(scale), right, rtol=1e-7)
     assert np.abs(np.asarray(weight)).max() == 127
     assert not np.asarray(weight)[4].any()
     wrong = np.abs(np.asarray(dequantized(weight, scale)) - numbers)

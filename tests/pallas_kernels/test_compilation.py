@@ -19,14 +19,14 @@ ALONE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="libtpu is not installed")
-@pytest.mark.parametrize(("topology", "cases"), cells([("v5e:2x2", 2)], [("v5e:2x2", 5), ("v6e:2x2", 5)]))
+@pytest.mark.parametrize(("topology", "cases"), cells([("v5e:2x2", 1)], [("v5e:2x2", 5), ("v6e:2x2", 5)]))
 def test_the_tpu_compiler_takes_every_kernel(topology, cases):
     path = f"{IMPORTED}{os.pathsep}{COMPILER}"
     lines = printed("compile_for_tpu.py", topology, str(cases), **ALONE, PYTHONPATH=path)
     # Forward is one program, backward another one; a tree takes one, and so does a path.
     kernels = {"forward": 1, "backward": 2, "verify": 1, "commit": 1}
     counted = [(line.split()[-3].rstrip(":"), int(line.split()[-2])) for line in lines]
-    assert len(counted) == 4 * cases + 2 * (cases - 1) + 6
+    assert len(counted) == 4 * cases + 2 * max(cases - 1, 1) + 9
     assert all(count == kernels[name] for name, count in counted), lines
 
 
@@ -37,7 +37,7 @@ def test_gpu_kernels_keep_to_their_registers():
     pattern = re.compile(r"sm_(\d+) (\w+) (\w+) .*: (\d+) registers, (\d+) bytes spilled, (\d+) bytes shared")
     seen = [pattern.fullmatch(line).groups() for line in lines]
     assert {capability for capability, *_ in seen} == {"80", "90"}
-    assert len({each[1:3] for each in seen}) == 13
+    assert len({each[1:3] for each in seen}) == 14
     assert all(int(each[4]) == 0 for each in seen), lines
     # What a block may have on an A100.
     assert all(int(each[5]) <= 163 * 1024 for each in seen), lines

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from support.backends import KERNELS
-from support.cells import cells
+from support.cells import cells, some_of
 
-from lin_jax.attention import AttentionConfig
+from lin_jax.attention import AttentionConfig, TreeArrays, tree_arrays
 from lin_jax.attention.feature_maps import EluPlusOne, Hedgehog
 from lin_jax.attention.layout import masked_rows, whole_rows
-from lin_jax.attention.window import AttentionWindow
-from lin_jax.attention.windowed_kernels import windowed_program
+from lin_jax.attention.windowed_kernels import verify_program, windowed_program
 from lin_jax.decoding import Generator, NgramDrafter, chain
 from lin_jax.models import Llama, LlamaConfig
-from pallas_kernels.types import QKV
+from pallas_kernels.types import QKV, WindowedState
+from pallas_kernels.windows.window import AttentionWindow
 
 VOCABULARY = 17
 CONFIG = LlamaConfig(
@@ -45,7 +45,7 @@ def loss(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.
     return jnp.mean(jnp.square(model(tokens, segment_ids)))
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("implementation", some_of(KERNELS, 1))
 class TestImplementation:
     @pytest.mark.parametrize("name", cells(["augmented"], ["flash_local+convolution", "flash_global"]))
     def test_training(self, implementation: str, name: str) -> None:
@@ -82,12 +82,23 @@ def documents() -> tuple[jax.Array, jax.Array]:
     return tokens, jnp.asarray(np.repeat([[1, 2, 0], [1, 1, 2]], [49, 14, 7], axis=1))
 
 
+def verified(model: Llama, tokens: jax.Array, tree: TreeArrays) -> jax.Array:
+    """Hidden vectors of a tree's nodes after two texts of different lengths."""
+    nodes = tree.depth.shape[0]
+    _, state = model.prefill(tokens[:, nodes:], jnp.asarray([44, 3]), model.init_state(2))
+    return model.verify(tokens[:, :nodes], tree, state)[0]
+
+
 @pytest.mark.parametrize("implementation", cells(KERNELS[:1], KERNELS[1:]))
 @pytest.mark.parametrize(
     ("name", "fields"),
     cells(
         [("exponential+window+convolution", {"decay": "token", "features": 16})],
-        [("hedgehog+window", {"window": 20}), ("exponential+window", {"decay": "constant", "window_groups": 2})],
+        [
+            ("hedgehog+window", {"window": 20, "sinks": 3}),
+            ("hedgehog+window", {"window": 20}),
+            ("exponential+window", {"decay": "constant", "window_groups": 2}),
+        ],
     ),
 )
 class TestWindowAndMemory:
@@ -100,6 +111,15 @@ class TestWindowAndMemory:
         )
         there = segment_ids > 0
         np.testing.assert_allclose(found[there], expected[there], atol=1e-5 * float(jnp.abs(expected).max()))
+
+    def test_a_tree(self, implementation: str, name: str, fields: dict[str, Any]) -> None:
+        """Nodes on top of what has been read, also those whose path leaves the window."""
+        tree = tree_arrays((-1, *range(12), 0, 3, 13))
+        tokens = documents()[0]
+        found, expected = (
+            jax.jit(verified)(build(each, name, **fields), tokens, tree) for each in (implementation, "xla")
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
     @pytest.mark.thorough
     def test_training(self, implementation: str, name: str, fields: dict[str, Any]) -> None:
@@ -134,9 +154,16 @@ def test_what_no_kernel_computes_is_left_to_xla() -> None:
     rows, window = QKV(*jnp.zeros((3, 1, 8, 1, 16))), AttentionWindow(None, 16)
     learnt, layout = Hedgehog(16, 1, 1), whole_rows(1, 8)
     assert windowed_program(learnt, window, rows, layout, KERNELS[0]) == KERNELS[0]
-    assert windowed_program(learnt, window, rows, layout, "xla") is None
+    assert windowed_program(learnt, window, rows, layout, "xla") == "xla"
     assert windowed_program(learnt, AttentionWindow(0), rows, layout, KERNELS[0]) is None
     assert windowed_program(learnt, window, rows, masked_rows(jnp.ones((1, 8))), KERNELS[0]) is None
     assert windowed_program(EluPlusOne(16), window, rows, layout, KERNELS[0]) is None
+    ring = jnp.zeros((1, window.capacity, 1, 16))
+    state = WindowedState(jnp.zeros((1, 1, 32, 17)), ring, ring, None, None, jnp.zeros((1,), jnp.int32))
+    assert verify_program(learnt, window, rows, state, KERNELS[0]) == KERNELS[0]
+    assert verify_program(learnt, window, rows, state, "xla") is None
+    assert verify_program(EluPlusOne(16), window, rows, state, KERNELS[0]) is None
+    no_window = replace(state, keys=ring[:, :0], values=ring[:, :0])
+    assert verify_program(learnt, AttentionWindow(1), rows, no_window, KERNELS[0]) is None
     half = QKV(*(each.astype(jnp.float16) for each in rows))
-    assert windowed_program(learnt, window, half, layout, KERNELS[0]) is None
+    assert windowed_program(learnt, window, half, layout, KERNELS[0]) == "xla"

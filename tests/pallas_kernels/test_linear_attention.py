@@ -14,7 +14,7 @@ from pallas_kernels.linear_attention import Memory, linear_attention, linear_att
 TOLERANCE = 3e-6
 KINDS = {"sums": {}, "divided": {"floor": 0.0}, "floor": {"floor": 6.0}, "decay": {"decay": True}}
 KINDS["divided decay"] = {"floor": 0.0, "decay": True}
-DIFFERENTIATED = [("floor", True), ("divided decay", False)]
+DIFFERENTIATED = [("divided decay", True)]
 REST = [(kind, packed) for kind in KINDS for packed in (True, False) if (kind, packed) not in DIFFERENTIATED]
 
 
@@ -135,7 +135,7 @@ class TestImplementation:
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", FEWER)
     @pytest.mark.parametrize("kind", cells(["divided decay"], ["divided"]))
     def test_documents_and_heads(self, implementation, kind):
         case = Case(290, batch=3, heads=4, kv_heads=2, sizes=(64, 16), packed=True, **KINDS[kind])

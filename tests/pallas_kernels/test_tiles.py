@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -19,6 +20,7 @@ from pallas_kernels.tiles import (
     tile_bucket,
     tiles_for,
     untiled,
+    use_table,
     using,
 )
 
@@ -33,7 +35,8 @@ def test_what_is_shipped(size, dtype):
             assert block_rows(operation, size, size, dtype, device="none of ours") % 128 == 0
             continue
         if untiled(kernel, size, size, dtype) is not None:
-            assert (size, dtype) == (256, "float32")
+            # A tree by a window has kernels for small heads only: with larger ones, registers would be spilled.
+            assert (size, dtype) == (256, "float32") or (kernel == "window_verify" and size > 32)
             continue
         for placed in (False, True):
             tiles = tiles_for(kernel, size, size, dtype, placed=placed, device="none of ours")
@@ -53,6 +56,25 @@ def test_a_device_has_its_own():
         assert tiles_for("tree_verify", 64, 64, "bfloat16", device="toaster") == Tiles(**mine)
         assert tiles_for("tree_verify", 64, 64, "float32", device="toaster") != Tiles(**mine)
         assert tiles_for("tree_verify", 64, 64, "bfloat16", device="kettle") != Tiles(**mine)
+
+
+def test_another_table_for_all_threads(tmp_path, monkeypatch):
+    """Benchmarks compile in threads; a table that is put in place for a while goes before it."""
+    monkeypatch.setattr("pallas_kernels.tiles._files", [TABLE])
+    mine = {"rows": 16, "part": 16, "piece": 16, "warps": 8, "stages": 3}
+    bucket = tile_bucket(64, 64, "bfloat16")
+    table = tmp_path / "tiles.json"
+    table.write_text(json.dumps({**load_table(), "toaster": {"tree_verify": {bucket: mine}}}))
+
+    def found(_=None):
+        return tiles_for("tree_verify", 64, 64, "bfloat16", device="toaster")
+
+    shipped = found()
+    use_table(table)
+    with ThreadPoolExecutor(1) as pool:
+        assert [found(), *pool.map(found, range(1))] == [Tiles(**mine)] * 2
+    with using(json.loads(TABLE.read_text())):
+        assert found() == shipped != Tiles(**mine)
 
 
 @pytest.mark.skipif(KERNELS != INTERPRETED, reason="interprets Triton")

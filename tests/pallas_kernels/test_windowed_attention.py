@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.backends import KERNELS
+from support.backends import FEWER, IMPLEMENTATIONS
 from support.cells import cells
 
 from pallas_kernels.augmented_attention import PackedRows
@@ -40,12 +40,13 @@ class Case:
         group=16,
         groups=1,
         tokens=None,
+        sinks=0,
         decay=None,
         packed=False,
         seed=0,
     ):
         rng = np.random.default_rng(seed)
-        self.options = {"features": features, "group_size": group, "groups": groups, "tokens": tokens}
+        self.options = {"features": features, "group_size": group, "groups": groups, "tokens": tokens, "sinks": sinks}
         self.options["scale"] = key_size**-0.5
         self.queries = rng.normal(size=(batch, length, heads, key_size))
         self.keys = rng.normal(size=(batch, length, kv_heads, key_size))
@@ -130,6 +131,7 @@ class Case:
             near = both & (group[:, :, None] - group[:, None] <= self.options["groups"])
         else:
             near = both & (lag < self.options["tokens"])
+        near = near | both & (self.positions < self.options["sinks"])[:, None]
         far = jnp.moveaxis(jnp.exp(balance), 1, 2)[..., None] * jnp.einsum("bthm,bshm->bhts", *phi)
         if log_decays is not None:
             clock = jnp.moveaxis(jnp.cumsum(jnp.repeat(log_decays, share, 2), axis=1), 1, 2)
@@ -166,21 +168,23 @@ FURTHER = (
     {"group": 24, "groups": 0, "features": "exponential", "decay": None},
     {"tokens": 1, "features": "exponential", "decay": "token"},
     {"tokens": 140, "features": "exponential", "decay": "constant"},
+    {"tokens": 1, "sinks": 1, "features": "hedgehog", "size": 8, "decay": "constant"},
+    {"group": 16, "groups": 0, "sinks": 20, "features": "exponential", "decay": None},
 )
-# The last of several is for `make test-all` where it adds little.
-FEWER = cells(KERNELS[:1], KERNELS[1:])
+# Sinks beside a sliding window: they leave it early, one after another.
+SINKS = {"tokens": 10, "sinks": 5, "features": "exponential", "decay": "token"}
 
 
 class TestImplementation:
     @pytest.mark.parametrize("implementation", FEWER)
-    @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
+    @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, SINKS, *FURTHER]))
     @pytest.mark.parametrize("length", cells([17], [1, 15, 300]))
     def test_whole_rows(self, implementation, kind, length):
         case = Case(length, **kind)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", KERNELS)
-    @pytest.mark.parametrize("kind", cells([SLIDING], [GROUPS, *FURTHER]))
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("kind", cells([SLIDING], [GROUPS, SINKS, *FURTHER]))
     def test_documents_heads_and_sizes(self, implementation, kind):
         case = Case(several_blocks(implementation), batch=2, heads=4, kv_heads=2, key_size=32, packed=True, **kind)
         outputs = np.asarray(case.run(implementation)[0])
@@ -196,8 +200,8 @@ class TestImplementation:
         outputs = np.asarray(case.run(implementation)[0])
         np.testing.assert_array_equal(outputs[case.there], expected[case.there])
 
-    @pytest.mark.parametrize("implementation", KERNELS)
-    @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("kind", cells([GROUPS, SINKS], [SLIDING, *FURTHER]))
     @pytest.mark.parametrize("packed", cells([True], [False]))
     def test_gradients(self, implementation, kind, packed):
         case = Case(several_blocks(implementation), packed=packed, **kind)
@@ -208,18 +212,16 @@ class TestImplementation:
             expected = list(jax.tree.map(np.asarray, pull(arrays, jnp.asarray(case.cotangents))))
         # The balance's gradient is a sum over all tokens that cancels: it is as exact as its terms are.
         terms, expected[4] = np.abs(expected[4]).sum((0, 1)).max(), expected[4].sum((0, 1))
-        # Of what the memory holds, the mean is taken off after the sum; behind a long window little is left of that.
-        tolerance = 3 * TOLERANCE if kind.get("tokens") == 140 else TOLERANCE
         weight = jnp.asarray(case.cotangents, jnp.float32)
         total = jax.grad(lambda *arrays: jnp.sum(case.run(implementation, arrays)[0] * weight), range(6))
         found = jax.jit(total)(*case.of(jnp.float32))
         for name, one, other in zip(NAMES, found, expected, strict=True):
             for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
                 scale = terms if name == "balance" else np.abs(its).max()
-                assert np.abs(np.asarray(mine, np.float64) - its).max() <= tolerance * scale, name
+                assert np.abs(np.asarray(mine, np.float64) - its).max() <= TOLERANCE * scale, name
 
     @pytest.mark.parametrize("implementation", FEWER)
-    @pytest.mark.parametrize("kind", cells([GROUPS], [SLIDING, *FURTHER]))
+    @pytest.mark.parametrize("kind", cells([GROUPS, SINKS], [SLIDING, *FURTHER]))
     def test_goes_on_from_a_start(self, implementation, kind):
         """Outputs, memory and gradients of a row in two pieces are those of the whole row."""
         case, cut = Case(150, **kind), 70
@@ -243,7 +245,10 @@ class TestImplementation:
         def in_pieces(*arrays):
             first, memory = piece(arrays, 0, cut, None)
             kept = [None if each is None else each[:, start:cut] for each in (arrays[1], arrays[2], arrays[5])]
-            second, after = piece(arrays, cut, 150, WindowedPrior(memory, *kept, jnp.arange(start, cut)[None]))
+            count = case.options["sinks"]
+            sinks = [each[:, :count] if count else None for each in arrays[1:3]]
+            prior = WindowedPrior(memory, *kept, jnp.arange(start, cut)[None], *sinks)
+            second, after = piece(arrays, cut, 150, prior)
             return jnp.sum(jnp.concatenate([first, second], axis=1) * weight) + sum(jnp.sum(x**2) for x in after)
 
         def whole(*arrays):
@@ -286,6 +291,9 @@ def test_inputs_that_do_not_fit():
     half = rows.astype(jnp.float16)
     with pytest.raises(UnsupportedError, match="not all float32 or all bfloat16"):
         windowed_attention(half, half, half, weights, implementation="tpu_interpreted", **options)
-    with pytest.raises(UnsupportedError, match=r"'xla' \(it is not part of this operation\); choose among xla, tpu"):
-        windowed_attention(rows, rows, rows, weights, implementation="xla", **options)
+    with pytest.raises(ValueError, match="sinks is -1; give zero or more"):
+        windowed_attention(rows, rows, rows, weights, sinks=-1, **options)
+    packed = PackedRows(*jnp.ones((2, 1, 8), int), *jnp.ones((3, 1), int))
+    with pytest.raises(ValueError, match="the prior context has 0 sinks, and sinks is 2; give as many in both"):
+        windowed_attention(rows, rows, rows, weights, packed=packed, prior=prior, sinks=2, **options)
     assert windowed_implementation(rows, rows, rows, 8, "xla") == "xla"

@@ -24,6 +24,7 @@ import pallas_kernels.augmented_attention.gpu
 import pallas_kernels.linear_attention.gpu
 import pallas_kernels.path_commit.gpu
 import pallas_kernels.tree_verify.gpu
+import pallas_kernels.window_verify.gpu
 import pallas_kernels.windowed_attention.gpu
 from pallas_kernels.augmented_attention import problem as augmented
 from pallas_kernels.gpu import launch as gpu_launch
@@ -31,7 +32,8 @@ from pallas_kernels.gpu import memories as gpu_memories
 from pallas_kernels.linear_attention import problem as linear
 from pallas_kernels.tiles import SIZES, untiled
 from pallas_kernels.tree_verify import problem as trees
-from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.types import AugmentedState, Nodes, TreeArrays, WindowedState
+from pallas_kernels.window_verify import problem as windows
 from pallas_kernels.windowed_attention import problem as windowed
 
 MODULES = {
@@ -39,6 +41,7 @@ MODULES = {
     "linear_attention": pallas_kernels.linear_attention.gpu,
     "windowed_attention": pallas_kernels.windowed_attention.gpu,
     "tree_verify": pallas_kernels.tree_verify.gpu,
+    "window_verify": pallas_kernels.window_verify.gpu,
     "path_commit": pallas_kernels.path_commit.gpu,
 }
 # Size of heads, type, and whether rows hold several documents and go on from a state.
@@ -51,7 +54,7 @@ ALL = [
     if untiled("augmented_attention.outputs", size, size, dtype) is None
 ]
 NAMES = {"bfloat16": "*bf16", "float32": "*fp32", "int32": "*i32"}
-ROWS, TOKENS, HEADS, KV_HEADS, NODES, GROUP, TAPS = 2, 500, 4, 2, 26, 64, 32
+ROWS, TOKENS, HEADS, KV_HEADS, NODES, GROUP, TAPS, SINKS = 2, 500, 4, 2, 26, 64, 32, 4
 
 
 class Launches:
@@ -119,7 +122,7 @@ def trace(launches, size, dtype, placed):
         both_passes(module, problem, module.plan_for(problem, 0.0 if placed else None))
         module = MODULES["windowed_attention"]
         problem = windowed_problem(rows, held, size, packed, slots[0])
-        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, "exponential")
+        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, "exponential", SINKS if placed else 0)
         both_passes(module, problem, module.plan_for(problem, window))
         tree = TreeArrays(struct(NODES, dtype=jnp.int32), struct(NODES, NODES, dtype=bool))
         state = AugmentedState(memory, *held, struct(ROWS, TAPS - 1, KV_HEADS, size, dtype=dtype), row)
@@ -127,10 +130,29 @@ def trace(launches, size, dtype, placed):
         verified = trees.VerifyProblem(*nodes, alpha, taps, tree, state)
         jax.eval_shape(lambda problem: MODULES["tree_verify"].verify(problem, unit_inputs=True, local=True), verified)
         jax.eval_shape(MODULES["path_commit"].commit, state, Nodes(*nodes[1:]), row)
+        if untiled("window_verify", size, size, dtype) is not None:
+            return
+        name = "hedgehog" if placed else "exponential"
+        window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, name)
+        verified = verified_window(nodes, tree, size, dtype, decayed=placed, hedgehog=placed)
+        jax.eval_shape(lambda problem: MODULES["window_verify"].verify(problem, window), verified)
+
+
+def verified_window(nodes, tree, size, dtype, *, decayed, hedgehog):
+    """A tree by a window of two groups and a memory, with the number of features that models have."""
+    directions = size if hedgehog else min(2 * size, 256)
+    features = 2 * size if hedgehog else directions
+    biases = (None, None) if hedgehog else (struct(HEADS, directions), struct(KV_HEADS, directions))
+    weights = windowed.FeatureWeights(struct(HEADS, directions, size), struct(KV_HEADS, directions, size), *biases)
+    ring = [struct(ROWS, 2 * GROUP, KV_HEADS, size, dtype=dtype) for _ in range(2)]
+    held, decays = (struct(ROWS, 2 * GROUP, KV_HEADS), struct(ROWS, NODES, KV_HEADS)) if decayed else (None, None)
+    memory = struct(ROWS, KV_HEADS, features, size + 1)
+    state = WindowedState(memory, *ring, held, None, struct(ROWS, dtype=jnp.int32))
+    return windows.WindowVerifyProblem(*nodes, weights, struct(HEADS), decays, tree, state)
 
 
 def windowed_problem(rows, held, size, packed, slots):
-    """Attention over a window and a memory, with the number of features that models have; placed rows decay, too."""
+    """Attention over a window and a memory, with the features that models have; placed rows decay, and have sinks."""
     features = min(2 * size, 256)
     weights = windowed.FeatureWeights(
         struct(HEADS, features, size),

@@ -1,6 +1,6 @@
 """Compiles the operations with the real TPU compiler, in a process of its own: `compile_for_tpu.py TOPOLOGY [CASES]`.
 
-Of windows and memories, a case fewer is compiled. Prints a line for each program; a program that the compiler refuses
+Of windows and memories, a case fewer is compiled, but one at least. Prints a line for each program; a program that the compiler refuses
 ends the process with its message.
 """
 
@@ -18,7 +18,8 @@ from pallas_kernels.implementations import compiling_for
 from pallas_kernels.linear_attention import Memory, linear_attention
 from pallas_kernels.path_commit import commit_path
 from pallas_kernels.tree_verify import verify_tree
-from pallas_kernels.types import AugmentedState, Nodes, TreeArrays
+from pallas_kernels.types import AugmentedState, Nodes, TreeArrays, WindowedState
+from pallas_kernels.window_verify import verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, WindowedPrior, windowed_attention
 
 # Rows, tokens, query heads, key/value heads, sizes of keys and values, type, with documents and a start.
@@ -95,7 +96,7 @@ def main(topology: str, cases: int = len(CASES)) -> None:
                 f"{topology} {queries.shape} {keys.shape} {dtype.__name__} linear {name}: {kernels} kernels", flush=True
             )
 
-    for case in WINDOWED[: cases - 1]:
+    for case in WINDOWED[: cases - 1] or WINDOWED[2:3]:
         _windowed(topology, struct, *case)
 
     for rows, nodes, heads, kv_heads, key_size, value_size, dtype, own in TREES:
@@ -117,10 +118,36 @@ def main(topology: str, cases: int = len(CASES)) -> None:
         print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} verify: {kernels} kernels", flush=True)
         kernels = compiled_kernels(_commit, state, Nodes(keys, values), struct((rows,)))
         print(f"{topology} {keys.shape} {dtype.__name__} commit: {kernels} kernels", flush=True)
+        _verified_window(topology, struct, rows, nodes, heads, kv_heads, key_size, value_size, dtype, own)
+
+
+def _verified_window(topology, struct, rows, nodes, heads, kv_heads, key_size, value_size, dtype, own):
+    """Compiles the verification of a tree by a window and a memory; with a tree for each row there is decay, too."""
+    wide, shape = partial(struct, dtype=jnp.float32), (rows,) if own else ()
+    tree = TreeArrays(struct((*shape, nodes)), struct((*shape, nodes, nodes), bool))
+    ring = [struct((rows, 128 - own, kv_heads, size), dtype) for size in (key_size, value_size)]
+    held, decays = (wide((rows, 127, kv_heads)), wide((rows, nodes, kv_heads))) if own else (None, None)
+    memory = wide((rows, kv_heads, 2 * key_size, value_size + 1))
+    state = WindowedState(memory, *ring, held, None, struct((rows,)))
+    directions = key_size if own else 2 * key_size
+    biases = (None, None) if own else (wide((heads, directions)), wide((kv_heads, directions)))
+    weights = FeatureWeights(wide((heads, directions, key_size)), wide((kv_heads, directions, key_size)), *biases)
+    options = {"features": "hedgehog" if own else "exponential", "tokens": 128 if own else None}
+
+    def verify(nodes, weights, tree, state, balance, decays):
+        named = options | {"scale": key_size**-0.5, "balance": balance, "log_decays": decays}
+        return verify_window(*nodes, weights, tree, state, **named)
+
+    queries, keys, values = (
+        struct((rows, nodes, *tail), dtype)
+        for tail in ((heads, key_size), (kv_heads, key_size), (kv_heads, value_size))
+    )
+    kernels = compiled_kernels(verify, (queries, keys, values), weights, tree, state, wide((heads,)), decays)
+    print(f"{topology} {queries.shape} {keys.shape} {dtype.__name__} windowed verify: {kernels} kernels", flush=True)
 
 
 def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_size, dtype, placed, size, name, window):
-    """Compiles attention over a window and a memory, forward and backward; placed rows decay, too."""
+    """Compiles attention over a window and a memory, forward and backward; placed rows decay, and have sinks."""
     wide = partial(struct, dtype=jnp.float32)
     directions = size // 2 if name == "hedgehog" else size
     biases = (wide((heads, size)), wide((kv_heads, size))) if name == "exponential" else (None, None)
@@ -134,7 +161,8 @@ def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_s
         packed = PackedRows(*(struct((rows, tokens)),) * 2, *(struct((rows,)),) * 3)
         memory = Memory(wide((rows, kv_heads, size, value_size)), wide((rows, kv_heads, size)))
         held = [struct((rows, 64, kv_heads, each), dtype) for each in (key_size, value_size)]
-        prior = WindowedPrior(memory, *held, wide((rows, 64, kv_heads)), struct((rows, 64)))
+        sinks = [struct((rows, 4, kv_heads, each), dtype) for each in (key_size, value_size)]
+        prior = WindowedPrior(memory, *held, wide((rows, 64, kv_heads)), struct((rows, 64)), *sinks)
         decays = wide((rows, tokens, kv_heads))
 
     def loss(arrays, packed, prior):
@@ -146,6 +174,7 @@ def _windowed(topology, struct, rows, tokens, heads, kv_heads, key_size, value_s
             weights,
             features=name,
             tokens=window,
+            sinks=4 if placed else 0,
             scale=key_size**-0.5,
             balance=balance,
             log_decays=decays,

@@ -48,6 +48,8 @@ class Case:
         return random_model(lambda: Llama(LlamaConfig(**{"num_kv_heads": 2, **common}), rngs=nnx.Rngs(0)))
 
 
+# A window before a memory, and a window alone.
+BESIDE_SINKS = ("hedgehog+window", {"name": "softmax", "window": 3, "sinks": 2})
 CASES = [
     Case("augmented", options={"tie_embeddings": True}),
     Case("flash_local", "gpt2", sizes={"local_score": "laplace"}),
@@ -61,6 +63,7 @@ CASES = [
     Case("augmented", sizes={"pattern": ("augmented", {"name": "softmax", "window": 3})}),
     Case("exponential+window+convolution", "gpt2", sizes={"window": 5}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token"}),
+    Case("hedgehog+window", sizes={"window": 6, "decay": "token", "sinks": 3, "pattern": BESIDE_SINKS}),
 ]
 THOROUGH = [
     Case("flash_global"),
@@ -81,6 +84,7 @@ THOROUGH = [
     Case("exponential+window", "gpt2", sizes={"window": 1}),
     Case("performer+window", sizes={"window_groups": 2, "decay": "constant"}),
     Case("relu+window", "gpt2", sizes={"window_groups": 0, "decay": "token"}),
+    Case("exponential+window", "gpt2", sizes={"window_groups": 0, "decay": "constant", "sinks": 5}),
     Case("augmented", sizes={"decay": "token"}),
     Case("flash_global", "gpt2", sizes={"decay": "constant"}),
     Case("flash+convolution", sizes={"decay": "constant"}),

@@ -52,7 +52,7 @@ def main():
 
     for build, layout in ((augmented, None), (augmented, packed), (linear, None), (linear, ones), (windowed, packed)):
         total, arrays = build("xla", layout)
-        expected = jax.tree.leaves(jax.value_and_grad(total, range(len(arrays)))(*arrays))
+        expected = jax.tree.leaves(jax.jit(jax.value_and_grad(total, range(len(arrays))))(*arrays))
         total, arrays = build("tpu_interpreted", layout)
         with jax.set_mesh(mesh):
             here = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))

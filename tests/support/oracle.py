@@ -178,6 +178,7 @@ class Oracle:
             near = np.abs(groups - here // config.group_size) <= config.window_groups
         else:
             near = np.abs(place - here) < config.window
+        near = near | (place < config.sinks) & (not cross)
         decays = np.ones(len(place))
         if config.decay == "constant":
             decays = np.exp(-np.exp(float(mixer.decay.rate[head[0]]))) * decays
@@ -213,7 +214,9 @@ class Oracle:
         squared = np.maximum(cosines, 0) ** 2
         grouped = np.ones_like(same) if both else ~same
         if base == "softmax":
-            return softmax(k @ q / root) @ v
+            seen = np.ones_like(same) if self.config.window is None else place > here - self.config.window
+            seen = seen | (place < self.config.sinks)
+            return softmax(k[seen] @ q / root) @ v[seen]
         if base == "square":
             return squared @ v / len(k)
         if base == "flash_local":

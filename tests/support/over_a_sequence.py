@@ -133,11 +133,11 @@ class Case:
 CASES = (
     Case("augmented"),
     Case("augmented", "whole", tensor=2),
-    Case("transnormer+local+convolution"),
-    Case("linformer", tensor=2),
     Case("augmented", "masked", form="bidirectional"),
 )
 FURTHER = (
+    Case("transnormer+local+convolution"),
+    Case("linformer", tensor=2),
     Case("augmented", "masked", group_size=4),
     Case("flash_global", group_size=12),
     Case("flash+convolution", group_size=3, conventions=FLASH, biased=True, tensor=2),

@@ -3,10 +3,11 @@
     python tests/support/try_export.py --write out/exports       # with lin_jax: small random models, and what they say
     OTHER/bin/python tests/support/try_export.py out/exports/*   # with torch and transformers alone, any version
 
-Each way to generate (one prompt and a batch padded on the left, greedy and sampled, several samples, beams, a text
-continued on its state, an assistant) is compared with passes over the whole text of each row that keep no state; greedy
-texts also with those of lin_jax, where the folder was written by `--write`. A cell says `equal`, `WRONG`, or the first
-line of the error. `--json FILE` writes the cells, too. The exit status is 1 if a cell is WRONG.
+Each way to generate (one prompt and a batch, greedy and sampled, several samples, beams, a text continued on its state,
+with drafts, an assistant) is compared with passes over the whole text of each row that keep no state; greedy texts also
+with those of lin_jax, where the folder was written by `--write`. Batches are padded on the left; those of a T5's
+encoder on the right. A cell says `equal`, `WRONG`, or the first line of the error. `--json FILE` writes the cells, too.
+The exit status is 1 if a cell is WRONG.
 
 Another version is tried in an environment of its own:
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 EXPECTED_FILE = "expected.json"
 TEXT = "the wind and the sea"
@@ -71,7 +72,9 @@ def try_folder(folder: Path) -> dict[str, str]:
     expected = json.loads(file.read_text()) if file.is_file() else {}
     cells = {"tokenizer": attempt(lambda: same_ids(folder, expected))}
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).double().eval()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        automatic = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = automatic.from_pretrained(folder, trust_remote_code=True).double().eval()
     except Exception as error:  # whatever it is, it is the answer
         return cells | {"model": said(error)}
     prompts = expected.get("prompts") or random_prompts(model)
@@ -91,6 +94,10 @@ def try_folder(folder: Path) -> dict[str, str]:
             generated(model, prompts, num_beams=3), generated(model, prompts, num_beams=3, use_cache=False)
         ),
         "continued on its state": lambda: compared(continued(model, single), whole_passes(model, single)),
+        "speculative": lambda: compared(generated(model, single, speculative=True), whole_passes(model, single)),
+        "speculative, batched": lambda: compared(
+            generated(model, prompts, speculative=True), whole_passes(model, prompts)
+        ),
         "assistant": lambda: compared(generated(model, single, assistant_model=model), whole_passes(model, single)),
     }
     if expected:
@@ -132,49 +139,57 @@ def random_prompts(model: PreTrainedModel) -> Rows:
     return [torch.randint(1, model.config.vocab_size, (count,), generator=draw).tolist() for count in (14, 5, 11)]
 
 
-def padded(rows: Rows) -> dict[str, torch.Tensor]:
-    """Rows padded on the left."""
+def padded(model: PreTrainedModel, rows: Rows) -> dict[str, torch.Tensor]:
+    """Rows padded on the left, where texts go on; on the right, where they are a T5's sources."""
     longest = max(map(len, rows))
-    return {
-        "input_ids": torch.tensor([[0] * (longest - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows]),
-    }
+    both = [([0] * (longest - len(row)), row) for row in rows]
+    left = not model.config.is_encoder_decoder
+    tokens = [padding + row if left else row + padding for padding, row in both]
+    mask = [padding + [1] * len(row) if left else [1] * len(row) + padding for padding, row in both]
+    return {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(mask)}
+
+
+def new_tokens(model: PreTrainedModel, inputs: dict[str, torch.Tensor], tokens: torch.Tensor) -> Rows:
+    """What is new in the rows that `generate` returns, behind the prompt, or the token that every text begins with."""
+    return tokens[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1] :].tolist()
 
 
 def generated(model: PreTrainedModel, rows: Rows, **options: object) -> Rows:
     """New tokens of `generate`."""
     torch.manual_seed(SEED)
-    inputs = padded(rows)
-    tokens = model.generate(**inputs, **OPTIONS | {"do_sample": False} | options)
-    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    inputs = padded(model, rows)
+    return new_tokens(model, inputs, model.generate(**inputs, **OPTIONS | {"do_sample": False} | options))
 
 
 def continued(model: PreTrainedModel, rows: Rows) -> Rows:
     """New tokens of two calls of `generate`, the second on the state of the first."""
-    inputs, half = padded(rows), {**OPTIONS, "do_sample": False, "max_new_tokens": NEW_TOKENS // 2}
+    inputs, half = padded(model, rows), {**OPTIONS, "do_sample": False, "max_new_tokens": NEW_TOKENS // 2}
     first = model.generate(**inputs, **half, return_dict_in_generate=True)
     names = [name for name in ("cache", "past_key_values") if name in first]
     half["max_new_tokens"] = NEW_TOKENS - NEW_TOKENS // 2
-    tokens = model.generate(
-        input_ids=first.sequences,
-        attention_mask=torch.ones_like(first.sequences),
-        **{names[0]: first[names[0]]},
-        **half,
-    )
-    return tokens[:, inputs["input_ids"].shape[1] :].tolist()
+    longer = {"input_ids": first.sequences, "attention_mask": torch.ones_like(first.sequences)}
+    if model.config.is_encoder_decoder:
+        longer = {**inputs, "decoder_input_ids": first.sequences}
+    return new_tokens(model, inputs, model.generate(**longer, **{names[0]: first[names[0]]}, **half))
+
+
+def next_logits(model: PreTrainedModel, prompt: list[int], new: list[int]) -> torch.Tensor:
+    """Logits `[V]` of the next token, by one pass over the whole text."""
+    if not model.config.is_encoder_decoder:
+        return model(input_ids=torch.tensor([prompt + new]), use_cache=False).logits[0, -1]
+    texts = {"input_ids": torch.tensor([prompt]), "decoder_input_ids": torch.tensor([[0, *new]])}
+    return model(**texts, use_cache=False).logits[0, -1]
 
 
 @torch.no_grad()
 def whole_passes(model: PreTrainedModel, rows: Rows, *, sample: bool = False) -> Rows:
     """New tokens, each from one pass over the whole text of its row alone."""
     torch.manual_seed(SEED)
-    rows = [list(row) for row in rows]
     found: Rows = [[] for _ in rows]
     for _ in range(NEW_TOKENS):
-        logits = torch.stack([model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+        logits = torch.stack([next_logits(model, row, new) for row, new in zip(rows, found, strict=True)])
         tokens = torch.multinomial(logits.float().softmax(-1), num_samples=1)[:, 0] if sample else logits.argmax(-1)
-        for row, new, token in zip(rows, found, tokens.tolist(), strict=True):
-            row.append(token)
+        for new, token in zip(found, tokens.tolist(), strict=True):
             new.append(token)
     return found
 
@@ -186,7 +201,6 @@ def write_exports(place: Path, names: Sequence[str] = ()) -> list[Path]:
     from flax import nnx
 
     from lin_jax.data import Tokenizer
-    from lin_jax.decoding import Generator
     from lin_jax.hub import save_pretrained
 
     tokenizer = Tokenizer.train(["the wind and the sea, the sun and the rain. "] * 20, VOCABULARY)
@@ -197,19 +211,34 @@ def write_exports(place: Path, names: Sequence[str] = ()) -> list[Path]:
         for _, leaf in nnx.to_flat_state(nnx.state(model)):  # every parameter random, also those that begin constant
             if np.issubdtype(leaf.dtype, np.floating):
                 leaf.set_value(jnp.asarray(draw.normal(size=leaf.shape) * 0.4, leaf.dtype))
-        greedy = Generator(model).generate(prompts, NEW_TOKENS).tokens
+        greedy = greedy_texts(model, prompts)
         folders.append(save_pretrained(model, place / name, tokenizer=tokenizer, overwrite=True))
         expected = {"prompts": prompts, "greedy": greedy, "text_ids": tokenizer.encode(TEXT).tolist()}
         (folders[-1] / EXPECTED_FILE).write_text(json.dumps(expected) + "\n")
     return folders
 
 
+def greedy_texts(model: Any, prompts: Rows) -> Rows:
+    """New tokens that lin_jax writes."""
+    import jax.numpy as jnp
+
+    from lin_jax.decoding import Generator
+    from lin_jax.models import T5
+
+    if not isinstance(model, T5):
+        return Generator(model).generate(prompts, NEW_TOKENS).tokens
+    longest = max(map(len, prompts))
+    tokens = jnp.asarray([row + [0] * (longest - len(row)) for row in prompts])
+    mask = jnp.asarray([[1] * len(row) + [0] * (longest - len(row)) for row in prompts])
+    return Generator(model.condition(tokens, mask)).generate([[0]] * len(prompts), NEW_TOKENS).tokens
+
+
 def small_models() -> dict[str, Callable[[], Any]]:
-    """LLaMA and GPT-2 in float64, with softmax and linearized, and LLaMA with scaled rotary positions."""
+    """Models in float64, with softmax (but FLASH) and linearized, and LLaMA with scaled rotary positions."""
     from flax import nnx
 
     from lin_jax.attention import AttentionConfig
-    from lin_jax.models import Gpt2, Gpt2Config, Llama, LlamaConfig
+    from lin_jax.models import Flash, FlashConfig, Gpt2, Gpt2Config, Llama, LlamaConfig
 
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_layers": 2, "num_heads": 4}
     mixers = {"group_size": 4, "kernel_size": 5, "features": 6, "rank": 2}
@@ -225,7 +254,30 @@ def small_models() -> dict[str, Callable[[], Any]]:
             # With softmax, longrope's factors change in the middle of a text.
             if name == "augmented" or (name == "softmax" and scaling != "longrope"):
                 models[f"llama-{name}-{scaling}"] = partial(Llama, replace(llama, rotary=rotary), rngs=nnx.Rngs(0))
+        if name != "softmax":
+            sizes_of_units = {each: sizes[each] for each in ("vocab_size", "hidden_size", "num_layers")}
+            double = {"dtype": "float64", "param_dtype": "float64"}
+            flash = FlashConfig(**sizes_of_units, **double, query_key_size=8, attention=attention)
+            models[f"flash-{name}"] = partial(Flash, flash, rngs=nnx.Rngs(0))
+        models[f"t5-{name}"] = partial(small_t5, sizes, attention)
     return models
+
+
+def small_t5(sizes: dict[str, int], attention: Any) -> Any:
+    """A T5 in float64, the attention in both its halves, and between them where it can be."""
+    from flax import nnx
+
+    from lin_jax.attention import REGISTRY, AttentionConfig, parse_name
+    from lin_jax.models import T5, T5Config
+
+    entry = REGISTRY[parse_name(attention.name).base]
+    plain = replace(attention, decay="none")
+    parts = {
+        "encoder_attention": plain,
+        "decoder_attention": attention,
+        "cross_attention": plain if "cross" in entry.forms else AttentionConfig("softmax"),
+    }
+    return T5(T5Config(**sizes, **parts, head_dim=4, dtype="float64", param_dtype="float64"), rngs=nnx.Rngs(0))
 
 
 def rotary_scalings() -> dict[str, Any]:

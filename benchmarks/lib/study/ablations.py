@@ -51,13 +51,13 @@ def cells(setup: Setup) -> list[Cell]:
     model = OWN if setup.quick else WHOLE
     own = (TEACHER,) if model == OWN else ()
     student = f"{LINEARIZE}/{cell_name(model, AUGMENTED, 0)}"
-    found = [Cell("left out", partial(left_out, model=model), 2.0, (*own, student))]
+    found = [Cell("left out", partial(left_out, model=model), 2.0, (*own, student), short=True)]
     if not setup.quick:
         for change, attention in TRAINED.items():
             name = f"trained/{change}"
             run = partial(trained, name=name, model=model, change=change, attention=attention)
-            found.append(Cell(name, run, MINUTES, own))
-    return [*found, Cell("no mask", partial(unmasked, name="no mask", model=model), MINUTES, own)]
+            found.append(Cell(name, run, MINUTES, own, short=True))
+    return [*found, Cell("no mask", partial(unmasked, name="no mask", model=model), MINUTES, own, short=True)]
 
 
 def left_out(setup: Setup, *, model: str) -> dict[str, Any]:

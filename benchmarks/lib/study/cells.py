@@ -58,6 +58,8 @@ class Sizes:
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
 
 
+# A seventh of the training, and shorter texts.
+SHORT = Sizes(steps=90, scratch_steps=120, task_steps=180, batch=4, prompts=8, new_tokens=64, rounds=3)
 QUICK = Sizes(
     steps=3,
     scratch_steps=4,
@@ -88,16 +90,18 @@ class Setup:
         scratch: folder of models, and of the results of cells.
         quick: whether this is a trial with tiny models and few steps, whose figures say nothing.
         data: places that are named on the command line, by what they are.
+        short: whether the budget of every cell is a fraction of the study's.
     """
 
     scratch: Path
     quick: bool = False
     data: Mapping[str, str] = field(default_factory=dict)
+    short: bool = False
 
     @property
     def sizes(self) -> Sizes:
-        """Sizes of the study or of the quick trial."""
-        return QUICK if self.quick else Sizes()
+        """Sizes of the study, of the short one or of the quick trial."""
+        return QUICK if self.quick else SHORT if self.short else Sizes()
 
     @property
     def places(self) -> Mapping[str, TextPlace]:
@@ -118,12 +122,14 @@ class Cell:
         run: measures it in a process of its own and returns the result, as JSON has it.
         minutes: that it is expected to take on two cores.
         needs: other cells whose models it uses, by part and name.
+        short: whether the short study has it too.
     """
 
     name: str
     run: "partial[dict[str, Any]]"
     minutes: float
     needs: tuple[str, ...] = ()
+    short: bool = False
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def train_student(
 ) -> tuple[Model, Path]:
     """Linearizes a teacher in the cell's folder with the budget of all students: the student, and the folder."""
     sizes, folder = setup.sizes, setup.folder(part, name)
-    data = setup.places["stories"].data(sizes.length, min(sizes.held_out, 4), most=sizes.text_bytes)
+    data = setup.places["stories"].data(sizes.length, max(sizes.held_out // 4, 1), most=sizes.text_bytes)
     model = lin_jax.linearize(
         teacher.model,
         teacher.tokenizer,

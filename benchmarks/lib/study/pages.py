@@ -13,6 +13,10 @@ from lib.study.runner import Store, duration, records
 WARNING = (
     "**This is a quick trial with tiny models and few steps. It shows that everything runs; its figures say nothing.**"
 )
+SHORT = (
+    "**This is the short study: a seventh of the training, short continuations, one seed. Students are still far from "
+    "their teacher; what is compared is how far each attention comes on the same budget.**"
+)
 
 
 def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: str) -> None:
@@ -31,7 +35,7 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
     lines = [
         "# The study: linear attention in autoregressive decoders",
         "",
-        *([WARNING, ""] if store.setup.quick else []),
+        *([WARNING, ""] if store.setup.quick else [SHORT, ""] if store.setup.short else []),
         'The claims are those of You et al., "When Linear Attention Meets Autoregressive Decoding" (ICML 2024), and',
         "a few of this package's own. Each is told beside what was found here, with small models and short training.",
         "",

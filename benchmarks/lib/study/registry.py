@@ -24,10 +24,16 @@ def all_cells(setup: Setup) -> dict[str, Cell]:
 
 
 def chosen_cells(setup: Setup, parts: Sequence[str], words: Sequence[str] = ()) -> dict[str, Cell]:
-    """The cells of some parts, those alone whose name has one of some words if any are given, and what they need."""
+    """The cells of some parts, those alone whose name has one of some words if any are given, and what they need.
+
+    The short study has few of them, unless words name others.
+    """
     cells = all_cells(setup)
     wanted = [
-        name for name in cells if name.split("/")[0] in parts and (not words or any(word in name for word in words))
+        name
+        for name, cell in cells.items()
+        if name.split("/")[0] in parts
+        and (any(word in name for word in words) if words else cell.short or not setup.short)
     ]
     needed = set(wanted)
     for name in reversed(cells):

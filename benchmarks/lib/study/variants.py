@@ -17,9 +17,9 @@ from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.attention.convolution import Convolution
 from lin_jax.attention.layout import Layout
-from lin_jax.attention.pairs import merge_heads
 from lin_jax.attention.registry import REGISTRY, AttentionEntry, Name, Sizes
 from lin_jax.attention.state import TreePairs
+from pallas_kernels.pairs import merge_heads
 from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 UNMASKED, MASKED, PUBLISHED = "unmasked", "masked", "published_boundary"

@@ -1,18 +1,19 @@
 """Decodes prompts from a terminal."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from lin_jax.cli.decode.prompts import given_prompts
 from lin_jax.cli.json_line import json_line
 from lin_jax.data.tokenizers.tokenizer import whole_characters
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
 from lin_jax.decoding.drafting.tree import DraftTree, chain, parse_tree
+from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import check_stops
@@ -22,12 +23,15 @@ from lin_jax.decoding.scheduler import Scheduler
 from lin_jax.decoding.streamed_text import StreamedText
 from lin_jax.devices import devices_shown
 from lin_jax.errors import UserError, check_seed
+from lin_jax.progress_bar import progress_bar
 from lin_jax.session import Session, check_length
 
 # What a shell expects of a program that Ctrl-C ended.
 INTERRUPTED = 130
 # Guesses of a chain where the acceptance rule needs a tree that stays and none is named.
 FIXED_LENGTH = 3
+# Waits that need no explanation.
+_UNNOTICED_SECONDS = 1.0
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -77,7 +81,18 @@ def decode(options: argparse.Namespace) -> int:
     status = write(session, texts, scheduler, options)
     _note(_figures(scheduler.generation, kind))
     session.save_costs()
+    _finish_compiling(generator.compiler, status)
     return status
+
+
+def _finish_compiling(compiler: ProgramCompiler, status: int) -> None:
+    """Waits for a program that is being compiled, and says so; Ctrl-C ends the process, which Python would not."""
+    try:
+        if not compiler.wait(_UNNOTICED_SECONDS):
+            _note("one more program is being compiled, which the next call has at once; Ctrl-C leaves it")
+            compiler.wait()
+    except KeyboardInterrupt:
+        os._exit(status)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -153,7 +168,7 @@ def _print_stream(session: Session, texts: Sequence[str], scheduler: Scheduler, 
 def _print_all(session: Session, texts: Sequence[str], scheduler: Scheduler, options: argparse.Namespace) -> int:
     """Shows how far it is, and prints every continuation at the end."""
     status = 0
-    with tqdm(total=len(texts), unit="prompt", disable=len(texts) == 1, file=sys.stderr) as progress:
+    with progress_bar(total=len(texts), unit="prompt", shown=len(texts) > 1) as progress:
         try:
             for update in scheduler:
                 progress.update(update.finished)

@@ -32,7 +32,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: help was asked for.
     """
     parser = OptionParser(
-        prog="decode.py",
+        prog="python -m lin_jax decode",
         description="Goes on from prompts with a trained model, plainly or with lossless speculation: the text is "
         "the same, only the time differs.",
         epilog="Ctrl-C ends a text early and shows what there is.",
@@ -73,7 +73,8 @@ def _add_numbers(group: argparse._ArgumentGroup) -> None:
         "--weights",
         default="stored",
         choices=("stored", "int8"),
-        help="stored (default) keeps weights in the type of their files; int8 rounds those of linear layers and head",
+        help="stored (default) keeps weights in the type of their files; int8 rounds those of linear layers, head and "
+        "table of tokens",
     )
     group.add_argument(
         "--same-bits",

@@ -81,7 +81,8 @@ def read_questions(file: str) -> Iterator[Question]:
     try:
         lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read questions from {file}: {error}; give a file of JSON lines") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read questions from {file}: {reason}; give a file of JSON lines") from None
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not filled:
         raise UserError(f"{file} holds no questions; give a line of JSON for each")

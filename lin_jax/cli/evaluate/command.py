@@ -27,6 +27,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     source = ModelSource.open(options.model, options.step)
     if source.is_run and source.run.data.task is not None:
         return task_report(source)
+    source.check_holds_no_tokenizer(options.tokenizer)
     # Beyond the embedding, JAX would read its last row.
     tokenizer = source.tokenizer(options.tokenizer).within(source.config.vocab_size)
     subject = Subject(source, tokenizer, _causal(source, options.model))

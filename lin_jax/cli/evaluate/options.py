@@ -38,8 +38,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         description="Measures a model, and prints one line of JSON: the perplexity of a causal model on text, its "
         "answers to questions (--choices), its speed and memory on this machine (--speed); of a run with objective "
         "classification, the metrics of its task.",
-        epilog="Examples: evaluate runs/demo; evaluate FOLDER --text book.txt --context document; evaluate FOLDER "
-        "--choices questions.jsonl; evaluate FOLDER --speed --batch 1. Tasks of the lm-evaluation-harness: "
+        epilog="Examples: evaluate runs/demo/teacher; evaluate FOLDER --text book.txt --context document; evaluate "
+        "FOLDER --choices questions.jsonl; evaluate FOLDER --speed --batch 1. Tasks of the lm-evaluation-harness: "
         "python -m lin_jax lm-eval.",
     )
     parser.add_argument(

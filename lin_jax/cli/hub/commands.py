@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +18,15 @@ from lin_jax.data import Tokenizer, load_tokenizer
 from lin_jax.data.sources.remote import MODEL, fetch_file, given_by, is_remote, is_remote_file
 from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.errors import UserError
-from lin_jax.hub.conversion.convert import convert, converted_bytes
+from lin_jax.hub.conversion.convert import convert, converted_bytes, writes_int8
+from lin_jax.hub.files import is_checkpoint_folder
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.peft import save_adapters
 from lin_jax.hub.save import TOKENIZER_FILES, check_output_folder, save_pretrained
 from lin_jax.hub.tensors import stored
 from lin_jax.models import MedusaHeads, PathHead
 from lin_jax.training.checkpoint.selector import CheckpointSelector
+from lin_jax.training.config import CONFIG_FILE
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.objectives.registry import kind_of
 
@@ -42,6 +44,7 @@ def import_checkpoint(
     figures: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    weights: str = "stored",
 ) -> None:
     """Writes a folder from a Hugging Face folder, a repository on the Hub or a file of llama2.c.
 
@@ -52,13 +55,16 @@ def import_checkpoint(
     """
     check_output_folder(Path(out), overwrite=overwrite)
     opened = Pretrained.open(source, attention=attention, param_dtype=dtype, head=head)
+    if dtype is None and writes_int8(opened, weights) and opened.rounded:
+        # What is not rounded keeps its type, too.
+        opened = Pretrained.open(source, attention=attention, param_dtype=opened.model.config.dtype, head=head)
     found = _find_tokenizer(opened, tokenizer)
     measured = _read_figures(figures)
     # A file of llama2.c names no end tokens: its texts follow each other.
     ends: tuple[int, ...] = ()
     if isinstance(found, Tokenizer) and opened.folder.is_file():
         ends = ModelSource(opened.folder).end_tokens(found)
-    with _bar("converting", converted_bytes(opened)) as note:
+    with _bar("converting", converted_bytes(opened, weights)) as note:
         folder = convert(
             opened,
             out,
@@ -71,6 +77,7 @@ def import_checkpoint(
             max_shard_bytes=max_shard_bytes,
             overwrite=overwrite,
             note=note,
+            weights=weights,
         )
     print(f"{folder} holds the model")
 
@@ -85,6 +92,7 @@ def export_run(
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     adapters: bool = False,
+    weights: str = "stored",
 ) -> None:
     """Writes a folder from a run folder: its model and tokenizer, with the heads that stand on it or lie in it.
 
@@ -99,13 +107,29 @@ def export_run(
         return _export_adapters(opened, out, overwrite)
     if not opened.is_run:
         return import_checkpoint(
-            source, out, dtype=dtype, figures=figures, max_shard_bytes=max_shard_bytes, overwrite=overwrite
+            source,
+            out,
+            dtype=dtype,
+            figures=figures,
+            max_shard_bytes=max_shard_bytes,
+            overwrite=overwrite,
+            weights=weights,
         )
     measured = _read_figures(figures)
     model, tokenizer, heads, ends = _load_run(opened)
     if dtype is not None:
         model, heads = _cast(model, dtype), None if heads is None else _cast(heads, dtype)
-    _save(model, out, tokenizer, heads, measured, max_shard_bytes, overwrite, ends)
+    _save(
+        model,
+        out,
+        tokenizer,
+        heads,
+        figures=measured,
+        end_tokens=ends,
+        max_shard_bytes=max_shard_bytes,
+        overwrite=overwrite,
+        weights="int8" if weights == "int8" else "stored",
+    )
     return None
 
 
@@ -127,6 +151,8 @@ def inspect_checkpoint(source: str, *, attention: AttentionConfig | None = None)
         shown, readable = adapter_table(Path(source))
         print(shown)
         return 0 if readable else 1
+    if (Path(source) / CONFIG_FILE).is_file() and not is_checkpoint_folder(Path(source)):
+        raise UserError(f"{source} is a run of train.py; make a folder of it with hub export {source} OUT, or give one")
     opened = Pretrained.open(source, attention=attention)
     print(table(opened))
     return 1 if opened.problems() else 0
@@ -180,9 +206,10 @@ def _read_figures(path: str | None) -> dict[str, Any] | None:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--figures {path} cannot be read as JSON: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"--figures {path} cannot be read as JSON ({reason}); give a file with an object") from error
     if not isinstance(content, dict):
-        raise UserError(f"--figures {path} must hold a JSON object of names and numbers")
+        raise UserError(f"--figures {path} holds no JSON object; give one of names and numbers")
     return {name: value for name, value in content.items() if isinstance(value, int | float | str)}
 
 
@@ -191,10 +218,7 @@ def _save(
     out: str,
     tokenizer: Tokenizer,
     heads: MedusaHeads | None,
-    figures: dict[str, Any] | None,
-    max_shard_bytes: int,
-    overwrite: bool,
-    end_tokens: Sequence[int] = (),
+    **options: Any,
 ) -> None:
     size = sum(variable[...].nbytes for variable in stored(model).values())
     with _bar("writing", size) as note:
@@ -203,10 +227,7 @@ def _save(
             out,
             tokenizer=tokenizer,
             heads=heads,
-            figures=figures,
-            end_tokens=end_tokens,
-            max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite,
+            **options,
             note=note,
         )
     print(f"{folder} holds the model")

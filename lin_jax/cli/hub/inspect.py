@@ -11,6 +11,7 @@ from lin_jax.errors import UserError
 from lin_jax.hub.config_json import attentions_of
 from lin_jax.hub.families.tensor_names import plain_names
 from lin_jax.hub.files import is_checkpoint_folder, listed
+from lin_jax.hub.int8.tensor import RoundedTensor
 from lin_jax.hub.load import Pretrained
 from lin_jax.hub.peft import PREFIX, open_adapters
 from lin_jax.hub.peft_config import CONFIG, read_adapter_config
@@ -56,7 +57,7 @@ def adapter_table(folder: Path) -> tuple[str, bool]:
         ("factors", ", ".join(f"{factor:g}" for factor in sorted(factors))),
         ("layers", f"{len(layers):,}: {listed(layers)}"),
         *_type_rows(tensors),
-        ("what to do", f"merge them: python -m lin_jax.hub import {base} OUT --adapter {folder}"),
+        ("what to do", f"merge them: python -m lin_jax hub import {base} OUT --adapter {folder}"),
     ]
     return _formatted(rows), True
 
@@ -126,7 +127,8 @@ def _changes(attention: AttentionConfig) -> str:
 def _type_rows(tensors: Mapping[str, Any]) -> list[tuple[str, str]]:
     counts: dict[str, list[int]] = {}
     for tensor in tensors.values():
-        count = counts.setdefault(tensor.dtype.name, [0, 0])
+        kind = "int8, with factors" if isinstance(tensor, RoundedTensor) else tensor.dtype.name
+        count = counts.setdefault(kind, [0, 0])
         count[0] += 1
         count[1] += tensor.nbytes
     return [(f"tensors {kind}", f"{count:,}, {_size(size)}") for kind, (count, size) in sorted(counts.items())]
@@ -134,6 +136,8 @@ def _type_rows(tensors: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _tensor_rows(opened: Pretrained) -> list[tuple[str, str]]:
     rows = _type_rows(opened.tensors)
+    if opened.rounded:
+        rows.append(("weights", "int8, for decoding; to train them: hub import FOLDER OUT --weights float"))
     if opened.left_out:
         rows.append(("left out", f"{len(opened.left_out):,}: {listed(opened.left_out)}"))
     if opened.adds:

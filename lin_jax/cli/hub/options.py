@@ -8,10 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import docstring_parser  # of jsonargparse[signatures]
+
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.models.compute import DTYPES
 from lin_jax.training.checkpoint.selector import parse_selector
+
+# As in `lin_jax.hub.conversion.convert`, which help need not wait for.
+WEIGHTS = ("stored", "int8", "float")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,6 +52,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for each in (importing, exporting):
         each.add_argument("out", metavar="OUT", help="folder to write")
         each.add_argument("--dtype", choices=DTYPES, help="type of the parameters (default: as they are)")
+        each.add_argument(
+            "--weights",
+            choices=WEIGHTS,
+            default="stored",
+            help="stored (default) writes matrices as they are; int8 rounds those of linear layers, head and table of "
+            "tokens; float turns int8 ones back",
+        )
         each.add_argument("--figures", metavar="FILE", help="JSON object of measured figures for the model card")
         each.add_argument("--max-shard-bytes", type=int, default=5_000_000_000, metavar="N", help="largest file")
         each.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
@@ -56,7 +68,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     inspecting = commands.add_parser("inspect", help=about, description=about, allow_abbrev=False)
     inspecting.add_argument("source", metavar="FOLDER", help="folder, OWNER/NAME, or file of llama2.c (.bin)")
     _add_attention(inspecting)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if (size := getattr(options, "max_shard_bytes", 1)) < 1:
+        raise UserError(f"--max-shard-bytes is {size}; give at least 1")
+    return options
 
 
 def _add_attention(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +84,8 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attention.layers", metavar="N=NAME,...", help="of some layers, such as 3=softmax,7=softmax")
     hints = typing.get_type_hints(AttentionConfig)
+    described = docstring_parser.parse(AttentionConfig.__doc__ or "").params
+    about = {each.arg_name: " ".join((each.description or "").split()).rstrip(".") for each in described}
     for each in fields(AttentionConfig):
         if each.name not in ("name", "pattern", "layers"):
             kind = next(part for part in (typing.get_args(hints[each.name]) or (hints[each.name],)))
@@ -76,7 +93,7 @@ def _add_attention(parser: argparse.ArgumentParser) -> None:
                 f"--attention.{each.name}",
                 type=_boolean if kind is bool else kind,
                 metavar=kind.__name__.upper(),
-                help=f"(default: {each.default})",
+                help=f"{about[each.name]} (default: {each.default})",
             )
 
 

@@ -15,6 +15,7 @@ from lin_jax.data.sources.corpus import Corpus, CorpusPart
 from lin_jax.data.sources.remote import MODEL, fetch_file, fetch_repository, is_remote, is_remote_file
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.formats import original_reader
+from lin_jax.data.tokenizers.quiet_transformers import import_transformers
 from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 from lin_jax.errors import UserError
 from lin_jax.files import copy_without_mark, has_mark
@@ -34,6 +35,12 @@ _USUAL_SPECIAL_TOKENS = {
 }
 # Vocabularies that transformers reads with what it brings; pieces of SentencePiece (*.model) need more.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Classes of transformers that take tokenizer.json as it is; what their configurations name, and what changes nothing.
+_AS_WRITTEN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+_NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_WITHOUT_EFFECT = frozenset(
+    {"backend", "clean_up_tokenization_spaces", "is_local", "local_files_only", "model_max_length", "tokenizer_class"}
+)
 # Files of a tokenizer; those of weights are never copied.
 _SUFFIXES = (".json", ".txt", ".model", ".bpe", ".jinja")
 
@@ -58,7 +65,9 @@ def load_tokenizer(name_or_path: str | Path) -> Tokenizer:
             return _from_json(path)
         with _without_marks(path) as folder:
             read = original_reader(folder)
-            return _from_transformers(str(folder)) if read is None else read(folder)
+            if read is not None:
+                return read(folder)
+            return _as_written(folder) or _from_transformers(str(folder))
     except UserError:
         raise
     except Exception as error:  # each kind of file fails in a way of its own, mostly with plain Exception
@@ -119,12 +128,32 @@ def _from_json(path: Path) -> Tokenizer:
     return Tokenizer(backend, **found)
 
 
+def _as_written(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder that says all in tokenizer.json, as run folders do; None for any other.
+
+    It is the one that transformers would make, without the seconds that transformers takes to be imported.
+    """
+    files = [folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    others = [folder / name for name in ("config.json", "chat_template.jinja", "added_tokens.json")]
+    if not all(map(Path.is_file, files)) or any(map(Path.exists, others)):
+        return None
+    said = json.loads(files[1].read_text(encoding="utf-8"))
+    if not isinstance(said, dict) or said.get("tokenizer_class") not in _AS_WRITTEN_CLASSES:
+        return None
+    special = {name: value for name, value in said.items() if name in _NAMED_TOKENS}
+    if said.keys() - special.keys() - _WITHOUT_EFFECT:
+        return None
+    backend = tokenizers.Tokenizer.from_str(files[0].read_text(encoding="utf-8"))
+    added = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    if not all(isinstance(value, str) and value in added for value in special.values()):
+        return None
+    return Tokenizer(backend, **special)
+
+
 def _from_transformers(name: str) -> Tokenizer:
     _check_files(Path(name))
-    # Imported here because it takes more than a second, and a trained tokenizer does not need it.
-    from transformers import AutoTokenizer
-
-    pretrained = AutoTokenizer.from_pretrained(
+    # A trained tokenizer does not need the package.
+    pretrained = import_transformers().AutoTokenizer.from_pretrained(
         name,
         trust_remote_code=False,
         local_files_only=True,
@@ -154,11 +183,11 @@ def _check_files(folder: Path) -> None:
 
 def _neutral_config(path: Path) -> dict[str, Any]:
     """An empty configuration in place of one of a type that transformers does not know, which it would warn about."""
-    from transformers import CONFIG_MAPPING, PretrainedConfig
-
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8-sig")).get("model_type") in CONFIG_MAPPING:
+    transformers = import_transformers()
+    known = transformers.CONFIG_MAPPING
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8-sig")).get("model_type") in known:
         return {}
-    return {"config": PretrainedConfig()}
+    return {"config": transformers.PretrainedConfig()}
 
 
 def _beginning(part: CorpusPart, characters: int) -> Iterator[str]:

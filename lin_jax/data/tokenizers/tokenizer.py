@@ -14,6 +14,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from lin_jax.data.tokenizers.quiet_transformers import import_transformers
 from lin_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,7 @@ class Tokenizer:
         """Writes the files that `load_tokenizer` and `transformers.AutoTokenizer` open into a folder."""
         pretrained = self._pretrained
         if pretrained is None:
-            from transformers import PreTrainedTokenizerFast
-
-            pretrained = PreTrainedTokenizerFast(
+            pretrained = import_transformers().PreTrainedTokenizerFast(
                 tokenizer_object=self.backend, clean_up_tokenization_spaces=False, **self._tokens
             )
         pretrained.save_pretrained(folder)

@@ -1,7 +1,9 @@
 """Calibration prompts for speculation plans: held-out text of the model's own data, or sampled from the model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 
 from lin_jax.data import DataConfig, Tokenizer, read_documents, split_documents
 from lin_jax.decoding.engine.sampling import Sampling
@@ -14,22 +16,34 @@ PROMPT_TOKENS, PROMPTS = 64, 24
 MAX_BYTES = 16_000_000
 
 
-def held_out_prompts(config: DataConfig, tokenizer: Tokenizer, min_count: int) -> list[list[int]]:
+def held_out_prompts(
+    config: DataConfig, tokenizer: Tokenizer, min_count: int, most: int | None = None
+) -> list[list[int]]:
     """First `PROMPT_TOKENS` tokens of each held-out document, then pieces from further on in them.
 
     Args:
         config: the data.
         tokenizer: the model's.
         min_count: number of prompts that are needed.
+        most: number of prompts at most, for which no more documents are encoded than need be; None gives all.
 
     Raises:
         UserError: the text cannot be read, or gives fewer than `min_count` prompts.
     """
     _, documents = split_documents(read_documents(config), config.validation_fraction)
-    texts = [tokenizer.encode(document.text).tolist() for document in documents]
-    places = range(0, 40 * PROMPT_TOKENS, 4 * PROMPT_TOKENS)
-    pieces = [text[begin : begin + PROMPT_TOKENS] for begin in places for text in texts]
-    pieces = [piece for piece in pieces if len(piece) == PROMPT_TOKENS]
+
+    @cache
+    def encoded(number: int) -> list[int]:
+        return tokenizer.encode(documents[number].text).tolist()
+
+    def all_pieces() -> Iterator[list[int]]:
+        for begin in range(0, 40 * PROMPT_TOKENS, 4 * PROMPT_TOKENS):
+            for number in range(len(documents)):
+                piece = encoded(number)[begin : begin + PROMPT_TOKENS]
+                if len(piece) == PROMPT_TOKENS:
+                    yield piece
+
+    pieces = list(islice(all_pieces(), most))
     if len(pieces) < min_count:
         raise UserError(f"the held-out text of {config.name} is too short for {min_count} prompts; give more text")
     return pieces

@@ -2,15 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from lin_jax.decoding.autotune.chooser import Arm
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
+from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
+from lin_jax.decoding.drafting.drafters.suffix import SuffixDrafter
 from lin_jax.decoding.drafting.drafters.union import UnionDrafter
-from lin_jax.decoding.drafting.hindsight import Hindsight, Retrospective
+from lin_jax.decoding.drafting.hindsight import Hindsight, MemoryHindsight, Retrospective
+from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
 # Guesses of the chains: 2, 4 and 8 nodes with the root.
 LENGTHS = (1, 3, 7)
+# One more, of 16 nodes, for drafters that copy whole passages.
+LONGEST = 15
+# Longest n-gram of the text itself that is looked up in hindsight, where no other drafter copies from it.
+LOOKED_UP = 3
 # A tree of 8 nodes for heads, whose second guesses are often right: ranks below the root.
 BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
 
@@ -35,25 +43,40 @@ class DraftShapes:
         return max(tree.depth for tree in self.trees)
 
 
-def draft_shapes(drafter: Drafter, deepest: int | None = None, extra: AnyTree | None = None) -> DraftShapes:
+def draft_shapes(
+    drafter: Drafter,
+    deepest: int | None = None,
+    extra: AnyTree | None = None,
+    memory: TextMemory | None = None,
+) -> DraftShapes:
     """Shapes for a drafter: of every drafter in a union chains of its own, of those with scores a tree too.
 
     Args:
         drafter: the drafter.
         deepest: largest depth that the model's attention can verify; None sets no limit.
         extra: one more shape, such as the one that a thorough search has found.
+        memory: the memory that a suffix drafter was built with, so that the host can tell what it would have given.
     """
     trees: list[AnyTree] = [DraftTree()]
-    arms, hindsight = [Arm(0, 0)], {}
+    arms = [Arm(0, 0)]
+    hindsight: dict[int, Callable[[], Hindsight]] = {}
     family = first = 0
-    for each in drafter.drafters if isinstance(drafter, UnionDrafter) else (drafter,):
+    sides = list(drafter.drafters) if isinstance(drafter, UnionDrafter) else [drafter]
+    copied = any(isinstance(each, NgramDrafter) for each in sides)
+    for each in sides:
         depth = each.depth if deepest is None else min(each.depth, deepest)
         chains = sorted({min(length, depth) for length in LENGTHS} - {0})
+        if isinstance(each, SuffixDrafter) and depth >= LONGEST:
+            chains.append(LONGEST)
         if each.width and chains:
             trees += [DraftTree(tuple((first,) * size for size in range(1, length + 1))) for length in chains]
             arms += [Arm(family, length) for length in chains]
             if isinstance(each, Retrospective):
-                hindsight[family] = _follower(each, chains[-1])
+                hindsight[family] = partial(each.hindsight, chains[-1])
+            elif isinstance(each, SuffixDrafter) and memory is not None:
+                # What the text itself gives is told by another drafter beside it.
+                longest = 0 if copied else LOOKED_UP
+                hindsight[family] = partial(MemoryHindsight, chains[-1], memory, longest, each.lookback)
             family += 1
         bushy = DraftTree(tuple(tuple(first + rank for rank in path) for path in BUSHY if len(path) <= depth))
         if isinstance(each, ScoringDrafter) and each.width > 1 and depth > 1:
@@ -65,7 +88,3 @@ def draft_shapes(drafter: Drafter, deepest: int | None = None, extra: AnyTree | 
         trees.append(extra)
         arms.append(Arm(family, extra.depth))
     return DraftShapes(tuple(trees), tuple(arms), hindsight)
-
-
-def _follower(drafter: Retrospective, depth: int) -> Callable[[], Hindsight]:
-    return lambda: drafter.hindsight(depth)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ class StepCosts:
         earlier = self.earlier[shape]
         known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
         known = [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
-        return max(float(np.median(known)), 1.0) if shape else 1.0
+        return max(median(known), 1.0) if shape else 1.0
 
     def record(self, shape: int, steps: int, seconds: float) -> None:
         """Takes the time of some steps; that of a shape is compared with plain steps of the same moments."""
@@ -61,7 +62,7 @@ class StepCosts:
         if not shape:
             self.plain_seconds = [*self.plain_seconds[-8:], seconds / steps]
         elif self.plain_seconds:
-            found = seconds / steps / float(np.median(self.plain_seconds))
+            found = seconds / steps / median(self.plain_seconds)
             self.found[shape] = [*self.found[shape], found][-KEPT:]
 
     @property

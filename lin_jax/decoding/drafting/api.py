@@ -21,13 +21,13 @@ class DraftContext(NamedTuple):
 
     Attributes:
         root: `[B]` the token already chosen, node 0.
-        hidden: `[B, E]` the target's hidden vector from which the root was chosen.
+        hidden: `[B, W]` the target's hidden vector from which the root was chosen, with those of `aux_layers` behind.
         recent: `[B, W]` last tokens (`lookback` of them), the root last; -1 before the beginning of the text.
         target: the target's recurrent state, which has consumed every token but the root.
     """
 
     root: Int[Array, " B"]
-    hidden: Float[Array, "B E"]
+    hidden: Float[Array, "B W"]
     recent: Int[Array, "B W"]
     target: Any = None
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.text_memory import CONTEXT, TextMemory
 
 
 class Hindsight(Protocol):
@@ -71,3 +72,38 @@ class LookupHindsight:
             if end is not None and last - end < self.lookback:
                 return [self.text[end + 1 + place % (last - end)] for place in range(self.depth)]
         return []
+
+
+class MemoryHindsight(LookupHindsight):
+    """Copies of earlier texts on the host: goes on in the text that it follows, else at the latest equal context.
+
+    The suffix drafter finds the longest match, and lets several vote; this one tells nearly as much at no cost.
+
+    Args:
+        depth: tokens to copy.
+        memory: the earlier texts.
+        longest: longest n-gram of the text itself to look up where the memory has nothing; 0 leaves the text itself to
+            another drafter.
+        lookback: number of last tokens of the text itself that are searched.
+    """
+
+    def __init__(self, depth: int, memory: TextMemory, longest: int, lookback: int) -> None:
+        super().__init__(depth, longest, lookback)
+        self.memory = memory
+        # Place in the memory of the token before the guesses, and the texts that it is a place of.
+        self.followed = -1
+        self.texts: list[int] = []
+
+    def _copy(self) -> list[int]:
+        """Tokens that followed in the memory, or else in the text itself."""
+        tokens, ends = self.memory.contexts
+        on = self.followed + self.accepted + 1
+        goes_on = self.followed >= 0 and self.texts is tokens and on < len(tokens) and tokens[on] == self.text[-1]
+        self.followed = on if goes_on else ends.get(tuple(self.text[-CONTEXT:]), -1)
+        self.texts = tokens
+        if self.followed >= 0:
+            guesses = tokens[self.followed + 1 : self.followed + 1 + self.depth]
+            if guesses and guesses[0] >= 0:
+                return guesses[: guesses.index(-1)] if -1 in guesses else guesses
+            self.followed = -1
+        return super()._copy() if self.longest else []

@@ -1,6 +1,7 @@
 """Memory of the texts of a session, from which the suffix drafter copies; bounded, the oldest are forgotten."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -14,6 +15,23 @@ MEMORY_TOKENS = 2**16
 LARGEST_MEMORY = 2**25
 # Texts are sorted in as soon as they are this share of what is remembered, and at least so many tokens.
 _PENDING_SHARE, _PENDING_TOKENS = 1 / 8, 512
+# Between two calls all of a memory of up to so many tokens is sorted anew, which takes milliseconds; of a larger one
+# only if so large a share is new.
+_QUICK_TOKENS, _QUICK_SHARE = 2**14, 1 / 16
+# Tokens of the contexts that the host looks up.
+CONTEXT = 3
+
+
+class Contexts(NamedTuple):
+    """The sorted texts on the host.
+
+    Attributes:
+        tokens: the texts, with -1 after each.
+        ends: place of the last token of the latest occurrence of every `CONTEXT` tokens that another one follows.
+    """
+
+    tokens: list[int]
+    ends: dict[tuple[int, ...], int]
 
 
 class TextMemory:
@@ -40,6 +58,8 @@ class TextMemory:
         # Bytes of 32-bit tokens, in order; quick to compare.
         self._texts: dict[bytes, None] = {}
         self._size = self._pending = 0
+        self._sorted: list[bytes] = []
+        self._contexts: Contexts | None = None
         self.index = nnx.Variable(build_index([], limit))
 
     @property
@@ -74,11 +94,35 @@ class TextMemory:
             self.refresh()
         return full
 
-    def refresh(self) -> None:
-        """Sorts in the texts that were added since the last time."""
-        if self._pending:
+    def refresh(self, *, cheaply: bool = False) -> None:
+        """Sorts in the texts that were added since the last time.
+
+        Args:
+            cheaply: leave it where sorting would take long beside what is new.
+        """
+        dear = self._size > _QUICK_TOKENS and self._pending < _QUICK_SHARE * self._size
+        if self._pending and not (cheaply and dear):
             self.index.set_value(build_index(self._arrays(), self.limit))
             self._pending = 0
+            self._sorted, self._contexts = list(self._texts), None
+
+    @property
+    def contexts(self) -> Contexts:
+        """The sorted texts on the host, where a single context is found sooner than on the device."""
+        if self._contexts is None:
+            tokens: list[int] = []
+            for text in self._sorted:
+                tokens += [*np.frombuffer(text, np.int32).tolist(), -1]
+            shifted = (tokens[place:-1] for place in range(CONTEXT))
+            ends = zip(zip(*shifted, strict=False), range(CONTEXT - 1, len(tokens)), strict=False)
+            following = tokens[CONTEXT:]
+            found = {
+                context: end
+                for (context, end), after in zip(ends, following, strict=False)
+                if after >= 0 <= min(context)
+            }
+            self._contexts = Contexts(tokens, found)
+        return self._contexts
 
     def _arrays(self) -> list[np.ndarray]:
         return [np.frombuffer(text, np.int32) for text in self._texts]

@@ -27,14 +27,14 @@ class DecodeState:
     Attributes:
         model: the model's recurrent state, leaves `[L, B, ...]`.
         drafter: the drafter's state, leaves `[L, B, ...]`.
-        hidden: `[B, E]` hidden vector of each text's last token.
+        hidden: `[B, W]` hidden vector of each text's last token.
         recent: `[B, W]` last tokens, newest last; -1 before the beginning.
         seen: `[B, V]` mask of the tokens that occur, or None if there is no repetition penalty.
     """
 
     model: Any
     drafter: Any
-    hidden: Float[Array, "B E"]
+    hidden: Float[Array, "B W"]
     recent: Int[Array, "B W"]
     seen: Bool[Array, "B V"] | None
 
@@ -46,7 +46,7 @@ def init_decode_state(model: CausalModel, drafter: Drafter, batch: int, capacity
     return DecodeState(
         model=model.init_state(batch, capacity),
         drafter=drafter.init_state(batch, capacity),
-        hidden=jnp.zeros((batch, config.hidden_size), config.dtype),
+        hidden=jnp.zeros((batch, model.hidden_width), config.dtype),
         recent=jnp.full((batch, drafter.lookback), -1, jnp.int32),
         seen=jnp.zeros((batch, config.vocab_size), bool) if seen else None,
     )

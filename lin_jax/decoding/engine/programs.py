@@ -112,17 +112,25 @@ class ProgramCompiler:
         self._thread = threading.Thread(target=work, name="lin_jax compiler", daemon=False)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Waits for a program that is being compiled."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits for a program that is being compiled, at most so long; False if it still is."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
 
 def shapes_of(tree: Any) -> Any:
-    """Shapes and types of a tree's arrays, from which `blank` makes new ones."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    """Shapes, types and devices of a tree's arrays, from which `blank` makes new ones.
+
+    A program is compiled anew for arrays that are bound to devices, as those of a checkpoint are and what is computed
+    from them, where it has been compiled for arrays that are not.
+    """
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None),
+        tree,
+    )
 
 
 def blank(shapes: Any) -> Any:
-    """Arrays of zeros with the given shapes and types."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    """Arrays of zeros with the given shapes, types and devices."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lin_jax.hub.files import LazyTensor
+from lin_jax.hub.int8.tensor import RoundedTensor, products
 
 # Numbers that are read, converted and written at once.
 BLOCK = 1 << 22
@@ -20,6 +21,9 @@ def blocks_of(tensor: Any, row: int = 1) -> Iterator[np.ndarray]:
     """
     if isinstance(tensor, LazyTensor):
         yield from _of_file(tensor, max(BLOCK // row, 1) * row)
+        return
+    if isinstance(tensor, RoundedTensor):
+        yield from _products(tensor)
         return
     array = np.atleast_1d(np.asarray(tensor))
     rows = max(1, BLOCK * len(array) // max(array.size, 1))
@@ -40,6 +44,16 @@ def equal(first: Any, second: Any) -> bool:
     if tuple(first.shape) != tuple(second.shape) or first.dtype != second.dtype:
         return False
     return all(np.array_equal(one, other) for one, other in zip(blocks_of(first), blocks_of(second), strict=True))
+
+
+def _products(tensor: RoundedTensor) -> Iterator[np.ndarray]:
+    """Blocks of whole rows of what int8 numbers and their factors stand for."""
+    width, place, factors = tensor.shape[1], 0, tensor.factors
+    for block in blocks_of(tensor.weight, width):
+        rows = block.reshape(-1, width)
+        scale = factors if len(factors) == 1 else factors[place : place + len(rows)]
+        place += len(rows)
+        yield products(rows, scale).reshape(-1)
 
 
 def _of_file(tensor: LazyTensor, most: int) -> Iterator[np.ndarray]:

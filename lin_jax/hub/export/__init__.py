@@ -16,8 +16,10 @@ SOURCE = Path(__file__).parent / "torch_source"
 MIXERS = (
     "attention_lin_jax.py",
     "configuration_lin_jax.py",
+    "int8_lin_jax.py",
     "linear_attention_lin_jax.py",
     "other_attention_lin_jax.py",
+    "pretrained_lin_jax.py",
     "recurrence_lin_jax.py",
     "versions_lin_jax.py",
     "windowed_attention_lin_jax.py",
@@ -25,6 +27,24 @@ MIXERS = (
 CAUSAL = (*MIXERS, "cache_lin_jax.py", "causal_lm_lin_jax.py", "drafts_lin_jax.py", "speculation_lin_jax.py")
 # Source of the function that transformers puts in the place of the model's `generate`, and its file in a folder.
 GENERATE = ("generate_lin_jax.py", "custom_generate/generate.py")
+# Attentions that the source has; one that was registered elsewhere opens in JAX alone.
+ATTENTIONS = (
+    "softmax",
+    "flash_local",
+    "flash_global",
+    "flash",
+    "linformer",
+    "performer",
+    "transnormer",
+    "yoso",
+    "relu",
+    "elu",
+    "hedgehog",
+    "exponential",
+    "rfa",
+    "linear_angular",
+    "square",
+)
 
 
 @dataclass(frozen=True)
@@ -37,19 +57,25 @@ class RemoteCode:
         heads: by the name of a model here, the automatic class of transformers that opens it, and its own class; the
             first is the family's own.
         shared: files beside that of the family.
-        attentions: base attentions that the source has; None is all.
     """
 
     config: str
     base: str
     heads: Mapping[str, tuple[str, str]]
     shared: tuple[str, ...] = CAUSAL
-    attentions: tuple[str, ...] | None = None
+
+    @property
+    def writes_texts(self) -> bool:
+        """True if its models have a `generate`."""
+        return {*CAUSAL} <= {*self.shared}
 
 
 CLASSES = {
     "llama": RemoteCode(
-        "LinJaxLlamaConfig", "LinJaxLlamaModel", {"Llama": ("AutoModelForCausalLM", "LinJaxLlamaForCausalLM")}
+        "LinJaxLlamaConfig",
+        "LinJaxLlamaModel",
+        {"Llama": ("AutoModelForCausalLM", "LinJaxLlamaForCausalLM")},
+        (*CAUSAL, "norms_lin_jax.py"),
     ),
     "gpt2": RemoteCode(
         "LinJaxGPT2Config", "LinJaxGPT2Model", {"Gpt2": ("AutoModelForCausalLM", "LinJaxGPT2LMHeadModel")}
@@ -68,7 +94,23 @@ CLASSES = {
         "LinJaxFlashConfig",
         "LinJaxFlashForCausalLM",
         {"Flash": ("AutoModelForCausalLM", "LinJaxFlashForCausalLM")},
-        attentions=("flash_local", "flash_global", "flash", "linear_angular"),
+        (*CAUSAL, "relative_bias_lin_jax.py"),
+    ),
+    "t5": RemoteCode(
+        "LinJaxT5Config",
+        "LinJaxT5Model",
+        {
+            "T5": ("AutoModelForSeq2SeqLM", "LinJaxT5ForConditionalGeneration"),
+            "T5Classifier": ("AutoModelForSequenceClassification", "LinJaxT5ForSequenceClassification"),
+        },
+        (
+            *CAUSAL,
+            "both_sides_lin_jax.py",
+            "cross_attention_lin_jax.py",
+            "norms_lin_jax.py",
+            "relative_bias_lin_jax.py",
+            "t5_layers_lin_jax.py",
+        ),
     ),
 }
 
@@ -82,9 +124,7 @@ def has_source(family: str, model: str, attentions: Iterable[str]) -> bool:
         attentions: names of its attentions, without what is added to them.
     """
     code = CLASSES.get(family)
-    if code is None or model not in code.heads:
-        return False
-    return code.attentions is None or {*attentions} <= {*code.attentions}
+    return code is not None and model in code.heads and {*attentions} <= {*ATTENTIONS}
 
 
 def write_remote_code(folder: Path, family: str) -> None:
@@ -93,10 +133,10 @@ def write_remote_code(folder: Path, family: str) -> None:
     Raises:
         UserError: there is no such source for this family.
     """
-    shared = _code(family).shared
-    for name in (*shared, f"{_module(family)}.py"):
+    code = _code(family)
+    for name in (*code.shared, f"{_module(family)}.py"):
         shutil.copyfile(SOURCE / name, folder / name)
-    if shared is CAUSAL:
+    if code.writes_texts:
         source, file = GENERATE
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(SOURCE / source, folder / file)

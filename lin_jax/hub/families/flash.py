@@ -79,7 +79,13 @@ def config_from_huggingface(config: Mapping[str, Any], attention: AttentionConfi
 
 def config_to_huggingface(config: FlashConfig, architecture: str = "FlashForCausalLM") -> dict[str, Any]:
     """The contents of a `config.json`; `architecture` names the kind of model that has the configuration."""
-    common = {"model_type": MODEL_TYPE, "architectures": [architecture], "torch_dtype": config.param_dtype}
+    common = {
+        "model_type": MODEL_TYPE,
+        "architectures": [architecture],
+        "torch_dtype": config.param_dtype,
+        # Said, for transformers 4 takes the head to be the embedding where nothing is.
+        "tie_word_embeddings": False,
+    }
     return common | {there: getattr(config, here) for there, here in FIELDS.items()}
 
 

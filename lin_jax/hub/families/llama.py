@@ -222,8 +222,10 @@ def linearized_options(config: LlamaConfig) -> dict[str, Any]:
 
 
 def has_windows(config: LlamaConfig) -> bool:
-    """True if a type of transformers has the windows of a configuration's softmax attention."""
+    """True if a type of transformers has the windows of a configuration's softmax attention, without sinks."""
     windows = _windows(config)
+    if any(each.sinks for each in config.attention.kinds):
+        return False
     if set(windows) == {None}:
         return True
     if len(set(windows) - {None}) > 1:

@@ -164,7 +164,11 @@ FAMILIES = {
         Family(
             name="t5",
             model_types=("t5",),
-            heads=_heads("t5", seq2seq=("T5ForConditionalGeneration",), classifier=("T5ForSequenceClassification",)),
+            heads=_heads(
+                "t5",
+                seq2seq=("T5ForConditionalGeneration", "LinJaxT5ForConditionalGeneration"),
+                classifier=("T5ForSequenceClassification", "LinJaxT5ForSequenceClassification"),
+            ),
             config_from_huggingface=t5.config_from_huggingface,
             config_to_huggingface=t5.config_to_huggingface,
             entries=t5.entries,

@@ -51,7 +51,7 @@ class _FlashBody(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Logits in float32 or better."""
-        return upcast(self.head(hidden))
+        return upcast(self.head(hidden[..., : self.config.hidden_size]))
 
 
 class Flash(_FlashBody, CausalModel):

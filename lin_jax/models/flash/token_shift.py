@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import Layout, TreeArrays
-from lin_jax.attention.layout import first_segment_id
+from pallas_kernels.chunks import first_segment_id
 
 
 def shift_rows(

@@ -1,11 +1,13 @@
 """The next token."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
 from lin_jax.evaluation.perplexity import Perplexity, next_token_sums
@@ -33,7 +35,20 @@ class NextToken:
 
     def start(self, key: Array, base: CausalModel | None) -> Params:
         """Fresh parameters, or those of a base model, and adapters that do nothing yet."""
-        draw = partial(new_params, self._config, key)
+        return self.start_of(key, base, lambda path: True)
+
+    def start_of(self, key: Array, base: CausalModel | None, needed: Callable[[tuple[str, ...]], bool]) -> Params:
+        """Parameters as in `start`; those that are not needed are zero where the base has none: a draw takes long."""
+
+        def draw(wanted: set[tuple[str, ...]] | None = None) -> Params:
+            if wanted is None:
+                return new_params(self._config, key)
+            drawn = {path for path in wanted if needed(path)}
+            found = flatten_dict(new_params(self._config, key, drawn)) if drawn else {}
+            shapes = flatten_dict(self._plain)
+            blank = {path: np.zeros(shapes[path].shape, shapes[path].dtype) for path in wanted - drawn}
+            return unflatten_dict({**found, **jax.tree.map(jnp.asarray, blank)})
+
         if base is None:
             own = draw()
         else:

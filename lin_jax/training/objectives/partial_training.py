@@ -13,6 +13,7 @@ from lin_jax.losses.cross_entropy import Batch, Sums
 from lin_jax.models.adapters import TrainableFilter, is_adapter
 from lin_jax.models.lora import merge_lora
 from lin_jax.models.params import Params, filled, params_of
+from lin_jax.training.objectives.next_token import NextToken
 from lin_jax.training.objectives.objective import PartRate, training_sums
 from pallas_kernels.precision import upcast
 
@@ -47,8 +48,16 @@ class PartialTraining:
     def frozen(self, base: Any) -> Params:
         """The others, as `rest`; adapters of layers that do not learn are zero."""
         learning, rest = self._learning, {}
-        for path, value in flatten_dict(self._whole.start(self._key, base)).items():
-            if not learning.includes(path) or learning.slice_of(path) is not None:
+
+        def needed(path: tuple[str, ...]) -> bool:
+            return not learning.includes(path) or learning.slice_of(path) is not None
+
+        if isinstance(self._whole, NextToken):
+            every = self._whole.start_of(self._key, base, needed)
+        else:
+            every = self._whole.start(self._key, base)
+        for path, value in flatten_dict(every).items():
+            if needed(path):
                 rest[path] = jnp.zeros_like(value) if is_adapter(path) else value
         return {"rest": unflatten_dict(rest), **self._whole.frozen(base)}
 

@@ -13,6 +13,7 @@ from lin_jax.training.objective_configs import Trains
 from lin_jax.training.objectives.attention_transfer import AttentionTransfer
 from lin_jax.training.objectives.classification import Classification
 from lin_jax.training.objectives.distillation import Distillation
+from lin_jax.training.objectives.draft_vocabulary import tokens_from_text
 from lin_jax.training.objectives.medusa import Medusa
 from lin_jax.training.objectives.medusa_joint import MedusaJoint
 from lin_jax.training.objectives.next_token import NextToken
@@ -55,8 +56,18 @@ def _check_heads(config: RunConfig) -> None:
         )
 
 
-def _check_joint(config: RunConfig) -> None:
+def _check_medusa(config: RunConfig) -> None:
     _check_heads(config)
+    for name in ("layers", "self_steps", "vocabulary", "tokens"):
+        if value := getattr(config.heads, name):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"heads.{name} {shown} is for objective path, not '{config.objective}'; leave heads.{name} out"
+            )
+
+
+def _check_joint(config: RunConfig) -> None:
+    _check_medusa(config)
     if not 0 <= config.heads.warmup_steps < config.training.steps:
         raise UserError(
             f"heads.warmup_steps is {config.heads.warmup_steps}; give 0 or more, and fewer than the "
@@ -123,15 +134,24 @@ def _medusa_joint(config: RunConfig) -> MedusaJoint:
 
 
 def _path(config: RunConfig) -> PathHeadObjective:
-    heads = config.heads
-    return PathHeadObjective(config.model, heads.width, heads_depth(config), heads.decay, heads.targets)
+    heads, model = config.heads, config.model
+    return PathHeadObjective(
+        model,
+        heads.width,
+        heads_depth(config),
+        heads.decay,
+        heads.targets,
+        layers=heads_layers(config),
+        tokens=None if heads.tokens is None else tokens_from_text(heads.tokens, model.vocab_size or 1),
+        self_steps=heads.self_steps,
+    )
 
 
 OBJECTIVES: dict[str, ObjectiveKind] = {
     "attention_transfer": ObjectiveKind(_transfer, _check_transfer),
     "classification": ObjectiveKind(_classification, _check_classification, purpose=CLASSIFIER),
     "language_model": ObjectiveKind(_next_token),
-    "medusa": ObjectiveKind(_medusa, _check_heads, Trains.HEADS, heads_name="Medusa heads"),
+    "medusa": ObjectiveKind(_medusa, _check_medusa, Trains.HEADS, heads_name="Medusa heads"),
     "medusa_joint": ObjectiveKind(_medusa_joint, _check_joint, Trains.MODEL_AND_HEADS, heads_name="Medusa heads"),
     "path": ObjectiveKind(_path, _check_heads, Trains.HEADS, heads_name="a path head"),
 }
@@ -140,6 +160,20 @@ OBJECTIVES: dict[str, ObjectiveKind] = {
 def heads_depth(config: RunConfig) -> int:
     """Tokens ahead that a run's heads draft."""
     return config.heads.depth or (PATH_DEPTH if config.objective == "path" else MEDUSA_DEPTH)
+
+
+def heads_layers(config: RunConfig) -> tuple[int, ...]:
+    """Layers that a run's path head reads beside the last.
+
+    Raises:
+        UserError: there are no such layers, or they are not in order.
+    """
+    chosen, count = config.heads.layers, config.model.num_layers
+    if chosen is None:
+        return tuple(sorted({count * quarter // 4 for quarter in (1, 2, 3)} - {count - 1}))
+    if list(chosen) != sorted(set(chosen)) or not all(0 <= each < count for each in chosen):
+        raise UserError(f"heads.layers is {list(chosen)}; give numbers from 0 to {count - 1}, in ascending order")
+    return chosen
 
 
 def task_of(config: RunConfig) -> Task | None:

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from lin_jax.data import DataConfig, Document, Tokenizer, load_tokenizer, prepare_tokenizer
+from lin_jax.data.tokenizers import loading
 from lin_jax.errors import UserError
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 5, "The café is open — naïve 😀 日本語.", Path(__file__).read_text()]
@@ -36,6 +37,28 @@ def test_saved_folder_opens_here_and_in_transformers(trained, tmp_path):
     again = tmp_path / "again"
     load_tokenizer(tmp_path).save(again)
     assert load_tokenizer(again).fingerprint == trained.fingerprint
+
+
+def test_a_saved_folder_needs_no_transformers(trained, tmp_path, monkeypatch):
+    """What is read without transformers is what transformers reads; what it would read otherwise is left to it."""
+    trained.save(tmp_path)
+    read = loading._from_transformers
+    theirs = read(str(tmp_path))
+    monkeypatch.setattr(loading, "_from_transformers", None)
+    ours = load_tokenizer(tmp_path)
+    monkeypatch.setattr(loading, "_from_transformers", read)
+    assert ours.backend.to_str() == theirs.backend.to_str()
+    assert (ours.eos_id, ours.bos_id, ours.begin_ids) == (theirs.eos_id, theirs.bos_id, theirs.begin_ids)
+    assert ours.encoding_fingerprint == theirs.encoding_fingerprint == trained.encoding_fingerprint
+    file = tmp_path / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    for change in ({"add_bos_token": True}, {"tokenizer_class": "LlamaTokenizerFast"}, {"bos_token": "<new>"}):
+        file.write_text(json.dumps(said | change))
+        assert loading._as_written(tmp_path) is None
+    file.write_text(json.dumps(said))
+    assert loading._as_written(tmp_path) is not None
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert loading._as_written(tmp_path) is None
 
 
 def test_truncation_in_a_file_does_not_cut_texts(trained, tmp_path):

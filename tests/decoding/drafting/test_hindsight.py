@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from support.samples import VOCABULARY, build_model
 
-from lin_jax.decoding import Generator, NgramDrafter, chain
-from lin_jax.decoding.drafting.hindsight import LookupHindsight
+from lin_jax.decoding import Generator, NgramDrafter, SuffixDrafter, TextMemory, chain
+from lin_jax.decoding.drafting.hindsight import LookupHindsight, MemoryHindsight
 
 
 def slow(text: list[int], depth: int, longest: int, lookback: int) -> list[int]:
@@ -57,3 +57,32 @@ def test_it_foretells_what_the_drafter_gives() -> None:
     hindsight.push([*prompt, done.tokens[0][0]])
     foretold = np.bincount(hindsight.push(done.tokens[0][1:]), minlength=8)
     assert np.abs(foretold - done.accepted_histogram).sum() <= 3
+
+
+def test_earlier_texts_are_followed_to_their_end() -> None:
+    """The longest known passage goes on, whatever shorter contexts came later; beyond it nothing is guessed."""
+    rng, memory = np.random.default_rng(3), TextMemory(512)
+    first, second = rng.integers(0, 40, 60).tolist(), rng.integers(0, 40, 60).tolist()
+    second[20:23] = first[30:33]
+    for text in (first, second):
+        memory.add(text)
+    new = rng.integers(40, 50, 10).tolist()
+    hindsight = MemoryHindsight(7, memory, 0, 256)
+    assert not any(hindsight.push([*new, *first]))
+    memory.refresh()
+    hindsight = MemoryHindsight(7, memory, 0, 256)
+    accepted = hindsight.push([*new, *first, *new])
+    # Three tokens are read before the passage is known; the last step in it has one left to guess.
+    assert accepted == [0] * 12 + [7] * 7 + [1] + [0] * 9
+
+
+def test_it_foretells_what_the_suffix_drafter_gives() -> None:
+    model, memory = build_model("augmented", dtype="float32"), TextMemory(1024)
+    prompts = [np.random.default_rng(seed).integers(0, VOCABULARY, 12).tolist() for seed in (1, 2)]
+    generator = Generator(model, drafter=SuffixDrafter(memory, lookback=64), tree=chain(7), memory=memory)
+    for _ in range(2):
+        done = generator.generate(prompts, 120)
+    hindsight = MemoryHindsight(7, memory, 0, 256)
+    hindsight.push([*prompts[1], done.tokens[1][0]])
+    steps = len(hindsight.push(done.tokens[1][1:]))
+    assert abs(steps - done.steps[1]) <= 2 < 30 < 120 / 2

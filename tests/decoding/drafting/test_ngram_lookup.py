@@ -55,7 +55,7 @@ def test_prompt_lookup_grows_a_trie(texts: list[list[int]], recent: jax.Array) -
     drafter = NgramDrafter(depth=3, matches=4, lookback=32, confidence=confidence)
     tree = DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 0)))
     begun = DraftContext(recent[:, -1], jnp.zeros((len(texts), 1)), recent)
-    draft = tree.grow(drafter, begun, None)
+    draft = jax.jit(lambda: tree.grow(drafter, begun, None))()
     for row, text in enumerate(texts):
         matches = occurrences(text, 3, 3)[:4]
         children = follow(matches, confidence)

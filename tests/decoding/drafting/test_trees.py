@@ -55,7 +55,7 @@ def paths_of(draft: Draft, row: int) -> dict[int, Path]:
 def test_static_trees_hold_the_ranks_they_name() -> None:
     drafter, roots = TableDrafter(), [1, 4, 0]
     tree = DraftTree(((0,), (2,), (3,), (0, 1), (2, 0), (2, 2), (2, 0, 4), (2, 0, 4, 1)))
-    draft = tree.grow(drafter, context(roots), None)
+    draft = jax.jit(lambda: tree.grow(drafter, context(roots), None))()
     for row, root in enumerate(roots):
         paths = paths_of(draft, row)
         for ranks in tree.paths:
@@ -101,8 +101,8 @@ def test_a_union_offers_all_and_a_dynamic_tree_none_twice() -> None:
     one, other = TableDrafter(0), TableDrafter(1)
     both = UnionDrafter(one, other)
     assert (both.depth, both.width) == (4, 10)
-    draft = DraftTree(((0,), (5,), (5, 6))).grow(both, context([1, 4, 0]), (None, None))
-    moving = DynamicTree(8, 2, 3, 6).grow(both, context([1, 4, 0]), (None, None))
+    trees = DraftTree(((0,), (5,), (5, 6))), DynamicTree(8, 2, 3, 6)
+    draft, moving = jax.jit(lambda: [tree.grow(both, context([1, 4, 0]), (None, None)) for tree in trees])()
     for row, root in enumerate([1, 4, 0]):
         expected = (root, int(np.argmax(other.log_probs(row, (root,)))))
         paths = paths_of(draft, row)

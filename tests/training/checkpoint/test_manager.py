@@ -180,6 +180,7 @@ def test_medusa_heads_learn_on_a_base_that_stays(base_run, heads_run):
     assert (base.folder, base.step) == (base_run, 12)
 
 
+@pytest.mark.thorough
 def test_heads_hold_no_copy_of_the_base(heads_run):
     metadata = json.loads((heads_run / "checkpoints" / "40" / "about" / "metadata").read_text())
     assert set(metadata["parameters"]) == {"weight", "bias", "output"}

@@ -96,6 +96,7 @@ def test_a_validation_that_is_due_comes_before_the_checkpoint(base_run):
     assert load_model(base_run, "best")[2] == 12
 
 
+@pytest.mark.thorough
 def test_the_best_model_is_loaded_by_name(base_run, tmp_path, caplog):
     run = shutil.copytree(base_run, tmp_path / "run")
     label = run / "checkpoints" / "8" / "about" / "metadata"

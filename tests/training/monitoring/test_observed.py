@@ -97,6 +97,7 @@ def test_every_figure_is_in_every_tracker(observed):
     assert [{name: figures[name] for name in line} for figures, line in zip(logged, lines, strict=True)] == lines
 
 
+@pytest.mark.thorough
 def test_weights_and_biases_goes_on_with_the_same_run(observed):
     _, _, fake = observed
     first, second = fake.runs

@@ -155,6 +155,7 @@ def test_patience_ends_in_one_line(tmp_path, tiny_run, capsys):
     assert f"the last good checkpoint is {last}; " in said[0]
 
 
+@pytest.mark.thorough
 def test_a_spike_is_said_even_when_it_is_ignored(tmp_path, tiny_run, capsys):
     watch = LossSpikesConfig(window=6)
     with planted({7: 50.0, 8: 50.0}):

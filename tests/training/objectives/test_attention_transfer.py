@@ -18,7 +18,7 @@ from lin_jax.models.adapters import TrainableFilter
 from lin_jax.models.params import params_of
 from lin_jax.training import RunConfig
 from lin_jax.training.objective_configs import TransferConfig
-from lin_jax.training.objectives import AttentionTransfer, PartialTraining
+from lin_jax.training.objectives import AttentionTransfer, PartialTraining, next_token
 from lin_jax.training.objectives.registry import check_run, objective_of
 from lin_jax.training.train_step import accumulate_gradients
 
@@ -285,3 +285,16 @@ def test_layers_that_there_are_not(transfer, message):
 def test_layers_without_an_attention_of_their_own_are_refused():
     with pytest.raises(UserError, match="is for LLaMA and GPT-2, and the model is a Flash"):
         AttentionTransfer(FlashConfig(vocab_size=11, hidden_size=8, num_layers=1))
+
+
+def test_nothing_is_drawn_for_frozen_parameters_that_the_base_has(models, monkeypatch):
+    """Mixers that learn are no part of what is frozen: it is the base's own, without a draw of what it lacks."""
+    _, teacher = models
+    objective = PartialTraining(AttentionTransfer(CONFIG), TrainableFilter(("mixer",), "attention"), 0)
+    drawn = []
+    monkeypatch.setattr(next_token, "new_params", lambda *given: drawn.append(given))
+    frozen = flatten_dict(objective.frozen(teacher)["rest"])
+    base = flatten_dict(params_of(teacher))
+    assert not drawn
+    assert {path for path in base if "mixer" not in path} == set(frozen)
+    assert all(frozen[path] is base[path] for path in frozen)

@@ -128,6 +128,7 @@ def test_a_run_holds_both_and_reports_both(joint_run, base_run):
         load_heads(joint_run, model=load_model(base_run)[0])
 
 
+@pytest.mark.thorough
 def test_it_exports_with_its_heads(joint_run, tmp_path):
     export_run(str(joint_run), str(tmp_path / "out"))
     assert has_heads(tmp_path / "out")

@@ -16,7 +16,13 @@ from lin_jax.models.params import params_of
 from lin_jax.training import RunConfig
 from lin_jax.training.objective_configs import HeadsConfig
 from lin_jax.training.objectives import PathHeadObjective
-from lin_jax.training.objectives.registry import check_run
+from lin_jax.training.objectives.draft_vocabulary import (
+    count_tokens,
+    frequent_tokens,
+    tokens_as_text,
+    tokens_from_text,
+)
+from lin_jax.training.objectives.registry import check_run, heads_layers
 
 CONFIG = LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=12, num_layers=1, num_heads=2)
 DEPTH, DECAY = 3, 0.7
@@ -175,3 +181,91 @@ def test_a_path_head_learns_what_follows(exact):
             params, moments, sums = step(params, moments)
     assert all(accuracy > 0.9 for accuracy in objective.figures(sums).values())
     assert list(objective.figures(sums)) == [f"accuracy_depth_{depth}" for depth in range(DEPTH)]
+
+
+@pytest.mark.parametrize("targets", ["text", "model"])
+def test_own_drafts_and_a_trimmed_vocabulary(exact, targets):
+    """Against a loop: a depth counts where the guesses before were the text's, and its own token can be guessed."""
+    _, model, head = exact
+    tokens = tuple(range(0, 11, 2))
+    few = PathHead.on(model, 5, nnx.Rngs(1), tokens=tokens)
+    few.outer[...] = head.outer[...]
+    texts = np.array([6, 6, 2, 5], np.int32)[np.random.default_rng(1).integers(0, 4, (24, 9))]
+    batch = {"tokens": texts}
+    hidden, path = model.hidden(texts[:, :-1]), path_ahead(batch, DEPTH)[0]
+    teacher, found = np.asarray(jax.nn.softmax(model.logits(hidden))), np.asarray(few.unrolled(hidden, path))
+    guesses = {place: found[place] for place in np.ndindex(24, 8, DEPTH) if sum(place[1:]) + 2 <= 8}
+    losses, counted, every, hits = (np.zeros(DEPTH) for _ in range(4))
+    for (row, position, depth), logits in guesses.items():
+        reached = all(
+            tokens[guesses[row, position, before].argmax()] == texts[row, position + before + 2]
+            for before in range(min(depth, 1))
+        )
+        if targets == "text":
+            target, shown = texts[row, position + depth + 2], np.eye(11)[texts[row, position + depth + 2]]
+        else:
+            shown = teacher[row, position + depth + 1]
+            target = shown.argmax()
+        every[depth] += 1
+        if not reached or target not in tokens:
+            continue
+        kept = shown[list(tokens)]
+        losses[depth] += np.log(np.exp(logits).sum()) - (kept / kept.sum()) @ logits
+        counted[depth] += 1
+        hits[depth] += tokens[logits.argmax()] == target
+    assert 0 < counted[1] < every[1]
+    assert counted[0] < every[0]
+    objective = PathHeadObjective(model.config, 5, DEPTH, DECAY, targets, tokens=tokens, self_steps=1)
+    params = params_of(few)
+    del params["tokens"]
+    assert jax.tree.map(jnp.shape, objective.start(jax.random.key(0), model)) == jax.tree.map(jnp.shape, params)
+    sums = objective.training_sums(params, params_of(model), batch, jax.random.key(0))
+    np.testing.assert_allclose(sums.loss, losses, rtol=1e-9)
+    assert list(sums.correct) == hits.tolist()
+    assert list(sums.tokens) == every.tolist() == list(objective.counts(batch))
+    whole = objective.sums(params, params_of(model), batch)
+    assert all(whole.loss[1:] > sums.loss[1:])
+    accuracy = head_accuracy(model, objective.parts(params, {})[1], [batch], depth=DEPTH, ranks=11)
+    assert accuracy.table.sum(axis=1).max() <= 1
+
+
+def test_frequent_tokens_as_text():
+    counts = count_tokens(iter([{"tokens": np.array([[5, 5, 5, 1, 2, 2, 0, 9]])}]), 12)
+    assert frequent_tokens(counts, 3) == (0, 2, 5)
+    assert frequent_tokens(counts, 12) == tuple(range(12))
+    for tokens, text in (((0, 2, 5), "0,2,5"), ((0, 1, 2, 7, 9, 10), "0-2,7,9-10"), ((4,), "4")):
+        assert tokens_as_text(tokens) == text
+        assert tokens_from_text(text, 11) == tokens
+    for text in ("", "3-1", "5,4", "1,1", "0-11", "x", "-2"):
+        with pytest.raises(UserError, match="are no ascending ranges of the 11 tokens"):
+            tokens_from_text(text, 11)
+    with pytest.raises(UserError, match=r"heads\.vocabulary is 13, and the model has 12 tokens"):
+        frequent_tokens(counts, 13)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": (1, 0)}, r"heads.layers is \[1, 0\]; give numbers from 0 to 3, in ascending order"),
+        ({"layers": (4,)}, "heads.layers is .4.; give numbers from 0 to 3"),
+        ({"self_steps": -1}, "heads.self_steps is -1; give 0 or more"),
+        ({"vocabulary": 0}, "heads.vocabulary is 0; give 1 or more tokens"),
+        ({"objective": "medusa", "layers": (1,)}, r"heads.layers \[1\] is for objective path, not 'medusa'"),
+        ({"objective": "medusa", "vocabulary": 9}, "heads.vocabulary 9 is for objective path, not 'medusa'"),
+    ],
+)
+def test_options_of_path_heads(options, message):
+    def check(objective="path", **heads):
+        model = replace(CONFIG, num_layers=4)
+        run = RunConfig(output="x", objective=objective, init_from="x", model=model, heads=HeadsConfig(**heads))
+        check_run(run)
+        heads_layers(run)
+
+    with pytest.raises(UserError, match=message):
+        check(**options)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, ()), (2, (0,)), (4, (1, 2)), (16, (4, 8, 12))])
+def test_layers_that_are_read_by_default(layers, expected):
+    run = RunConfig(output="x", objective="path", init_from="x", model=replace(CONFIG, num_layers=layers))
+    assert heads_layers(run) == expected

@@ -28,7 +28,8 @@ class MedusaDrafter(Stateless):
     def begin(self, context: DraftContext, state: Any) -> tuple[Array, Any]:
         """Shares the hidden vector that the heads read."""
         del state
-        return context.hidden, None
+        # Other layers may stand behind the last, for a path head.
+        return context.hidden[:, : self.heads.bias.shape[-1]], None
 
     def scores(self, shared: Array, carried: Any, level: TreeLevel) -> tuple[Float[Array, "B K V"], Any]:
         """Logits of the depth's head, the same for every node."""

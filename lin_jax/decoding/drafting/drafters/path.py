@@ -21,7 +21,7 @@ class PathDrafter(Stateless):
     def __init__(self, head: PathHead, *, depth: int = 8, width: int = 10) -> None:
         self.head = head
         self.depth = depth
-        self.width = min(width, head.vocab_size)
+        self.width = min(width, head.guessed)
 
     def begin(self, context: DraftContext, state: Any) -> tuple[None, Float[Array, "B 1 D"]]:
         """Starts the cell from the target's hidden vector."""
@@ -32,12 +32,20 @@ class PathDrafter(Stateless):
         self, shared: None, carried: Float[Array, "B K D"], level: TreeLevel
     ) -> tuple[Float[Array, "B K V"], Float[Array, "B K D"]]:
         """Logits after each node, and the cell's state at it."""
-        state = self.head.step(carried, jnp.maximum(level.tokens, 0))
-        return self.head.logits(state), state
+        logits, state = self._own_scores(carried, level)
+        return self.head.over_vocabulary(logits), state
 
     def expand(
         self, shared: None, carried: Float[Array, "B K D"], level: TreeLevel
     ) -> tuple[Guesses, Float[Array, "B K D"]]:
         """Guesses the best tokens after each node; also returns the cell's state at it."""
-        logits, state = self.scores(shared, carried, level)
-        return best_guesses(logits, level), state
+        logits, state = self._own_scores(carried, level)
+        best = best_guesses(logits, level)
+        return best._replace(tokens=self.head.named(best.tokens)), state
+
+    def _own_scores(
+        self, carried: Float[Array, "B K D"], level: TreeLevel
+    ) -> tuple[Float[Array, "B K N"], Float[Array, "B K D"]]:
+        """Logits of the tokens that the head can guess, and the cell's state at each node."""
+        state = self.head.step(carried, jnp.maximum(level.tokens, 0))
+        return self.head.logits(state), state

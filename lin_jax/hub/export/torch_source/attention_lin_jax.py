@@ -7,7 +7,7 @@ or a decay, attention and local branch are those of `WindowedMemory`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .linear_attention_lin_jax import (
     EluAttention,
     Exponential,
     FlashGlobal,
+    GroupedBranch,
     Hedgehog,
     Performer,
     RandomFeatureAttention,
@@ -25,9 +26,38 @@ from .linear_attention_lin_jax import (
     TransNormer,
     Yoso,
 )
-from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, SlidingSoftmax, local_outputs
-from .recurrence_lin_jax import Piece, Rows, State, empty_group, unit, wide
+from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, LocalBranch, SlidingSoftmax
+from .recurrence_lin_jax import Bias, Piece, Rows, State, empty_group, unit, wide
 from .windowed_attention_lin_jax import Window, WindowedMemory
+
+# Attentions by groups, after FLASH; and those that a local branch stands beside without a relative bias.
+GROUPED = ("flash_local", "flash_global", "flash", "linear_angular")
+WRAPPED = ("softmax", "square", "linformer", "transnormer", "yoso")
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """A model's way to prepare queries, keys, values and scores; the defaults are those of LLaMA, GPT-2 and BERT.
+
+    Attributes:
+        two_branches: attentions by groups have queries and keys of the local and of the grouped branch side by side,
+            which are not of length one, and divide by the size of a group; the grouped branch has no learnt factor.
+        unit_values: attentions by groups scale values to length one, but for the convolution.
+        merged_norm: attentions by groups divide all heads' outputs together by `1e-4` plus their length.
+        bias_on_scores: whether the relative bias of a local branch joins the scores; else the weights.
+        softmax_scale: factor of softmax scores: `D^-0.5` (root), one, or the inverse of the tokens seen (length).
+    """
+
+    two_branches: bool = False
+    unit_values: bool = False
+    merged_norm: bool = False
+    bias_on_scores: bool = False
+    softmax_scale: str = "root"
+
+    @property
+    def scale(self) -> float | None:
+        """Factor of softmax scores where they are not divided by a length; None is `D^-0.5`."""
+        return 1.0 if self.softmax_scale == "one" else None
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,7 @@ class AttentionOptions:
         convolution: whether there is a convolution.
         window: whether there is softmax over a window.
         sizes: all options of the configuration.
+        conventions: the model's.
     """
 
     base: str
@@ -49,16 +80,49 @@ class AttentionOptions:
     convolution: bool
     window: bool
     sizes: Mapping[str, Any]
+    conventions: Conventions = Conventions()
 
     @classmethod
-    def of(cls, attention: Mapping[str, Any] | Sequence[Mapping[str, Any]], layer: int) -> "AttentionOptions":
+    def of(
+        cls,
+        attention: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        layer: int,
+        conventions: Conventions = Conventions(),
+    ) -> "AttentionOptions":
         """Reads a layer's of a configuration, in which all layers have one, or each its own."""
         attention = attention if isinstance(attention, Mapping) else attention[layer]
         name = attention["name"]
         base, *added = ("flash_global+local+convolution" if name == "augmented" else name).split("+")
         local = "local" in added or base in ("flash_local", "flash", "linear_angular")
         factor = "local" in added or base == "linear_angular"
-        return cls(base, local, factor, "convolution" in added, "window" in added, attention)
+        factor = factor and not (conventions.two_branches and base in GROUPED)
+        return cls(base, local, factor, "convolution" in added, "window" in added, attention, conventions)
+
+    @property
+    def grouped(self) -> bool:
+        """True for attentions by groups."""
+        return self.base in GROUPED
+
+    def local_branch(self, head_dim: int) -> LocalBranch | None:
+        """The local branch, if there is one, over queries and keys of a size."""
+        if not self.local:
+            return None
+        score, on_scores = LOCAL_SCORES[self.sizes["local_score"]], self.conventions.bias_on_scores
+        if self.grouped and self.conventions.two_branches:
+            return LocalBranch(score, False, 1 / self.sizes["group_size"], head_dim // 2, on_scores)
+        return LocalBranch(score, bias_on_scores=on_scores)
+
+    def branch_values(self, values: Tensor) -> Tensor:
+        """Values as the branches sum them up."""
+        return unit(wide(values)).to(values.dtype) if self.grouped and self.conventions.unit_values else values
+
+    def combined(self, outputs: Tensor, values: Tensor | None) -> Tensor:
+        """Finishes the branches' sum `[B, T, K, R, E]`, with the values of the tokens themselves, if there are any."""
+        if self.base == "linear_angular" and values is not None:
+            outputs = unit(wide(values)[..., None, :] / 2 + outputs / math.pi)
+        if self.grouped and self.conventions.merged_norm:
+            outputs = outputs / (1e-4 + outputs.flatten(2).norm(dim=-1)[..., None, None, None])
+        return outputs
 
 
 def build_attention(
@@ -76,11 +140,13 @@ def build_attention(
     Raises:
         ValueError: the name is unknown.
     """
-    sizes = options.sizes
+    sizes, conventions = options.sizes, options.conventions
     features = sizes["features"] or 2 * head_dim
     match options.base:
         case "flash_local":
             return None
+        case "flash_global" | "flash" | "linear_angular" if conventions.two_branches:
+            return GroupedBranch(head_dim // 2, sizes["group_size"])
         case "flash_global" | "flash" | "linear_angular":
             return FlashGlobal(head_dim)
         case "relu":
@@ -90,7 +156,7 @@ def build_attention(
         case "hedgehog":
             return Hedgehog(head_dim, heads, kv_heads)
         case "exponential":
-            return Exponential(features, head_dim, heads, kv_heads)
+            return Exponential(features, head_dim, heads, kv_heads, conventions.scale)
         case "performer":
             return Performer(features, head_dim)
         case "rfa":
@@ -102,9 +168,9 @@ def build_attention(
         case "linformer":
             return Linformer(sizes["group_size"], sizes["rank"])
         case "softmax" if sizes.get("window") is not None:
-            return SlidingSoftmax(sizes["window"])
+            return SlidingSoftmax(sizes["window"], conventions.scale, sizes.get("sinks", 0))
         case "softmax" | "square":
-            return FullAttention(options.base)
+            return FullAttention(options.base, conventions.scale, by_length=conventions.softmax_scale == "length")
     raise ValueError(f"attention '{sizes['name']}' is unknown")
 
 
@@ -127,7 +193,8 @@ def build_window(options: AttentionOptions, value_dim: int, *, heads: int, kv_he
         return None
     grouped = options.local or options.base == "flash_global"
     window = Window.of(options.sizes, windowed=options.window, grouped=grouped)
-    return WindowedMemory(window, heads, kv_heads, value_dim, softmax=options.window, decay=decay)
+    branches = {"softmax": options.window, "decay": decay, "scale": options.conventions.scale}
+    return WindowedMemory(window, heads, kv_heads, value_dim, **branches)
 
 
 def build_convolution(options: AttentionOptions, heads: int) -> "CausalConvolution | None":
@@ -166,13 +233,19 @@ class CausalConvolution(nn.Module):
 
 
 class Mixer(NamedTuple):
-    """What a layer mixes tokens with: options, and what was built by them."""
+    """What a layer mixes tokens with: options, what was built by them, and relative biases, if there are any."""
 
     options: AttentionOptions
     attention: nn.Module | None
     factor: Tensor | None
     convolution: CausalConvolution | None
     windowed: WindowedMemory | None
+    bias: Bias | None = None
+
+    @property
+    def local_bias(self) -> Bias | None:
+        """Biases of the local branch."""
+        return None if self.options.base in WRAPPED else self.bias
 
 
 def mix_tokens(
@@ -193,6 +266,7 @@ def mix_tokens(
     # Sums over a text are taken in float32 or better, whatever the type of the activations.
     with torch.autocast(queries.device.type, enabled=False):
         queries = wide(queries).unflatten(2, (keys.shape[2], -1))
+        summed = mixer.options.branch_values(values)
         if mixer.windowed is not None:
             mixed, after = _mix_windowed(mixer, queries, keys, values, rows, state or {})
         elif state is None and isinstance(mixer.attention, Yoso):
@@ -200,10 +274,8 @@ def mix_tokens(
             mixed, after = _mix_pieces(mixer._replace(attention=None), queries, keys, values, rows, {})
             mixed = mixed + expected
         else:
-            mixed, after = _mix_pieces(mixer, queries, keys, values, rows, state or {})
-        if mixer.options.base == "linear_angular":
-            mixed = unit(wide(values)[..., None, :] / 2 + mixed / math.pi)
-        mixed = mixed.flatten(2, 3)
+            mixed, after = _mix_pieces(mixer, queries, keys, summed, rows, state or {})
+        mixed = mixer.options.combined(mixed, values).flatten(2, 3)
         if mixer.convolution is not None:
             filtered, after["convolution"] = mixer.convolution(values, rows, (state or {}).get("convolution", {}))
             mixed = mixed + filtered
@@ -215,17 +287,18 @@ def _mix_pieces(
 ) -> tuple[Tensor, State]:
     """The attention and the local branch, added, `[B, T, K, R, E]`; and their state after these rows."""
     size, outputs = mixer.options.sizes["group_size"], []
+    local, bias = mixer.options.local_branch(queries.shape[-1]), mixer.bias
     group = state.get("group") or empty_group(keys, values, size)
     memory = state.get("attention")
     if memory is None and mixer.attention is not None:
         memory = mixer.attention.empty_state(keys, values)
     for begin in range(0, keys.shape[1], size):
         part = slice(begin, begin + size)
-        piece = Piece.of(keys[:, part], values[:, part], rows.piece(begin, size), size, group)
+        piece = Piece.of(keys[:, part], values[:, part], rows.piece(begin, size), size, group, bias)
         group, asking = piece.unfinished_group, queries[:, part]
         mixed = asking.new_zeros(*asking.shape[:-1], values.shape[-1])
-        if mixer.options.local:
-            mixed = mixed + local_outputs(LOCAL_SCORES[mixer.options.sizes["local_score"]], asking, piece)
+        if local is not None:
+            mixed = mixed + local.outputs(asking, replace(piece, bias=mixer.local_bias))
         if mixer.attention is not None:
             base, memory = mixer.attention(asking, piece, memory)
             mixed = mixed + _scaled(base, mixer.factor)
@@ -237,9 +310,9 @@ def _mix_windowed(
     mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State
 ) -> tuple[Tensor, State]:
     """The same of an attention whose memory has a window before it, or decays."""
-    local = LOCAL_SCORES[mixer.options.sizes["local_score"]] if mixer.options.local else None
+    near = {"local": mixer.options.local_branch(queries.shape[-1]), "factor": mixer.factor, "bias": mixer.bias}
     state, inputs = state.get("windowed", {}), (queries, keys, values)
-    mixed, after = mixer.windowed(mixer.attention, inputs, rows, state, local=local, factor=mixer.factor)
+    mixed, after = mixer.windowed(mixer.attention, inputs, rows, state, **near)
     return mixed, {"windowed": after}
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .attention_lin_jax import Mixer
 from .linear_attention_lin_jax import LinearAttention, Yoso
-from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, SlidingSoftmax, relu_squared
+from .other_attention_lin_jax import FullAttention, GroupSoftmax, Linformer, SlidingSoftmax
 from .recurrence_lin_jax import masked_weights, pair_scores, softmax_weights, unit, weighted_values, wide
 from .windowed_attention_lin_jax import Window, WindowedMemory
 
@@ -28,24 +28,26 @@ def mix_both_sides(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, 
     with torch.autocast(queries.device.type, enabled=False):
         given, queries = values, wide(queries).unflatten(2, (keys.shape[2], -1))
         keys, values = wide(keys), wide(values)
+        between = None if mixer.bias is None else mixer.bias(_distances(real)[None])
         if mixer.windowed is not None:
-            mixed = _windowed(mixer, queries, keys, values, real)
+            mixed = _windowed(mixer, queries, keys, values, real, between)
         else:
+            summed, local = mixer.options.branch_values(values), mixer.options.local_branch(queries.shape[-1])
             mixed = queries.new_zeros(*queries.shape[:-1], values.shape[-1])
-            if mixer.options.local:
-                mixed = mixed + _local(mixer, queries, keys, values, _same_group(mixer, real))
+            if local is not None:
+                bias = None if mixer.local_bias is None else between
+                mixed = weighted_values(local.weights(queries, keys, _same_group(mixer, real), bias), summed)
             if mixer.attention is not None:
-                base = _base(mixer, queries, keys, values, real)
+                base = _base(mixer, queries, keys, summed, real, between)
                 mixed = mixed + (base if mixer.factor is None else mixer.factor.to(base.dtype) * base)
-        if mixer.options.base == "linear_angular":
-            mixed = unit(values[..., None, :] / 2 + mixed / math.pi)
-        mixed = mixed.flatten(2, 3)
+        mixed = mixer.options.combined(mixed, values).flatten(2, 3)
         if mixer.convolution is not None:
-            mixed = mixed + _convolved(mixer.convolution.weight, values * real[..., None, None])
+            shown = values if mixer.options.sizes["convolve_padding"] else values * real[..., None, None]
+            mixed = mixed + _convolved(mixer.convolution.weight, shown)
     return mixed.to(given.dtype)
 
 
-def _base(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor) -> Tensor:
+def _base(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor, bias: Tensor | None) -> Tensor:
     """Outputs `[B, T, K, R, E]` of the attention alone."""
     attention, seen = mixer.attention, real[:, None].expand(-1, real.shape[1], -1)
     match attention:
@@ -54,30 +56,36 @@ def _base(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real: Ten
             chance = (1 - cosines.arccos() / math.pi) ** attention.bits
             return unit(weighted_values(masked_weights(chance, seen), values))
         case LinearAttention():
-            memory = _folded(attention, keys, values, real)
+            memory = folded(attention, keys, values, real)
             return attention.finish(torch.einsum("btkrm,bkme->btkre", attention.query_features(queries), memory))
         case GroupSoftmax():
-            return _softmax(queries, keys, values, _same_group(mixer, real))
-        case FullAttention(weights="square"):
-            weights = masked_weights(relu_squared(pair_scores(unit(queries), unit(keys))), seen)
-            return weighted_values(weights, values) / seen.sum(-1).clamp(min=1)[..., None, None, None]
+            weights = softmax_weights(queries, keys, _or_itself(_same_group(mixer, real)), bias)
+            return weighted_values(weights, values)
         case FullAttention():
-            return _softmax(queries, keys, values, seen)
+            count = seen.sum(-1, keepdim=True).clamp(min=1)
+            seen = _or_itself(seen) if attention.weights == "softmax" else seen
+            return attention.outputs((queries, keys, values), seen, count, bias)
         case SlidingSoftmax():
-            places = torch.arange(real.shape[1], device=real.device)
-            return _softmax(queries, keys, values, seen & ((places[:, None] - places).abs() < attention.window))
+            near = seen & (_distances(real).abs() < attention.window)
+            return weighted_values(softmax_weights(queries, keys, _or_itself(near), bias, attention.scale), values)
         case Linformer():
             return _summaries_read(attention, mixer.options.sizes["group_size"], queries, keys, values, real)
     raise ValueError(f"attention '{mixer.options.sizes['name']}' has no form for encoders")
 
 
-def _softmax(queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """Softmax attention over the pairs `[B, T, S]`; a token that sees none sees itself."""
+def _or_itself(seen: Tensor) -> Tensor:
+    """The pairs `[B, T, T]`, and of a token that sees none, itself."""
     itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device) & ~seen.any(-1, keepdim=True)
-    return weighted_values(softmax_weights(queries, keys, seen | itself), values)
+    return seen | itself
 
 
-def _folded(attention: LinearAttention, keys: Tensor, values: Tensor, real: Tensor) -> Tensor:
+def _distances(real: Tensor) -> Tensor:
+    """`[T, T]` how far a token is before another."""
+    places = torch.arange(real.shape[1], device=real.device)
+    return places[:, None] - places
+
+
+def folded(attention: LinearAttention, keys: Tensor, values: Tensor, real: Tensor) -> Tensor:
     """The memory `[B, K, M, E]` of all tokens that are there."""
     values = attention.extended(values) * real[..., None, None]
     return torch.einsum("bskm,bske->bkme", attention.key_features(keys), values)
@@ -87,12 +95,6 @@ def _same_group(mixer: Mixer, real: Tensor) -> Tensor:
     """The pairs `[B, T, S]` inside a group."""
     group = torch.arange(real.shape[1], device=real.device) // mixer.options.sizes["group_size"]
     return (group[:, None] == group) & real[:, None]
-
-
-def _local(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
-    """The local branch over pairs `[B, T, S]`."""
-    weights = LOCAL_SCORES[mixer.options.sizes["local_score"]](pair_scores(unit(queries), unit(keys)))
-    return weighted_values(masked_weights(weights, seen), values)
 
 
 def _summaries_read(
@@ -112,7 +114,7 @@ def _summaries_read(
     return weighted_values(scores.softmax(-1), found[1])
 
 
-def _windowed(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor) -> Tensor:
+def _windowed(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real: Tensor, bias: Tensor | None) -> Tensor:
     """A window on both sides, and the memory of what is beyond it, under one normaliser."""
     windowed: WindowedMemory = mixer.windowed
     if windowed.decay is not None or windowed.balance is None:
@@ -120,7 +122,7 @@ def _windowed(mixer: Mixer, queries: Tensor, keys: Tensor, values: Tensor, real:
     linear, near = mixer.attention, _near(windowed.window, real)
     weights = pair_scores(linear.query_features(queries), linear.key_features(keys))
     far = weighted_values(masked_weights(weights, real[:, None] & ~near), linear.extended(values))
-    return windowed.normalised(linear, queries, keys, values, near, far)
+    return windowed.normalised(linear, queries, keys, values, near, far, bias)
 
 
 def _near(window: Window, real: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def _near(window: Window, real: Tensor) -> Tensor:
         near = (places[:, None] - places).abs() < window.tokens
     else:
         near = (places[:, None] // window.group_size - places // window.group_size).abs() <= window.groups
-    return near & real[:, None]
+    return (near | (places < window.sinks)) & real[:, None]
 
 
 def _convolved(kernel: Tensor, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ front, whatever side the padding was on.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial, wraps
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .cache_lin_jax import LinJaxCache, given_state, state_among
 from .drafts_lin_jax import DraftHeads
+from .pretrained_lin_jax import LinJaxPreTrainedModel
 from .recurrence_lin_jax import Rows
 from .speculation_lin_jax import decode, refusal
 from .versions_lin_jax import lost_state_message, warn_if_untried
@@ -26,10 +28,9 @@ from .versions_lin_jax import lost_state_message, warn_if_untried
 STATE_FIELD = "cache" if "cache" in {each.name for each in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
-class LinJaxPreTrainedModel(PreTrainedModel):
+class LinJaxDecodingModel(LinJaxPreTrainedModel):
     """Settings of transformers for models that decode on a recurrent state."""
 
-    supports_gradient_checkpointing = False
     _is_stateful = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
 
@@ -37,23 +38,8 @@ class LinJaxPreTrainedModel(PreTrainedModel):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
-    def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
-        super().post_init()
-        # Not an attribute of the class: transformers 4 refuses names that are not those of parameters.
-        self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if hasattr(module, "initial_values"):
-            for name, value in module.initial_values().items():
-                tensor = getattr(module, name)
-                if not getattr(tensor, "_is_hf_initialized", False):  # it was not read from a file
-                    with torch.no_grad():
-                        tensor.copy_(value)
-
-
-class LinJaxModel(LinJaxPreTrainedModel):
+class LinJaxModel(LinJaxDecodingModel):
     """A stack of decoder layers; a subclass says how tokens enter and leave it."""
 
     def layer_stack(self) -> nn.ModuleList:
@@ -111,10 +97,15 @@ class LinJaxModel(LinJaxPreTrainedModel):
         hidden_states = (*map(padding.restored, entered), x) if output_hidden_states else None
         return BaseModelOutputWithPast(last_hidden_state=x, hidden_states=hidden_states, **{STATE_FIELD: cache})
 
+    @property
+    def attentions(self) -> list[dict[str, Any]]:
+        """The attentions that have a state."""
+        given = self.config.attention
+        return given if isinstance(given, list) else [given]
+
     def _keeps_state(self, use_cache: bool | None) -> bool:
         if use_cache is None:
-            given = self.config.attention
-            samples = any(each["name"].startswith("yoso") for each in (given if isinstance(given, list) else [given]))
+            samples = any(each["name"].startswith("yoso") for each in self.attentions)
             return self.config.use_cache and not self.training and not samples
         return use_cache
 
@@ -136,7 +127,7 @@ class LinJaxModel(LinJaxPreTrainedModel):
         return passed
 
 
-class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
+class LinJaxForCausalLM(LinJaxDecodingModel, GenerationMixin):
     """A model and a head."""
 
     @can_return_tuple
@@ -197,9 +188,13 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         """
         warn_if_untried(transformers.__version__)
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-        state, embeddings = state_among(inputs.values()), inputs.get("inputs_embeds")
-        given = (inputs["input_ids"] if embeddings is None else embeddings).shape[1]
+        state, ids = state_among(inputs.values()), inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        given = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
         kept, total = 0 if state is None else state.length, input_ids.shape[1]
+        mask = inputs.get("decoder_attention_mask")
+        if "decoder_input_ids" in inputs and given == total > kept > 0 and (mask is None or mask.shape[1] == total):
+            # Of a decoder's text without a mask, transformers 5 leaves what the state has consumed.
+            inputs["decoder_input_ids"] = ids[:, kept:]
         if given + kept < total:
             raise RuntimeError(lost_state_message(given, kept, total, transformers.__version__))
         return inputs
@@ -210,11 +205,11 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         Args:
             inputs: tokens `[B, T]`; also as `input_ids`.
             args: more arguments of `generate` by their place.
-            speculative: whether to guess. The text is the greedy one, token for token.
+            speculative: whether to guess. Texts are the greedy ones, token for token.
             options: more arguments of `generate` by name.
 
         Raises:
-            ValueError: another text than a greedy one of one prompt is asked for.
+            ValueError: another text than the greedy one of each prompt is asked for.
         """
         plain = super().generate
         if not speculative:
@@ -226,7 +221,12 @@ class LinJaxForCausalLM(LinJaxPreTrainedModel, GenerationMixin):
         if reason is not None:
             raise ValueError(f"no speculation: {reason}, or leave speculative out")
         # A loop of one's own is not handed the streamer.
-        return plain(inputs, custom_generate=partial(decode, streamer=options.get("streamer")), **options)
+        loop = partial(self.drafted_loop(), streamer=options.get("streamer"))
+        return plain(inputs, custom_generate=loop, **options)
+
+    def drafted_loop(self) -> Callable[..., Any]:
+        """The loop that writes a text by speculation."""
+        return decode
 
     def draft_heads(self) -> DraftHeads | None:
         """The Medusa heads in the model's folder, which are read once; None without any."""

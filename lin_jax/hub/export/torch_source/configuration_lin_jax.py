@@ -1,4 +1,4 @@
-"""Configurations of LLaMA, GPT-2, BERT and FLASH models whose token mixing is linear attention."""
+"""Configurations of LLaMA, GPT-2, BERT, FLASH and T5 models whose token mixing is linear attention."""
 
 from typing import Any
 
@@ -99,3 +99,43 @@ class LinJaxFlashConfig(PretrainedConfig):
     def inner_size(self) -> int:
         """Size of values and gate."""
         return int(self.hidden_size * self.expansion_factor)
+
+
+class LinJaxT5Config(PretrainedConfig):
+    """A T5's options, by the names that they have in transformers, and those of its token mixers. There is no dropout.
+
+    Attributes:
+        feed_forward_proj: `relu`, or `gated-gelu`.
+        tie_word_embeddings: whether the head is the embedding; what it reads is then scaled by `d_model^-0.5`.
+        attention: of the `encoder`, of the `decoder`, and `cross` of one to the other: objects such as
+            `{"name": "augmented", "group_size": 64, ...}` by these names.
+    """
+
+    model_type = "lin_jax_t5"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "d_model",
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+        "head_dim": "d_kv",
+    }
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    initializer_factor: float = 1.0
+    feed_forward_proj: str = "relu"
+    is_encoder_decoder: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    decoder_start_token_id: int | None = 0
+    attention: dict[str, Any] | None = None

@@ -70,8 +70,7 @@ class DraftHeads:
             if Path(place).is_dir()
             else cached_file(place, HEADS_FILE, revision=model.config._commit_hash)
         )
-        weight = model.get_input_embeddings().weight
-        return cls({name: tensor.to(weight.device, weight.dtype) for name, tensor in load_file(file).items()})
+        return cls({name: tensor.to(model.device, model.dtype) for name, tensor in load_file(file).items()})
 
     def draft(self, hidden: Tensor, most: int) -> list[int]:
         """The likeliest token of each head, at most so many.

@@ -81,6 +81,29 @@ class FlashGlobal(LinearAttention):
         return unit(queries)
 
 
+class GroupedBranch(LinearAttention):
+    """The grouped branch of a FLASH: `sum q_t·k_s v_s / G` over earlier groups, of queries' and keys' second halves.
+
+    Args:
+        features: size S of a half.
+        group_size: tokens G in a group.
+    """
+
+    own_group = False
+
+    def __init__(self, features: int, group_size: int) -> None:
+        super().__init__(features)
+        self.group_size = group_size
+
+    def query_features(self, queries: Tensor) -> Tensor:
+        """The second half."""
+        return queries[..., self.features :]
+
+    def finish(self, sums: Tensor) -> Tensor:
+        """The sums divided by the size of a group."""
+        return sums / self.group_size
+
+
 class ReluAttention(LinearAttention):
     """`phi(x) = relu(x)`, divided by the sum of weights."""
 
@@ -252,17 +275,19 @@ class Hedgehog(ReluAttention):
 
 
 class Exponential(ReluAttention):
-    """Learnt `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5` with `x' = x / D^0.25`, divided by the sum of weights.
+    """Learnt `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5` with `x' = x c^0.5`, divided by the sum of weights.
 
     Args:
         features: size M of phi.
         head_dim: size D of queries and keys.
         heads: query heads H.
         kv_heads: key/value heads K.
+        scale: c, that of softmax; None is `D^-0.5`.
     """
 
-    def __init__(self, features: int, head_dim: int, heads: int, kv_heads: int) -> None:
+    def __init__(self, features: int, head_dim: int, heads: int, kv_heads: int, scale: float | None = None) -> None:
         super().__init__(features)
+        self.root = (head_dim**-0.5 if scale is None else scale) ** 0.5
         share = heads // kv_heads
         self.key_map = nn.Parameter(torch.zeros(kv_heads, features, head_dim))
         self.key_bias = nn.Parameter(torch.zeros(kv_heads, features))
@@ -286,7 +311,7 @@ class Exponential(ReluAttention):
 
     def key_features(self, keys: Tensor) -> Tensor:
         """Positive features; exponents are capped, so that float32 holds sums of products."""
-        scaled = keys / keys.shape[-1] ** 0.25
+        scaled = keys * self.root
         exponents = torch.einsum("bskd,kmd->bskm", scaled, self.key_map.to(keys.dtype)) + self.key_bias.to(keys.dtype)
         exponents = exponents - scaled.square().sum(-1, keepdim=True) / 2
         return exponents.clamp(max=40).exp() / math.sqrt(self.features)
@@ -296,7 +321,7 @@ class Exponential(ReluAttention):
         return self._exponents(queries).amax(-1).detach() - math.log(self.features) / 2
 
     def _exponents(self, queries: Tensor) -> Tensor:
-        scaled = queries / queries.shape[-1] ** 0.25
+        scaled = queries * self.root
         exponents = torch.einsum("btkrd,krmd->btkrm", scaled, self.query_map.to(queries.dtype))
         return exponents + self.query_bias.to(queries.dtype) - scaled.square().sum(-1, keepdim=True) / 2
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
@@ -18,8 +17,10 @@ from .attention_lin_jax import (
 )
 from .both_sides_lin_jax import mix_both_sides
 from .configuration_lin_jax import LinJaxBertConfig
+from .int8_lin_jax import Int8Linear  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401 - from a folder, transformers 4 copies what is named
 from .other_attention_lin_jax import FullAttention  # noqa: F401
+from .pretrained_lin_jax import LinJaxPreTrainedModel
 from .recurrence_lin_jax import Rows  # noqa: F401
 from .versions_lin_jax import require_version  # noqa: F401
 from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
@@ -102,27 +103,12 @@ class LinJaxBertEmbeddings(nn.Module):
         return self.LayerNorm(words + self.token_type_embeddings(types) + self.position_embeddings(places))
 
 
-class LinJaxBertPreTrainedModel(PreTrainedModel):
+class LinJaxBertPreTrainedModel(LinJaxPreTrainedModel):
     """Settings of transformers for encoders."""
 
     config_class = LinJaxBertConfig
     base_model_prefix = "bert"
-    supports_gradient_checkpointing = False
     _no_split_modules = ["LinJaxBertLayer"]
-
-    def post_init(self) -> None:
-        """Keeps random directions in float32: rounded ones give other features."""
-        super().post_init()
-        self._keep_in_fp32_modules_strict = {r"(?<=\.)projection$"}
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if hasattr(module, "initial_values"):
-            for name, value in module.initial_values().items():
-                tensor = getattr(module, name)
-                if not getattr(tensor, "_is_hf_initialized", False):  # it was not read from a file
-                    with torch.no_grad():
-                        tensor.copy_(value)
 
 
 class LinJaxBertModel(LinJaxBertPreTrainedModel):

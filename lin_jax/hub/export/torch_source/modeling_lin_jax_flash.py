@@ -1,4 +1,4 @@
-"""FLASH, gated attention units over attention by groups, decoding on a recurrent state."""
+"""FLASH, gated attention units over any token mixer, decoding on a recurrent state."""
 
 import math
 from functools import partial
@@ -8,53 +8,34 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .attention_lin_jax import AttentionOptions, CausalConvolution, build_convolution
+from .attention_lin_jax import (
+    AttentionOptions,
+    Conventions,
+    Mixer,
+    build_attention,
+    build_convolution,
+    build_factor,
+    build_window,
+    mix_tokens,
+)
 from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transformers 4 copies what is named here, no more
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxFlashConfig
 from .drafts_lin_jax import NGrams  # noqa: F401
-from .linear_attention_lin_jax import LinearAttention
-from .other_attention_lin_jax import LOCAL_SCORES
-from .recurrence_lin_jax import (
-    Piece,
-    Rows,
-    State,
-    empty_group,
-    masked_weights,
-    pair_scores,
-    unit,
-    weighted_values,
-    wide,
-)
+from .int8_lin_jax import Int8Linear  # noqa: F401
+from .linear_attention_lin_jax import LinearAttention  # noqa: F401
+from .other_attention_lin_jax import FullAttention  # noqa: F401
+from .pretrained_lin_jax import LinJaxPreTrainedModel  # noqa: F401
+from .recurrence_lin_jax import Rows, State, wide
+from .relative_bias_lin_jax import relative_bias
 from .speculation_lin_jax import decode  # noqa: F401
 from .versions_lin_jax import require_version  # noqa: F401
 from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
 
+FLASH = Conventions(two_branches=True, bias_on_scores=True, softmax_scale="length")
+
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines `[B, T, 1, R/2]`."""
-
-
-class GroupedBranch(LinearAttention):
-    """FLASH's grouped branch: `sum q_t·k_s v_s / G` over earlier groups, of the second halves of queries and keys.
-
-    Args:
-        features: size S of a half.
-        group_size: tokens G in a group.
-    """
-
-    own_group = False
-
-    def __init__(self, features: int, group_size: int) -> None:
-        super().__init__(features)
-        self.group_size = group_size
-
-    def query_features(self, queries: Tensor) -> Tensor:
-        """The second half."""
-        return queries[..., self.features :]
-
-    def finish(self, sums: Tensor) -> Tensor:
-        """The sums divided by the size of a group."""
-        return sums / self.group_size
 
 
 class ScaleNorm(nn.Module):
@@ -99,28 +80,11 @@ class OffsetScale(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learnt number for every bucket of distances.
+    """A learnt number for every bucket of distances."""
 
-    Args:
-        buckets: how many.
-        most: distances from here on share the last bucket.
-    """
-
-    def __init__(self, buckets: int, most: int) -> None:
+    def __init__(self, buckets: int) -> None:
         super().__init__()
         self.relative_attention_bias = nn.Embedding(buckets, 1)
-        self.most = most
-
-    def forward(self, distances: Tensor) -> Tensor:
-        """The biases of distances, of which negative ones count as zero."""
-        count = self.relative_attention_bias.num_embeddings
-        exact, distances = count // 2, distances.clamp(min=0)
-        # In float32, as published: that decides which bucket a distance on an edge falls into.
-        ratio = distances.clamp(min=exact).float() / exact
-        far = exact + (ratio.log() / math.log(self.most / exact) * (count - exact)).long()
-        return self.relative_attention_bias.weight[:, 0][
-            torch.where(distances < exact, distances, far.clamp(max=count - 1))
-        ]
 
 
 class LinJaxFlashUnit(nn.Module):
@@ -133,13 +97,21 @@ class LinJaxFlashUnit(nn.Module):
         self.norm = ScaleNorm(config.norm_eps) if config.norm == "scale" else nn.LayerNorm(size, eps=config.norm_eps)
         self.to_hidden = nn.Sequential(nn.Linear(size, 2 * inner), nn.SiLU())
         self.to_qk = nn.Sequential(nn.Linear(size, self.size), nn.SiLU())
-        self.qk_offset_scale = OffsetScale(4, self.size)
-        self.rel_pos_bias = RelativeBias(config.relative_buckets, config.relative_max_distance)
+        self.options = AttentionOptions.of(config.attention, layer, FLASH)
+        branches = 2 if self.options.grouped else 1
+        self.qk_offset_scale = OffsetScale(2 * branches, self.size)
+        self.rel_pos_bias = RelativeBias(config.relative_buckets)
+        self.most = config.relative_max_distance
         self.to_out = nn.Linear(inner, size)
-        self.options = AttentionOptions.of(config.attention, layer)
-        grouped = self.options.base != "flash_local"
-        self.mixer = GroupedBranch(self.size, self.options.sizes["group_size"]) if grouped else None
-        self.dwconv: CausalConvolution | None = build_convolution(self.options, 1)
+        heads = {"heads": 1, "kv_heads": 1}
+        self.mixer = build_attention(self.options, branches * self.size, layer, **heads)
+        self.windowed = build_window(self.options, inner, **heads)
+        self.global_factor = build_factor(self.options)
+        self.dwconv = build_convolution(self.options, 1)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """The start of the learnt factor."""
+        return {} if self.global_factor is None else {"global_factor": build_factor(self.options).data}
 
     def forward(self, x: Tensor, rotations: Rotations, rows: Rows, state: State | None) -> tuple[Tensor, State | None]:
         """Outputs `[B, T, E]`, and the state after them if one was given."""
@@ -149,68 +121,37 @@ class LinJaxFlashUnit(nn.Module):
         seen = torch.cat([previous, kept], dim=2)
         values, gate = self.to_hidden(seen).chunk(2, dim=2)
         queries, keys = rotate_neighbours(self.qk_offset_scale(self.to_qk(seen)), rotations).chunk(2, dim=2)
-        inputs = (given, queries.flatten(2), keys.flatten(2), values)
+        inputs = (given, queries.flatten(2)[:, :, None], keys.flatten(2)[:, :, None], values[:, :, None])
         if rows.mixers is not None:
             rows.mixers.append(partial(self.mix, *inputs))
-        mixed, after = self.mix(*inputs, rows, state or {})
-        return x + self.to_out(gate * mixed), None if state is None else after
+        mixed, after = self.mix(*inputs, Rows(rows.position, rows.count), state)
+        return x + self.to_out(gate * mixed[:, :, 0]), after
 
     def mix(
-        self, given: Tensor, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State
-    ) -> tuple[Tensor, State]:
-        """Outputs `[B, T, inner]` of the token mixer, and the state of the unit after these rows.
+        self, given: Tensor, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State | None
+    ) -> tuple[Tensor, State | None]:
+        """Outputs `[B, T, 1, inner]` of the token mixer, and the state of the unit after these rows if one was given.
 
         Args:
             given: `[B, T, F]` features that the next token takes from each.
-            queries: `[B, T, 2 S]` of both branches, like the keys.
-            keys: `[B, T, 2 S]`.
-            values: `[B, T, inner]`.
+            queries: `[B, T, 1, D]`; of both branches, if there are two, like the keys.
+            keys: `[B, T, 1, D]`.
+            values: `[B, T, 1, inner]`.
             rows: where the tokens stand.
             state: what came before; empty is nothing.
         """
-        with torch.autocast(queries.device.type, enabled=False):
-            heads = values[:, :, None]
-            mixed, after = self._mix_pieces(wide(queries)[:, :, None, None], keys[:, :, None], heads, rows, state)
-            if self.options.base == "linear_angular":
-                mixed = unit(wide(heads)[..., None, :] / 2 + mixed / math.pi)
-            mixed = mixed[:, :, 0, 0]
-            if self.dwconv is not None:
-                filtered, after["convolution"] = self.dwconv(heads, rows, state.get("convolution", {}))
-                mixed = mixed + filtered[:, :, 0]
-        last = (rows.count - 1).clamp(min=0)[:, None, None]
-        newest = given.take_along_dim(last, dim=1)[:, 0] if given.shape[2] else given[:, 0]
-        before = state.get("shift", torch.zeros_like(newest))
-        after["shift"] = torch.where((rows.count > 0)[:, None], newest, before.to(newest.dtype))
-        return mixed.to(values.dtype), after
+        mixer = Mixer(self.options, self.mixer, self.global_factor, self.dwconv, self.windowed, self._bias)
+        mixed, after = mix_tokens(mixer, queries, keys, values, rows, state)
+        if after is not None:
+            last = (rows.count - 1).clamp(min=0)[:, None, None]
+            newest = given.take_along_dim(last, dim=1)[:, 0] if given.shape[2] else given[:, 0]
+            before = state.get("shift", torch.zeros_like(newest))
+            after["shift"] = torch.where((rows.count > 0)[:, None], newest, before.to(newest.dtype))
+        return mixed, after
 
-    def _mix_pieces(
-        self, queries: Tensor, keys: Tensor, values: Tensor, rows: Rows, state: State
-    ) -> tuple[Tensor, State]:
-        """Both branches, added, `[B, T, 1, 1, inner]`; and their state after these rows."""
-        size, outputs = self.options.sizes["group_size"], []
-        group = state.get("group") or empty_group(keys, values, size)
-        memory = state.get("attention")
-        if memory is None and self.mixer is not None:
-            memory = self.mixer.empty_state(keys, values)
-        for begin in range(0, keys.shape[1], size):
-            part = slice(begin, begin + size)
-            piece = Piece.of(keys[:, part], values[:, part], rows.piece(begin, size), size, group)
-            group, asking = piece.unfinished_group, queries[:, part]
-            mixed = asking.new_zeros(*asking.shape[:-1], values.shape[-1])
-            if self.options.local:
-                mixed = mixed + self._local(asking, piece)
-            if self.mixer is not None:
-                base, memory = self.mixer(asking, piece, memory)
-                mixed = mixed + base
-            outputs.append(mixed)
-        return torch.cat(outputs, dim=1), {"group": group, "attention": memory}
-
-    def _local(self, queries: Tensor, piece: Piece) -> Tensor:
-        """The local branch of a piece: a score function of `q·k / G` and a bias, of the first halves."""
-        scores = pair_scores(queries[..., : self.size], wide(piece.group_keys)[..., : self.size]) / piece.size
-        bias = self.rel_pos_bias(piece.distances).to(scores.dtype) * self.size**0.5
-        weights = LOCAL_SCORES[self.options.sizes["local_score"]](scores + bias[:, None, None])
-        return weighted_values(masked_weights(weights, piece.same_group), wide(piece.group_values))
+    def _bias(self, distances: Tensor) -> Tensor:
+        table = self.rel_pos_bias.relative_attention_bias.weight * self.size**0.5
+        return relative_bias(table, distances, self.most, 1)
 
 
 class PositionScale(nn.Module):

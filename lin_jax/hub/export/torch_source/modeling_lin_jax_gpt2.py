@@ -18,8 +18,10 @@ from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transforme
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxGPT2Config
 from .drafts_lin_jax import NGrams  # noqa: F401
+from .int8_lin_jax import Int8Linear  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401
 from .other_attention_lin_jax import FullAttention  # noqa: F401
+from .pretrained_lin_jax import LinJaxPreTrainedModel  # noqa: F401
 from .recurrence_lin_jax import Rows, State
 from .speculation_lin_jax import decode  # noqa: F401
 from .versions_lin_jax import require_version  # noqa: F401

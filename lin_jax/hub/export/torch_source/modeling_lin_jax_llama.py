@@ -18,8 +18,11 @@ from .cache_lin_jax import LinJaxCache  # noqa: F401 - from a folder, transforme
 from .causal_lm_lin_jax import LinJaxForCausalLM, LinJaxModel
 from .configuration_lin_jax import LinJaxLlamaConfig
 from .drafts_lin_jax import NGrams  # noqa: F401
+from .int8_lin_jax import Int8Linear  # noqa: F401
 from .linear_attention_lin_jax import LinearAttention  # noqa: F401
+from .norms_lin_jax import LinJaxRMSNorm
 from .other_attention_lin_jax import FullAttention  # noqa: F401
+from .pretrained_lin_jax import LinJaxPreTrainedModel  # noqa: F401
 from .recurrence_lin_jax import Rows, State, wide
 from .speculation_lin_jax import decode  # noqa: F401
 from .versions_lin_jax import require_version  # noqa: F401
@@ -27,20 +30,6 @@ from .windowed_attention_lin_jax import WindowedMemory  # noqa: F401
 
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines `[B, T, 1, D/2]`."""
-
-
-class LinJaxRMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps) * weight`, in float32 or better."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last axis."""
-        normed = wide(x) * (wide(x).square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return (normed * self.weight.to(normed.dtype)).to(x.dtype)
 
 
 class LinJaxLlamaAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from .recurrence_lin_jax import (
     unit,
     weighted_values,
     wide,
+    with_sinks,
 )
 
 
@@ -43,10 +45,40 @@ LOCAL_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def local_outputs(score: Callable[[Tensor], Tensor], queries: Tensor, piece: Piece) -> Tensor:
-    """The local branch, `[B, N, K, R, E]`: a score function of unit queries and keys inside groups."""
-    weights = score(pair_scores(unit(queries), unit(wide(piece.group_keys))))
-    return weighted_values(masked_weights(weights, piece.same_group), wide(piece.group_values))
+@dataclass(frozen=True)
+class LocalBranch:
+    """The local branch: a score function of queries and keys inside groups.
+
+    Attributes:
+        score: turns q·k into a weight.
+        unit: scale queries and keys to length one first.
+        scale: factor of q·k.
+        size: read only the first so many features of queries and keys; None reads all.
+        bias_on_scores: whether a relative bias joins the scores; else the weights.
+    """
+
+    score: Callable[[Tensor], Tensor]
+    unit: bool = True
+    scale: float = 1.0
+    size: int | None = None
+    bias_on_scores: bool = False
+
+    def weights(self, queries: Tensor, keys: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Weights `[B, K, R, T, S]` of the pairs that the mask `[B, T, S]` allows, zero elsewhere."""
+        queries, keys = queries[..., : self.size], keys[..., : self.size]
+        scores = pair_scores(*((unit(queries), unit(keys)) if self.unit else (queries, keys))) * self.scale
+        if bias is None:
+            weights = self.score(scores)
+        elif self.bias_on_scores:
+            weights = self.score(scores + bias.to(scores.dtype))
+        else:
+            weights = self.score(scores) + bias.to(scores.dtype)
+        return masked_weights(weights, mask)
+
+    def outputs(self, queries: Tensor, piece: Piece) -> Tensor:
+        """Outputs `[B, N, K, R, E]` of a piece."""
+        weights = self.weights(queries, wide(piece.group_keys), piece.same_group, piece.group_bias)
+        return weighted_values(weights, wide(piece.group_values))
 
 
 class GroupSoftmax(nn.Module):
@@ -58,7 +90,7 @@ class GroupSoftmax(nn.Module):
 
     def forward(self, queries: Tensor, piece: Piece, state: State) -> tuple[Tensor, State]:
         """Outputs `[B, N, K, R, E]` of a piece, and the state after it."""
-        weights = softmax_weights(queries, wide(piece.group_keys), piece.same_group)
+        weights = softmax_weights(queries, wide(piece.group_keys), piece.same_group, piece.group_bias)
         return weighted_values(weights, wide(piece.group_values)), state
 
 
@@ -66,12 +98,17 @@ class FullAttention(nn.Module):
     """Attention over all pairs; its state is the keys and values so far, and grows.
 
     Args:
-        weights: `softmax` of `q·k / D^0.5`, or `square`: `relu(q·k)^2 / n` of unit vectors, over the n tokens seen.
+        weights: `softmax` of `c q·k`, or `square`: `relu(q·k)^2 / n` of unit vectors, over the n tokens seen.
+        scale: c; None is `D^-0.5`.
+        by_length: whether scores are divided by n, as FLASH has it: `softmax` of `q·k / n`, `relu(q·k / n)^2 / n^2`.
     """
 
-    def __init__(self, weights: Literal["softmax", "square"]) -> None:
+    def __init__(
+        self, weights: Literal["softmax", "square"], scale: float | None = None, *, by_length: bool = False
+    ) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.by_length = weights, by_length
+        self.scale = 1.0 if by_length else scale
 
     def empty_state(self, keys: Tensor, values: Tensor) -> State:
         """No keys and no values."""
@@ -87,23 +124,44 @@ class FullAttention(nn.Module):
         # Slots behind the last real token of all rows hold nothing.
         filled = int((piece.rows.position + piece.rows.count).max())
         after = {name: x[:, :filled] for name, x in after.items()}
-        seen = torch.arange(keys.shape[1], device=keys.device) <= piece.positions
+        distances = piece.positions - torch.arange(keys.shape[1], device=keys.device)
+        bias = None if piece.bias is None else piece.bias(distances)
+        return self.outputs((queries, keys, values), distances >= 0, piece.positions + 1, bias), after
+
+    def outputs(
+        self, inputs: tuple[Tensor, Tensor, Tensor], seen: Tensor, count: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Outputs `[B, T, K, R, E]` over the pairs that a mask allows.
+
+        Args:
+            inputs: queries `[B, T, K, R, D]`, keys `[B, S, K, D]` and values `[B, S, K, E]`, in float32 or better.
+            seen: `[B, T, S]` the mask.
+            count: `[B, T, 1]` tokens n that each query sees.
+            bias: `[B, K, R, T, S]`, or None.
+        """
+        queries, keys, values = inputs
+        count = count[..., None, None].to(queries.dtype)
         if self.weights == "softmax":
-            return weighted_values(softmax_weights(queries, keys, seen), values), after
-        weights = masked_weights(relu_squared(pair_scores(unit(queries), unit(keys))), seen)
-        return weighted_values(weights, values) / (piece.positions + 1)[..., None, None], after
+            queries = queries / count if self.by_length else queries
+            return weighted_values(softmax_weights(queries, keys, seen, bias, self.scale), values)
+        scores = pair_scores(queries / count, keys) if self.by_length else pair_scores(unit(queries), unit(keys))
+        scores = scores if bias is None else scores + bias.to(scores.dtype)
+        outputs = weighted_values(masked_weights(relu_squared(scores), seen), values)
+        return outputs / (count.square() if self.by_length else count)
 
 
 class SlidingSoftmax(nn.Module):
-    """Softmax of `q·k / D^0.5` over the last W tokens; its state is a ring of their keys and values, and does not grow.
+    """Softmax of `c q·k` over the last W tokens; its state is a ring of their keys and values, and does not grow.
 
     Args:
         window: tokens W that a query sees, itself among them.
+        scale: c; None is `D^-0.5`.
+        sinks: first tokens of a text that it sees besides.
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, scale: float | None = None, sinks: int = 0) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.scale, self.sinks = window, scale, sinks
 
     def empty_state(self, keys: Tensor, values: Tensor) -> State:
         """An empty ring, position p in slot `p % W`."""
@@ -117,13 +175,23 @@ class SlidingSoftmax(nn.Module):
         held = last - (last - torch.arange(self.window, device=last.device)) % self.window
         known = torch.cat([held, piece.positions[..., 0].masked_fill(~self._real(piece), -1)], dim=1)[:, None]
         distance = piece.positions - known
-        # A token sees itself, where it is padding too: a row of nothing would be no numbers.
-        own = torch.arange(distance.shape[2], device=last.device) - self.window
-        itself = own == torch.arange(distance.shape[1], device=last.device)[:, None]
-        seen = ((known >= 0) & (distance >= 0) & (distance < self.window)) | itself
+        seen = (known >= self.sinks) & (distance >= 0) & (distance < self.window)
         keys, values = (torch.cat([state[name], getattr(piece, name)], dim=1) for name in ("keys", "values"))
-        outputs = weighted_values(softmax_weights(queries, wide(keys), seen), wide(values))
-        return outputs, self._after(piece, {"keys": keys, "values": values})
+        after = self._after(piece, {"keys": keys, "values": values})
+        sinks = with_sinks(state, {"keys": piece.keys, "values": piece.values}, piece.rows.position, self.sinks)
+        if sinks:
+            keys = torch.cat([sinks["sink_keys"], keys], dim=1)
+            values = torch.cat([sinks["sink_values"], values], dim=1)
+            before = piece.positions - torch.arange(self.sinks, device=last.device)
+            distance = torch.cat([before.expand(*seen.shape[:2], -1), distance], dim=2)
+            seen = torch.cat([(before >= 0).expand(*seen.shape[:2], -1), seen], dim=2)
+        else:
+            # A token sees itself, where it is padding too: a row of nothing would be no numbers.
+            own = torch.arange(distance.shape[2], device=last.device) - self.window
+            seen = seen | (own == torch.arange(distance.shape[1], device=last.device)[:, None])
+        bias = None if piece.bias is None else piece.bias(distance)
+        outputs = weighted_values(softmax_weights(queries, wide(keys), seen, bias, self.scale), wide(values))
+        return outputs, {**after, **sinks}
 
     def _after(self, piece: Piece, seen: State) -> State:
         """The ring after the real tokens of a piece: of every slot, its newest token."""

@@ -4,6 +4,7 @@ Rows are padded on the right, and each row stands at a position of its own. Grou
 `g G` to `(g + 1) G - 1`. Query heads are split into K key/value heads times R queries that share one.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 
 State = dict[str, Any]
 """Tensors whose first axis is the batch, or states of parts; empty before the first token."""
+
+Bias = Callable[[Tensor], Tensor]
+"""Relative biases `[B, K, R, N, S]` of distances `[B, N, S]`, how far a key is before a query."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Piece:
         size: tokens G in a group.
         group_keys: `[B, G + N, K, D]`.
         group_values: `[B, G + N, K, E]`.
+        bias: of pairs by their distance; None is none.
     """
 
     keys: Tensor
@@ -55,13 +60,14 @@ class Piece:
     size: int
     group_keys: Tensor
     group_values: Tensor
+    bias: Bias | None = None
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, rows: Rows, size: int, group: State) -> "Piece":
+    def of(cls, keys: Tensor, values: Tensor, rows: Rows, size: int, group: State, bias: Bias | None = None) -> "Piece":
         """A piece behind the unfinished group of a state."""
         filled = rows.position % size
         slots = (behind(group[name], filled, x) for name, x in (("keys", keys), ("values", values)))
-        return cls(keys, values, rows, size, *slots)
+        return cls(keys, values, rows, size, *slots, bias)
 
     @property
     def positions(self) -> Tensor:
@@ -85,6 +91,11 @@ class Piece:
         """`[B, N, G + N]` how far a slot is before a token of the piece; negative behind it."""
         slots, own = self._slots
         return own - slots
+
+    @property
+    def group_bias(self) -> Tensor | None:
+        """`[B, K, R, N, G + N]` bias between the piece's tokens and the slots, or None."""
+        return None if self.bias is None else self.bias(self.distances)
 
     @property
     def finished(self) -> Tensor:
@@ -136,6 +147,26 @@ def behind(old: Tensor, filled: Tensor, new: Tensor) -> Tensor:
     return torch.where(kept, room, new.to(old.dtype).take_along_dim(index, dim=1))
 
 
+def with_sinks(state: State, tokens: Mapping[str, Tensor], position: Tensor, sinks: int) -> dict[str, Tensor]:
+    """Keys and values of a text's first tokens, that of position p in slot p, after some more of them.
+
+    Args:
+        state: what came before.
+        tokens: keys `[B, N, K, D]` and values `[B, N, K, E]`.
+        position: `[B]` tokens before these.
+        sinks: slots S; if there are none, nothing is kept.
+    """
+    kept = {}
+    for name, x in tokens.items() if sinks else ():
+        place = torch.arange(sinks, device=position.device) - position[:, None]
+        shape = (*place.shape, *(1,) * (x.dim() - 2))
+        inside = ((place >= 0) & (place < x.shape[1])).reshape(shape)
+        old = state.get(f"sink_{name}", x.new_zeros(x.shape[0], sinks, *x.shape[2:]))
+        new = x.take_along_dim(place.clamp(0, x.shape[1] - 1).reshape(shape), dim=1)
+        kept[f"sink_{name}"] = torch.where(inside, new.to(old.dtype), old)
+    return kept
+
+
 def wide(x: Tensor) -> Tensor:
     """The same in the type in which sums are kept: float32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
@@ -162,7 +193,11 @@ def masked_weights(weights: Tensor, mask: Tensor) -> Tensor:
     return weights.masked_fill(~mask[:, None, None], 0)
 
 
-def softmax_weights(queries: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-    """Softmax of `q·k / D^0.5` over the pairs that the mask `[B, T, S]` allows."""
-    scores = pair_scores(queries, keys) * queries.shape[-1] ** -0.5
+def softmax_weights(
+    queries: Tensor, keys: Tensor, mask: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax of `scale q·k + bias` over the pairs that the mask `[B, T, S]` allows; the scale is `D^-0.5` if None."""
+    scores = pair_scores(queries, keys) * (queries.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     return scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1)

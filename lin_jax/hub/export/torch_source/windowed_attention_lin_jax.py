@@ -4,7 +4,7 @@ Under one normaliser, `(sum_near e^{c q·k} v + e^b sum_far phi(q)·phi(k) d v) 
 branch beside a linear attention. A state is the memory, decayed up to its last token, and the tokens behind it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .linear_attention_lin_jax import LinearAttention
+from .other_attention_lin_jax import LocalBranch
 from .recurrence_lin_jax import (
+    Bias,
     Rows,
     State,
     behind,
     masked_weights,
     pair_scores,
-    unit,
     weighted_values,
     wide,
+    with_sinks,
 )
-
-Score = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,20 @@ class Window:
         tokens: of a sliding window, the query's own included; None is a window of groups, zero is no window.
         group_size: tokens of a group.
         groups: finished groups before the query's own.
+        sinks: first tokens of a text that stay near for ever, and are never in the memory.
     """
 
     tokens: int | None
     group_size: int
     groups: int
+    sinks: int = 0
 
     @classmethod
     def of(cls, sizes: Mapping[str, Any], *, windowed: bool, grouped: bool) -> "Window":
         """Reads a configuration: its window, or its groups alone, or neither."""
         if windowed:
-            return cls(sizes.get("window"), sizes["group_size"], sizes.get("window_groups", 1))
+            groups = sizes.get("window_groups", 1)
+            return cls(sizes.get("window"), sizes["group_size"], groups, sizes.get("sinks", 0))
         return cls(None if grouped else 0, sizes["group_size"], 0)
 
     @property
@@ -79,7 +82,7 @@ class Slots:
         values: `[B, C + N, K, E]`.
         decays: `[B, C + N, K]` sums of the logarithms of decay up to each slot; None without decay.
         near: `[B, N, C + N]` whether a slot is in a token's window.
-        far: `[B, N, C + N]` whether it is before it.
+        far: `[B, N, C + N]` whether it is before it. Sinks are neither: they have slots of their own.
     """
 
     first: Tensor
@@ -99,8 +102,19 @@ class Slots:
         positions = rows.position[:, None] + torch.arange(count, device=device)
         keys = (first[:, None] + torch.arange(slots["keys"].shape[1], device=device))[:, None]
         causal, near = keys <= positions[..., None], keys >= window.start(positions)[..., None]
+        causal = causal & (keys >= window.sinks)
         decays = slots["decays"].cumsum(1) if "decays" in slots else None
         return cls(first, positions, slots["keys"], slots["values"], decays, causal & near, causal & ~near)
+
+    @property
+    def distances(self) -> Tensor:
+        """`[B, N, C + N]` how far a slot is before a token of the piece; negative behind it."""
+        slots = torch.arange(self.keys.shape[1], device=self.first.device)
+        return self.positions[..., None] - (self.first[:, None] + slots)[:, None]
+
+    def sink_distances(self, sinks: int) -> Tensor:
+        """`[B, N, sinks]` how far the first tokens of a text are before a token of the piece; negative behind it."""
+        return self.positions[..., None] - torch.arange(sinks, device=self.first.device)
 
     @property
     def elapsed(self) -> Tensor | None:
@@ -127,11 +141,22 @@ class WindowedMemory(nn.Module):
         value_dim: size E of values.
         softmax: whether near pairs share a normaliser with the memory; else they have a branch of their own, or none.
         decay: of the memory: none, constant or token.
+        scale: factor of q·k in softmax; None is `D^-0.5`.
     """
 
-    def __init__(self, window: Window, heads: int, kv_heads: int, value_dim: int, *, softmax: bool, decay: str) -> None:
+    def __init__(
+        self,
+        window: Window,
+        heads: int,
+        kv_heads: int,
+        value_dim: int,
+        *,
+        softmax: bool,
+        decay: str,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self.window = window
+        self.window, self.scale = window, scale
         self.balance = nn.Parameter(torch.zeros(kv_heads, heads // kv_heads)) if softmax else None
         self.decay: ConstantDecay | TokenDecay | None = None
         if decay != "none":
@@ -156,8 +181,9 @@ class WindowedMemory(nn.Module):
         rows: Rows,
         state: State,
         *,
-        local: Score | None = None,
+        local: LocalBranch | None = None,
         factor: Tensor | None = None,
+        bias: Bias | None = None,
     ) -> tuple[Tensor, State]:
         """Outputs `[B, T, K, R, E]` of whole rows, a piece at a time, and the state after them.
 
@@ -166,8 +192,9 @@ class WindowedMemory(nn.Module):
             inputs: queries `[B, T, K, R, D]` in float32 or better, keys `[B, T, K, D]`, values `[B, T, K, E]`.
             rows: where the tokens stand.
             state: what came before; empty is nothing.
-            local: score function of near pairs with a branch of their own.
+            local: a branch of the near pairs' own.
             factor: of the memory beside that branch.
+            bias: of near pairs by their distance; None is none.
         """
         queries, keys, values = inputs
         state, size, outputs = state or self.empty_state(linear, keys, values), self.window.piece, []
@@ -178,8 +205,12 @@ class WindowedMemory(nn.Module):
             part = {name: x[:, begin : begin + size] for name, x in tokens.items()}
             asking, piece = queries[:, begin : begin + size], rows.piece(begin, size)
             slots = Slots.of(self.window, part, piece, state)
-            outputs.append(self._outputs(linear, asking, slots, state["memory"], local, factor))
-            state = self._after(linear, slots, part, piece, state)
+            first = {name: part[name] for name in ("keys", "values")}
+            sinks = with_sinks(state, first, piece.position, self.window.sinks)
+            distances = torch.cat([slots.sink_distances(self.window.sinks), slots.distances], dim=2)
+            between = None if bias is None else bias(distances)
+            outputs.append(self._outputs(linear, asking, slots, sinks, state["memory"], local, factor, between))
+            state = {**self._after(linear, slots, part, piece, state), **sinks}
         return torch.cat(outputs, dim=1), state
 
     def _outputs(
@@ -187,9 +218,11 @@ class WindowedMemory(nn.Module):
         linear: LinearAttention,
         queries: Tensor,
         slots: Slots,
+        sinks: State,
         memory: Tensor,
-        local: Score | None,
+        local: LocalBranch | None,
         factor: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
         """Outputs `[B, N, K, R, E]` of a piece."""
         far = torch.einsum("btkrm,bkme->btkre", linear.query_features(queries), memory)
@@ -203,16 +236,27 @@ class WindowedMemory(nn.Module):
             weights = weights if slots.decays is None else weights * slots.factors(mask)
             far = far + weighted_values(weights, linear.extended(wide(slots.values)))
         if self.balance is not None:
-            return self.normalised(linear, queries, wide(slots.keys), wide(slots.values), slots.near, far)
+            keys, values, near = wide(slots.keys), wide(slots.values), slots.near
+            if sinks:
+                keys = torch.cat([wide(sinks["sink_keys"]), keys], dim=1)
+                values = torch.cat([wide(sinks["sink_values"]), values], dim=1)
+                near = torch.cat([slots.sink_distances(self.window.sinks) >= 0, near], dim=2)
+            return self.normalised(linear, queries, keys, values, near, far, bias)
         outputs = linear.finish(far)
         if local is None:
             return outputs
-        weights = local(pair_scores(unit(queries), unit(wide(slots.keys))))
-        near = weighted_values(masked_weights(weights, slots.near), wide(slots.values))
+        near = weighted_values(local.weights(queries, wide(slots.keys), slots.near, bias), wide(slots.values))
         return near + (outputs if factor is None else factor.to(outputs.dtype) * outputs)
 
     def normalised(
-        self, linear: LinearAttention, queries: Tensor, keys: Tensor, values: Tensor, near: Tensor, far: Tensor
+        self,
+        linear: LinearAttention,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        near: Tensor,
+        far: Tensor,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Softmax of near pairs and the memory's sums `[B, N, K, R, E + 1]`, under one normaliser.
 
@@ -223,8 +267,10 @@ class WindowedMemory(nn.Module):
             values: `[B, S, K, E]`.
             near: `[B, N, S]` the pairs.
             far: the sums.
+            bias: `[B, K, R, N, S]` of the near pairs' scores, or None.
         """
-        scores = pair_scores(queries, keys) * queries.shape[-1] ** -0.5
+        scores = pair_scores(queries, keys) * (queries.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        scores = scores if bias is None else scores + bias.to(scores.dtype)
         scores = scores.masked_fill(~near[:, None, None], -torch.inf)
         scale = linear.log_scale(queries) + self.balance.to(scores.dtype)
         total = far[..., -1]
@@ -242,7 +288,9 @@ class WindowedMemory(nn.Module):
         left = self.window.first(rows.position + rows.count) - slots.first
         most, memory, kept = int(left.max()), state["memory"], {}
         if most:
-            leaving = (torch.arange(most, device=left.device) < left[:, None])[..., None]
+            order = torch.arange(most, device=left.device)
+            leaving = (order < left[:, None]) & (slots.first[:, None] + order >= self.window.sinks)
+            leaving = leaving[..., None]
             factors = leaving.to(memory.dtype)
             if slots.decays is not None:
                 last = slots.decays.take_along_dim((left - 1).clamp(min=0)[:, None, None], dim=1)

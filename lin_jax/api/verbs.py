@@ -1,68 +1,51 @@
 """The package's verbs: load, linearize, compare, choose layers, train, generate, save, and run a configuration."""
 
-import logging
-import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
-from lin_jax.attention import AttentionConfig, parse_name
-from lin_jax.data import Corpus, DataConfig, Tokenizer, load_tokenizer, validation_batches
+from lin_jax.api.held_out import HeldOut
+from lin_jax.api.origins import (
+    Origin,
+    check_learns,
+    check_tokenizer,
+    end_tokens_of,
+    is_result,
+    is_softmax,
+    known_teacher,
+    open_place,
+    origin_of,
+    remember,
+    teacher_model,
+    tokenizer_of,
+)
+from lin_jax.api.runs import keep_model, recipe_of, say_changes, train_in_folder, train_model
+from lin_jax.api.sessions import session_of
+from lin_jax.attention import AttentionConfig
+from lin_jax.data import Tokenizer
 from lin_jax.decoding import Sampling
 from lin_jax.errors import UserError
 from lin_jax.evaluation.layer_selection import LayerChoice, LayerDivergences, measure_layers
-from lin_jax.hub.config_json import attentions_of
 from lin_jax.hub.model_card import is_export
-from lin_jax.hub.save import TOKENIZER_FILES
 from lin_jax.hub.save import save_pretrained as save_folder
 from lin_jax.models import Gpt2, Llama
-from lin_jax.models.params import params_fingerprint, params_of
 from lin_jax.models.stored_weights import WeightStorage
 from lin_jax.progress_bar import progress_bar
-from lin_jax.recipe import IN_MEMORY, Recipe, Text, text_data
+from lin_jax.recipe import IN_MEMORY, Text
 from lin_jax.report.figures import STUDENT, TEACHER, QualityReport
 from lin_jax.report.measure import Candidate, Trial, baselines, measure, prompts_of, window_of
-from lin_jax.session import Session, check_causal
+from lin_jax.session import check_causal
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.checkpoint.selector import CheckpointSelector
-from lin_jax.training.config import RunConfig
-from lin_jax.training.config_file import load_run_config
-from lin_jax.training.initialization import BaseModel, Teacher
-from lin_jax.training.model_source import ModelSource, with_attention
+from lin_jax.training.model_source import with_attention
 from lin_jax.training.run import train as train_run
-from lin_jax.training.run import train_in_memory
-from lin_jax.training.settings.changes import changes_of_finished
-from lin_jax.training.setup import resolve_in_memory
 from lin_jax.training.stages.config import Pipeline, parse_command
 from lin_jax.training.stages.run import run_stages
 
-log = logging.getLogger(__name__)
-
-SOFTMAX = AttentionConfig("softmax")
 # Tokens of rows that models are compared on, as a multiple of those in training, to show what comes after.
 _LONGER = 4
 DRAFTERS = ("auto", "ngram", "suffix", "none")
-_BASE = "base"
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """A model's past: the teacher of its linearized forms, tokens that end its texts, the folder it was trained in."""
-
-    teacher: ModelSource | Any
-    end_tokens: tuple[int, ...]
-    run: Path | None = None
-    steps: int = 0
-    weights: str = "stored"
-
-
-# Weak, so that models are freed when nobody else holds them.
-_origins: "weakref.WeakKeyDictionary[Any, _Origin]" = weakref.WeakKeyDictionary()
-_sessions: "weakref.WeakKeyDictionary[Any, tuple[list[Any], Session]]" = weakref.WeakKeyDictionary()
 
 
 def from_pretrained(
@@ -81,10 +64,11 @@ def from_pretrained(
         attention: another attention than the checkpoint's, by name or in full, such as "augmented", or a list of the
             layers' in turn; what it adds is initialized, so that the model is to be trained (`linearize`).
         tokenizer: for a place that holds none, such as a file of llama2.c: its folder or file.
-        dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored.
+        dtype: type of parameters and activations, such as "bfloat16"; None takes what is stored. A model with int8
+            weights is only trained where a type is given, in which it has the numbers that they stand for.
         step: of a run, the checkpoint: None takes the newest, "best" the one with the lowest validation loss.
         weights: of the copy that `generate` writes with: stored keeps their type; int8 rounds those of all linear
-            layers and of the head. The model itself has those of the checkpoint.
+            layers, of the head and of the table of tokens. The model itself has those of the checkpoint.
 
     Returns:
         The model, and its tokenizer, or None if the place holds none.
@@ -93,14 +77,16 @@ def from_pretrained(
         UserError: there is no such place, or it cannot be read as a model.
     """
     WeightStorage(weights)
-    source = ModelSource.open(_named(place), step)
+    source = open_place(place, step)
     config = None if attention is None else AttentionConfig.of(attention)
     compute = None if dtype is None else replace(source.config.compute, dtype=dtype, param_dtype=dtype)
     if compute is not None and source.is_run:
         raise UserError(f"{place} is a run, whose model has the type it was trained in; leave dtype out")
     model = source.model(attention=config, compute=compute)
-    known = _tokenizer(source, tokenizer)
-    _origins[model] = _Origin(source, () if known is None else source.end_tokens(known), weights=weights)
+    known = tokenizer_of(source, tokenizer)
+    ends = () if known is None else source.end_tokens(known)
+    rounded = source.rounded and dtype is None
+    remember(model, Origin(source, ends, weights="int8" if rounded else weights, learns=not rounded))
     return model, known
 
 
@@ -140,32 +126,33 @@ def linearize(
         KeyboardInterrupt: with an output, after Ctrl-C; call it again to go on.
     """
     check_causal(model, "the given model")
-    origin, place = _origins.get(model), None if output is None else Path(output)
-    if _is_result(origin, place, steps):
-        # A cell that is run again gets its own result.
-        _say_changes(_recipe(model, tokenizer, data, options).linearize(steps, lora=lora, output=str(place)))
+    check_learns(model)
+    check_tokenizer(tokenizer)
+    origin, place = origin_of(model), None if output is None else Path(output)
+    if is_result(model, place, steps):
+        say_changes(recipe_of(model, data, options).linearize(steps, lora=lora, output=str(place)))
         return model
-    if _is_softmax(model):
+    ends = end_tokens_of(model, tokenizer)
+    if is_softmax(model):
         teacher, model = teacher or model, with_attention(model, AttentionConfig.of(attention))
     elif teacher is None:
         teacher = None if origin is None else origin.teacher
     if teacher is None:
         raise UserError("the teacher of this model is not known; give teacher=, the model before it was linearized")
-    learned = _teacher(teacher, model)
-    recipe = _recipe(model, tokenizer, data, options)
-    found = _Origin(teacher, _end_tokens(origin, tokenizer), place, steps)
+    learned = teacher_model(teacher, model)
+    recipe = recipe_of(model, data, options)
     if place is None:
         runs = recipe.linearize(steps, lora=lora, output=IN_MEMORY)
         for run, name in zip(runs, ("transfer", "tune"), strict=True):
-            model, stopped = _trained(run, model, tokenizer, learned, name)
+            model, stopped = train_model(run, model, tokenizer, learned, name)
             if stopped:
                 break
     else:
         runs = recipe.linearize(steps, lora=lora, output=str(place))
-        before = _kept(place / "teacher", learned, tokenizer, found.end_tokens)
+        before = keep_model(place / "teacher", learned, tokenizer, ends)
         runs = [replace(run, teacher=str(before)) for run in runs]
-        model = _trained_in(place, model, tokenizer, runs, found.end_tokens)
-    _origins[model] = found
+        model = train_in_folder(place, model, tokenizer, runs, ends)
+    remember(model, Origin(teacher, ends, place, steps))
     return model
 
 
@@ -180,18 +167,21 @@ def train(
     **options: Any,
 ) -> Any:
     """Trains a model on text; arguments, result and errors as in `linearize`."""
-    origin, place = _origins.get(model), None if output is None else Path(output)
-    recipe = _recipe(model, tokenizer, data, options)
-    run = recipe.train(steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train"))
-    if _is_result(origin, place, steps):
-        _say_changes([run])
+    check_learns(model)
+    check_tokenizer(tokenizer)
+    origin, place = origin_of(model), None if output is None else Path(output)
+    run = recipe_of(model, data, options).train(
+        steps, lora=lora, output=IN_MEMORY if place is None else str(place / "train")
+    )
+    if is_result(model, place, steps):
+        say_changes([run])
         return model
-    teacher, ends = None if origin is None else origin.teacher, _end_tokens(origin, tokenizer)
+    teacher, ends = None if origin is None else origin.teacher, end_tokens_of(model, tokenizer)
     if place is None:
-        trained, _ = _trained(run, model, tokenizer, None, "train")
+        trained, _ = train_model(run, model, tokenizer, None, "train")
     else:
-        trained = _trained_in(place, model, tokenizer, [run], ends)
-    _origins[trained] = _Origin(teacher, ends, place, steps)
+        trained = train_in_folder(place, model, tokenizer, [run], ends)
+    remember(trained, Origin(teacher, ends, place, steps))
     return trained
 
 
@@ -235,8 +225,9 @@ def compare(
     first = next(iter(named.values()))
     for name, model in named.items():
         check_causal(model, name)
-    learned, ends = _known_teacher(teacher, first), _end_tokens(_origins.get(first), tokenizer)
-    held_out = _held_out(data, learned, tokenizer, sequence_length, batches, longer=_LONGER)
+    check_tokenizer(tokenizer)
+    learned, ends = known_teacher(teacher, first), end_tokens_of(first, tokenizer)
+    held_out = HeldOut.of(data, learned, sequence_length, batches, longer=_LONGER)
     before = Candidate("teacher", "the teacher", TEACHER, learned, tokenizer, ends)
     others = [Candidate(name, name, STUDENT, model, tokenizer, ends) for name, model in named.items()]
     windows = [window_of(model.config.attention) for model in named.values()]
@@ -289,7 +280,8 @@ def select_layers(
     Raises:
         UserError: the models, or they and the text, do not go together, or there are not so many layers.
     """
-    learned = _known_teacher(teacher, model)
+    check_tokenizer(tokenizer)
+    learned = known_teacher(teacher, model)
     for each in (model, learned):
         if not isinstance(each, Llama | Gpt2):
             raise UserError(f"layers of a {type(each).__name__} are not chosen among; give a LLaMA or GPT-2")
@@ -298,7 +290,7 @@ def select_layers(
         raise UserError(f"the teacher has {learned.config.num_layers} layers, the model {count}; give its own teacher")
     if not 1 <= keep <= count:
         raise UserError(f"{keep} of {count} layers are to keep the teacher's attention; give keep=1 to {count}")
-    held_out = _held_out(data, learned, tokenizer, sequence_length, batches).batches(tokenizer, batch_size)
+    held_out = HeldOut.of(data, learned, sequence_length, batches).batches(tokenizer, batch_size)
     found = LayerDivergences.of(range(count))
     with progress_bar(total=len(held_out) * (count + 1), desc="layers", unit="pass") as bar:
         for _ in measure_layers(model, learned, held_out, found, bar.update):
@@ -330,8 +322,8 @@ def generate(
         prompts: one prompt or several.
         max_new_tokens: tokens to write for each at the most.
         drafter: none decodes token by token; ngram verifies guesses copied from the text so far; suffix copies from
-            what earlier calls with this model wrote, too; auto guesses by n-grams where that pays, by what guesses gave
-            so far. The texts are the same.
+            what earlier calls with this model wrote, too; auto guesses by both where that pays, by what guesses gave so
+            far. The texts are the same.
         temperature: 0 is greedy.
         top_k: sample from the K likeliest tokens; 0 is all.
         top_p: sample from the likeliest tokens up to this probability.
@@ -346,10 +338,11 @@ def generate(
     """
     if drafter not in DRAFTERS:
         raise UserError(f"drafter '{drafter}' is unknown; choose one of {', '.join(DRAFTERS)}")
-    session = _session(model, tokenizer)
+    check_tokenizer(tokenizer)
+    session = session_of(model, tokenizer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if drafter in ("auto", "suffix"):
-        generator = session.adaptive_generator("ngram" if drafter == "auto" else drafter, stops=stop)
+        generator = session.adaptive_generator(None if drafter == "auto" else drafter, stops=stop)
     else:
         plan = session.plain_plan() if drafter == "none" else session.ngram_plan(len(texts))
         generator = session.generator(plan.drafter, plan.shape, stops=stop)
@@ -360,19 +353,32 @@ def generate(
 
 
 def save_pretrained(
-    model: Any, folder: str | Path, *, tokenizer: Tokenizer | None = None, overwrite: bool = False
+    model: Any,
+    folder: str | Path,
+    *,
+    tokenizer: Tokenizer | None = None,
+    overwrite: bool = False,
+    weights: str = "stored",
 ) -> Path:
     """Writes a model as a Hugging Face folder, which transformers opens, and returns the folder.
 
     A folder that this package wrote before is replaced; any other one only with `overwrite`.
 
+    Args:
+        model: the model.
+        folder: the folder to write.
+        tokenizer: the model's.
+        overwrite: replace the content of the folder.
+        weights: stored keeps the type of the model's; int8 rounds them, to about a quarter of the bytes of float32.
+
     Raises:
         UserError: the folder holds something else, or cannot be written.
     """
     folder = Path(folder)
-    origin = _origins.get(model)
+    origin = origin_of(model)
     ends = () if origin is None else origin.end_tokens
-    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite or is_export(folder))
+    overwrite = overwrite or is_export(folder)
+    return save_folder(model, folder, tokenizer=tokenizer, end_tokens=ends, overwrite=overwrite, weights=weights)
 
 
 def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
@@ -399,161 +405,3 @@ def run(config: str | Path, *overrides: str, resume: bool = False) -> Path:
     if status:
         raise KeyboardInterrupt
     return Path(plan.output)
-
-
-def _named(place: str | Path) -> str | Path:
-    """OWNER/NAME as `hub:OWNER/NAME`, where there is no such path."""
-    name = str(place)
-    if isinstance(place, str) and name.count("/") == 1 and not Path(name).expanduser().exists():
-        return f"hub:{name}" if not name.startswith(("hub:", ".", "~", "/")) else name
-    return place
-
-
-def _tokenizer(source: ModelSource, named: str | Path | Tokenizer | None) -> Tokenizer | None:
-    if isinstance(named, Tokenizer):
-        return named
-    if source.place.is_file():
-        return None if named is None else source.tokenizer(str(named))
-    if named is not None:
-        return load_tokenizer(named)
-    if source.is_run or any((source.place / name).is_file() for name in TOKENIZER_FILES):
-        return source.tokenizer()
-    return None
-
-
-def _is_result(origin: _Origin | None, place: Path | None, steps: int) -> bool:
-    """True for the model that the same call has made before; its folder is not for another number of steps."""
-    if place is None or origin is None or origin.run != place:
-        return False
-    if origin.steps != steps:
-        raise UserError(f"{place} holds this model after {origin.steps} steps, not {steps}; give another output")
-    return True
-
-
-def _is_softmax(model: Any) -> bool:
-    every = [kind for each in attentions_of(model.config).values() for kind in each.kinds]
-    return all(parse_name(each.name).base == "softmax" for each in every)
-
-
-def _end_tokens(origin: _Origin | None, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if origin is not None and origin.end_tokens:
-        return origin.end_tokens
-    return () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out documents, the configuration that they are read with, and the tokens of a row in training."""
-
-    config: DataConfig
-    corpus: Corpus
-    training_length: int
-
-    def batches(self, tokenizer: Tokenizer, batch_size: int) -> list[Any]:
-        """Rows of them."""
-        return list(validation_batches(self.corpus, tokenizer, self.config, batch_size=batch_size))
-
-
-def _held_out(
-    data: Text, model: Any, tokenizer: Tokenizer, sequence_length: int | None, batches: int, *, longer: int = 1
-) -> _HeldOut:
-    """The part of a text that training holds out, in rows that are some times as long, as far as positions go."""
-    if tokenizer is None:
-        raise UserError("the tokenizer is None; name the model's with from_pretrained(..., tokenizer=PATH)")
-    config = text_data(data, model.config, sequence_length)
-    length = longer * config.sequence_length
-    length = min(length, getattr(model.config, "max_positions", None) or length)
-    rows = replace(config, sequence_length=length, validation_batches=batches)
-    return _HeldOut(rows, Corpus.open(rows).split(rows.validation_fraction)[1], config.sequence_length)
-
-
-def _known_teacher(teacher: Any, model: Any) -> Any:
-    """The teacher that is given, or else the one that a linearized model has learnt from."""
-    origin = _origins.get(model)
-    if teacher is None:
-        teacher = None if origin is None else origin.teacher
-    if teacher is None:
-        raise UserError("the teacher of this model is not known; give teacher=, the model before it was linearized")
-    return _teacher(teacher, model)
-
-
-def _teacher(teacher: Any, model: Any) -> Any:
-    """The teacher itself, from its place if it is a place."""
-    if isinstance(teacher, str | Path):
-        teacher = ModelSource.open(_named(teacher))
-    return teacher.model(compute=model.config.compute) if isinstance(teacher, ModelSource) else teacher
-
-
-def _recipe(model: Any, tokenizer: Tokenizer | None, data: Text, options: dict[str, Any]) -> Recipe:
-    known = ("batch_size", "sequence_length", "learning_rate", "seed", "window_dropout")
-    if unknown := [name for name in options if name not in known]:
-        raise UserError(f"option {unknown[0]} is unknown; choose among {', '.join(known)}")
-    if tokenizer is None:
-        raise UserError("the tokenizer is None; name the model's with from_pretrained(..., tokenizer=PATH)")
-    length = options.pop("sequence_length", None)
-    return Recipe(model.config, text_data(data, model.config, length), **options)
-
-
-def _trained(run: RunConfig, model: Any, tokenizer: Tokenizer, teacher: Any, name: str) -> tuple[Any, bool]:
-    """Trains in memory; the model, and True if it was stopped before its last step."""
-    taught = None if teacher is None else Teacher(teacher, tokenizer, "the teacher")
-    resolved = resolve_in_memory(run, BaseModel(model, tokenizer), taught)
-    params, outcome = train_in_memory(resolved, name)
-    return resolved.objective.parts(params, resolved.frozen)[0], outcome.stopped_by is not None
-
-
-def _trained_in(
-    place: Path, model: Any, tokenizer: Tokenizer, runs: Sequence[RunConfig], end_tokens: Sequence[int]
-) -> Any:
-    """Trains in a folder, each run from where the one before ended; what is finished is left alone."""
-    before = _kept(place / _BASE, model, tokenizer, end_tokens)
-    for run in runs:
-        folder = Path(run.output)
-        steps = saved_steps(folder)
-        if steps and steps[-1] > run.training.steps:
-            raise UserError(
-                f"{folder} has gone on to step {steps[-1]}, beyond the {run.training.steps} asked for; "
-                "give more steps, or another output"
-            )
-        if not steps or steps[-1] < run.training.steps:
-            outcome = train_run(replace(run, init_from=str(before)), resume=bool(steps))
-            if outcome.stopped_by is not None:
-                raise KeyboardInterrupt
-        else:
-            _say_changes([run])
-        before = folder
-    return ModelSource.open(before).model()
-
-
-def _say_changes(runs: Sequence[RunConfig]) -> None:
-    """Says what finished runs were made with, where something else is asked for now."""
-    for run in runs:
-        folder = Path(run.output)
-        before = load_run_config(folder)
-        for line in changes_of_finished(folder, replace(run, init_from=before.init_from, teacher=before.teacher)):
-            log.warning("%s", line)
-
-
-def _kept(folder: Path, model: Any, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> Path:
-    """Writes a model that runs in the same folder begin from; one that is there must be the same."""
-    if not is_export(folder):
-        return save_folder(model, folder, tokenizer=tokenizer, end_tokens=end_tokens)
-    there = ModelSource.open(folder).model(compute=model.config.compute)
-    if params_fingerprint(params_of(there)) != params_fingerprint(params_of(model)):
-        raise UserError(f"{folder.parent} was begun from another model; give another output")
-    return folder
-
-
-def _session(model: Any, tokenizer: Tokenizer) -> Session:
-    """A session with a copy of the model, kept until the model is gone or has other values."""
-    leaves = jax.tree.leaves(nnx.state(model))
-    known = _sessions.get(model)
-    if known is not None and len(known[0]) == len(leaves):
-        same = all(ref() is leaf for ref, leaf in zip(known[0], leaves, strict=True))
-        if same and known[1].tokenizer is tokenizer:
-            return known[1]
-    origin = _origins.get(model)
-    ends, weights = (None, "stored") if origin is None else (origin.end_tokens or None, origin.weights)
-    session = Session.of(model, tokenizer, ends, weights=weights)
-    _sessions[model] = ([weakref.ref(leaf) for leaf in leaves], session)
-    return session

@@ -14,12 +14,16 @@ class NearFarMasks(NamedTuple):
     """Masks of (query, key) pairs.
 
     Attributes:
-        near: the key is in the query's window.
-        far: the key is before it, so that it counts through the memory. None where there is no such pair.
+        near: the key is in the query's window, or a sink.
+        far: the key is before the window, so that it counts through the memory. None where there is no such pair.
     """
 
     near: Bool[Array, "*batch T S"]
     far: Bool[Array, "*batch T S"] | None
+
+    def with_near_among_far(self) -> "NearFarMasks":
+        """The same with near pairs among the far ones."""
+        return self._replace(far=self.near if self.far is None else self.near | self.far)
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class AttentionWindow:
             none at all, so that the query's own token, too, counts through the memory.
         group_size: tokens of a group.
         groups: finished groups before the query's own that a window of groups holds.
+        sinks: tokens at the beginning of a document that stay near for ever, and never enter the memory.
     """
 
     tokens: int | None
     group_size: int = 64
     groups: int = 1
+    sinks: int = 0
 
     @property
     def capacity(self) -> int:
@@ -49,10 +55,12 @@ class AttentionWindow:
 
     @property
     def chunk(self) -> int:
-        """Tokens of the chunks that rows are cut into."""
-        if self.tokens is None:
-            return self.group_size
-        return max(self.capacity, SMALLEST_CHUNK)
+        """Tokens of the chunks that rows are cut into.
+
+        A window of tokens reaches back one less than that; chunks of as many as it holds are more often of an even
+        size, which processors compute with sooner, and fill rows of a power of two.
+        """
+        return self.group_size if self.tokens is None else max(self.tokens, SMALLEST_CHUNK)
 
     def chunks_before(self, *, aligned: bool) -> int:
         """Chunks before a query's own that reach to the start of its window, if chunks begin where groups do or not."""
@@ -75,13 +83,18 @@ class AttentionWindow:
         """Masks of the pairs that are `together` (same document, none of them padding), by absolute position."""
         start, key = self.start(queries)[..., :, None], keys[..., None, :]
         causal = together & (key <= queries[..., :, None])
-        return NearFarMasks(causal & (key >= start), causal & (key < start))
+        if not self.sinks:
+            return NearFarMasks(causal & (key >= start), causal & (key < start))
+        near = (key >= start) | (key < self.sinks)
+        return NearFarMasks(causal & near, causal & ~near)
 
     def both_sides(
         self, positions: Int[Array, "*batch T"], together: Bool[Array, "*batch T T"]
     ) -> Bool[Array, "*batch T T"]:
-        """The mask of an encoder's window: as many tokens, or groups, on either side."""
+        """The mask of an encoder's window: as many tokens, or groups, on either side; and its sinks."""
         query, key = positions[..., :, None], positions[..., None, :]
         if self.tokens is not None:
-            return together & (jnp.abs(query - key) < self.tokens)
-        return together & (jnp.abs(query // self.group_size - key // self.group_size) <= self.groups)
+            near = jnp.abs(query - key) < self.tokens
+        else:
+            near = jnp.abs(query // self.group_size - key // self.group_size) <= self.groups
+        return together & (near | (key < self.sinks) if self.sinks else near)

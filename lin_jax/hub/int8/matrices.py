@@ -1,0 +1,52 @@
+"""Matrices of a model that are rounded to int8: all of linear layers, the head, and the table of tokens."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from flax import nnx
+
+from lin_jax.errors import UserError
+from lin_jax.hub.tensors import Entries, transpose
+from lin_jax.models.stored_weights import module_at
+
+# Families whose exported source has int8 layers.
+FAMILIES = ("llama", "gpt2", "bert", "flash")
+_TABLES = (("embed", "embedding"), ("word", "embedding"))
+_WEIGHT = ".weight"
+
+
+def output_axes(model: Any, entries: Entries) -> dict[str, int]:
+    """The axis of outputs, 0 or 1, of every tensor that is rounded, by its name.
+
+    Args:
+        model: the model, which may be abstract.
+        entries: all of its tensors.
+    """
+    found = {}
+    for name, entry in entries.items():
+        holder = module_at(model, entry.path[:-1])
+        if isinstance(holder, nnx.Linear) and entry.path[-1] == "kernel":
+            found[name] = 0 if entry.write is transpose else 1
+        elif isinstance(holder, nnx.Embed) and entry.path[-2:] in _TABLES:
+            found[name] = 0
+    return found
+
+
+def module_patterns(names: Iterable[str]) -> list[str]:
+    """Names of the modules that tensors belong to, each once for all layers, whose number is a star."""
+    modules = (name.removesuffix(_WEIGHT) for name in names)
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in modules))
+
+
+def check_family(name: str) -> None:
+    """Refuses families that have no int8 weights in folders.
+
+    Raises:
+        UserError: this is one of them.
+    """
+    if name not in FAMILIES:
+        *others, last = FAMILIES
+        raise UserError(
+            f"int8 weights of a {name} cannot be written, {', '.join(others)} and {last} can; leave weights out"
+        )
