@@ -16,7 +16,6 @@ fraction of the steps. The same options make the same bytes.
 import argparse
 import random
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -158,4 +157,4 @@ def recast(story: str, book: Book, chance: random.Random) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_cleanly(main))
+    exit_cleanly(main)

@@ -11,7 +11,6 @@ layer comes to; after tuning, a student that had it from the start may come to m
 import argparse
 import json
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,4 +98,4 @@ def losses(logits: jax.Array, targets: Any) -> jax.Array:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_cleanly(main))
+    exit_cleanly(main)

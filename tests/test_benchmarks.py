@@ -11,16 +11,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from flax import nnx
 from support.processes import ROOT
 
-from lin_jax.attention import REGISTRY
+from lin_jax.attention import REGISTRY, AttentionConfig
 from lin_jax.decoding.autotune.costs import Costs
 from lin_jax.decoding.autotune.plan import SpeculationPlan, save_plans
 from lin_jax.devices import device_kind
 from lin_jax.errors import UserError
+from lin_jax.evaluation.token_losses import token_losses
+from lin_jax.models import Llama, LlamaConfig
 from lin_jax.session import PLAN_FILE
 from lin_jax.training import load_run_config
+from lin_jax.training.model_source import with_attention
 from lin_jax.training.monitoring.trackers import read_metrics
 from lin_jax.training.run import train
 from pallas_kernels.tiles import TABLE
@@ -118,6 +123,32 @@ def test_fact_stories(tmp_path: Path) -> None:
     often = {name: text.count(" spoke of ") / text.count(" home to ") for name, text in texts.items()}
     assert often["dense"] == pytest.approx(3, rel=0.02)
     assert often["train"] == pytest.approx(1.5, rel=0.02)
+
+
+def test_kept_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums are those of the models themselves: without a layer the student's, and with its only layer the teacher's."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = importlib.import_module("kept_layers")
+    sizes: dict[str, Any] = {
+        "vocab_size": 16,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
+    teacher = Llama(LlamaConfig(**sizes, attention=AttentionConfig("softmax")), rngs=nnx.Rngs(0))
+    student = with_attention(teacher, AttentionConfig("softmax", window=2))
+    batch = {"tokens": np.random.default_rng(0).integers(0, 16, (2, 13))}
+    hidden, theirs, count = script.taught(teacher, batch)
+    assert count == 24
+    own = token_losses(student, [batch]).losses.sum()
+    assert abs(own - theirs) > 1e-3
+    loss, divergence = script.restored(student, teacher, batch, hidden, script.NONE)
+    assert float(loss) == pytest.approx(own, rel=1e-5)
+    assert divergence > 1e-4
+    loss, divergence = script.restored(student, teacher, batch, hidden, 0)
+    assert float(loss) == pytest.approx(float(theirs), rel=1e-5)
+    assert float(divergence) == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.thorough
