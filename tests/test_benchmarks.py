@@ -337,6 +337,7 @@ def test_decode_programs(tmp_path: Path) -> None:
     assert "no longer a path than there are nodes" in done.stderr
 
 
+@pytest.mark.thorough
 def test_support_matrix(tmp_path: Path) -> None:
     """One cell is tried, and the README's table has every attention, with nothing that failed."""
     file = tmp_path / "matrix.json"

@@ -15,6 +15,7 @@ from pallas_kernels.linear_attention.blocks import (
     joined,
 )
 from pallas_kernels.linear_attention.problem import LinearPlan, LinearProblem, Memory, PackedBlocks
+from pallas_kernels.precision import quotient
 
 BLOCK = 64
 
@@ -36,7 +37,7 @@ def forward(problem: LinearProblem, plan: LinearPlan) -> tuple[Float[Array, "B T
         over_rows = jax.vmap(over_heads, in_axes=(0, 0, 0, 0, 0, None, _by_row(problem)))
         normaliser = memory.keys[:, :, None]
         sums, totals = over_rows(queries, keys, values, memory.values, normaliser, problem.log_decay, masks)
-        outputs = sums if plan.floor is None else sums / divisor(totals, plan.floor)
+        outputs = sums if plan.floor is None else quotient(sums, divisor(totals, plan.floor))
         joining = jax.vmap(joined, in_axes=(1, 1, 0, 0, _axis(problem), None))
         joining = jax.vmap(joining, in_axes=(0, 0, 0, 0, None, _by_row(problem)))
         after, normaliser = joining(keys, values, memory.values, normaliser, problem.log_decay, masks)

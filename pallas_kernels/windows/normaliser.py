@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.pairs import pair_scores, weighted_values
-from pallas_kernels.precision import upcast
+from pallas_kernels.precision import quotient, upcast
 from pallas_kernels.windows.rows import Pairs
 
 
@@ -18,9 +18,7 @@ def extended(values: Float[Array, "*batch S K E"]) -> Float[Array, "*batch S K E
 def divided(sums: Float[Array, "*batch K R E_1"]) -> Float[Array, "*batch K R E"]:
     """Sums divided by the last of them, the normaliser; no weights at all give zero, not NaN."""
     normaliser = sums[..., -1:]
-    # A gradient divides by the square, which is zero for a normaliser of 1e-23 already: it is scaled to one before.
-    sums = sums / jax.lax.stop_gradient(jnp.where(normaliser == 0, 1, normaliser))
-    return sums[..., :-1] / jnp.where(normaliser == 0, 1, sums[..., -1:])
+    return quotient(sums[..., :-1], jnp.where(normaliser == 0, 1, normaliser))
 
 
 def normalised(

@@ -125,10 +125,7 @@ class Case:
 ALWAYS = (
     "augmented",
     "linformer",
-    "transnormer",
-    "yoso",
     "exponential+window+convolution/window=5",
-    "hedgehog+window/window=9/decay=token",
     "hedgehog+window/decay=token/sinks=2",
     "softmax/window=5/sinks=3",
 )

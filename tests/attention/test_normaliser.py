@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.windows.normaliser import divided
 
 
@@ -24,3 +25,20 @@ def test_tiny_normalisers():
     empty, nothing = both(0.0)
     assert empty == 0
     assert np.isfinite(nothing).all()
+
+
+def test_linear_attention_with_tiny_features():
+    """Features of 1e-12 in float32: sums of weights of 1e-24, whose square is zero."""
+    rng = np.random.default_rng(1)
+    rows = [jnp.asarray(np.abs(rng.standard_normal((1, 5, 1, 4))), jnp.float32) for _ in range(3)]
+
+    @jax.jit
+    def gradient(factor, values):
+        def total(queries, keys):
+            return jnp.sum(linear_attention(queries, keys, values, floor=0.0, implementation="xla")[0] ** 2)
+
+        return jax.grad(total, (0, 1))(factor * rows[0], factor * rows[1])
+
+    factor = 2.0**-40
+    for tiny, plain in zip(gradient(factor, rows[2]), gradient(1.0, rows[2]), strict=True):
+        np.testing.assert_allclose(tiny * factor, plain, rtol=1e-4, atol=1e-5)

@@ -120,13 +120,27 @@ def test_a_thorough_search_is_kept(
     assert load_plans(file) == ([], [])
 
 
-@pytest.mark.parametrize("folder", cells(["run_folder"], ["planned_folder"]))
+@pytest.mark.parametrize(
+    ("folder", "options"),
+    cells(
+        [("run_folder", ())],
+        [
+            ("run_folder", ("--temperature", "0.8")),
+            ("planned_folder", ()),
+            ("planned_folder", ("--temperature", "0.8")),
+        ],
+    ),
+)
 def test_decoding_begins_at_once(
-    folder: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: str,
+    options: tuple[str, ...],
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is measured or searched before the first token, with or without a plan; the text is plain decoding's."""
 
-    words = (str(request.getfixturevalue(folder)), "import os\n", "--max-new-tokens", "60")
+    words = (str(request.getfixturevalue(folder)), "import os\n", "--max-new-tokens", "60", *options)
 
     def refuse(*args: object, **options: object) -> None:
         raise AssertionError("calibration")
@@ -137,10 +151,6 @@ def test_decoding_begins_at_once(
     plain, figures = output(capsys, *words, "--drafter", "none")
     assert "(plain decoding)" in figures
     assert output(capsys, *words)[0] == plain
-    assert (
-        output(capsys, *words, "--temperature", "0.8")[0]
-        == output(capsys, *words, "--temperature", "0.8", "--drafter", "none")[0]
-    )
 
 
 def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from lin_jax.decoding import Generator, Sampling
 WINDOWED = {"name": "hedgehog+window", "window": 5, "decay": "token", "sinks": 3}
 SINKS = AttentionConfig(pattern=(WINDOWED, {"name": "softmax", "window": 4, "sinks": 2}))
 NAMES = cells(
-    ["rfa+convolution", SINKS],
-    ["linformer", "flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
+    [SINKS],
+    ["rfa+convolution", "linformer", "flash", "yoso", "transnormer", "relu", "square", "linformer+local+convolution"],
 )
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6, 5], [3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4, 6, 2]]
 pytestmark = pytest.mark.usefixtures("x64")

@@ -147,6 +147,7 @@ def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]
     assert max(second.steps) < 90 / 3 < min(first.steps)
 
 
+@pytest.mark.thorough
 def test_large_memories_are_sorted_seldom() -> None:
     """Beside a large memory, few new tokens are not worth sorting all anew, unless it is asked for."""
     memory, rng = TextMemory(2**15), np.random.default_rng(0)

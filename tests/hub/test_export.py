@@ -293,7 +293,8 @@ WAYS_OF_FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("name", some_of(WAYS_OF_FAMILIES, {"t5-augmented"}))
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", WAYS_OF_FAMILIES)
 def test_a_folder_is_tried_in_any_environment(name: str, tmp_path: Path, x64: None) -> None:
     """The script that compares ways to generate finds none that differs, and what cannot be is said in a line."""
     cells = try_folder(*write_exports(tmp_path, [name]))

@@ -72,6 +72,7 @@ def test_the_run_is_its_familys(run, family):
     assert load_run_config(run.output) == config
 
 
+@pytest.mark.thorough
 def test_it_decodes_and_exports(run, tmp_path, capsys):
     words = ("the cat", "--max-new-tokens", "12", "--json", "--tree")
     assert main(["export", run.output, str(tmp_path / "out")]) == 0

@@ -53,6 +53,7 @@ def test_files_stand_in_lists_and_data_sets_alone() -> None:
         DataConfig(source="hub:a/b/c.txt", subset="x")
 
 
+@pytest.mark.thorough
 def test_from_a_hub(tmp_path: Path) -> None:
     """Models, tokenizers and text come from the right files, and again when the server is gone."""
     [line] = printed("fake_hub.py", str(tmp_path))

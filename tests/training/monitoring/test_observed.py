@@ -120,6 +120,7 @@ def test_weights_and_biases_is_asked_for_before_anything_starts(tmp_path, tiny_r
         WandbConfig("linear", mode="sometimes")
 
 
+@pytest.mark.thorough
 def test_steps_are_traced_on_request(observed):
     folder, said, _ = observed
     traces = list((folder / "profile").rglob("*.xplane.pb"))
