@@ -339,6 +339,7 @@ def t5_loss(model: T5, ids: jax.Array, decoder_ids: jax.Array, labels: jax.Array
     return optax.softmax_cross_entropy_with_integer_labels(model(ids, decoder_ids), labels).mean()
 
 
+@pytest.mark.thorough
 @pytest.mark.holds("grads/")
 @pytest.mark.family("t5")
 def test_t5_loss_and_gradients(golden: Golden) -> None:

@@ -99,6 +99,7 @@ def test_equals_plain_decoding(attention: str, prompts: list[list[int]], mode: s
             assert found.mean_accepted_tokens > 1.8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", some_of(GUESSES, {"path"}))
 def test_every_drafter_leaves_the_output(prompts: list[list[int]], name: str) -> None:
     model, sampling = build_model(), SAMPLINGS["penalised"]

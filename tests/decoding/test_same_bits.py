@@ -65,6 +65,7 @@ def commit(model, state, nodes, path, length):
     return model.commit(state, nodes, path, length)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("attention", "dtype"), CELLS)
 def test_nodes_and_rows_have_the_bits_of_plain_decoding(attention, dtype):
     model = target(attention, dtype)

@@ -50,6 +50,7 @@ def ways(model: Llama, memory: TextMemory) -> dict[str, tuple[Drafter, AnyTree]]
     }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("way", "mode"),
     cells(

@@ -45,6 +45,7 @@ def test_forms_agree(attention: str, x64: None) -> None:
     assert_forms_agree(model(attention))
 
 
+@pytest.mark.thorough
 def test_drafts_change_nothing(x64: None) -> None:
     assert_drafts_change_nothing(model(), 15)
 

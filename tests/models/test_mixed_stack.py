@@ -46,6 +46,7 @@ def test_forms_agree(name: str, x64: None) -> None:
     assert_documents_are_apart(model)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", cells(["repeated"], ["by number"]))
 def test_drafts_change_nothing(name: str, x64: None) -> None:
     """A tree that is deeper than the window, of drafts that are right at times."""
