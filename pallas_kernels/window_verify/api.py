@@ -44,9 +44,9 @@ def verify_window(
 ) -> Float[Array, "B N H E"]:
     """Outputs of a draft tree's nodes on top of a state, exact also where a path leaves the window.
 
-    A node attends to the tokens of its window and to the nodes above it by softmax, to the memory by features; what
-    lies before a node's window, though it is not in the memory yet, counts by features, too. The formula, the feature
-    maps and the window are those of `windowed_attention`.
+    A node attends to the tokens of its window, to the nodes above it and to the state's sinks by softmax, to the memory
+    by features; what lies before a node's window, though it is not in the memory yet, counts by features, too. The
+    formula, the feature maps and the window are those of `windowed_attention`.
 
     Args:
         queries: `[B, N, H, D]`, bfloat16 or float32.
@@ -54,7 +54,7 @@ def verify_window(
         values: `[B, N, K, E]`.
         weights: the feature map's learnt parts; m features, twice as many with `hedgehog`.
         tree: depths and ancestry.
-        state: the state; the normaliser stands behind the values in its memory.
+        state: the state; the normaliser stands behind the values in its memory, and it has the sinks, if there are any.
         features: `exponential` or `hedgehog`.
         group_size: tokens of a group, by position.
         groups: groups before the query's own that its window holds.
@@ -113,8 +113,6 @@ def verify_implementation(
 def _check(
     weights: FeatureWeights, state: WindowedState, values: Array, features: Features, log_decays: Array | None
 ) -> None:
-    if state.sink_keys is not None:
-        raise ValueError("the state keeps sinks, which this operation does not know; give one without")
     if (state.decays is None) != (log_decays is None):
         raise ValueError("decays of the state and of the nodes belong together; give both, or neither")
     count = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)
