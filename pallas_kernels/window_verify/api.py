@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu.launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose_implementation
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import TreeArrays, WindowedState
 from pallas_kernels.window_verify import gpu, tpu, xla
@@ -94,19 +94,12 @@ def verify_implementation(
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
-    obstacle = None
-    kinds = {str(each.dtype) for each in (queries, keys, values)}
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        obstacle = f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    elif state.memory.dtype != jnp.float32:
+    obstacle = unlike_types(queries, keys, values)
+    if obstacle is None and state.memory.dtype != jnp.float32:
         obstacle = f"the memory is {state.memory.dtype}, not float32"
-    elif not state.keys.shape[1]:
+    elif obstacle is None and not state.keys.shape[1]:
         obstacle = "the window holds no token before a node"
-    triton = partial(triton_obstacle, "window_verify", keys.shape[3], values.shape[3], keys.dtype)
-    obstacles = {
-        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
-        for name in IMPLEMENTATIONS
-    } | {"xla": None}
+    obstacles = obstacles_of(IMPLEMENTATIONS, "window_verify", keys, values, programs=obstacle)
     return choose_implementation("verify_window", asked, obstacles)
 
 

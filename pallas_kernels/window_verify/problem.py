@@ -46,10 +46,11 @@ class WindowVerifyProblem(NamedTuple):
 
     def sinks_and_nodes(self) -> tuple[Float[Array, "B S_N K D"], Float[Array, "B S_N K E"]]:
         """Keys and values of the sinks, if there are any, and then of the nodes: what lies behind the ring."""
-        kept = self.state.sink_keys, self.state.sink_values
-        return tuple(
-            own if sinks is None else jnp.concatenate([sinks.astype(own.dtype), own], axis=1)
-            for sinks, own in zip(kept, (self.keys, self.values), strict=True)
+        if self.state.sink_keys is None or self.state.sink_values is None:
+            return self.keys, self.values
+        return (
+            jnp.concatenate([self.state.sink_keys.astype(self.keys.dtype), self.keys], axis=1),
+            jnp.concatenate([self.state.sink_values.astype(self.values.dtype), self.values], axis=1),
         )
 
     @property
