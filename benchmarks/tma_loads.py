@@ -2,7 +2,7 @@
 
     python benchmarks/tma_loads.py [--capability 90] [--tiles ROWS,WARPS,STAGES ...]
 
-The loop that most of a forward pass is spent in, `sum relu(q·k)^2 v` over the tiles of a window of one head, is compiled
+The loop that a forward pass spends its time in, `sum relu(q·k)^2 v` over the tiles of a window of one head, is compiled
 with both. Prints registers, bytes spilled, shared memory, and how many instructions there are, of which kinds.
 """
 
