@@ -111,6 +111,7 @@ def test_a_later_prompt_of_one_call_knows_the_earlier(prompts: list[list[int]]) 
     assert found.steps[1] == found.steps[2] <= 1.1 * 600 / (DEPTH + 1)
 
 
+@pytest.mark.thorough
 def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     """A memory of one text forgets it for the next, and the output is the same."""
     model, memory = build_model(), TextMemory(MAX_MATCH + NEW + 1)
