@@ -130,8 +130,6 @@ def trace(launches, size, dtype, placed):
         verified = trees.VerifyProblem(*nodes, alpha, taps, tree, state)
         jax.eval_shape(lambda problem: MODULES["tree_verify"].verify(problem, unit_inputs=True, local=True), verified)
         jax.eval_shape(MODULES["path_commit"].commit, state, Nodes(*nodes[1:]), row)
-        if untiled("window_verify", size, size, dtype) is not None:
-            return
         name = "hedgehog" if placed else "exponential"
         window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, name)
         verified = verified_window(nodes, tree, size, dtype, decayed=placed, hedgehog=placed)
