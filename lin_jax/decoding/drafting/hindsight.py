@@ -12,14 +12,14 @@ class Hindsight(Protocol):
     """Follows one text, and tells how many guesses of its drafter would have been accepted.
 
     Attributes:
-        sure: whether the next guesses go on with a passage that has agreed for long.
-        were_sure: whether those were of each step that the last tokens completed.
+        were_sure: for each step that the last tokens completed, whether its guesses were sure.
     """
 
     were_sure: list[bool]
 
     @property
-    def sure(self) -> bool: ...
+    def sure(self) -> bool:
+        """True where the next guesses go on with a passage that has agreed for long."""
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
