@@ -45,7 +45,7 @@ NGRAM_LENGTH = 7
 # Of several kinds of heads, the one that guesses where nothing is asked for.
 BEST_DRAFTERS = ("path", "medusa", "model", "self")
 # Drafters that copy: from the text so far, and from all that the session wrote.
-MEMORY_DRAFTER = "suffix"
+MEMORY_DRAFTER = "copy"
 DEFAULT_COPIES = f"ngram+{MEMORY_DRAFTER}"
 # Tokens of a prompt that are read at a time; with the same bits for all batches there is this one size.
 PREFILL_CHUNK, SAME_BITS_CHUNK = 256, 32

@@ -28,8 +28,11 @@ MIN_GAIN = 1.05
 TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 16, 128
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
-# Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence.
-HOPE, PRIOR = 0.8, 0.3
+# Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence: of
+# guesses about which nothing is known, and of those that go on with a passage that has agreed for long.
+HOPE, PRIOR, SURE_PRIOR = 0.8, 0.3, 0.97
+# Failed steps with such a passage after which the loop returns, since the host knows where it ends.
+PATIENCE = 1.5
 # Steps after which evidence counts half, of one row and of all; and weight of all rows' in a row's estimate.
 ROW_MEMORY, SHARED_MEMORY, SHARED_WEIGHT = 64.0, 256.0, 4.0
 
@@ -67,6 +70,8 @@ class Choice(NamedTuple):
 class Evidence:
     """Accepted guesses by depth, counted with a memory that fades.
 
+    Of F families the first half are those of the arms, and the second half the same ones where they were sure.
+
     Attributes:
         tries: `[R, F, D]` steps in which a row reached the guess of depth 1, 2, ... of each family.
         hits: `[R, F, D]` steps in which it was accepted.
@@ -91,12 +96,14 @@ class Evidence:
         """Estimated share of accepted guesses at each depth, given those before it.
 
         Args:
-            prior: what is assumed without evidence; None assumes `PRIOR` at depth 1, and then what is found above.
+            prior: what is assumed without evidence; None assumes `PRIOR` or `SURE_PRIOR` at depth 1, and then what is
+                found above.
             weight: steps that the prior counts as.
         """
         found = np.empty_like(self.tries)
+        first = np.repeat((PRIOR, SURE_PRIOR), found.shape[1] // 2)
         for depth in range(found.shape[2]):
-            above = found[:, :, depth - 1] if depth else np.full(found.shape[:2], PRIOR)
+            above = found[:, :, depth - 1] if depth else np.broadcast_to(first, found.shape[:2])
             before = above if prior is None else prior[:, depth]
             found[:, :, depth] = (self.hits[:, :, depth] + weight * before) / (self.tries[:, :, depth] + weight)
         return found
@@ -129,9 +136,12 @@ class Chooser:
         self.cost = cost
         self.observed = observed
         self.visit_cost = visit_cost
-        families, depth = evidence_shape(arms)
-        self.shared = Evidence.none(1, families, depth) if learned is None else learned
-        self.by_row = Evidence.none(rows, families, depth)
+        kinds, depth = evidence_shape(arms)
+        families = kinds // 2
+        self.shared = Evidence.none(1, kinds, depth) if learned is None else learned
+        self.by_row = Evidence.none(rows, kinds, depth)
+        # Rows in which a family's next guesses go on with a passage that has agreed for long.
+        self.sure = np.zeros((rows, families), bool)
         self.tokens = self.lost = 0.0
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
@@ -149,12 +159,30 @@ class Chooser:
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
         self.by_row.tries[row] = self.by_row.hits[row] = 0
+        self.sure[row] = False
         self._known = None
 
-    def observe(self, row: int, family: int, histogram: Float[np.ndarray, " P"], weight: float = 1.0) -> None:
-        """Takes in evidence: how often a step of a row had, or would have had, 0, 1, ... accepted guesses."""
+    def expect(self, row: int, family: int, sure: bool) -> None:
+        """Takes in whether a family's next guesses go on with a passage that has agreed for long."""
+        if self.sure[row, family] != sure:
+            self.sure[row, family] = sure
+            self._known = None
+
+    def observe(
+        self, row: int, family: int, histogram: Float[np.ndarray, " P"], weight: float = 1.0, *, sure: bool = False
+    ) -> None:
+        """Takes in evidence: how often a step of a row had, or would have had, 0, 1, ... accepted guesses.
+
+        Args:
+            row: the row.
+            family: the family of the guesses.
+            histogram: number of steps with 0, 1, ... accepted guesses.
+            weight: what each of them counts.
+            sure: whether they went on with a passage that had agreed for long.
+        """
         reached = weight * np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
         self._known = None
+        family += self.sure.shape[1] if sure else 0
         if len(reached) > 1 and reached[0]:
             self.by_row.add(row, family, reached, ROW_MEMORY)
             self.shared.add(0, family, reached, SHARED_MEMORY)
@@ -166,7 +194,9 @@ class Chooser:
             return self._known[1]
         rows = running if running.any() else np.ones_like(running)
         shares = self.by_row.shares(self.shared.shares(None, 1.0)[0], SHARED_WEIGHT)[rows]
-        tokens = 1 + np.cumsum(np.cumprod(shares, axis=2), axis=2).mean(axis=0)
+        found = 1 + np.cumsum(np.cumprod(shares, axis=2), axis=2)
+        families = self.sure.shape[1]
+        tokens = np.where(self.sure[rows][:, :, None], found[:, families:], found[:, :families]).mean(axis=0)
         costs = [self.cost(number) for number in range(1, len(self.arms))]
         drafted = zip(self.arms[1:], costs, strict=True)
         values = [1.0, *(float(tokens[arm.family, arm.depth - 1]) / cost for arm, cost in drafted)]
@@ -182,13 +212,17 @@ class Chooser:
             max_steps: largest number of steps.
         """
         values = self.values(running)
-        best = max((0, *ready), key=lambda arm: (values[arm], -arm))
-        trial = self._due(values, values[best])
-        self.trial = trial is not None and trial in ready
-        arm, steps = (trial, TRIAL_STEPS) if trial is not None and self.trial else (best, ARM_STEPS)
-        cost, allowance = self.cost(arm), self.balance - self.visit_cost
+        allowance = self.balance - self.visit_cost
         # A step that gives nothing but the target's own token must be affordable.
-        if arm and (self.trial or values[arm] >= MIN_VALUE) and cost - 1 <= allowance:
+        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance]
+        best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
+        trial = self._due(values, values[best])
+        self.trial = trial is not None and trial in affordable
+        arm, steps = (trial, TRIAL_STEPS) if trial is not None and self.trial else (best, ARM_STEPS)
+        cost = self.cost(arm)
+        if arm and (self.trial or values[arm] >= MIN_VALUE):
+            if np.any(self.sure[running, self.arms[arm].family]):
+                allowance = min(allowance, PATIENCE * (cost - 1))
             return Choice(arm, min(steps, max_steps), cost, allowance)
         self.trial = False
         return Choice(0, min(max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)), max_steps))
@@ -223,7 +257,9 @@ class Chooser:
         arm, spent = self.arms[choice.arm], steps * choice.cost
         self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)
         for row in range(len(counts)):
-            self.observe(row, arm.family, counts[row, : arm.depth + 1])
+            # Where a passage ended is found in hindsight.
+            if not self.sure[row, arm.family]:
+                self.observe(row, arm.family, counts[row, : arm.depth + 1])
         if self.trial:
             pause = FIRST_PAUSE if gained >= spent else self.pause[arm.family]
             self.due[arm.family] = self.steps + pause
@@ -242,5 +278,5 @@ class Chooser:
 
 
 def evidence_shape(arms: Sequence[Arm]) -> tuple[int, int]:
-    """Number of families of some arms, and their largest depth."""
-    return max(arm.family for arm in arms) + 1, max(1, *(arm.depth for arm in arms))
+    """Numbers of families of evidence about some arms, where they are sure and where not, and their largest depth."""
+    return 2 * (max(arm.family for arm in arms) + 1), max(1, *(arm.depth for arm in arms))
