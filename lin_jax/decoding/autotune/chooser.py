@@ -56,7 +56,7 @@ class Choice(NamedTuple):
     Attributes:
         arm: index of the arm, 0 for plain decoding.
         steps: number of steps at the most.
-        cost: plain steps that a step of the arm costs.
+        cost: plain steps that a step of the arm may cost.
         allowance: plain steps that these steps may lose against plain decoding.
     """
 
@@ -118,6 +118,8 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
+        risk: plain steps that a step of an arm may cost, as far as is known, by which the account is kept; None takes
+            the cost.
         visit_cost: plain steps that a sync with the host costs.
     """
 
@@ -129,11 +131,13 @@ class Chooser:
         *,
         observed: frozenset[int] = frozenset(),
         learned: Evidence | None = None,
+        risk: Callable[[int], float] | None = None,
         visit_cost: float = 0.0,
     ) -> None:
         assert arms[0].depth == 0, "plain decoding comes first"
         self.arms = tuple(arms)
         self.cost = cost
+        self.risk = risk or cost
         self.observed = observed
         self.visit_cost = visit_cost
         kinds, depth = evidence_shape(arms)
@@ -214,12 +218,12 @@ class Chooser:
         values = self.values(running)
         allowance = self.balance - self.visit_cost
         # A step that gives nothing but the target's own token must be affordable.
-        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance]
+        affordable = [arm for arm in ready if self.risk(arm) - 1 <= allowance]
         best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
         trial = self._due(values, values[best])
         self.trial = trial is not None and trial in affordable
         arm, steps = (trial, TRIAL_STEPS) if trial is not None and self.trial else (best, ARM_STEPS)
-        cost = self.cost(arm)
+        cost = self.risk(arm)
         if arm and (self.trial or values[arm] >= MIN_VALUE):
             if np.any(self.sure[running, self.arms[arm].family]):
                 allowance = min(allowance, PATIENCE * (cost - 1))
@@ -242,7 +246,7 @@ class Chooser:
         """Takes in the steps of the last choice.
 
         Args:
-            choice: the choice.
+            choice: the choice, with the cost that is known by now.
             steps: steps taken.
             histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
         """
@@ -253,6 +257,8 @@ class Chooser:
         gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
         self.tokens, self.steps = self.tokens + gained, self.steps + steps
         if not choice.arm:
+            # Plain decoding alone would come back to the host as seldom.
+            self.lost += self.visit_cost * max(1 - steps / MOST_PLAIN, 0)
             return
         arm, spent = self.arms[choice.arm], steps * choice.cost
         self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)

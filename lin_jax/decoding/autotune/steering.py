@@ -12,8 +12,8 @@ from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 
-# Plain steps that another sync with the host costs, for small models on a CPU; less for all others.
-VISIT_COST = 0.1
+# Plain steps before anything else where nothing is known about this machine: what drafts cost is told beside them.
+FIRST_STEPS = 8
 # Weight of evidence from a prompt, which others wrote.
 PROMPT_WEIGHT = 0.25
 
@@ -111,7 +111,8 @@ class AdaptiveShape:
             rows,
             observed=frozenset(shapes.hindsight),
             learned=learned,
-            visit_cost=VISIT_COST,
+            risk=costs.risk,
+            visit_cost=costs.visit,
         )
         self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
 
@@ -129,6 +130,8 @@ class AdaptiveShape:
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
+        if self.costs.unknown:
+            return Choice(0, min(FIRST_STEPS, max_steps))
         return self.chooser.choose(running, self._ready(ready), max_steps)
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
@@ -145,7 +148,7 @@ class AdaptiveShape:
     ) -> None:
         """Learns acceptance, cost, and what lookups would have given."""
         self.costs.record(choice.arm, steps, seconds)
-        self.chooser.update(choice, steps, histogram)
+        self.chooser.update(choice._replace(cost=self.costs.risk(choice.arm)), steps, histogram)
         used = self.shapes.arms[choice.arm].family if choice.arm else None
         # What was really drafted has been counted, unless the host knows more about it.
         counted = {row for row in range(len(self.followed)) if used is not None and not self.chooser.sure[row, used]}
