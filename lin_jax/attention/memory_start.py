@@ -35,7 +35,7 @@ TEMPERATURES = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUERIES, KEYS = 256, 4096
 _ROUNDS, _HALVINGS = 12, 40
 # Balances that are tried, and the logarithm of no weight at all, in float32.
-_LARGEST, _NOTHING = 200.0, -1e30
+_LARGEST, _NOTHING = 500.0, -1e30
 
 
 class MemoryShares(NamedTuple):
