@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lin_jax.decoding import Generation, Generator, Sampling
 from lin_jax.decoding.autotune.prompts import held_out_prompts
-from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.drafting.tree import parse_tree, tree_text
 from lin_jax.decoding.equivalence import is_rounding_tie
 from lin_jax.session import Session
 
@@ -129,6 +129,28 @@ def chosen_prompts(session: Session, data: Path | None, count: int) -> list[list
     return [*held_out, *(each.tokens for each in others)]
 
 
+def hardest(session: Session, prompts: Sequence[Sequence[int]], tokens: int, count: int) -> list[list[int]]:
+    """Prompts on which drafts should lose most, by the steps that they took in a pass over all and what steps cost.
+
+    Of those that lose as much, the ones with fewer tokens a step.
+    """
+    found = session.adaptive_generator(background=False)
+    assert found.shapes is not None
+    costs = found.costs(1)
+    names = {tree_text(tree): number for number, tree in enumerate(found.shapes.trees)}
+    told = []
+    for prompt in tqdm(prompts, desc="looking for the hardest", file=sys.stderr):
+        # Nobody learns from another prompt, and nothing is remembered.
+        alone = Generator(
+            session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
+        )
+        done = alone.generate([prompt], tokens)
+        spent = sum(steps * costs.cost(names[tree]) for tree, steps in done.steps_by_tree.items())
+        told.append((done.decoded / max(spent, 1), done.mean_accepted_tokens))
+    order = sorted(range(len(prompts)), key=lambda number: told[number])
+    return [list(prompts[number]) for number in order[:count]]
+
+
 def print_adaptive(report: dict[str, Any], device: str) -> None:
     """The report in words, a line for each prompt."""
     for each in report["prompts"]:
@@ -137,8 +159,8 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
             if each["wrong"]
             else (
                 f"{each['ratio']:.3f}x plain ({each['cpu_ratio']:.3f}x by processor time), "
-                f"{each['adaptive_tokens_per_second']:,.0f} tokens/s, {each['mean_accepted_tokens']:.2f} tokens a step, "
-                f"plain against itself {each['plain_against_itself']:.3f}"
+                f"{each['adaptive_tokens_per_second']:,.0f} tokens/s, {each['mean_accepted_tokens']:.2f} tokens a "
+                f"step, plain against itself {each['plain_against_itself']:.3f}"
             )
         )
         print(f"{told}  {each['prompt']!r}")

@@ -24,8 +24,13 @@ ALLOWANCE, RATE, LARGEST_GAIN = 3.5, 0.0125, 8.0
 MIN_VALUE = 1.02
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.05
-# Steps of a trial, and of an arm that pays, between two choices; and of plain decoding: few at first, then ever more.
-TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 16, 128
+# Steps of a trial, and of an arm that pays, between two choices; and of plain decoding: few at first, then ever more,
+# twice as many as there were already.
+TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 32, 128
+# Tokens per cost that an arm must promise, should its guesses be right as often as one may hope, to be worth a trial.
+MIN_HOPE = 1.2
+# Steps of earlier texts that say enough about a family, so that a text need not begin with a trial of it.
+ENOUGH_STEPS = 32
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
 # Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence: of
@@ -100,12 +105,16 @@ class Evidence:
                 found above.
             weight: steps that the prior counts as.
         """
+        if prior is not None:
+            return (self.hits + weight * prior) / (self.tries + weight)
         found = np.empty_like(self.tries)
-        first = np.repeat((PRIOR, SURE_PRIOR), found.shape[1] // 2)
-        for depth in range(found.shape[2]):
-            above = found[:, :, depth - 1] if depth else np.broadcast_to(first, found.shape[:2])
-            before = above if prior is None else prior[:, depth]
-            found[:, :, depth] = (self.hits[:, :, depth] + weight * before) / (self.tries[:, :, depth] + weight)
+        above = np.broadcast_to(np.repeat((PRIOR, SURE_PRIOR), found.shape[1] // 2), found.shape[:2])
+        # Deeper than any step has come, all is what is found above.
+        reached = int(self.tries.any(axis=(0, 1)).sum())
+        for depth in range(reached):
+            above = (self.hits[:, :, depth] + weight * above) / (self.tries[:, :, depth] + weight)
+            found[:, :, depth] = above
+        found[:, :, reached:] = above[:, :, None]
         return found
 
 
@@ -149,7 +158,8 @@ class Chooser:
         self.tokens = self.lost = 0.0
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
-        self.due = [0] * families
+        seen = self.shared.tries[0, :families, 0] >= ENOUGH_STEPS
+        self.due = [FIRST_PAUSE if each else 0 for each in seen.tolist()]
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
         # Values of some running rows, until something is learned.
@@ -185,9 +195,9 @@ class Chooser:
             sure: whether they went on with a passage that had agreed for long.
         """
         reached = weight * np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
-        self._known = None
         family += self.sure.shape[1] if sure else 0
         if len(reached) > 1 and reached[0]:
+            self._known = None
             self.by_row.add(row, family, reached, ROW_MEMORY)
             self.shared.add(0, family, reached, SHARED_MEMORY)
 
@@ -229,13 +239,15 @@ class Chooser:
                 allowance = min(allowance, PATIENCE * (cost - 1))
             return Choice(arm, min(steps, max_steps), cost, allowance)
         self.trial = False
-        return Choice(0, min(max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)), max_steps))
+        return Choice(0, min(max(FEWEST_PLAIN, min(2 * self.steps, MOST_PLAIN)), max_steps))
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
+        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
+        if not missing:
+            return None
         values = self.values(running)
         best = max(values[arm] for arm in (0, *ready))
-        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
         trial = self._due(values, best)
         if trial in missing:
             return trial
@@ -277,8 +289,8 @@ class Chooser:
         for number, arm in enumerate(self.arms[1:], 1):
             if arm.family in self.observed or self.due[arm.family] > self.steps:
                 continue
-            hope = (1 + np.cumprod([HOPE] * arm.depth).sum()) / self.cost(number)
-            if values[number] < max(best, MIN_VALUE) < hope:
+            hope = (1 + np.cumprod([HOPE] * arm.depth).sum()) / self.risk(number)
+            if values[number] < max(best, MIN_VALUE) < hope and hope >= MIN_HOPE:
                 found.append((hope, -number))
         return -max(found)[1] if found else None
 

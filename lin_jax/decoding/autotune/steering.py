@@ -147,7 +147,10 @@ class AdaptiveShape:
         tokens: Callable[[int], list[int]],
     ) -> None:
         """Learns acceptance, cost, and what lookups would have given."""
-        self.costs.record(choice.arm, steps, seconds)
+        # A program's first steps find nothing of it in the processor's caches.
+        if choice.arm in self.costs.warm:
+            self.costs.record(choice.arm, steps, seconds)
+        self.costs.warm.add(choice.arm)
         self.chooser.update(choice._replace(cost=self.costs.risk(choice.arm)), steps, histogram)
         used = self.shapes.arms[choice.arm].family if choice.arm else None
         # What was really drafted has been counted, unless the host knows more about it.
@@ -163,6 +166,9 @@ class AdaptiveShape:
     def _follow(self, row: int, family: int, hindsight: Hindsight, tokens: Sequence[int], weight: float) -> None:
         """Reads on in a row, and learns from what a family would have given."""
         accepted = np.array(hindsight.push(tokens), int)
+        self.chooser.expect(row, family, hindsight.sure)
+        if not len(accepted):
+            return
         were_sure = np.array(hindsight.were_sure, bool)
         depth = max(arm.depth for arm in self.shapes.arms if arm.family == family)
         for sure in (False, True):
@@ -170,7 +176,6 @@ class AdaptiveShape:
             if weight or sure:
                 found = np.bincount(accepted[were_sure == sure], minlength=depth + 1)
                 self.chooser.observe(row, family, found, weight or 1.0, sure=sure)
-        self.chooser.expect(row, family, hindsight.sure)
 
 
 def no_evidence(shapes: DraftShapes) -> Evidence:

@@ -31,7 +31,7 @@ LEAST_STEPS = 2
 FILE = "step_costs.json"
 # What a step may cost, times what is assumed, before it was measured: models that are small beside their attention have
 # shown as much.
-UNMEASURED = 2.0
+UNMEASURED = 1.5
 # Bytes of weights that are read while the host looks at the loop, and bounds of this cost in plain steps.
 VISIT_BYTES = {"cpu": 7e6, "other": 3e8}
 LEAST_VISIT, MOST_VISIT = 0.02, 0.5
@@ -57,13 +57,24 @@ class StepCosts:
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
         self.plain_seconds: list[float] = []
+        # Shapes that steps were taken with.
+        self.warm = {0}
+        # Asked for at every sync.
+        self._known: dict[int, float] = {}
 
     def cost(self, shape: int) -> float:
         """Plain steps that a step of a shape costs; at least 1."""
+        if not shape:
+            return 1.0
+        if shape not in self._known:
+            self._known[shape] = max(median(self._evidence(shape)), 1.0)
+        return self._known[shape]
+
+    def _evidence(self, shape: int) -> list[float]:
+        """Measurements of a shape, and the assumption as often as they are too few."""
         earlier = self.earlier[shape]
         known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
-        known = [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
-        return max(median(known), 1.0) if shape else 1.0
+        return [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
 
     def risk(self, shape: int) -> float:
         """Plain steps that a step of a shape may cost: more than assumed, until enough was measured."""
@@ -86,6 +97,7 @@ class StepCosts:
         elif self.plain_seconds:
             found = seconds / steps / median(self.plain_seconds)
             self.found[shape] = [*self.found[shape], found][-KEPT:]
+            self._known.pop(shape, None)
 
     @property
     def measured(self) -> list[list[float]]:

@@ -51,6 +51,6 @@ def test_the_best_place_is_copied() -> None:
 
 
 def test_it_is_known_by_name() -> None:
-    assert isinstance(DRAFTERS["copy"](DraftParts(build_model("augmented"))), CopyDrafter)
+    assert isinstance(DRAFTERS["copy"](DraftParts(build_model("augmented", dtype="float32"))), CopyDrafter)
     assert reads_memory("path+copy")
     assert not reads_memory("path+ngram")
