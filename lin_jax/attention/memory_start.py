@@ -197,8 +197,7 @@ def _balance(
 ) -> Float[Array, "K R"]:
     """The balance at which the memory's mean share is the one wanted, by halving; the share grows with the balance.
 
-    Queries whose features are too small for any balance are not waited for: then, the largest that is tried is not
-    taken, but none.
+    Where no balance within bounds comes to it, or there is nothing to share, it is zero, as before the fit.
     """
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -42,6 +42,7 @@ def teacher():
 def transfer(model, teacher, layers=None):
     """What a layer misses of what the teacher's says, in each."""
     run = RunConfig(
+        output="unused",
         init_from="base",
         objective="attention_transfer",
         model=model.config,
