@@ -9,8 +9,8 @@ Ours is `lin_jax.training.train_step.make_step` with the next-token objective an
 of threads are the same. Turns of a few steps alternate, so that whatever else the machine does meets both; the least of
 each is compared, in seconds and in seconds of processor time, which other programs disturb less.
 
-`--trace` tells by JAX's profiler where a whole step's time goes. The parts of a step are compiled alone, forward and backward. They do not add up to the step exactly: a program of
-everything shares work that programs of the parts repeat.
+`--trace` tells by JAX's profiler where a whole step's time goes. The parts of a step are compiled alone, forward and
+backward. They do not add up to the step exactly: a program of everything shares work that programs of the parts repeat.
 """
 
 import argparse
