@@ -9,8 +9,8 @@ Ours is `lin_jax.training.train_step.make_step` with the next-token objective an
 of threads are the same. Turns of a few steps alternate, so that whatever else the machine does meets both; the least of
 each is compared, in seconds and in seconds of processor time, which other programs disturb less.
 
-The parts of a step are compiled alone, forward and backward. They do not add up to the step exactly: a program of
-everything shares work that programs of the parts repeat.
+`--trace` tells by JAX's profiler where a whole step's time goes. The parts of a step are compiled alone, forward and
+backward. They do not add up to the step exactly: a program of everything shares work that programs of the parts repeat.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from lib.report import header, write
+from lib.step_trace import traced_parts
 
 from lin_jax.attention import QKV, AttentionConfig, packed_rows, whole_rows
 from lin_jax.devices import keep_freed_memory
@@ -51,8 +52,9 @@ def main() -> int:
     keep_freed_memory()
     steps: dict[str, Program] = {} if options.without_peer else {PEER: peer_step(options)}
     parts: dict[str, dict[str, Program]] = {}
+    texts: dict[str, str] = {}
     for name in options.attention:
-        steps[name], parts[name] = our_step(name, options)
+        steps[name], parts[name], texts[name] = our_step(name, options)
     report = header("train cpu") | {name: value for name, value in vars(options).items() if name != "json"}
     report["steps"] = in_turns(steps, options.turns, options.steps)
     tokens = options.rows * options.length
@@ -67,6 +69,10 @@ def main() -> int:
             print(f"\n{name}, parts of a step:")
             for part, row in rows.items():
                 print(f"  {part:30} {1e3 * row['seconds']:8.1f} ms {1e3 * row['cpu_seconds']:8.1f} ms of processors")
+    if options.trace:
+        report["trace"] = {name: traced_parts(steps[name], text) for name, text in texts.items()}
+        for name, rows in report["trace"].items():
+            print(trace_told(name, rows), flush=True)
     if options.json is not None:
         write(report, options.json)
     return 0
@@ -90,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="of a turn")
     parser.add_argument("--without-peer", action="store_true", help="do not run PyTorch")
     parser.add_argument("--without-parts", action="store_true", help="do not time the parts of a step")
+    parser.add_argument("--trace", action="store_true", help="tell where a whole step's time goes, by the profiler")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     options = parser.parse_args()
     for name in ("threads", "turns", "steps"):
@@ -129,8 +136,8 @@ def peer_step(options: argparse.Namespace) -> Program:
     return step
 
 
-def our_step(name: str, options: argparse.Namespace) -> tuple[Program, dict[str, Program]]:
-    """Our step, and its parts."""
+def our_step(name: str, options: argparse.Namespace) -> tuple[Program, dict[str, Program], str]:
+    """Our step, its parts, and its program's text."""
     config = LlamaConfig(
         vocab_size=options.vocab_size,
         hidden_size=options.hidden_size,
@@ -152,7 +159,8 @@ def our_step(name: str, options: argparse.Namespace) -> tuple[Program, dict[str,
     def step() -> None:
         held[0], _ = jax.block_until_ready(compiled(held[0], {}, batch))
 
-    return step, {} if options.without_parts else parts_of(objective, optimizer, other, batch)
+    parts = {} if options.without_parts else parts_of(objective, optimizer, other, batch)
+    return step, parts, compiled.as_text() or ""
 
 
 def batch_of(options: argparse.Namespace) -> dict[str, jax.Array]:
@@ -242,6 +250,15 @@ def told(name: str, row: dict[str, Any]) -> str:
         f"{name:20} {row['tokens_per_second']:7,.0f} tokens/s, {row['seconds']:.3f} s a step (median "
         f"{row['median_seconds']:.3f}), {row['cpu_seconds']:.3f} s of processors{ratio}"
     )
+
+
+def trace_told(name: str, rows: list[dict[str, Any]]) -> str:
+    """A trace in words."""
+    lines = [f"\n{name}, trace of a step ({sum(row['ms'] for row in rows):.0f} ms):"]
+    for row in rows:
+        split = ", ".join(f"{what} {ms:.1f}" for what, ms in sorted(row["split"].items()))
+        lines.append(f"  {row['part']:26} {row['ms']:7.1f} ms  ({split})")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,30 @@ def rotate(
     vectors: Float[Array, "B T H D"], table: tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]
 ) -> Float[Array, "B T H D"]:
     """Rotates the pairs `(x_k, x_{k + D/2})` of each head."""
-    cos, sin = (part[:, :, None] for part in table)
-    first, second = jnp.split(vectors.astype(cos.dtype), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(vectors.dtype)
+    cos, sin = table
+    return _rotated(vectors.astype(cos.dtype), cos, sin).astype(vectors.dtype)
+
+
+@jax.custom_vjp
+def _rotated(
+    vectors: Float[Array, "B T H D"], cos: Float[Array, "#B T D2"], sin: Float[Array, "#B T D2"]
+) -> Float[Array, "B T H D"]:
+    """The rotation; its gradient is the inverse one, which as derived by JAX takes three times as long on CPUs.
+
+    Nothing learns through the table.
+    """
+    first, second = jnp.split(vectors, 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotated_forward(vectors: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rotated(vectors, cos, sin), (cos, sin)
+
+
+def _rotated_backward(table: tuple[Array, Array], cotangent: Array) -> tuple[Array, None, None]:
+    cos, sin = table
+    return _rotated(cotangent, cos, -sin), None, None
+
+
+_rotated.defvjp(_rotated_forward, _rotated_backward)
