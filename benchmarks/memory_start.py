@@ -21,7 +21,7 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.cli.measured_text import read_measured_text
 from lin_jax.errors import OptionParser, exit_cleanly
 from lin_jax.evaluation.perplexity import evaluate
-from lin_jax.training.fitted_start import fitted_start
+from lin_jax.training.initialization.fitted_start import fitted_start
 from lin_jax.training.model_source import ModelSource, with_attention
 
 

@@ -25,8 +25,7 @@ from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.distributed.mesh import make_mesh
 from lin_jax.training.distributed.multihost import broadcast_from_first, is_first
 from lin_jax.training.distributed.partitioning import Shardings
-from lin_jax.training.fitted_start import describe, fitted_start
-from lin_jax.training.initialization import (
+from lin_jax.training.initialization.base_and_teacher import (
     BaseModel,
     Teacher,
     check_base,
@@ -37,6 +36,7 @@ from lin_jax.training.initialization import (
     with_options_of_base,
     with_sizes,
 )
+from lin_jax.training.initialization.fitted_start import describe, fitted_start
 from lin_jax.training.inputs import Inputs, read_inputs
 from lin_jax.training.model_source import TOKENIZER_FOLDER
 from lin_jax.training.objectives import Objective, PartialTraining, initial_key

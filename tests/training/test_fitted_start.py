@@ -13,7 +13,7 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.models import Llama, LlamaConfig
 from lin_jax.models.params import params_of
 from lin_jax.training import RunConfig
-from lin_jax.training.fitted_start import describe, fitted_start
+from lin_jax.training.initialization.fitted_start import describe, fitted_start
 from lin_jax.training.model_source import with_attention
 from lin_jax.training.objective_configs import TransferConfig
 from lin_jax.training.objectives.registry import objective_of
