@@ -45,7 +45,7 @@ def softmax_rows(
         causal: leave keys out that come after the query, whatever the mask says; S is T then.
     """
     queries, keys, values = qkv
-    kv_heads, length = keys.shape[2], queries.shape[1]
+    kv_heads = keys.shape[2]
     # Heads first: these are the copies that the products would make, and each is made once.
     queries = jnp.moveaxis(split_heads(queries * scale, kv_heads), 1, 3)
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
