@@ -49,8 +49,8 @@ TILES = ("--tiles", "{output}/tiles.json")
 THREADS = str(min(os.cpu_count() or 1, 8))
 KERNELS = ("benchmarks/kernels.py", *JSON, *TILES, "--without-verify")
 KERNELS_ASKED = (
-    *("--operations", "augmented", "linear", "--implementations", "gpu", "--threads", THREADS),
-    *("--rounds", "3", "--seconds", "0.1"),
+    *("--implementations", "gpu", "--threads", THREADS, "--rounds", "3", "--seconds", "0.1"),
+    *("--operations", "augmented", "linear"),
 )
 KERNELS_TRIED = (
     *("--operations", "augmented", "--implementations", "gpu_interpreted", "--threads", "2"),
@@ -88,7 +88,14 @@ PARTS = (
         table=partial(tiles_rows, SHIPPED),
         report="{output}/tiles.json",
     ),
-    Part("kernels", (*KERNELS, "--peers", "softmax"), 80, KERNELS_ASKED, KERNELS_TRIED, table=kernels_table),
+    Part(
+        "kernels",
+        (*KERNELS, "--peers", "softmax"),
+        80,
+        (*KERNELS_ASKED, "windowed"),
+        KERNELS_TRIED,
+        table=kernels_table,
+    ),
     # Its kernels are tuned when they are first run, which takes its time.
     Part(
         "beside-fla",

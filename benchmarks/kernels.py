@@ -45,7 +45,7 @@ from pallas_kernels.implementations import PREFERRED
 ACCELERATOR = ("1,8192,96,128", "2,16384,16,128", "4,2048,16,128", "4,4096,64,128", "8,2048,32,256", "8,1024,8,64")
 CPU = ("1,1024,4,64", "2,500,4,32")
 SWEEP = tuple(f"{65536 // length},{length},16,64" for length in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536))
-NODES, BATCHES = (1, 8, 26, 64), (1, 8, 64)
+NODES, BATCHES, TREES = (1, 8, 26, 64), (1, 8, 64), ("augmented", "windowed")
 # Of the largest number: rounding of what comes out, and of sums over weights that are rounded like it.
 ERRORS = {"bfloat16": 2e-2, "float32": 1e-4}
 CHECKED_HEADS = 2
@@ -102,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.2, help="length of one timing")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="rows that are compiled at a time")
     parser.add_argument("--without-verify", action="store_true", help="leave draft trees out")
+    parser.add_argument("--trees", nargs="+", choices=TREES, default=TREES, help="attentions whose trees are verified")
     parser.add_argument("--nodes", nargs="+", type=int, default=NODES, metavar="N", help="of draft trees")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, metavar="B", help="rows with a tree each")
     parser.add_argument("--traffic", action="store_true", help="bytes that the TPU programs move; nothing is run")
@@ -293,33 +294,38 @@ def memory(compiled: Any) -> int | None:
 def verified(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Trees of several sizes on several rows, against one node, with the heads of a LLaMA of 7 billion parameters."""
     cells = [
-        (nodes, batch, name) for batch in options.batches for name in options.implementations for nodes in options.nodes
+        (attention, nodes, batch, name)
+        for attention in options.trees
+        for batch in options.batches
+        for name in options.implementations
+        for nodes in options.nodes
     ]
-    single: dict[tuple[int, str], float] = {}
+    single: dict[tuple[str, int, str], float] = {}
     with ThreadPoolExecutor(options.threads) as pool, tqdm(total=len(cells), desc="trees", file=sys.stderr) as bar:
         for begin in range(0, len(cells), options.threads):
             some = cells[begin : begin + options.threads]
             for key, (program, off) in zip(some, pool.map(lambda key: tree(key, options), some), strict=True):
-                nodes, batch, name = key
-                cell: dict[str, Any] = {"nodes": nodes, "batch": batch, "implementation": name, "error": off}
+                attention, nodes, batch, name = key
+                cell: dict[str, Any] = {"attention": attention, "nodes": nodes, "batch": batch}
+                cell |= {"implementation": name, "error": off}
                 if off <= ERRORS[options.dtype]:
                     spent = float(np.median([seconds(program, (), options.seconds) for _ in range(options.rounds)]))
                     cell["milliseconds"] = 1e3 * spent
                     if nodes == 1:
-                        single[batch, name] = spent
-                    if (batch, name) in single:
-                        cell["times_one_node"] = spent / single[batch, name]
+                        single[attention, batch, name] = spent
+                    if (attention, batch, name) in single:
+                        cell["times_one_node"] = spent / single[attention, batch, name]
                 bar.update()
                 yield cell
 
 
-def tree(cell: tuple[int, int, str], options: argparse.Namespace) -> tuple[Call, float]:
+def tree(cell: tuple[str, int, int, str], options: argparse.Namespace) -> tuple[Call, float]:
     """Verification of a tree, compiled, and its error."""
-    nodes, batch, name = cell
-    heads, size = (32, 128) if jax.default_backend() != "cpu" else (4, 64)
-    inputs = verify_inputs(nodes, batch, heads, size, options.dtype)
-    program = verify(name).lower(*inputs).compile()
-    off = difference(program(*inputs), verify("xla")(*jax.tree.map(_wider, inputs)))
+    attention, nodes, batch, name = cell
+    heads, size = (32, 128) if jax.default_backend() != "cpu" else (2, 32)
+    inputs = verify_inputs(attention, nodes, batch, heads, size, options.dtype)
+    program = verify(attention, name).lower(*inputs).compile()
+    off = difference(program(*inputs), verify(attention, "xla")(*jax.tree.map(_wider, inputs)))
     return partial(program, *inputs), off
 
 
@@ -373,7 +379,8 @@ def print_summary(report: dict[str, Any]) -> None:
             told = f"{each['milliseconds']:.3f} ms"
         if "times_one_node" in each:
             told += f", {each['times_one_node']:.2f} times one node"
-        print(f"verify     {each['nodes']:>2} nodes, {each['batch']:>2} rows  {each['implementation']:16} {told}")
+        where = f"{each['nodes']:>2} nodes, {each['batch']:>2} rows"
+        print(f"verify     {each['attention']:9} {where}  {each['implementation']:16} {told}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from lib.adaptive import adaptive_report, chosen_prompts, print_adaptive
+from lib.adaptive import adaptive_report, chosen_prompts, hardest, print_adaptive
 from lib.contenders import Contender, Tokens, Written, endless, hugging_face, our_contender, say
 from lib.plots import plot_speculation
 from lib.report import header, write
@@ -83,7 +83,9 @@ def main() -> int:
 def adaptive(session: Session, options: argparse.Namespace) -> int:
     """Plain and adaptive decoding of each prompt, in turns."""
     prompts = chosen_prompts(session, options.data, options.prompts)
-    report = header("speculation") | {"model": options.model}
+    if options.hardest is not None:
+        prompts = hardest(session, prompts, options.new_tokens, options.hardest)
+    report = header("speculation") | {"model": options.model, "hardest_of": options.hardest and options.prompts}
     report |= {"adaptive": adaptive_report(session, prompts, options.new_tokens, options.rounds, again=options.again)}
     print_adaptive(report["adaptive"], report["device"])
     if options.json is not None:
@@ -131,6 +133,9 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="with --adaptive: a second pass, with the first one in the session's memory",
     )
+    parser.add_argument(
+        "--hardest", type=int, metavar="N", help="with --adaptive: only the N of --prompts on which drafts lose most"
+    )
     parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --adaptive: folder of prompts")
     parser.add_argument("--prompts", type=int, default=20)
@@ -141,8 +146,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     parser.add_argument("--plot", metavar="FILE", help="write a plot (PNG)")
     options = parser.parse_args()
-    if min(options.prompts, options.rounds, *options.batches) < 1:
-        raise UserError("--prompts, --rounds and --batches must be 1 or more")
+    if min(options.prompts, options.rounds, options.hardest or 1, *options.batches) < 1:
+        raise UserError("--prompts, --rounds, --hardest and --batches must be 1 or more")
     if options.new_tokens < 16:
         raise UserError(f"--new-tokens is {options.new_tokens}; give at least 16, to choose trees by")
     return options

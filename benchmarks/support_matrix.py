@@ -148,6 +148,7 @@ AUGMENTED = ("performer+local+convolution", "rfa+local+convolution", "linformer+
 WINDOWED = (
     "exponential+window",
     "hedgehog+window",
+    "clustered+window",
     "exponential+window+convolution/window=5",
     "exponential+window/decay=token",
     "relu/decay=constant",

@@ -53,12 +53,12 @@ PASSES = ("block", "memories", "outputs", "query_gradients", "key_gradients")
 BLOCKS = (128, 256, 512)
 # Kernels that are called otherwise than what is tuned.
 NAMES = {
-    "augmented_attention.memories": "block_sums_kernel",
-    "linear_attention.memories": "block_sums_kernel",
-    "windowed_attention.memories": "block_sums_kernel",
-    "tree_verify": "verify_kernel",
-    "window_verify": "window_verify_kernel",
-    "path_commit": "fold_kernel",
+    "augmented_attention.memories": ("block_sums_kernel",),
+    "linear_attention.memories": ("block_sums_kernel",),
+    "windowed_attention.memories": ("block_sums_kernel",),
+    "tree_verify": ("verify_kernel",),
+    "window_verify": ("window_features_kernel", "window_verify_kernel"),
+    "path_commit": ("fold_kernel",),
 }
 # Where kernels are launched from.
 LAUNCHERS = (
@@ -309,8 +309,8 @@ def kernel_programs(operation: str, kernel: str, shape: Shape, implementation: s
         # A function of its own: JAX keeps what it has traced.
         function, arrays = call(operation, shape, implementation)
         jax.eval_shape(lambda *arrays: function(*arrays), *arrays)
-    name = NAMES.get(kernel, f"{kernel.partition('.')[2]}_kernel")
-    return [alone(*each) for each in seen if each[0].__name__ == name]
+    names = NAMES.get(kernel, (f"{kernel.partition('.')[2]}_kernel",))
+    return [alone(*each) for each in seen if each[0].__name__ in names]
 
 
 def alone(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Program:

@@ -112,7 +112,7 @@ def test_gpt2_classification(golden: Golden, dtype: str) -> None:
     assert_close(logits, golden.outputs["classification_logits_pad"], dtype)
 
 
-@pytest.mark.always("llama-augmented-gqa", "gpt2-both", "flash-augmented", "flash-both", "gpt2-augmented")
+@pytest.mark.always("llama-augmented-gqa", "flash-augmented")
 @pytest.mark.holds("grads/")
 @pytest.mark.family(*CAUSAL)
 @pytest.mark.parametrize("dtype", DTYPES[:1])
@@ -318,13 +318,14 @@ def test_t5_logits(golden: Golden) -> None:
     assert_t5_logits(golden, "float64")
 
 
+@pytest.mark.always("t5-augmented")
 @pytest.mark.holds("weights/.*dwconv")
 @pytest.mark.family("t5")
 def test_t5_logits_in_single_precision(golden: Golden) -> None:
     assert_t5_logits(golden, "float32")
 
 
-@pytest.mark.always("t5-augmented", "t5-local")
+@pytest.mark.always("t5-augmented")
 @pytest.mark.family("t5")
 def test_t5_classification(golden: Golden) -> None:
     ids, _, mask = t5_inputs(golden, "a", "pad")

@@ -88,7 +88,29 @@ def test_notebooks_are_kept_without_outputs_and_with_settings(name):
     [settings] = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     given = {"TEXT", "OUTPUT", "SMALL", *NOTEBOOKS[name][0]}
     assert given == {line.split(" = ")[0] for line in settings.source.splitlines()}
-    assert "find_spec" in cells[0].source
+
+
+def test_notebooks_install_what_is_near(tmp_path, monkeypatch):
+    """Each begins with the same cell: the working copy that it lies in, else a wheel beside it, else the name."""
+    install = {
+        next(cell.source for cell in read_notebook(name).cells if cell.cell_type == "code")
+        for name in ("quickstart", *NOTEBOOKS)
+    }
+    [source] = install
+    code = source.replace("%pip install --quiet ", "asked = f").replace('find_spec("lin_jax")', 'find_spec("no_such")')
+    monkeypatch.chdir(tmp_path)
+
+    def asked():
+        names = {}
+        exec(code, names)
+        return names["asked"]
+
+    assert asked() == "lin-jax[demo]"
+    wheel = tmp_path / "lin_jax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    assert asked() == f"{wheel}[demo]"
+    monkeypatch.chdir(ROOT / "notebooks")
+    assert asked() == f"{ROOT}[demo]"
 
 
 # Each costs a kernel, and the programs of a model.

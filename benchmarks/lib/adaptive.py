@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lin_jax.decoding import Generation, Generator, Sampling
 from lin_jax.decoding.autotune.prompts import held_out_prompts
-from lin_jax.decoding.drafting.tree import parse_tree
+from lin_jax.decoding.drafting.tree import parse_tree, tree_text
 from lin_jax.decoding.equivalence import is_rounding_tie
 from lin_jax.session import Session
 
@@ -27,19 +27,19 @@ class Pair:
 
     Attributes:
         prompt: its tokens.
-        seconds: `[turns, 2]` time of the loop, plain and adaptive.
+        seconds: `[turns, 3]` time of the loop: plain, adaptive, and plain again.
         cpu_seconds: the same in seconds of the process on any processor, which other programs disturb less.
         last: the last generation of each way.
     """
 
     prompt: Sequence[int]
-    seconds: list[tuple[float, float]]
-    cpu_seconds: list[tuple[float, float]]
+    seconds: list[tuple[float, ...]]
+    cpu_seconds: list[tuple[float, ...]]
     last: list[Generation]
 
-    def ratio(self, times: Sequence[tuple[float, float]]) -> float:
-        """Speed of adaptive decoding over that of plain decoding, median over turns; both write as many tokens."""
-        return float(np.median([plain / adaptive for plain, adaptive in times]))
+    def ratio(self, times: Sequence[tuple[float, ...]], way: int = 1) -> float:
+        """Speed of a way over that of plain decoding, median over turns; all write as many tokens."""
+        return float(np.median([turn[0] / turn[way] for turn in times]))
 
 
 def adaptive_report(
@@ -70,16 +70,16 @@ def adaptive_report(
             adaptive = Generator(
                 session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
             )
-            ways = [plain, adaptive]
+            ways = [plain, adaptive, plain]
             done, spent = {}, {}
-            for index in (0, 1) if turn % 2 else (1, 0):
+            for index in (0, 1, 2) if turn % 2 else (2, 1, 0):
                 began = time.process_time()
                 done[index] = ways[index].generate([prompt], tokens)
                 spent[index] = time.process_time() - began
             pair.last = [done[0], done[1]]
             if turn >= 0:
-                pair.seconds.append((done[0].decode_seconds, done[1].decode_seconds))
-                pair.cpu_seconds.append((spent[0], spent[1]))
+                pair.seconds.append(tuple(done[index].decode_seconds for index in range(len(ways))))
+                pair.cpu_seconds.append(tuple(spent[index] for index in range(len(ways))))
         pairs.append(pair)
     session.save_costs()
     results = [_result(session, pair) for pair in pairs]
@@ -93,6 +93,8 @@ def adaptive_report(
         "step_costs": session.step_costs,
         "prompts": results,
         "speedup": float(total[0] / total[1]),
+        "plain_against_itself": float(total[0] / total[2]),
+        "lowest_against_itself": min(each["plain_against_itself"] for each in results),
         "lowest": min(ratios),
         "below_least": sum(ratio < LEAST for ratio in ratios),
         "correct": not any(each["wrong"] for each in results),
@@ -110,6 +112,7 @@ def _result(session: Session, pair: Pair) -> dict[str, Any]:
         "adaptive_tokens_per_second": adaptive.decoded / float(np.median([each[1] for each in pair.seconds])),
         "ratio": pair.ratio(pair.seconds),
         "cpu_ratio": pair.ratio(pair.cpu_seconds),
+        "plain_against_itself": pair.ratio(pair.seconds, 2),
         "mean_accepted_tokens": adaptive.mean_accepted_tokens,
         "steps_by_nodes": sizes,
         "rounding_tie": tie,
@@ -126,6 +129,28 @@ def chosen_prompts(session: Session, data: Path | None, count: int) -> list[list
     return [*held_out, *(each.tokens for each in others)]
 
 
+def hardest(session: Session, prompts: Sequence[Sequence[int]], tokens: int, count: int) -> list[list[int]]:
+    """Prompts on which drafts should lose most, by the steps that they took in a pass over all and what steps cost.
+
+    Of those that lose as much, the ones with fewer tokens a step.
+    """
+    found = session.adaptive_generator(background=False)
+    assert found.shapes is not None
+    costs = found.costs(1)
+    names = {tree_text(tree): number for number, tree in enumerate(found.shapes.trees)}
+    told = []
+    for prompt in tqdm(prompts, desc="looking for the hardest", file=sys.stderr):
+        # Nobody learns from another prompt, and nothing is remembered.
+        alone = Generator(
+            session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
+        )
+        done = alone.generate([prompt], tokens)
+        spent = sum(steps * costs.cost(names[tree]) for tree, steps in done.steps_by_tree.items())
+        told.append((done.decoded / max(spent, 1), done.mean_accepted_tokens))
+    order = sorted(range(len(prompts)), key=lambda number: told[number])
+    return [list(prompts[number]) for number in order[:count]]
+
+
 def print_adaptive(report: dict[str, Any], device: str) -> None:
     """The report in words, a line for each prompt."""
     for each in report["prompts"]:
@@ -134,7 +159,8 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
             if each["wrong"]
             else (
                 f"{each['ratio']:.3f}x plain ({each['cpu_ratio']:.3f}x by processor time), "
-                f"{each['adaptive_tokens_per_second']:,.0f} tokens/s, {each['mean_accepted_tokens']:.2f} tokens a step"
+                f"{each['adaptive_tokens_per_second']:,.0f} tokens/s, {each['mean_accepted_tokens']:.2f} tokens a "
+                f"step, plain against itself {each['plain_against_itself']:.3f}"
             )
         )
         print(f"{told}  {each['prompt']!r}")
@@ -142,5 +168,6 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
         f"on {device}: {report['drafter']}{', all written before' if report['again'] else ''}, "
         f"{len(report['prompts'])} prompts of {report['tokens']} new tokens: "
         f"{report['speedup']:.2f}x plain together, lowest {report['lowest']:.3f}, "
-        f"{report['below_least']} below {LEAST}"
+        f"{report['below_least']} below {LEAST}; plain against itself {report['plain_against_itself']:.3f} together, "
+        f"lowest {report['lowest_against_itself']:.3f}"
     )

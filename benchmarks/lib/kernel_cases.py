@@ -12,7 +12,8 @@ import numpy as np
 from pallas_kernels.augmented_attention import augmented_attention
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.tree_verify import verify_tree
-from pallas_kernels.types import AugmentedState, TreeArrays
+from pallas_kernels.types import AugmentedState, TreeArrays, WindowedState
+from pallas_kernels.window_verify import verify_window
 from pallas_kernels.windowed_attention import FeatureWeights, windowed_attention
 
 GROUP, TAPS = 64, 32
@@ -137,8 +138,8 @@ def least_operations(shape: Shape, backward: bool) -> int:
     return int(3.5 * forward) if backward else forward
 
 
-def verify_inputs(nodes: int, batch: int, heads: int, size: int, dtype: Any) -> tuple[Any, ...]:
-    """Queries, keys, values of nodes, a tree and a state, drawn at random."""
+def verify_inputs(attention: str, nodes: int, batch: int, heads: int, size: int, dtype: Any) -> tuple[Any, ...]:
+    """Nodes, a tree, a state of the `augmented` or the `windowed` attention, and its parameters, drawn at random."""
     rng = np.random.default_rng(0)
 
     def random(*shape: int, kind: Any = dtype) -> jax.Array:
@@ -149,19 +150,33 @@ def verify_inputs(nodes: int, batch: int, heads: int, size: int, dtype: Any) -> 
     for node, parent in enumerate(parents[1:], 1):
         ancestors[node] |= ancestors[parent]
     tree = TreeArrays(jnp.asarray(ancestors.sum(axis=1) - 1), jnp.asarray(ancestors))
+    rows, position = [random(batch, nodes, heads, size) for _ in range(3)], rng.integers(GROUP, 4 * GROUP, batch)
+    if attention == "windowed":
+        # Own and previous group, four sinks, and Hedgehog's features, two for each number of a head.
+        memory = jnp.abs(random(batch, heads, 2 * size, size + 1, kind=jnp.float32))
+        ring, sinks = ([random(batch, count, heads, size) for _ in range(2)] for count in (2 * GROUP, 4))
+        held = WindowedState(memory, *ring, None, None, jnp.asarray(position), *sinks)
+        return (*rows, tree, held, *(random(heads, size, size, kind=jnp.float32) / size**0.5 for _ in range(2)))
     state = AugmentedState(
         random(batch, heads, size, size, kind=jnp.float32),
         random(batch, GROUP, heads, size),
         random(batch, GROUP, heads, size),
         random(batch, TAPS - 1, heads, size),
-        jnp.asarray(rng.integers(GROUP, 4 * GROUP, batch)),
+        jnp.asarray(position),
     )
-    rows = [random(batch, nodes, heads, size) for _ in range(3)]
     return (*rows, tree, state, random(heads, kind=jnp.float32), random(heads, TAPS, kind=jnp.float32))
 
 
-def verify(implementation: str) -> Any:
-    """Verification of a tree, as a compiled program."""
+def verify(attention: str, implementation: str) -> Any:
+    """Verification of a tree, as a compiled program of what `verify_inputs` draws."""
+
+    @jax.jit
+    def by_window(
+        queries: Any, keys: Any, values: Any, tree: TreeArrays, state: WindowedState, asked: Any, held: Any
+    ) -> jax.Array:
+        options = {"features": "hedgehog", "group_size": GROUP, "scale": keys.shape[3] ** -0.5}
+        weights = FeatureWeights(asked, held)
+        return verify_window(queries, keys, values, weights, tree, state, **options, implementation=implementation)
 
     @jax.jit
     def program(
@@ -169,4 +184,4 @@ def verify(implementation: str) -> Any:
     ) -> jax.Array:
         return verify_tree(queries, keys, values, tree, state, alpha=alpha, taps=taps, implementation=implementation)
 
-    return program
+    return by_window if attention == "windowed" else program

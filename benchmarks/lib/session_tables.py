@@ -55,11 +55,12 @@ def _against_peers(results: list[dict[str, Any]]) -> list[str]:
 
 def verify_table(report: Any) -> list[str]:
     """Milliseconds of verified trees."""
-    lines = ["| rows | nodes | implementation | ms | times one node | error |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| attention | rows | nodes | implementation | ms | times one node | error |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
     for each in report["verify"]:
         spent = f"{each['milliseconds']:.3f}" if "milliseconds" in each else "wrong"
         times = f"{each['times_one_node']:.2f}" if "times_one_node" in each else ""
-        head = f"| {each['batch']} | {each['nodes']} | {each['implementation']} |"
+        head = f"| {each['attention']} | {each['batch']} | {each['nodes']} | {each['implementation']} |"
         lines.append(f"{head} {spent} | {times} | {each['error']:.1e} |")
     return lines
 

@@ -15,7 +15,7 @@ from lin_jax.recipe import Recipe, Text, text_data
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.config import RunConfig
 from lin_jax.training.config_file import load_run_config
-from lin_jax.training.initialization import BaseModel, Teacher
+from lin_jax.training.initialization.base_and_teacher import BaseModel, Teacher
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.run import train, train_in_memory
 from lin_jax.training.settings.changes import changes_of_finished

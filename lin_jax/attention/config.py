@@ -58,7 +58,7 @@ class AttentionConfig:
         kernel_size: odd size of the centred convolution kernel whose future half is masked away in causal models.
         local_score: score function of the local branch: relu_squared, laplace or yoso.
         initial_alpha: initial value of the learnt factor of the branch beside a local one.
-        features: features of performer, rfa and exponential; None takes twice the head's size.
+        features: features of performer, rfa, exponential and clustered; None takes twice the head's size.
         rank: summaries of each group in linformer.
         hashes: hash tables of yoso.
         hash_bits: bits of each hash of yoso; a table has `2^hash_bits` rows.

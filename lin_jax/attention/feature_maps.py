@@ -240,6 +240,84 @@ class Exponential(FeatureMap):
         return exponential_keys(keys, self.key_map[...], self.key_bias[...], self.scale)
 
 
+class Clustered(FeatureMap):
+    """Learnt clusters: `phi(k) = softmax(W k' + b)`, `phi(q) = exp(U q' + c)`, with `x' = x scale^0.5`.
+
+    Each of M features stands for a cluster of keys, and says how much a key belongs to it; a query reads a cluster with
+    the exponential of its score of the cluster's centre. With centres for W and U, and `b = -|W|^2 / 2`, the belonging
+    is that of a mixture of unit Gaussians, and `phi(q)·phi(k)` is softmax's weight of the key's centre in place of the
+    key: attention over clusters of keys (Vyas et al. 2020), whose centres are fixed, so that they sum up (as the slots
+    of Peng et al. 2022 do). A key counts as one, however long it is. W, b, U and c are learnt for each head; centres
+    start at random, and come from a teacher's keys where there is one (`memory_start`). Queries' features are divided
+    by the largest, as in `Exponential`.
+
+    Args:
+        head_dim: size D of queries and keys.
+        size: features M.
+        heads: query heads H.
+        kv_heads: key/value heads K.
+        scale: factor of q·k.
+        param_dtype: type of the parameters.
+        rngs: random keys.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        size: int,
+        heads: int,
+        kv_heads: int,
+        *,
+        scale: float,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.size, self.scale = size, scale
+        share = heads // kv_heads
+        draw = partial(OrthogonalProjection.draw, count=size, size=head_dim)
+        start = jax.vmap(draw)(jax.random.split(rngs.params(), kv_heads)).astype(param_dtype)
+        self.key_map = nnx.Param(start)
+        self.key_bias = nnx.Param(jnp.zeros((kv_heads, size), param_dtype))
+        self.query_map = nnx.Param(jnp.repeat(start[:, None], share, axis=1))
+        self.query_bias = nnx.Param(jnp.zeros((kv_heads, share, size), param_dtype))
+
+    def centred_at(self, centres: Float[Array, "K M D"], temperature: Float[Array, "K R"]) -> "Clustered":
+        """The same map of clusters around some centres (of `k'`), whose scores queries multiply by a temperature."""
+        other = nnx.merge(*nnx.split(self))
+        asked = temperature[..., None, None] * centres[:, None]
+        values = {
+            "key_map": centres,
+            "key_bias": -jnp.sum(jnp.square(centres), axis=-1) / 2,
+            "query_map": asked,
+            "query_bias": jnp.zeros(asked.shape[:-1]),
+        }
+        for name, value in values.items():
+            own = getattr(self, name)[...]
+            setattr(other, name, nnx.Param(value.astype(own.dtype)))
+        return other
+
+    def log_scale(self, queries: Array) -> Array:
+        """The largest exponent of each query."""
+        return jax.lax.stop_gradient(jnp.max(self._exponents(queries), axis=-1))
+
+    def queries(self, queries: Array) -> Array:
+        """Positive features, the largest of each query one."""
+        exponents = self._exponents(queries)
+        return jnp.exp(exponents - jax.lax.stop_gradient(jnp.max(exponents, axis=-1, keepdims=True)))
+
+    def keys(self, keys: Array) -> Array:
+        """Positive features that sum up to one."""
+        scaled = upcast(keys) * math.sqrt(self.scale)
+        scores = jnp.einsum("...skd,kmd->...skm", scaled, self.key_map[...].astype(scaled.dtype), precision=EXACT)
+        return jax.nn.softmax(scores + self.key_bias[...].astype(scaled.dtype), axis=-1)
+
+    def _exponents(self, queries: Array) -> Array:
+        scaled = upcast(queries) * math.sqrt(self.scale)
+        weights = self.query_map[...].astype(scaled.dtype)
+        scores = jnp.einsum("...tkrd,krmd->...tkrm", scaled, weights, precision=EXACT)
+        return scores + self.query_bias[...].astype(scaled.dtype)
+
+
 class RandomFourierFeatures(FeatureMap):
     """RFA (Peng et al. 2021): `phi(x) = [sin(w·x), cos(w·x)] (2 / M)^0.5` of unit vectors.
 

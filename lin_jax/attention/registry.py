@@ -14,6 +14,7 @@ from lin_jax.attention.config import AttentionConfig, Conventions
 from lin_jax.attention.convolution import Convolution
 from lin_jax.attention.decay import ConstantDecay, Decay, TokenDecay
 from lin_jax.attention.feature_maps import (
+    Clustered,
     EluPlusOne,
     Exponential,
     FeatureMap,
@@ -374,7 +375,15 @@ def _hedgehog(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
 
 
 def _exponential(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
-    return Exponential(
+    return _learnt(Exponential, config, sizes)
+
+
+def _clustered(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
+    return _learnt(Clustered, config, sizes)
+
+
+def _learnt(kind: type[Exponential] | type[Clustered], config: AttentionConfig, sizes: Sizes) -> FeatureMap:
+    return kind(
         sizes.head_dim,
         _random_features(config, sizes),
         sizes.heads,
@@ -412,6 +421,7 @@ REGISTRY: dict[str, AttentionEntry] = {
     ),
     "hedgehog": AttentionEntry(kernel_attention(_hedgehog, "divided"), ANY, positive=True, additive=True),
     "exponential": AttentionEntry(kernel_attention(_exponential, "divided"), ANY, positive=True, additive=True),
+    "clustered": AttentionEntry(kernel_attention(_clustered, "divided"), ANY, positive=True, additive=True),
     "rfa": AttentionEntry(
         kernel_attention(
             lambda config, sizes: RandomFourierFeatures(

@@ -46,7 +46,7 @@ def verify_program(
         state: which they stand on.
         asked: the implementation that the configuration names, or None.
     """
-    if not _has_kernels(features, window) or window.sinks:
+    if not _has_kernels(features, window):
         return None
     name = verify_implementation(*qkv, state, asked if asked is None else (asked, "xla"))
     return None if name == "xla" else name

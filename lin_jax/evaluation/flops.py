@@ -109,7 +109,7 @@ def attention_flops(config: AttentionConfig, heads: int, kv_heads: int, size: in
     total = 4.0 * heads * size * pairs
     if (features := _features(config, name.base, size)) is not None:
         total += 2.0 * (heads + kv_heads) * length * features * size
-    if (learnt := {"hedgehog": size, "exponential": features}.get(name.base)) is not None:
+    if (learnt := {"hedgehog": size, "exponential": features, "clustered": features}.get(name.base)) is not None:
         total += 2.0 * (heads + kv_heads) * length * learnt * size
     if config.decay == "token":
         total += 2.0 * kv_heads * length * size
@@ -153,7 +153,8 @@ def _features(config: AttentionConfig, base: str, size: int) -> int | None:
     if base in ("softmax", "square", "flash_local", "linformer"):
         return None
     random = config.features or 2 * size
-    sizes = {"performer": random, "rfa": random, "exponential": random, "hedgehog": 2 * size}
+    sizes = {"performer": random, "rfa": random, "exponential": random, "clustered": random}
+    sizes["hedgehog"] = 2 * size
     return sizes.get(base, config.hashes * 2**config.hash_bits if base == "yoso" else size)
 
 

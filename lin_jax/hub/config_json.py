@@ -15,7 +15,7 @@ from lin_jax.attention.registry import Name
 from lin_jax.errors import UserError
 from lin_jax.hub.export import architectures, auto_map, has_source
 from lin_jax.hub.families.registry import Family, family_of_model, family_of_type
-from lin_jax.hub.int8.matrices import check_family, module_patterns, output_axes
+from lin_jax.hub.int8.matrices import module_patterns, output_axes
 from lin_jax.hub.int8.tensor import FIELD
 from lin_jax.json_files import LARGEST_ID, short
 
@@ -81,9 +81,6 @@ def config_json(model: nnx.Module, *, int8: bool = False) -> dict[str, Any]:
     Args:
         model: the model, which may be abstract.
         int8: whether its matrices are rounded, which transformers has no model with.
-
-    Raises:
-        UserError: matrices of such models are not rounded.
     """
     family = family_of_model(model)
     architecture = family.head_of(model).architectures[0]
@@ -99,7 +96,6 @@ def config_json(model: nnx.Module, *, int8: bool = False) -> dict[str, Any]:
         "attention": attentions.get("", attentions),
     }
     if int8:
-        check_family(family.name)
         hf_config[FIELD] = module_patterns(output_axes(model, family.entries(model)))
     if has_remote_code(model, int8=int8):
         name = type(model).__name__

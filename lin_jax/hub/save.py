@@ -130,7 +130,7 @@ def write_settings(
         int8: whether its matrices are int8.
 
     Raises:
-        UserError: the tokenizer's folder holds none, or a damaged file; or no such model has int8 matrices.
+        UserError: the tokenizer's folder holds none, or a damaged file.
     """
     hf_config = config_json(model, int8=int8)
     hf_config |= {name: value for name, value in (source or {}).items() if name in _KEPT_FIELDS and value is not None}

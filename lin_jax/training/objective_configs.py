@@ -46,6 +46,9 @@ class TransferConfig:
             its own, so that what is beside the window (a linear memory) learns to do without it. Only in training, and
             only for attentions that have such a window.
         narrowed_window: tokens that a narrowed window holds; 1 is the token itself.
+        fit_memory: before the first step, fit memories behind softmax windows to the teacher, from one batch: the
+            centres of clustered features, and for every map the balance, so that memories start with as much of the
+            attention as does best. Only where mixers are trained, and where nothing has been learnt yet.
     """
 
     learns: tuple[str, ...] = ("mixer", "projections")
@@ -54,6 +57,7 @@ class TransferConfig:
     progressive: bool = False
     window_dropout: float = 0.0
     narrowed_window: int = 1
+    fit_memory: bool = True
 
     def __post_init__(self) -> None:
         check_parts("transfer.learns", self.learns, TRANSFERRED_PARTS)

@@ -17,7 +17,7 @@ from lin_jax.errors import UserError
 from lin_jax.hub.files import GENERATION_FILE
 from lin_jax.losses.cross_entropy import Batch
 from lin_jax.models.logical_axes import axes_of
-from lin_jax.models.params import Params, abstract_model, shapes
+from lin_jax.models.params import Params, abstract_model, params_of, shapes
 from lin_jax.models.registry import family_of_config
 from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.checkpoint.metadata import CheckpointMetadata
@@ -25,7 +25,7 @@ from lin_jax.training.config import CONFIG_FILE, RunConfig, plain
 from lin_jax.training.distributed.mesh import make_mesh
 from lin_jax.training.distributed.multihost import broadcast_from_first, is_first
 from lin_jax.training.distributed.partitioning import Shardings
-from lin_jax.training.initialization import (
+from lin_jax.training.initialization.base_and_teacher import (
     BaseModel,
     Teacher,
     check_base,
@@ -36,9 +36,10 @@ from lin_jax.training.initialization import (
     with_options_of_base,
     with_sizes,
 )
+from lin_jax.training.initialization.fitted_start import describe, fitted_start
 from lin_jax.training.inputs import Inputs, read_inputs
 from lin_jax.training.model_source import TOKENIZER_FOLDER
-from lin_jax.training.objectives import Objective, initial_key
+from lin_jax.training.objectives import Objective, PartialTraining, initial_key
 from lin_jax.training.objectives.registry import (
     check_run,
     has_teacher,
@@ -171,6 +172,8 @@ def _assembled(
     if teacher is not None:
         check_teacher(config, teacher, inputs.tokenizer, base)
         frozen = {**frozen, "teacher": shardings.place(teacher.model)}
+        if not resume and isinstance(objective, PartialTraining) and _fits_memory(config):
+            state = _fitted(config, objective, state, frozen, inputs.batches, shardings)
     count, spikes = training.gradient_accumulation, training.loss_spikes
     return ResolvedRun(
         config=config,
@@ -229,6 +232,34 @@ def _first_state(
         # The step donates its state; a model in memory goes on living.
         params = jax.tree.map(lambda leaf: leaf.copy(), params)
     return jax.jit(new, out_shardings=where)(shardings.place(params))
+
+
+def _fits_memory(config: RunConfig) -> bool:
+    """True where memories are trained, and may start as the teacher would have them."""
+    mixers = config.transfer.learns if config.adapters is None else config.adapters.modules_to_save
+    return config.objective == "attention_transfer" and config.transfer.fit_memory and "mixer" in mixers
+
+
+def _fitted(
+    config: RunConfig,
+    objective: PartialTraining,
+    state: TrainState,
+    frozen: Params,
+    batches: TrainingBatches,
+    shardings: Shardings,
+) -> TrainState:
+    """The state before the first step with memories that are fitted to the teacher, from the first batch."""
+    begin = batches.get_state()
+    batch = shardings.local_batch(next(batches), config.training.batch_size)
+    batches.set_state(begin)
+    with jax.set_mesh(shardings.mesh):
+        student, _ = objective.unmerged(state.params, frozen)
+        found = fitted_start(student, frozen["teacher"], batch, config.transfer.layers, config.training.seed)
+        if not found.shares:
+            return state
+        log.info("%s", describe(found.shares))
+        place = jax.jit(lambda params: params, out_shardings=shardings.tree(state.params))
+        return replace(state, params=place(objective.chosen(params_of(found.model))))
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> None:

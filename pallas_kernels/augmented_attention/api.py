@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention import gpu, tpu, xla
 from pallas_kernels.augmented_attention.problem import AugmentedPlan, AugmentedProblem, PackedRows, PriorContext
-from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.over_devices import over_devices
 
 _Returned = tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]
@@ -60,9 +60,9 @@ def augmented_attention(
     """
     problem = AugmentedProblem(queries, keys, values, alpha, taps, packed, prior)
     _check(problem, group_size)
-    name = choose_implementation(
-        "augmented_attention", implementation, {name: _obstacle(name, problem) for name in IMPLEMENTATIONS}
-    )
+    unlike = unlike_types(queries, keys, values)
+    obstacles = obstacles_of(IMPLEMENTATIONS, "augmented_attention.outputs", keys, values, programs=unlike)
+    name = choose_implementation("augmented_attention", implementation, obstacles)
     return IMPLEMENTATIONS[name](problem, group_size, unit, local)
 
 
@@ -146,19 +146,6 @@ IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {
 
 def _no_gradient(numbers: Array) -> Any:
     return np.zeros(numbers.shape, jax.dtypes.float0)
-
-
-def _obstacle(name: str, problem: AugmentedProblem) -> str | None:
-    """The reason why an implementation cannot take a problem, None if it can."""
-    if name == "xla":
-        return None
-    kinds = {str(each.dtype) for each in (problem.queries, problem.keys, problem.values)}
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    if not name.startswith("gpu"):
-        return None
-    sizes = problem.keys.shape[3], problem.values.shape[3]
-    return obstacle("augmented_attention.outputs", *sizes, problem.keys.dtype, interpret=name == "gpu_interpreted")
 
 
 def _check(problem: AugmentedProblem, group_size: int) -> None:

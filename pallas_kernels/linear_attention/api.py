@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
 from pallas_kernels.linear_attention import gpu, tpu, xla
 from pallas_kernels.linear_attention.problem import LinearPlan, LinearProblem, Memory
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.over_devices import over_devices
 from pallas_kernels.precision import accumulation_dtype
 
@@ -65,9 +65,9 @@ def linear_attention(
     start = Memory(*(each.astype(wide) for each in start))
     log_decay = None if decay is None else jax.lax.stop_gradient(jnp.log(decay.astype(wide)))
     problem = LinearProblem(queries, keys, values, log_decay, segment_ids, start)
-    name = choose_implementation(
-        "linear_attention", implementation, {name: _obstacle(name, problem) for name in IMPLEMENTATIONS}
-    )
+    unlike = unlike_types(queries, keys, values)
+    obstacles = obstacles_of(IMPLEMENTATIONS, "linear_attention.outputs", keys, values, programs=unlike)
+    name = choose_implementation("linear_attention", implementation, obstacles)
     return IMPLEMENTATIONS[name](problem, floor)
 
 
@@ -124,19 +124,6 @@ IMPLEMENTATIONS: dict[str, Any] = {"xla": _xla} | {
     for platform in PROGRAMS
     for interpret in (False, True)
 }
-
-
-def _obstacle(name: str, problem: LinearProblem) -> str | None:
-    """The reason why an implementation cannot take a problem, None if it can."""
-    if name == "xla":
-        return None
-    kinds = {str(each.dtype) for each in (problem.queries, problem.keys, problem.values)}
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    if not name.startswith("gpu"):
-        return None
-    sizes = problem.keys.shape[3], problem.values.shape[3]
-    return obstacle("linear_attention.outputs", *sizes, problem.keys.dtype, interpret=name == "gpu_interpreted")
 
 
 def _check(queries: Array, keys: Array, values: Array, decay: Array | None, floor: float | None) -> None:

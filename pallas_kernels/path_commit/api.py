@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxtyping import Array, Int
 
-from pallas_kernels.gpu.launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose_implementation, target_platform
+from pallas_kernels.obstacles import obstacles_of
 from pallas_kernels.path_commit import gpu, tpu, xla
 from pallas_kernels.types import AugmentedState, Nodes
 
@@ -44,13 +44,7 @@ def commit_path(
     """
     if path.keys.shape[1] > state.keys.shape[1]:
         raise ValueError(f"the path has {path.keys.shape[1]} tokens, a group {state.keys.shape[1]}; give a shorter one")
-    obstacle = _obstacle(state)
-    key_size, value_size = state.keys.shape[3], state.values.shape[3]
-    triton = partial(triton_obstacle, "path_commit", key_size, value_size, state.keys.dtype)
-    obstacles = {
-        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
-        for name in IMPLEMENTATIONS
-    } | {"xla": None}
+    obstacles = obstacles_of(IMPLEMENTATIONS, "path_commit", state.keys, state.values, programs=_obstacle(state))
     # Another kernel that wrote in place lost a part of it on a GPU; this one has not been seen there.
     default = ("xla",) if target_platform() == "gpu" else None
     name = choose_implementation("commit_path", implementation, obstacles, default=default)

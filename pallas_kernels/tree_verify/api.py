@@ -6,8 +6,8 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu.launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose_implementation
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.tree_verify import gpu, tpu, xla
 from pallas_kernels.tree_verify.problem import VerifyProblem
 from pallas_kernels.types import AugmentedState, TreeArrays
@@ -60,14 +60,7 @@ def verify_tree(
     if alpha is not None and state.memory is None:
         raise ValueError("the grouped branch reads a memory, which the state lacks; give one, or leave alpha out")
     problem = VerifyProblem(queries, keys, values, alpha, taps, tree, state)
-    kinds = {str(each.dtype) for each in (queries, keys, values)}
-    obstacle = None
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        obstacle = f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    triton = partial(triton_obstacle, "tree_verify", keys.shape[3], values.shape[3], keys.dtype)
-    obstacles = {
-        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
-        for name in IMPLEMENTATIONS
-    } | {"xla": None}
+    unlike = unlike_types(queries, keys, values)
+    obstacles = obstacles_of(IMPLEMENTATIONS, "tree_verify", keys, values, programs=unlike)
     name = choose_implementation("verify_tree", implementation, obstacles)
     return IMPLEMENTATIONS[name](problem, unit_inputs=unit, local=local)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.gpu.launch import obstacle as triton_obstacle
 from pallas_kernels.implementations import choose_implementation
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import TreeArrays, WindowedState
 from pallas_kernels.window_verify import gpu, tpu, xla
@@ -44,9 +44,9 @@ def verify_window(
 ) -> Float[Array, "B N H E"]:
     """Outputs of a draft tree's nodes on top of a state, exact also where a path leaves the window.
 
-    A node attends to the tokens of its window and to the nodes above it by softmax, to the memory by features; what
-    lies before a node's window, though it is not in the memory yet, counts by features, too. The formula, the feature
-    maps and the window are those of `windowed_attention`.
+    A node attends to the tokens of its window, to the nodes above it and to the state's sinks by softmax, to the memory
+    by features; what lies before a node's window, though it is not in the memory yet, counts by features, too. The
+    formula, the feature maps and the window are those of `windowed_attention`.
 
     Args:
         queries: `[B, N, H, D]`, bfloat16 or float32.
@@ -54,7 +54,7 @@ def verify_window(
         values: `[B, N, K, E]`.
         weights: the feature map's learnt parts; m features, twice as many with `hedgehog`.
         tree: depths and ancestry.
-        state: the state; the normaliser stands behind the values in its memory.
+        state: the state; the normaliser stands behind the values in its memory, and it has the sinks, if there are any.
         features: `exponential` or `hedgehog`.
         group_size: tokens of a group, by position.
         groups: groups before the query's own that its window holds.
@@ -94,27 +94,18 @@ def verify_implementation(
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
-    obstacle = None
-    kinds = {str(each.dtype) for each in (queries, keys, values)}
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        obstacle = f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    elif state.memory.dtype != jnp.float32:
+    obstacle = unlike_types(queries, keys, values)
+    if obstacle is None and state.memory.dtype != jnp.float32:
         obstacle = f"the memory is {state.memory.dtype}, not float32"
-    elif not state.keys.shape[1]:
+    elif obstacle is None and not state.keys.shape[1]:
         obstacle = "the window holds no token before a node"
-    triton = partial(triton_obstacle, "window_verify", keys.shape[3], values.shape[3], keys.dtype)
-    obstacles = {
-        name: obstacle or (triton(interpret=name == "gpu_interpreted") if name.startswith("gpu") else None)
-        for name in IMPLEMENTATIONS
-    } | {"xla": None}
+    obstacles = obstacles_of(IMPLEMENTATIONS, "window_verify", keys, values, programs=obstacle)
     return choose_implementation("verify_window", asked, obstacles)
 
 
 def _check(
     weights: FeatureWeights, state: WindowedState, values: Array, features: Features, log_decays: Array | None
 ) -> None:
-    if state.sink_keys is not None:
-        raise ValueError("the state keeps sinks, which this operation does not know; give one without")
     if (state.decays is None) != (log_decays is None):
         raise ValueError("decays of the state and of the nodes belong together; give both, or neither")
     count = weights.keys.shape[1] * (2 if features == "hedgehog" else 1)

@@ -1,7 +1,7 @@
 """Verification by a window and a memory, for the nodes of one row and one head: plain functions of small arrays.
 
-Ring and nodes are a block of N queries behind a window of C rows, as `windowed_attention` has it; the memory lies with
-its features in the last axis and the normaliser's row behind the values': `[E + 1, M]`.
+Ring, sinks and nodes are a block of N queries behind a window of C + S rows, as `windowed_attention` has it; the memory
+lies with its features in the last axis and the normaliser's row behind the values': `[E + 1, M]`.
 """
 
 import math
@@ -21,8 +21,8 @@ class NodePairs(NamedTuple):
     """Masks of the nodes' pairs.
 
     Attributes:
-        near: `[N, C + N]` pairs whose key is in the query's window.
-        far: `[N, C + N]` pairs whose key is before it, though it is not in the memory yet.
+        near: `[N, C + S + N]` pairs whose key is in the query's window, or a sink.
+        far: `[N, C + S + N]` pairs whose key is before it, though it is not in the memory yet.
         reads: `[1, 1]` true: every node reads the memory.
     """
 
@@ -61,7 +61,7 @@ def node_outputs(
     pairs: Int[Array, "N W"],
     window: AttentionWindowPlan,
 ) -> Float[Array, "N E"]:
-    """Outputs of the nodes for one query head; `keys`, `values` and the clock are the ring's and then the nodes'."""
+    """Outputs of the nodes for one query head; keys, values and the clock are the ring's, the sinks' and the nodes'."""
     nodes, size = queries.shape[0], values.shape[1]
     plan = WindowedPlan(keys.shape[0] - nodes, nodes, nodes, window)
     masks = NodePairs(pairs == NEAR, pairs == FAR, jnp.ones((1, 1), bool))

@@ -1,7 +1,7 @@
-"""Triton kernel of verification by a window and a memory: some nodes of one query head, some of the values' columns.
+"""Triton kernels of verification by a window and a memory: features of rows first, then outputs of the nodes.
 
-Features are taken inside, a piece of the map at a time: what a softmax over them subtracts and divides by comes first.
-Keys of the ring have features only in tiles that a node stands beyond the window of, which is seldom.
+Both take sizes of heads and features a piece at a time, so that registers suffice for heads of any size. Keys have
+features only in tiles that a node stands beyond the window of, which is seldom.
 """
 
 import triton
@@ -26,127 +26,161 @@ LARGEST_EXPONENT = tl.constexpr(40.0)
 @triton.jit
 def exponents_of(
     rows,
+    ring,
     weights,
     biases,
+    halves,
+    batch,
+    begin,
+    there,
+    count,
     head,
     chosen,
-    inner,
-    SCALE: tl.constexpr,
+    HEADS: tl.constexpr,
+    RING: tl.constexpr,
     ROOT: tl.constexpr,
     D: tl.constexpr,
+    PART_D: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     HEDGEHOG: tl.constexpr,
 ):
     """Exponents `[n, directions]` of rows, from `weights [heads, m, D]` and `biases [heads, m]` (Hedgehog has none)."""
-    weight = load_memory(weights, head, chosen, inner, DIRECTIONS, D)
-    if weight.dtype == rows.dtype:
-        found = product(rows, tl.trans(weight))
-    else:
-        found = memory_product(rows, tl.trans(weight))
+    found = tl.zeros([there.shape[0], chosen.shape[0]], tl.float32)
+    for piece in range(0, D, PART_D):
+        inner = piece + tl.arange(0, PART_D)
+        some = load_joined(rows, ring, batch, begin, inner, there, count, head, HEADS, D, RING, RING > 0)
+        weight = load_memory(weights, head, chosen, inner, DIRECTIONS, D)
+        if weight.dtype == some.dtype:
+            found += product(some, tl.trans(weight))
+        else:
+            found += memory_product(some, tl.trans(weight))
     if not HEDGEHOG:
-        wide = rows.to(tl.float32)
         bias = tl.load(biases + head * DIRECTIONS + chosen, mask=chosen < DIRECTIONS, other=0.0)
-        found = ROOT * found + bias[None, :] - (SCALE / 2 * tl.sum(wide * wide, axis=1))[:, None]
+        found = ROOT * found + bias[None, :] - halves[:, None]
     return found
 
 
 @triton.jit
-def softmax_of_map(
+def window_features_kernel(
     rows,
+    ring,
     weights,
     biases,
-    head,
-    inner,
+    crossed,
+    count,
+    features,
+    scales,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PART_D: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    PART_M: tl.constexpr,
+    RING: tl.constexpr,
+    TILE: tl.constexpr,
     SCALE: tl.constexpr,
     ROOT: tl.constexpr,
-    D: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    WIDE_M: tl.constexpr,
-    PART_M: tl.constexpr,
+    NORMAL: tl.constexpr,
     HEDGEHOG: tl.constexpr,
-):
-    """The largest exponent `[n]` of each row, of both signs with Hedgehog, and then the sum of all exponentials."""
-    largest = tl.full([rows.shape[0]], LOWEST, tl.float32)
-    total = tl.zeros([rows.shape[0]], tl.float32)
-    for piece in range(0, WIDE_M, PART_M):
-        chosen = piece + tl.arange(0, PART_M)
-        found = exponents_of(rows, weights, biases, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG)
-        there = (chosen < DIRECTIONS)[None, :]
-        some = tl.where(there, tl.abs(found) if HEDGEHOG else found, LOWEST)
-        top = tl.maximum(largest, tl.max(some, axis=1))
-        if HEDGEHOG:
-            both = tl.exp(found - top[:, None]) + tl.exp(-found - top[:, None])
-            total = total * tl.exp(largest - top) + tl.sum(tl.where(there, both, 0.0), axis=1)
-        largest = top
-    return largest, total
-
-
-@triton.jit
-def features_of(
-    exponents,
-    chosen,
-    largest,
-    total,
-    SIGN: tl.constexpr,
     QUERIES: tl.constexpr,
-    NORMAL: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    HEDGEHOG: tl.constexpr,
 ):
-    """Features `[n, directions]`, zero where there is no direction; a SIGN's with Hedgehog."""
-    if HEDGEHOG:
-        found = tl.exp(SIGN * exponents - largest[:, None]) / total[:, None]
-    elif QUERIES:
-        found = tl.exp(exponents - largest[:, None])
-    else:
-        found = tl.exp(tl.minimum(exponents, LARGEST_EXPONENT) - NORMAL)
-    return tl.where((chosen < DIRECTIONS)[None, :], found, 0.0)
+    """Features `[B, RING + N, heads, M]` of rows `[B, N, heads, D]` behind those of a ring `[B, RING, heads, D]`.
+
+    Of queries, `scales [B, heads, N]` are the logarithms of what they were divided by. Of keys, tiles are left out that
+    no query scores by features: `crossed [B, RING + N]` is 0 for their rows.
+    """
+    begin = tl.program_id(0) * TILE - RING
+    head, batch = tl.program_id(1), tl.program_id(2)
+    M: tl.constexpr = 2 * DIRECTIONS if HEDGEHOG else DIRECTIONS
+    slots = begin + tl.arange(0, TILE)
+    there = slots < count
+    needed = 1
+    if not QUERIES:
+        needed = tl.max(tl.load(crossed + batch * (RING + count) + RING + slots, mask=there, other=0), axis=0)
+    if needed > 0:
+        halves = tl.zeros([TILE], tl.float32)
+        if not HEDGEHOG:
+            for piece in range(0, D, PART_D):
+                inner = piece + tl.arange(0, PART_D)
+                some = load_joined(rows, ring, batch, begin, inner, there, count, head, HEADS, D, RING, RING > 0)
+                wide = some.to(tl.float32)
+                halves += SCALE / 2 * tl.sum(wide * wide, axis=1)
+        largest = tl.full([TILE], LOWEST, tl.float32)
+        total = tl.zeros([TILE], tl.float32)
+        if HEDGEHOG or QUERIES:
+            for piece in range(0, DIRECTIONS, PART_M):
+                chosen = piece + tl.arange(0, PART_M)
+                found = exponents_of(
+                    rows,
+                    ring,
+                    weights,
+                    biases,
+                    halves,
+                    batch,
+                    begin,
+                    there,
+                    count,
+                    head,
+                    chosen,
+                    HEADS,
+                    RING,
+                    ROOT,
+                    D,
+                    PART_D,
+                    DIRECTIONS,
+                    HEDGEHOG,
+                )
+                known = (chosen < DIRECTIONS)[None, :]
+                some = tl.where(known, tl.abs(found) if HEDGEHOG else found, LOWEST)
+                top = tl.maximum(largest, tl.max(some, axis=1))
+                if HEDGEHOG:
+                    both = tl.exp(found - top[:, None]) + tl.exp(-found - top[:, None])
+                    total = total * tl.exp(largest - top) + tl.sum(tl.where(known, both, 0.0), axis=1)
+                largest = top
+        for piece in range(0, DIRECTIONS, PART_M):
+            chosen = piece + tl.arange(0, PART_M)
+            found = exponents_of(
+                rows,
+                ring,
+                weights,
+                biases,
+                halves,
+                batch,
+                begin,
+                there,
+                count,
+                head,
+                chosen,
+                HEADS,
+                RING,
+                ROOT,
+                D,
+                PART_D,
+                DIRECTIONS,
+                HEDGEHOG,
+            )
+            place = features + (((batch * (RING + count) + begin + RING).to(tl.int64) * HEADS + head) * M)
+            offset = tl.arange(0, TILE)[:, None] * (HEADS * M) + chosen[None, :]
+            mask = there[:, None] & (chosen < DIRECTIONS)[None, :]
+            if HEDGEHOG:
+                for half in tl.static_range(0, 2):
+                    raised = tl.exp((1 - 2 * half) * found - largest[:, None]) / total[:, None]
+                    stored = narrowed(raised, features.dtype.element_ty)
+                    tl.store(place + half * DIRECTIONS + offset, stored, mask=mask)
+            else:
+                if QUERIES:
+                    raised = tl.exp(found - largest[:, None])
+                else:
+                    raised = tl.exp(tl.minimum(found, LARGEST_EXPONENT) - NORMAL)
+                tl.store(place + offset, narrowed(raised, features.dtype.element_ty), mask=mask)
+        if QUERIES:
+            scale = tl.zeros([TILE], tl.float32) if HEDGEHOG else largest - NORMAL
+            tl.store(scales + (batch * HEADS + head) * count + slots, scale, mask=there)
 
 
 @triton.jit
-def feature_products(
-    query,
-    key,
-    largest,
-    divisor,
-    query_map,
-    query_bias,
-    key_map,
-    key_bias,
-    head,
-    kv_head,
-    inner,
-    SCALE: tl.constexpr,
-    ROOT: tl.constexpr,
-    NORMAL: tl.constexpr,
-    D: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    WIDE_M: tl.constexpr,
-    PART_M: tl.constexpr,
-    HEDGEHOG: tl.constexpr,
-):
-    """Products `[queries, keys]` of features."""
-    held, held_sum = largest, divisor
-    if HEDGEHOG:
-        held, held_sum = softmax_of_map(
-            key, key_map, key_bias, kv_head, inner, SCALE, ROOT, D, DIRECTIONS, WIDE_M, PART_M, HEDGEHOG
-        )
-    found = tl.zeros([query.shape[0], key.shape[0]], tl.float32)
-    for piece in range(0, WIDE_M, PART_M):
-        chosen = piece + tl.arange(0, PART_M)
-        one = exponents_of(query, query_map, query_bias, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG)
-        other = exponents_of(key, key_map, key_bias, kv_head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG)
-        for half in tl.static_range(0, 2 if HEDGEHOG else 1):
-            asked = features_of(one, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG)
-            features = features_of(other, chosen, held, held_sum, 1 - 2 * half, False, NORMAL, DIRECTIONS, HEDGEHOG)
-            found += product(narrowed(asked, query.dtype), tl.trans(narrowed(features, key.dtype)))
-    return found
-
-
-@triton.jit
-def load_kinds(pairs, rows, slots, count, there, RING: tl.constexpr):
-    """The kinds of pairs of nodes with nodes, or with slots of the ring below 0."""
-    inside = (rows < count)[:, None] & there[None, :]
+def load_kinds(pairs, rows, slots, nodes, count, there, RING: tl.constexpr):
+    """The kinds of pairs of nodes with sinks and nodes, or with slots of the ring below 0."""
+    inside = (rows < nodes)[:, None] & there[None, :]
     return tl.load(pairs + rows[:, None] * (RING + count) + RING + slots[None, :], mask=inside, other=0)
 
 
@@ -158,13 +192,13 @@ def window_verify_kernel(
     ring_keys,
     ring_values,
     memory,
-    query_map,
-    key_map,
-    query_bias,
-    key_bias,
+    query_features,
+    key_features,
+    scales,
     balance,
     pairs,
     clock,
+    nodes,
     count,
     outputs,
     HEADS: tl.constexpr,
@@ -172,9 +206,7 @@ def window_verify_kernel(
     D: tl.constexpr,
     E: tl.constexpr,
     M: tl.constexpr,
-    DIRECTIONS: tl.constexpr,
-    WIDE_D: tl.constexpr,
-    WIDE_M: tl.constexpr,
+    PART_D: tl.constexpr,
     PART_M: tl.constexpr,
     PART_E: tl.constexpr,
     PARTS: tl.constexpr,
@@ -182,15 +214,13 @@ def window_verify_kernel(
     TILE: tl.constexpr,
     NODES: tl.constexpr,
     SCALE: tl.constexpr,
-    ROOT: tl.constexpr,
-    NORMAL: tl.constexpr,
-    HEDGEHOG: tl.constexpr,
     DECAYED: tl.constexpr,
 ):
-    """Outputs `[B, N, H, E]`.
+    """Outputs `[B, N, H, E]`: some nodes of one query head, some of the values' columns.
 
-    `memory [B, K, M, E + 1]` has the normaliser behind the values, `pairs [B, N, RING + N]` are 1 for near ones and 2
-    for far ones, `clock [B, K, RING + N]` has sums of the logarithms of decay since the memory's last token.
+    `keys` and `values` have `count` rows: sinks, and then the nodes. `memory [B, K, M, E + 1]` has the normaliser
+    behind the values, `pairs [B, N, RING + count]` are 1 for near ones and 2 for far ones, `clock [B, K, RING + count]`
+    has sums of the logarithms of decay since the memory's last token.
     """
     tile, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -198,88 +228,65 @@ def window_verify_kernel(
     KV_HEADS: tl.constexpr = HEADS // SHARE
     begin = tile * NODES
     rows = begin + tl.arange(0, NODES)
-    there = rows < count
-    inner, columns = tl.arange(0, WIDE_D), part * PART_E + tl.arange(0, PART_E)
-    query = load_rows(queries, batch, begin, inner, there, count, head, HEADS, D)
-    kinds = pairs + batch * count * (RING + count)
+    there = rows < nodes
+    columns = part * PART_E + tl.arange(0, PART_E)
+    kinds = pairs + batch * nodes * (RING + count)
     lane = batch * KV_HEADS + kv_head
-    times = clock + lane * (RING + count)
-    largest, divisor = softmax_of_map(
-        query, query_map, query_bias, head, inner, SCALE, ROOT, D, DIRECTIONS, WIDE_M, PART_M, HEDGEHOG
-    )
+    times = clock + lane * (RING + count) + RING
 
     found = tl.zeros([NODES, PART_E], tl.float32)
     total = tl.zeros([NODES], tl.float32)
-    for piece in range(0, WIDE_M, PART_M):
+    for piece in range(0, M, PART_M):
         chosen = piece + tl.arange(0, PART_M)
-        exponents = exponents_of(
-            query, query_map, query_bias, head, chosen, inner, SCALE, ROOT, D, DIRECTIONS, HEDGEHOG
-        )
-        for half in tl.static_range(0, 2 if HEDGEHOG else 1):
-            asked = features_of(exponents, chosen, largest, divisor, 1 - 2 * half, True, NORMAL, DIRECTIONS, HEDGEHOG)
-            asked = narrowed(asked, query.dtype)
-            held = half * DIRECTIONS + chosen
-            found += memory_product(asked, load_memory(memory, lane, held, columns, M, E + 1))
-            sums = memory + lane.to(tl.int64) * (M * (E + 1)) + held * (E + 1) + E
-            total += tl.sum(asked.to(tl.float32) * tl.load(sums, mask=held < M, other=0.0)[None, :], axis=1)
+        asked = load_rows(query_features, batch, begin, chosen, there, nodes, head, HEADS, M)
+        found += memory_product(asked, load_memory(memory, lane, chosen, columns, M, E + 1))
+        sums = memory + lane.to(tl.int64) * (M * (E + 1)) + chosen * (E + 1) + E
+        total += tl.sum(asked.to(tl.float32) * tl.load(sums, mask=chosen < M, other=0.0)[None, :], axis=1)
     age = tl.zeros([NODES], tl.float32)
     if DECAYED:
-        age = tl.load(times + RING + rows, mask=there, other=0.0)
+        age = tl.load(times + count - nodes + rows, mask=there, other=0.0)
         found *= tl.exp(age)[:, None]
         total *= tl.exp(age)
 
-    for begins in range(-RING, count, TILE):
-        slots = begins + tl.arange(0, TILE)
+    for first in range(-RING, count, TILE):
+        slots = first + tl.arange(0, TILE)
         held = slots < count
-        far = load_kinds(kinds, rows, slots, count, held, RING) == FAR
+        far = load_kinds(kinds, rows, slots, nodes, count, held, RING) == FAR
         if tl.max(tl.max(far.to(tl.int32), axis=1), axis=0) > 0:
-            key = load_joined(keys, ring_keys, batch, begins, inner, held, count, kv_head, KV_HEADS, D, RING, True)
-            scores = feature_products(
-                query,
-                key,
-                largest,
-                divisor,
-                query_map,
-                query_bias,
-                key_map,
-                key_bias,
-                head,
-                kv_head,
-                inner,
-                SCALE,
-                ROOT,
-                NORMAL,
-                D,
-                DIRECTIONS,
-                WIDE_M,
-                PART_M,
-                HEDGEHOG,
-            )
+            scores = tl.zeros([NODES, TILE], tl.float32)
+            for piece in range(0, M, PART_M):
+                chosen = piece + tl.arange(0, PART_M)
+                asked = load_rows(query_features, batch, begin, chosen, there, nodes, head, HEADS, M)
+                other = load_rows(key_features, batch, first + RING, chosen, held, RING + count, kv_head, KV_HEADS, M)
+                scores += product(asked, tl.trans(other))
             if DECAYED:
-                other = tl.load(times + RING + slots, mask=held, other=0.0)
-                scores *= tl.exp(tl.where(far, age[:, None] - other[None, :], 0.0))
+                since = tl.load(times + slots, mask=held, other=0.0)
+                scores *= tl.exp(tl.where(far, age[:, None] - since[None, :], 0.0))
             scores = tl.where(far, scores, 0.0)
             value = load_joined(
-                values, ring_values, batch, begins, columns, held, count, kv_head, KV_HEADS, E, RING, True
+                values, ring_values, batch, first, columns, held, count, kv_head, KV_HEADS, E, RING, True
             )
             total += tl.sum(scores, axis=1)
             found += product(narrowed(scores, value.dtype), value)
 
     some = total > 0
     safe = tl.where(some, total, 1.0)
-    scale = tl.zeros([NODES], tl.float32) + tl.load(balance + head)
-    if not HEDGEHOG:
-        scale += largest - NORMAL
+    scale = tl.load(scales + (batch * HEADS + head) * nodes + rows, mask=there, other=0.0) + tl.load(balance + head)
     found *= (1.0 / safe)[:, None]
     top = tl.where(some, scale + tl.log(safe), LOWEST)
     weight = tl.where(some, 1.0, 0.0)
-    for begins in range(-RING, count, TILE):
-        slots = begins + tl.arange(0, TILE)
+    for first in range(-RING, count, TILE):
+        slots = first + tl.arange(0, TILE)
         held = slots < count
-        near = load_kinds(kinds, rows, slots, count, held, RING) == NEAR
-        key = load_joined(keys, ring_keys, batch, begins, inner, held, count, kv_head, KV_HEADS, D, RING, True)
-        value = load_joined(values, ring_values, batch, begins, columns, held, count, kv_head, KV_HEADS, E, RING, True)
-        scores = tl.where(near, SCALE * product(query, tl.trans(key)), LOWEST)
+        near = load_kinds(kinds, rows, slots, nodes, count, held, RING) == NEAR
+        scores = tl.zeros([NODES, TILE], tl.float32)
+        for piece in range(0, D, PART_D):
+            inner = piece + tl.arange(0, PART_D)
+            query = load_rows(queries, batch, begin, inner, there, nodes, head, HEADS, D)
+            key = load_joined(keys, ring_keys, batch, first, inner, held, count, kv_head, KV_HEADS, D, RING, True)
+            scores += product(query, tl.trans(key))
+        scores = tl.where(near, SCALE * scores, LOWEST)
+        value = load_joined(values, ring_values, batch, first, columns, held, count, kv_head, KV_HEADS, E, RING, True)
         higher = tl.maximum(top, tl.max(scores, axis=1))
         weights = tl.where(near, tl.exp(scores - higher[:, None]), 0.0)
         shrink = tl.exp(top - higher)
@@ -287,4 +294,4 @@ def window_verify_kernel(
         found = found * shrink[:, None] + product(narrowed(weights, value.dtype), value)
         top = higher
     safe = tl.where(weight > 0, weight, 1.0)
-    store_rows(outputs, found / safe[:, None], batch, begin, columns, there, count, head, HEADS, E)
+    store_rows(outputs, found / safe[:, None], batch, begin, columns, there, nodes, head, HEADS, E)

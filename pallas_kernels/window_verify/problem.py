@@ -40,6 +40,20 @@ class WindowVerifyProblem(NamedTuple):
         return self.state.memory.shape[2]
 
     @property
+    def sinks(self) -> int:
+        """Sinks S that the state keeps."""
+        return 0 if self.state.sink_keys is None else self.state.sink_keys.shape[1]
+
+    def sinks_and_nodes(self) -> tuple[Float[Array, "B S_N K D"], Float[Array, "B S_N K E"]]:
+        """Keys and values of the sinks, if there are any, and then of the nodes: what lies behind the ring."""
+        if self.state.sink_keys is None or self.state.sink_values is None:
+            return self.keys, self.values
+        return (
+            jnp.concatenate([self.state.sink_keys.astype(self.keys.dtype), self.keys], axis=1),
+            jnp.concatenate([self.state.sink_values.astype(self.values.dtype), self.values], axis=1),
+        )
+
+    @property
     def ancestors(self) -> Bool[Array, "B N N"]:
         """Mask of the nodes j that are node i or above it, at `[i, j]`, for every row."""
         batch, nodes = self.queries.shape[:2]
@@ -92,30 +106,34 @@ def tree_ages(
 
 
 def node_pairs(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> Int[Array, "B N M"]:
-    """The kind of each pair of a node and a slot of the ring, or a node above: NEAR, FAR or none (0)."""
-    slots = _slots(problem, window)
+    """The kind of each pair of a node and a slot of the ring, a sink, or a node above: NEAR, FAR or none (0)."""
+    slots, sinks = _slots(problem, window), jnp.arange(problem.sinks)
     batch, nodes = problem.queries.shape[:2]
     positions = problem.state.position[:, None] + jnp.broadcast_to(problem.tree.depth, (batch, nodes))
-    ring = jnp.broadcast_to(slots.mask[:, None], (batch, nodes, slots.mask.shape[1]))
-    met = jnp.concatenate([ring, problem.ancestors], axis=2)
-    keys = jnp.concatenate([slots.positions, positions], axis=1)
-    inside = keys[:, None] >= window.start(positions)[:, :, None]
-    return jnp.where(met, jnp.where(inside, NEAR, FAR), 0).astype(jnp.int32)
+    known = jnp.concatenate([slots.mask, sinks < problem.state.position[:, None]], axis=1)
+    known = jnp.broadcast_to(known[:, None], (batch, nodes, known.shape[1]))
+    met = jnp.concatenate([known, problem.ancestors], axis=2)
+    order = jnp.broadcast_to(sinks, (batch, problem.sinks))
+    keys = jnp.concatenate([slots.positions, order, positions], axis=1)[:, None]
+    near = (keys >= window.start(positions)[:, :, None]) | (keys < problem.sinks)
+    return jnp.where(met, jnp.where(near, NEAR, FAR), 0).astype(jnp.int32)
 
 
 def pair_clock(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> Float[Array, "B K M"] | None:
     """Sums of the logarithms of decay, from the memory's last token to each slot's and each node; None without decay.
 
     The decay of a pair is the exponential of the difference, and that of the memory the exponential of a node's sum.
+    Sinks, which do not decay, have zeros.
     """
     held = problem.state.decays
     if held is None or problem.log_decays is None:
         return None
     ages = tree_ages(_slots(problem, window), held, problem.log_decays, problem.ancestors)
-    sums = jnp.concatenate([ages.elapsed - ages.since, ages.elapsed + ages.path], axis=1)
-    return jnp.swapaxes(sums, 1, 2)
+    since = jnp.pad(ages.elapsed - ages.since, ((0, 0), (0, problem.sinks), (0, 0)))
+    return jnp.swapaxes(jnp.concatenate([since, ages.elapsed + ages.path], axis=1), 1, 2)
 
 
 def _slots(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> Slots:
+    """The ring's slots in use; sinks are in slots of their own."""
     position = problem.state.position
-    return ring_slots(position, window.start(position), problem.state.keys.shape[1])
+    return ring_slots(position, jnp.maximum(window.start(position), problem.sinks), problem.state.keys.shape[1])

@@ -23,13 +23,13 @@ class WindowVerifyInputs(NamedTuple):
 
     Attributes:
         queries: `[N, k R D]`.
-        keys: `[N, k D]`.
-        values: `[N, k E]`.
+        keys: `[S + N, k D]` of sinks and nodes.
+        values: `[S + N, k E]`.
         ring_keys: `[C, k D]`.
         ring_values: `[C, k E]`.
         memory: `[k, E + 1, M]`, the normaliser behind the values.
-        pairs: `[N, C + N]` the kind of each pair.
-        clock: `[k, 1, C + N]` sums of the logarithms of decay, None without decay.
+        pairs: `[N, C + S + N]` the kind of each pair.
+        clock: `[k, 1, C + S + N]` sums of the logarithms of decay, None without decay.
         query_map: `[k R, m, D]`.
         key_map: `[k, m, D]`.
         query_bias: `[k R, 1, m]`, None for zero.
@@ -121,10 +121,11 @@ def _kernel(
 def _arrays(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> WindowVerifyInputs:
     state, weights = problem.state, problem.weights
     clock = pair_clock(problem, window)
+    keys, values = problem.sinks_and_nodes()
     return WindowVerifyInputs(
         queries=flatten_heads(problem.queries),
-        keys=flatten_heads(problem.keys),
-        values=flatten_heads(problem.values),
+        keys=flatten_heads(keys),
+        values=flatten_heads(values),
         ring_keys=flatten_heads(state.keys.astype(problem.keys.dtype)),
         ring_values=flatten_heads(state.values.astype(problem.values.dtype)),
         memory=jnp.swapaxes(state.memory, 2, 3),

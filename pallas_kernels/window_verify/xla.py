@@ -17,8 +17,11 @@ def verify(problem: WindowVerifyProblem, window: AttentionWindowPlan) -> Float[A
     state, weights = problem.state, problem.weights
     batch, nodes, heads, _ = problem.queries.shape
     kv_heads = problem.keys.shape[2]
-    keys = jnp.concatenate([state.keys.astype(problem.keys.dtype), problem.keys], axis=1)
-    values = jnp.concatenate([state.values.astype(problem.values.dtype), problem.values], axis=1)
+    ring = state.keys, state.values
+    keys, values = (
+        jnp.concatenate([old.astype(new.dtype), new], axis=1)
+        for old, new in zip(ring, problem.sinks_and_nodes(), strict=True)
+    )
     clock = pair_clock(problem, window)
     memory = jnp.swapaxes(state.memory, 2, 3).astype(accumulation_dtype(values.dtype))
 

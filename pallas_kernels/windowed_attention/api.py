@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.augmented_attention.problem import PackedRows
-from pallas_kernels.gpu.launch import obstacle
 from pallas_kernels.implementations import choose_implementation
 from pallas_kernels.linear_attention.problem import Memory
+from pallas_kernels.obstacles import obstacles_of, unlike_types
 from pallas_kernels.over_devices import over_devices
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.tiles import SIZES
@@ -120,7 +120,10 @@ def windowed_implementation(
     Raises:
         UnsupportedError: none of those that were asked for can run.
     """
-    obstacles = {name: _obstacle(name, queries, keys, values, size) for name in IMPLEMENTATIONS}
+    unlike = unlike_types(queries, keys, values)
+    many = f"{size} features are too many for it" if size > SIZES[-1] else None
+    kernel = "windowed_attention.outputs"
+    obstacles = obstacles_of(IMPLEMENTATIONS, kernel, keys, values, programs=unlike, triton=many)
     return choose_implementation("windowed_attention", asked, obstacles)
 
 
@@ -213,21 +216,6 @@ IMPLEMENTATIONS: dict[str, Any] = {"xla": xla.forward} | {
 
 def _no_gradient(numbers: Array) -> Any:
     return np.zeros(numbers.shape, jax.dtypes.float0)
-
-
-def _obstacle(name: str, queries: Array, keys: Array, values: Array, size: int) -> str | None:
-    """The reason why an implementation cannot take a problem, None if it can."""
-    if name == "xla":
-        return None
-    kinds = {str(each.dtype) for each in (queries, keys, values)}
-    if kinds not in ({"float32"}, {"bfloat16"}):
-        return f"queries, keys and values are {', '.join(sorted(kinds))}, not all float32 or all bfloat16"
-    if not name.startswith("gpu"):
-        return None
-    if size > SIZES[-1]:
-        return f"{size} features are too many for it"
-    sizes = keys.shape[3], values.shape[3]
-    return obstacle("windowed_attention.outputs", *sizes, keys.dtype, interpret=name == "gpu_interpreted")
 
 
 def _check(

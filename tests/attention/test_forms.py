@@ -42,6 +42,7 @@ WINDOWED = (
     "exponential+window",
     "exponential+window+convolution/window=5",
     "exponential+window/window=1",
+    "clustered+window/window=6/decay=constant",
     "hedgehog+window/window=9/decay=token",
     "relu+window/window_groups=2/decay=constant",
     "performer+window/window_groups=0",

@@ -167,6 +167,7 @@ def test_prompt_files(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads(written)["text"] == rows[0]["text"]
 
 
+@pytest.mark.thorough
 def test_a_batch_with_stops_and_chances(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three prompts in two slots: the texts end before the stop string, and every token has its log-probability."""
     lines = tmp_path / "prompts.jsonl"

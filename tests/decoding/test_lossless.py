@@ -144,6 +144,7 @@ def test_a_model_drafts_for_itself(prompts: list[list[int]]) -> None:
         assert found.acceptance_by_depth == [1, 1, 1]
 
 
+@pytest.mark.thorough
 def test_rows_do_not_depend_on_the_batch(prompts: list[list[int]]) -> None:
     """A prompt gives the same tokens alone, in a batch, and at another place of it."""
     model = build_model()

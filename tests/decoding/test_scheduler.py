@@ -65,6 +65,7 @@ def test_stops_inside_an_accepted_run(model: Llama, prompts: list[list[int]], fr
     assert len({expected(row, limit)[1] for row in range(len(prompts)) for limit in (NEW, 3)}) == 3
 
 
+@pytest.mark.thorough
 def test_slots_and_prompts_share_compiled_programs(model: Llama, prompts: list[list[int]]) -> None:
     """Neither lengths of prompts, nor how many wait, nor how full the batch is, nor which prepared tree is used."""
     programs = (run, start, prefill_chunk, insert_rows)

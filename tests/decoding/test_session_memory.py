@@ -8,6 +8,7 @@ from support.samples import GROUP, NEW, VOCABULARY, build_model
 
 from lin_jax.decoding import (
     AnyTree,
+    CopyDrafter,
     DraftTree,
     DynamicTree,
     Generator,
@@ -111,6 +112,7 @@ def test_a_later_prompt_of_one_call_knows_the_earlier(prompts: list[list[int]]) 
     assert found.steps[1] == found.steps[2] <= 1.1 * 600 / (DEPTH + 1)
 
 
+@pytest.mark.thorough
 def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     """A memory of one text forgets it for the next, and the output is the same."""
     model, memory = build_model(), TextMemory(MAX_MATCH + NEW + 1)
@@ -125,10 +127,12 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     assert len(memory.texts) == 1
 
 
-def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("kind", cells(["copy"], ["suffix"]))
+def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]], kind: str) -> None:
     """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
     model, memory = build_model(), TextMemory(2048)
-    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), SuffixDrafter(memory, lookback=64))
+    reader = CopyDrafter(memory) if kind == "copy" else SuffixDrafter(memory, lookback=64)
+    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)
     shapes = draft_shapes(drafter, DEPTH, memory=memory)
     assert set(shapes.hindsight) == {0, 1}
     generator = Generator(

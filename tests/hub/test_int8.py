@@ -13,7 +13,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support.cells import cells
 from support.exported import FLAGSHIP, Case, code_folder, one_thread, opened, random_model  # noqa: F401 - fixtures
-from transformers import AutoModelForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import lin_jax
 from lin_jax.api.sessions import session_of
@@ -28,13 +33,11 @@ from lin_jax.hub.conversion.convert import WEIGHTS, convert, converted_bytes
 from lin_jax.hub.int8.tensor import RoundedTensor
 from lin_jax.hub.load import HubCheckpoint, Pretrained
 from lin_jax.hub.peft import save_adapters
-from lin_jax.models import Flash, FlashConfig, MedusaHeads, SeparateLayers
+from lin_jax.models import T5, Flash, FlashConfig, MedusaHeads, SeparateLayers, T5Classifier, T5Config
 from lin_jax.models.bert import BertConfig, BertMaskedLM
 from lin_jax.models.lora import add_lora
 from lin_jax.models.params import params_of
 from lin_jax.models.stored_weights import Storage, WeightStorage, store
-from lin_jax.models.t5.config import T5Config
-from lin_jax.models.t5.model import T5
 from lin_jax.session import Session
 
 TOKENS = np.random.default_rng(0).integers(0, 23, (2, 12)).astype(np.int32)
@@ -48,6 +51,15 @@ def flash() -> Flash:
     types = {"dtype": "float64", "param_dtype": "float64"}
     config = FlashConfig(**sizes, **types, attention=AttentionConfig("flash", group_size=4))
     return random_model(lambda: Flash(config, rngs=nnx.Rngs(0)))
+
+
+def t5(kind: type, name: str, dtype: str = "float64", **options: Any) -> Any:
+    sizes = {"vocab_size": 23, "hidden_size": 16, "head_dim": 6, "intermediate_size": 24, "num_layers": 1}
+    attention = AttentionConfig(name, group_size=4)
+    places = {f"{place}_attention": attention for place in ("encoder", "decoder", "cross")}
+    types = {"dtype": dtype, "param_dtype": dtype}
+    config = T5Config(**{"num_heads": 2, **sizes, **options}, **types, **places)
+    return random_model(lambda: kind(config, rngs=nnx.Rngs(0)))
 
 
 MODELS: dict[str, Any] = {
@@ -114,6 +126,54 @@ def test_types_in_pytorch(tmp_path: Path) -> None:
     prompts = torch.tensor(TOKENS[:, :3].astype(np.int64))
     assert half.draft_heads() is not None
     assert half.generate(prompts, speculative=True, **greedy).tolist() == half.generate(prompts, **greedy).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "attention", "options"),
+    cells(
+        always=[(T5, "exponential+window", {}), (T5Classifier, "softmax", {})],
+        thorough=[(T5, "softmax", {}), (T5, "augmented", {"tie_embeddings": False, "feed_forward": "gated-gelu"})],
+    ),
+)
+def test_a_t5_in_pytorch(kind: type, attention: str, options: dict[str, Any], tmp_path: Path, x64: None) -> None:
+    """Logits, greedy texts with drafts and the trunk alone; opened, written by transformers, and opened again."""
+    folder = save_pretrained(t5(kind, attention, **options), tmp_path / "model", weights="int8")
+    rounded = {name for name, array in numbers(folder).items() if array.dtype == np.int8}
+    prefix, more = ("", []) if kind is T5 else ("transformer.", ["classification_head.dense.weight"])
+    first = [prefix + name for name in ("shared.weight", "decoder.block.0.layer.1.EncDecAttention.q.weight")]
+    assert rounded >= {*first, *more}
+    assert not any("relative_attention_bias" in name or "norm" in name for name in rounded)
+
+    ours, given = from_pretrained(folder), np.random.default_rng(1).integers(2, 23, (2, 7)).astype(np.int32)
+    inputs = {"input_ids": torch.tensor(TOKENS.astype(np.int64))}
+    automatic = AutoModelForSequenceClassification
+    if kind is T5:
+        automatic, inputs["decoder_input_ids"] = AutoModelForSeq2SeqLM, torch.tensor(given.astype(np.int64))
+    expected = np.asarray(ours(TOKENS, given) if kind is T5 else ours(TOKENS))
+    theirs = [automatic.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)]
+    theirs[0].save_pretrained(tmp_path / "again")
+    theirs.append(automatic.from_pretrained(tmp_path / "again", trust_remote_code=True, dtype=torch.float64))
+    for each in theirs:
+        with torch.no_grad():
+            np.testing.assert_allclose(each(**inputs).logits.numpy(), expected, rtol=0, atol=1e-9)
+    again = numbers(tmp_path / "again")
+    assert all(np.array_equal(again[name], array) for name, array in numbers(folder).items() if name in rounded)
+    assert all(
+        np.array_equal(*pair) for pair in zip(leaves(from_pretrained(tmp_path / "again")), leaves(ours), strict=True)
+    )
+    if kind is T5:
+        check_texts(folder, theirs[0], inputs)
+
+
+def check_texts(folder: Path, theirs: Any, inputs: dict[str, torch.Tensor]) -> None:
+    """Greedy texts of an exported T5, with drafts and without; the vectors of its trunk, which has no head."""
+    greedy = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    texts = theirs.generate(inputs["input_ids"], **greedy)
+    assert theirs.generate(inputs["input_ids"], **greedy, speculative=True).tolist() == texts.tolist()
+    trunk = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)
+    with torch.no_grad():
+        vectors, logits = trunk(**inputs).last_hidden_state, theirs(**inputs).logits
+        torch.testing.assert_close(theirs.lm_head(theirs.read_by_head(vectors)), logits)
 
 
 def test_an_encoder_in_pytorch(tmp_path: Path, x64: None) -> None:
@@ -281,11 +341,6 @@ def test_what_cannot_be_is_said(source: Path, tmp_path: Path) -> None:
         save_pretrained(model, tmp_path / "model", weights="int4")
     with pytest.raises(UserError, match="weights 'int4' are unknown; choose one of stored, int8, float"):
         convert(Pretrained.open(source), tmp_path / "model", weights="int4")
-    sizes = {"vocab_size": 23, "hidden_size": 8, "head_dim": 4, "intermediate_size": 8, "num_layers": 1, "num_heads": 2}
-    t5 = T5(T5Config(**sizes), rngs=nnx.Rngs(0))
-    with pytest.raises(UserError, match="int8 weights of a t5 cannot be written, llama, gpt2, bert and flash can"):
-        save_pretrained(t5, tmp_path / "t5", weights="int8")
-    assert not (tmp_path / "t5").exists()
 
     folder = convert(Pretrained.open(source), tmp_path / "int8", weights="int8")
     file, there = folder / "model.safetensors", numbers(folder)

@@ -47,7 +47,8 @@ def test_the_same_in_parts(model, parts, monkeypatch):
 
 def test_rows_without_documents_are_one_each(model):
     batch = drawn() | {"segment_ids": np.ones((ROWS, LENGTH + 1), int)}
-    expected, found = next_token_sums(model, batch), next_token_sums(model, {"tokens": batch["tokens"]})
+    sums = jax.jit(next_token_sums)
+    expected, found = sums(model, batch), sums(model, {"tokens": batch["tokens"]})
     assert int(found.tokens[0]) == ROWS * LENGTH
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -117,6 +117,7 @@ def test_a_layers_mixer_comes_from_the_same_layer_of_a_base(x64: None) -> None:
     filled(model, found)
 
 
+@pytest.mark.thorough
 def test_gpt2_takes_a_mix(x64: None) -> None:
     config = Gpt2Config(**SIZES, **DOUBLE, num_layers=2, max_positions=64, attention=[SLIDING, "augmented"])
     assert_forms_agree(random_model(lambda rngs: Gpt2(config, rngs=rngs)))

@@ -47,16 +47,14 @@ def everything(model):
     return model.hidden(tokens), hidden, after
 
 
-@pytest.mark.parametrize("name", cells(["llama"], ["flash"]))
-def test_separate_layers_change_nothing(name, x64):
+@pytest.mark.parametrize(("name", "some"), cells([("llama", [2, 0])], [("llama", [0, 1, 2]), ("flash", [2, 0])]))
+def test_separate_layers_change_nothing(name, some, x64):
     model = MODELS[name]()
-    expected = jax.jit(everything)(model)
-    some = jax.jit(everything)(model.with_layers([2, 0]))
+    expected = jax.jit(everything)(model.with_layers(some))
     model.layers = SeparateLayers.of(model.layers)
-    for one, other in ((model, expected), (model.with_layers([2, 0]), some)):
-        found = jax.jit(everything)(one)
-        assert jax.tree.structure(found) == jax.tree.structure(other)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, other)
+    found = jax.jit(everything)(model.with_layers(some))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, expected)
 
 
 def test_a_stack_is_used_up_and_comes_back():

@@ -163,6 +163,7 @@ def test_classifier(double: None) -> None:
     assert_gradients(gradients, ours, theirs)
 
 
+@pytest.mark.thorough
 def test_classifier_without_end_tokens() -> None:
     """A row's last token that is present stands for its end."""
     tokens, mask = sources()
@@ -179,6 +180,7 @@ def test_classifier_without_end_tokens() -> None:
     assert_close(some, np.asarray(none), "float32")
 
 
+@pytest.mark.thorough
 def test_greedy_generation(double: None) -> None:
     """Row by row, with drafts, what transformers generates; its cache has as many layers as the encoder."""
     theirs = their_model(transformers.T5ForConditionalGeneration, num_decoder_layers=2)

@@ -164,6 +164,25 @@ class TestImplementation:
             else:
                 assert not np.any(one), name
 
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    def test_tiny_normalisers(self, implementation):
+        """Divisors down to 1e-30, whose squares are zero: scaled queries change neither outputs nor other gradients."""
+        case = Case(70, floor=0.0)
+        scales = np.logspace(0, -31, 70, dtype=np.float32)[:, None, None]
+        case.slopes = [np.zeros_like(each) for each in case.slopes]
+        with jax.enable_x64(True):
+            expected = jax.jit(jax.grad(case.dense, range(5)))(*case.arrays)
+
+        def total(*arrays):
+            outputs, after = case.run(implementation, arrays)
+            return case.weighed(outputs, *after), outputs
+
+        queries, *others = case.narrow()
+        (slope, *found), outputs = jax.jit(jax.grad(total, range(5), has_aux=True))(queries * scales, *others)
+        assert difference(outputs, case.expected()[0]) < TOLERANCE
+        for one, other in zip((slope * scales, *found), expected, strict=True):
+            assert difference(one, np.asarray(other)) < TOLERANCE
+
     @pytest.mark.parametrize("implementation", FEWER)
     def test_what_is_not_there_is_not_read(self, implementation):
         case = Case(140, packed=True, floor=0.0, decay=True)

@@ -35,11 +35,13 @@ class Case:
         tokens=None,
         decay=False,
         own_trees=False,
+        sinks=0,
     ):
         rng = np.random.default_rng(nodes)
         self.positions, self.own_trees, self.nodes, self.decay = positions, own_trees, nodes, decay
         self.options = {"features": features, "group_size": GROUP, "groups": groups, "tokens": tokens}
         self.options["scale"] = key_size**-0.5
+        self.sinks = sinks
         self.parents = [self._tree(nodes, rng) for _ in positions]
         if not own_trees:
             self.parents = [self.parents[0]] * len(positions)
@@ -88,7 +90,7 @@ class Case:
         return np.exp(exponents) / raised.shape[2] ** 0.5
 
     def held(self, position, row):
-        """The state after `position` tokens: memory, ring of keys, values and decays; what is free holds sevens."""
+        """The state after `position` tokens: memory, ring (keys, values, decays), sinks; what is free holds sevens."""
         _, keys, values, decays = (part[:position] for part in row)
         tokens, groups = self.options["tokens"], self.options["groups"]
         size = (groups + 1) * GROUP if tokens is None else tokens - 1
@@ -96,21 +98,26 @@ class Case:
         start = max(start, 0)
         later = np.cumsum(decays[:start][::-1], axis=0)[::-1] - decays[:start]
         ages = np.exp(later) if self.decay else np.ones_like(later)
+        ages[: self.sinks] = 0.0
         extended = np.concatenate([values, np.ones_like(values[..., :1])], axis=2)
         memory = np.einsum("tkm,tke,tk->kme", self.phi(keys[:start]), extended[:start], ages)
         ring = [np.full((size, *part.shape[1:]), 7.0) for part in (keys, values, decays)]
         for token in range(start, position):
             for slots, part in zip(ring, (keys, values, decays), strict=True):
                 slots[token % size] = part[token]
+        for part in (keys, values):
+            early = np.full((self.sinks, *part.shape[1:]), 7.0)
+            early[:position] = part[: self.sinks]
+            ring.append(early)
         return memory, *ring
 
     def run(self, implementation, dtype=jnp.float32, weights_dtype=jnp.float32):
         held = [self.held(*each) for each in zip(self.positions, self.rows, strict=True)]
         memory, *ring = (np.stack(parts).astype(np.float32) for parts in zip(*held, strict=True))
         keys, values = (part.astype(dtype) for part in ring[:2])
-        state = WindowedState(
-            memory, keys, values, ring[2] if self.decay else None, None, np.asarray(self.positions, np.int32)
-        )
+        early = [part.astype(dtype) if self.sinks else None for part in ring[3:]]
+        decayed, position = ring[2] if self.decay else None, np.asarray(self.positions, np.int32)
+        state = WindowedState(memory, keys, values, decayed, None, position, *early)
         nodes = [np.stack([row[part][-self.nodes :] for row in self.rows]) for part in range(4)]
         *nodes, decays = nodes
         decays = decays.astype(np.float32) if self.decay else None
@@ -142,6 +149,7 @@ class Case:
                     self.weights,
                     balance=self.balance,
                     log_decays=decays if self.decay else None,
+                    sinks=self.sinks,
                     **self.options,
                 )
                 outputs.append(found[-1])
@@ -166,6 +174,13 @@ class TestImplementation:
         assert np.max(np.asarray(case.tree.depth)) > 4
         assert difference(case.run(implementation), case.expected()) < TOLERANCE
 
+    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("window", cells([{"tokens": 5, "decay": True}], [{"features": "hedgehog", "groups": 0}]))
+    def test_sinks(self, implementation, window):
+        """They are near for ever, and never in the memory: before there are any, among the nodes, and long gone."""
+        case = Case(9, [0, 2, 41], sinks=3, **window)
+        assert difference(case.run(implementation), case.expected()) < TOLERANCE
+
     @pytest.mark.parametrize("implementation", cells([], IMPLEMENTATIONS))
     @pytest.mark.parametrize("nodes", [1, 17])
     @pytest.mark.parametrize(
@@ -174,6 +189,7 @@ class TestImplementation:
             {"heads": 4, "kv_heads": 1, "key_size": 32, "value_size": 32, "size": 64, "groups": 2},
             {"heads": 2, "kv_heads": 2, "size": 24, "features": "hedgehog", "decay": True, "groups": 0},
             {"heads": 3, "kv_heads": 3, "key_size": 24, "value_size": 40, "size": 20, "tokens": 20, "decay": True},
+            {"heads": 2, "kv_heads": 1, "key_size": 128, "value_size": 128, "size": 160, "tokens": 9, "sinks": 2},
         ],
     )
     def test_sizes(self, implementation, nodes, sizes):

@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs that need not be there, in a process of its own.
 
-    python tests/support/compile_for_gpu.py [--capabilities 80 90] [--all]
+    python tests/support/compile_for_gpu.py [--capabilities 80 90] [--all] [--tiles FILE]
 
 Prints a line for each kernel: registers, bytes spilled to the stack, shared memory. `--all` compiles every row of the
-shipped table; without it, a few.
+shipped table; without it, a few. `--tiles` takes another table.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pallas_kernels.augmented_attention import problem as augmented
 from pallas_kernels.gpu import launch as gpu_launch
 from pallas_kernels.gpu import memories as gpu_memories
 from pallas_kernels.linear_attention import problem as linear
-from pallas_kernels.tiles import SIZES, untiled
+from pallas_kernels.tiles import SIZES, untiled, use_table
 from pallas_kernels.tree_verify import problem as trees
 from pallas_kernels.types import AugmentedState, Nodes, TreeArrays, WindowedState
 from pallas_kernels.window_verify import problem as windows
@@ -130,8 +130,6 @@ def trace(launches, size, dtype, placed):
         verified = trees.VerifyProblem(*nodes, alpha, taps, tree, state)
         jax.eval_shape(lambda problem: MODULES["tree_verify"].verify(problem, unit_inputs=True, local=True), verified)
         jax.eval_shape(MODULES["path_commit"].commit, state, Nodes(*nodes[1:]), row)
-        if untiled("window_verify", size, size, dtype) is not None:
-            return
         name = "hedgehog" if placed else "exponential"
         window = windowed.AttentionWindowPlan(None, GROUP, 1, size**-0.5, name)
         verified = verified_window(nodes, tree, size, dtype, decayed=placed, hedgehog=placed)
@@ -190,7 +188,10 @@ def main():
     parser.add_argument("--capabilities", nargs="+", type=int, default=[80, 90], metavar="CC")
     parser.add_argument("--all", action="store_true", help="every row of the table")
     parser.add_argument("--operations", nargs="+", choices=(*MODULES, "gpu"), help="only their own kernels")
+    parser.add_argument("--tiles", type=Path, metavar="FILE", help="another table of tiles")
     options = parser.parse_args()
+    if options.tiles is not None:
+        use_table(options.tiles)
     for module in MODULES.values():
         gpu_launch.kernels_of(module.KERNELS, False)
     for size, dtype, placed in ALL if options.all else FEW:

@@ -63,6 +63,7 @@ CASES = [
     Case("augmented", sizes={"pattern": ("augmented", {"name": "softmax", "window": 3})}),
     Case("exponential+window+convolution", "gpt2", sizes={"window": 5}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token"}),
+    Case("clustered+window", sizes={"window": 5, "features": 6}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token", "sinks": 3, "pattern": BESIDE_SINKS}),
 ]
 THOROUGH = [

@@ -42,6 +42,14 @@ def positive_features(base: str, features: Any, kv_head: int, share: int | None)
         half = np.sum(x**2, axis=-1, keepdims=True) / 2
         return np.exp(np.minimum(x @ weights.T + bias - half, np.inf if share is not None else 40)) / len(bias) ** 0.5
 
+    def clustered(x: np.ndarray) -> np.ndarray:
+        x = x / x.shape[-1] ** 0.25
+        weights, bias = (
+            np.asarray(getattr(features, f"{side}_{part}")[...], np.float64)[place] for part in ("map", "bias")
+        )
+        powers = np.exp(x @ weights.T + bias)
+        return powers if share is not None else powers / powers.sum(axis=-1, keepdims=True)
+
     def hedgehog(x: np.ndarray) -> np.ndarray:
         projected = x @ np.asarray(getattr(features, f"{side}_map")[...], np.float64)[place].T
         powers = np.exp(np.concatenate([projected, -projected], axis=-1))
@@ -57,6 +65,7 @@ def positive_features(base: str, features: Any, kv_head: int, share: int | None)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1) * np.sqrt(1 / angles.shape[-1])
 
     maps: dict[str, Attend] = {
+        "clustered": clustered,
         "exponential": exponential,
         "hedgehog": hedgehog,
         "performer": performer,
@@ -230,7 +239,7 @@ class Oracle:
         if base == "relu":
             weights = np.maximum(k, 0) @ np.maximum(q, 0)
             return weights @ v / weights.sum() if weights.any() else np.zeros(v.shape[1])
-        if base in ("elu", "hedgehog", "exponential"):
+        if base in ("elu", "hedgehog", "exponential", "clustered"):
             features = self.base_mixer.linear.features
             return all_pairs(
                 positive_features(base, features, head[0], None)(k) @ positive_features(base, features, *head)(q), v

@@ -136,6 +136,7 @@ def test_export_merged_and_alone(finished, base_run, tmp_path, capsys):
         main(["export", str(base_run), str(tmp_path / "none"), "--adapters"])
 
 
+@pytest.mark.thorough
 def test_heads_on_a_merged_model(finished, tiny_run, tmp_path):
     from lin_jax.session import Session
 

@@ -70,6 +70,7 @@ def test_export_in_another_type(base_run, tmp_path):
     assert np.array_equal(model.norm.scale[...], older.norm.scale[...].astype(jnp.bfloat16))
 
 
+@pytest.mark.thorough
 def test_heads_from_another_place(exported, base_run, heads_run):
     """Heads of a run stand on an exported model, and exported heads on a run."""
     for model, heads in ((exported, heads_run), (base_run, exported)):
@@ -111,6 +112,7 @@ def test_training_on(exported, tiny_run, tmp_path):
     assert resolve(run, resume=True).config == config
 
 
+@pytest.mark.thorough
 def test_heads_on_an_exported_model(exported, tiny_run, tmp_path):
     folder = tmp_path / "heads"
     train(tiny_run(folder, objective="medusa", init_from=str(exported), steps=1))

@@ -48,6 +48,7 @@ def test_base_and_teacher_are_opened_once(kind, base_run, tiny_run, tmp_path, op
     assert opened == {base: 1, teacher: 1}
 
 
+@pytest.mark.thorough
 def test_a_base_that_is_the_teacher_is_opened_once(base_run, tiny_run, tmp_path, opened):
     assert main(["export", str(base_run), str(tmp_path / "base")]) == 0
     opened.clear()

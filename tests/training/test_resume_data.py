@@ -15,6 +15,7 @@ from lin_jax.training.run import train
 from lin_jax.training.setup import resolve
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_mixture_without_documents_goes_on_exactly(corpus, tiny_run, tmp_path):
     other = tmp_path / "other.jsonl"
     chance = random.Random(1)

@@ -61,6 +61,7 @@ def test_accumulated_parts_are_the_gradient_of_the_whole_mean():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected_gradient)
 
 
+@pytest.mark.thorough
 def test_accumulation_weighs_every_head_by_its_own_targets():
     objective = Medusa(CONFIG, 3, 0.8)
     state, frozen = start(objective, Llama(CONFIG, rngs=nnx.Rngs(0)))

@@ -41,6 +41,7 @@ ATTENTIONS = (
     "elu",
     "hedgehog",
     "exponential",
+    "clustered",
     "rfa",
     "linear_angular",
     "square",

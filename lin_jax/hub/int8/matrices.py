@@ -6,12 +6,9 @@ from typing import Any
 
 from flax import nnx
 
-from lin_jax.errors import UserError
 from lin_jax.hub.tensors import Entries, transpose
 from lin_jax.models.stored_weights import module_at
 
-# Families whose exported source has int8 layers.
-FAMILIES = ("llama", "gpt2", "bert", "flash")
 _TABLES = (("embed", "embedding"), ("word", "embedding"))
 _WEIGHT = ".weight"
 
@@ -37,16 +34,3 @@ def module_patterns(names: Iterable[str]) -> list[str]:
     """Names of the modules that tensors belong to, each once for all layers, whose number is a star."""
     modules = (name.removesuffix(_WEIGHT) for name in names)
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in modules))
-
-
-def check_family(name: str) -> None:
-    """Refuses families that have no int8 weights in folders.
-
-    Raises:
-        UserError: this is one of them.
-    """
-    if name not in FAMILIES:
-        *others, last = FAMILIES
-        raise UserError(
-            f"int8 weights of a {name} cannot be written, {', '.join(others)} and {last} can; leave weights out"
-        )

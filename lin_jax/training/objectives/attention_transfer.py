@@ -78,7 +78,7 @@ class AttentionTransfer(NextToken):
 
     def counts(self, batch: Batch) -> Int[Array, " K"]:
         """Tokens that are no padding, for every layer."""
-        return jnp.broadcast_to(jnp.sum(_layout(batch).valid), (len(self.coefficients),))
+        return jnp.broadcast_to(jnp.sum(layout_of(batch).valid), (len(self.coefficients),))
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[2 L]` over the tokens of a batch: squared errors, and squares of what the teacher says."""
@@ -94,7 +94,7 @@ class AttentionTransfer(NextToken):
     def _sums(self, params: Params, frozen: Params, batch: Batch, narrow: Bool[Array, " L"] | None) -> Sums:
         student = filled(self._abstract, params)
         teacher = frozen["teacher"]
-        layout = _layout(batch)
+        layout = layout_of(batch)
         hidden, contexts = self._entering(student, teacher, batch, layout)
         errors, squares = self._compared(student, teacher, hidden, contexts, layout, narrow)
         tokens = self.counts(batch)
@@ -156,7 +156,8 @@ class AttentionTransfer(NextToken):
         return pairwise(own_layers, their_layers, layer, hidden, narrow)[1]
 
 
-def _layout(batch: Batch) -> Layout:
+def layout_of(batch: Batch) -> Layout:
+    """The layout of a batch's inputs, packed or one document a row."""
     tokens, segment_ids = inputs_of(batch)
     return single_rows(tokens.shape, None) if segment_ids is None else packed_rows(jnp.asarray(segment_ids))
 

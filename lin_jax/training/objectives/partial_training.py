@@ -39,11 +39,11 @@ class PartialTraining:
 
     def shapes(self) -> Params:
         """The parameters that learn, without values."""
-        return jax.eval_shape(self._chosen, self._whole.shapes())
+        return jax.eval_shape(self.chosen, self._whole.shapes())
 
     def start(self, key: Array, base: Any) -> Params:
         """The base model's values of what learns, adapters that do nothing, and a new mixer's values."""
-        return jax.tree.map(jnp.array, self._chosen(self._whole.start(self._key, base)))
+        return jax.tree.map(jnp.array, self.chosen(self._whole.start(self._key, base)))
 
     def frozen(self, base: Any) -> Params:
         """The others, as `rest`; adapters of layers that do not learn are zero."""
@@ -107,7 +107,7 @@ class PartialTraining:
         """That of the whole objective."""
         return self._whole.report(self.joined(params, frozen), frozen, batches, folder)
 
-    def _chosen(self, params: Params) -> Params:
+    def chosen(self, params: Params) -> Params:
         """Of all parameters those that learn, and of stacked ones the layers that do."""
         learning, chosen = self._learning, {}
         for path, value in flatten_dict(params).items():

@@ -16,7 +16,7 @@ from lin_jax.errors import UserError
 from lin_jax.training.config import RunConfig
 from lin_jax.training.config_file import Command, parse_run_config, run_hints
 from lin_jax.training.distributed.launch import Launch
-from lin_jax.training.initialization import own_options, with_options_of_base
+from lin_jax.training.initialization.base_and_teacher import own_options, with_options_of_base
 from lin_jax.training.model_source import ModelSource
 from lin_jax.training.objectives.registry import kind_of, objective_of
 from lin_jax.training.settings.yaml_file import read_yaml

@@ -118,7 +118,11 @@ def check(tokens: jax.Array, accepted: tuple, tree: DraftTree) -> None:
 CASES = ["different", "equal", "opposite", "q_zeros", "q_certain", "p_zeros", "disjoint"]
 
 
-@pytest.mark.parametrize("tree", [BRANCHED, WIDE, chain(2)], ids=["branched", "wide", "chain"])
+@pytest.mark.parametrize(
+    "tree",
+    [BRANCHED, *(pytest.param(tree, marks=pytest.mark.thorough) for tree in (WIDE, chain(2)))],
+    ids=["branched", "wide", "chain"],
+)
 @pytest.mark.parametrize("case", some_of(CASES, 3))
 def test_two_tokens_follow_the_target(case: str, tree: DraftTree) -> None:
     p, q = tables(case)

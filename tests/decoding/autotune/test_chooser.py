@@ -178,3 +178,43 @@ def test_what_is_missing_is_compiled_in_the_order_of_its_promise() -> None:
     assert chooser.wanted(running, ()) == 3
     assert chooser.choose(running, (), 128) == chooser.choose(running, (1,), 128)
     assert chooser.choose(running, (3,), 128).arm == 3
+
+
+def test_a_passage_that_goes_on_is_copied_at_once_and_left_where_it_ends() -> None:
+    """Without any evidence the longest chain that can be paid for is taken, until a step of it fails."""
+    arms = (Arm(0, 0), Arm(0, 3), Arm(0, 7), Arm(0, 15), Arm(0, 31))
+    costs = (1.0, 1.5, 2.0, 3.0, 9.0)
+    chooser = Chooser(arms, costs.__getitem__, 1, observed=frozenset({0}), visit_cost=0.1)
+    running, ready = np.ones(1, bool), range(1, len(arms))
+    assert chooser.choose(running, ready, 128).arm == 0
+    chooser.expect(0, 0, True)
+    choice = chooser.choose(running, ready, 128)
+    assert arms[choice.arm].depth == 15
+    assert choice.cost - 1 <= choice.allowance < 2 * (choice.cost - 1)
+    # What it gains pays for a longer one, if that gives more for its cost.
+    chooser.update(choice, 3, np.eye(32, dtype=int)[15:16] * 3)
+    cheaper = Chooser(arms, (1.0, 1.5, 2.0, 3.0, 4.6).__getitem__, 1, observed=frozenset({0}), visit_cost=0.1)
+    cheaper.expect(0, 0, True)
+    assert arms[cheaper.choose(running, ready, 128).arm].depth == 15
+    cheaper.update(Choice(3, 3, 3.0), 3, np.eye(32, dtype=int)[15:16] * 3)
+    assert arms[cheaper.choose(running, ready, 128).arm].depth == 31
+    chooser.expect(0, 0, False)
+    assert chooser.choose(running, ready, 128).arm == 0
+
+
+def test_passages_that_always_end_lose_no_more_than_others() -> None:
+    """The host is sure again and again, and wrong each time: what that costs is bounded, and learned."""
+    arms = (Arm(0, 0), Arm(0, 15))
+    chooser = Chooser(arms, (1.0, 4.0).__getitem__, 1, observed=frozenset({0}), visit_cost=0.1)
+    tokens = spent = drafted = 0.0
+    while tokens < 200:
+        chooser.expect(0, 0, True)
+        choice = chooser.choose(np.ones(1, bool), [1], 128)
+        steps = 1 if choice.arm else min(choice.steps, 16)
+        chooser.update(choice, steps, np.eye(16, dtype=int)[:1] * steps)
+        if choice.arm:
+            chooser.observe(0, 0, np.eye(16)[0], sure=True)
+        tokens, drafted = tokens + steps, drafted + bool(choice.arm)
+        spent += steps * choice.cost + (0.1 if choice.arm else 0)
+    assert tokens / spent >= 0.97
+    assert 1 <= drafted <= 2

@@ -86,6 +86,7 @@ def test_float32_does_not_depend_on_sharing():
     assert shared.tokens_read < alone.tokens_read / 3
 
 
+@pytest.mark.thorough
 def test_logits_in_pieces(monkeypatch):
     model, requests = llama(dtype="float32"), few_shot_requests()[:12]
     expected = ContinuationScorer(model, batch_size=4, chunk_size=16).score(requests)

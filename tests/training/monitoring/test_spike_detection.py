@@ -143,6 +143,7 @@ def test_a_run_rolls_back_past_the_data_that_led_to_trouble(tmp_path, tiny_run, 
     assert_same(tmp_path / "broken", expected)
 
 
+@pytest.mark.thorough
 def test_patience_ends_in_one_line(tmp_path, tiny_run, capsys):
     watch = LossSpikesConfig(on_nan="roll_back", window=6, patience=2)
     with planted(dict.fromkeys(range(5, 13), NAN)), pytest.raises(SystemExit) as ended:

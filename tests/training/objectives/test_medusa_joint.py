@@ -72,6 +72,7 @@ def test_the_loss_is_the_models_and_a_share_of_the_heads(params):
     assert not np.allclose(gradients["model"]["embed"]["embedding"], alone["embed"]["embedding"], rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_the_model_stays_to_the_bit_until_the_heads_are_warm(params):
     optimizer = build_optimizer(OPTIMIZER, 10, OBJECTIVE.rates)
     first, step = jax.tree.map(np.array, params), make_step(OBJECTIVE, optimizer)

@@ -170,7 +170,7 @@ def test_stages_that_are_stopped_go_on_exactly(written, tmp_path, monkeypatch, c
 
 @pytest.mark.thorough
 def test_a_teacher_must_have_the_same_vocabulary(written, tmp_path, base_run, tiny_run):
-    from lin_jax.training.initialization import teacher_source
+    from lin_jax.training.initialization.base_and_teacher import teacher_source
     from lin_jax.training.model_source import ModelSource
     from lin_jax.training.run import train
     from lin_jax.training.setup import resolve

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear_attention_lin_jax import (
+    Clustered,
     EluAttention,
     Exponential,
     FlashGlobal,
@@ -157,6 +158,8 @@ def build_attention(
             return Hedgehog(head_dim, heads, kv_heads)
         case "exponential":
             return Exponential(features, head_dim, heads, kv_heads, conventions.scale)
+        case "clustered":
+            return Clustered(features, head_dim, heads, kv_heads, conventions.scale)
         case "performer":
             return Performer(features, head_dim)
         case "rfa":

@@ -326,6 +326,26 @@ class Exponential(ReluAttention):
         return exponents + self.query_bias.to(queries.dtype) - scaled.square().sum(-1, keepdim=True) / 2
 
 
+class Clustered(Exponential):
+    """Learnt clusters, `phi(k) = softmax(W k' + b)` and `phi(q) = exp(U q' + c)` with `x' = x c^0.5`.
+
+    Arguments as for `Exponential`.
+    """
+
+    def key_features(self, keys: Tensor) -> Tensor:
+        """Positive features that sum up to one."""
+        exponents = torch.einsum("bskd,kmd->bskm", keys * self.root, self.key_map.to(keys.dtype))
+        return (exponents + self.key_bias.to(keys.dtype)).softmax(-1)
+
+    def log_scale(self, queries: Tensor) -> Tensor:
+        """The largest exponent of each query."""
+        return self._exponents(queries).amax(-1).detach()
+
+    def _exponents(self, queries: Tensor) -> Tensor:
+        exponents = torch.einsum("btkrd,krmd->btkrm", queries * self.root, self.query_map.to(queries.dtype))
+        return exponents + self.query_bias.to(queries.dtype)
+
+
 def orthogonal_directions(count: int, size: int) -> Tensor:
     """Random directions `[count, size]` of Gaussian lengths, orthogonal in blocks."""
     blocks = [torch.linalg.qr(torch.randn(size, size))[0] for _ in range(-(-count // size))]
