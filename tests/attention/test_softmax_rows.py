@@ -58,6 +58,21 @@ def test_gradient_is_that_of_masked_softmax():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_query_without_pairs_has_the_gradient_of_a_mean():
+    qkv, mask, _ = case()
+    mask = mask.at[0, 7].set(False)
+    weights = jnp.asarray(np.random.default_rng(2).standard_normal((ROWS, LENGTH, HEADS, SIZE)), jnp.float32)
+
+    def loss(outputs, qkv):
+        return jnp.sum(weights * outputs(qkv))
+
+    ways = (lambda q: softmax_rows(q, mask, None, 0.3, causal=False), lambda q: masked_softmax(*q, mask, None, 0.3))
+    found, wanted = (jax.jit(jax.grad(loss, 1), static_argnums=0)(way, qkv) for way in ways)
+    np.testing.assert_array_equal(found.queries[0, 7], 0)
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_large_scores_stay_in_range_and_no_pair_is_the_mean():
     qkv, mask, _ = case()
     large = qkv._replace(queries=1e4 * qkv.queries)

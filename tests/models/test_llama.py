@@ -16,7 +16,7 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, LlamaConfig, RotaryConfig
 from lin_jax.models.params import abstract_model
-from lin_jax.models.rotary import rotary_table
+from lin_jax.models.rotary import rotary_table, rotate
 
 VOCABULARY = 19
 SINGLE = {"dtype": "float32", "param_dtype": "float32"}
@@ -138,6 +138,16 @@ def test_bfloat16_activations(attention: str) -> None:
 def far(found: jax.Array, expected: jax.Array) -> float:
     """The norm of the difference, relative to that of what is expected; not a number if anything found is not."""
     return float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+
+
+def test_gradient_of_a_rotation_is_its_adjoint(x64: None) -> None:
+    rng = np.random.default_rng(0)
+    positions = jnp.asarray(rng.integers(0, 50, (2, 5)))
+    table = rotary_table(positions, 6, RotaryConfig(), jnp.dtype("float64"))
+    at, along, weights = (jnp.asarray(rng.standard_normal((2, 5, 3, 6))) for _ in range(3))
+    gradient = jax.grad(lambda vectors: jnp.sum(weights * rotate(vectors, table)))(at)
+    np.testing.assert_allclose(jnp.sum(gradient * along), jnp.sum(weights * rotate(along, table)), rtol=1e-12)
+    np.testing.assert_allclose(jnp.sum(gradient**2), jnp.sum(weights**2), rtol=1e-12)
 
 
 def test_divisors_for_another_head_size() -> None:
