@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from lin_jax.data import Corpus, DataConfig, MixturePart, load_tokenizer, merged_positions, training_batches
 from lin_jax.training.checkpoint.files import saved_steps
