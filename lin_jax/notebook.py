@@ -80,6 +80,9 @@ def small_model(
         intermediate_size=-(-8 * hidden_size // 3 // 32) * 32,
         num_layers=num_layers,
         num_heads=num_heads,
+        # Said here, since the finished folder, which this is compared with when it is called again, says them.
+        num_kv_heads=num_heads,
+        head_dim=hidden_size // num_heads,
         attention=AttentionConfig.of(attention),
         # Written into the folder that training begins from, and read from there when this is called again.
         rotary=RotaryConfig(context_length=_POSITIONS),
