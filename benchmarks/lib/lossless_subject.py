@@ -146,7 +146,9 @@ def configurations() -> list[Configuration]:
 def fitting(tree: AnyTree, drafter: Drafter) -> AnyTree:
     """Part of a tree that a drafter can fill; of a union, both drafters in turn, a level and a rank at a time."""
     if isinstance(tree, DynamicTree):
-        return replace(tree, depth=min(tree.depth, drafter.depth))
+        depth, width = min(tree.depth, drafter.depth), min(tree.width, drafter.width)
+        most = DynamicTree(2, depth, tree.beam, width).max_size
+        return DynamicTree(min(tree.size, most), depth, tree.beam, width)
     paths = tree.paths
     if type(drafter) is UnionDrafter and tree is not MC_SIM_7B_63:
         second = drafter.drafters[0].width

@@ -122,13 +122,14 @@ def main(topology: str, cases: int = len(CASES)) -> None:
 
 
 def _verified_window(topology, struct, rows, nodes, heads, kv_heads, key_size, value_size, dtype, own):
-    """Compiles the verification of a tree by a window and a memory; with a tree for each row there is decay, too."""
+    """Compiles the verification of a tree by a window and a memory; trees for each row decay, and have sinks."""
     wide, shape = partial(struct, dtype=jnp.float32), (rows,) if own else ()
     tree = TreeArrays(struct((*shape, nodes)), struct((*shape, nodes, nodes), bool))
     ring = [struct((rows, 128 - own, kv_heads, size), dtype) for size in (key_size, value_size)]
     held, decays = (wide((rows, 127, kv_heads)), wide((rows, nodes, kv_heads))) if own else (None, None)
     memory = wide((rows, kv_heads, 2 * key_size, value_size + 1))
-    state = WindowedState(memory, *ring, held, None, struct((rows,)))
+    sinks = [struct((rows, 4, kv_heads, size), dtype) for size in (key_size, value_size)] if own else ()
+    state = WindowedState(memory, *ring, held, None, struct((rows,)), *sinks)
     directions = key_size if own else 2 * key_size
     biases = (None, None) if own else (wide((heads, directions)), wide((kv_heads, directions)))
     weights = FeatureWeights(wide((heads, directions, key_size)), wide((kv_heads, directions, key_size)), *biases)

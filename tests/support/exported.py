@@ -63,7 +63,6 @@ CASES = [
     Case("augmented", sizes={"pattern": ("augmented", {"name": "softmax", "window": 3})}),
     Case("exponential+window+convolution", "gpt2", sizes={"window": 5}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token"}),
-    Case("clustered+window", sizes={"window": 5, "features": 6}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token", "sinks": 3, "pattern": BESIDE_SINKS}),
 ]
 THOROUGH = [
@@ -80,6 +79,7 @@ THOROUGH = [
     Case("exponential+window"),
     Case("elu+local", "gpt2", sizes={"decay": "constant"}),
     Case("hedgehog"),
+    Case("clustered+window", sizes={"window": 5, "features": 6}),
     Case("exponential", "gpt2"),
     Case("elu"),
     Case("exponential+window", "gpt2", sizes={"window": 1}),
