@@ -7,7 +7,7 @@ what it transposes.
 
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def traced_parts(run: Callable[[], Any], text: str, steps: int = 6) -> list[dict
         (found,) = Path(folder).rglob("*.xplane.pb")
         times = operation_times(found, steps)
     parts = parts_of_operations(text)
-    spent: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    spent: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, seconds in times.items():
         part, backward, product = parts.get(name, ("copies and the rest", False, False))
         spent[part][("backward" if backward else "forward") + (", products" if product else "")] += 1e3 * seconds
