@@ -7,7 +7,7 @@ what it transposes.
 
 import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ def traced_parts(run: Callable[[], Any], text: str, steps: int = 6) -> list[dict
                 run()
         (found,) = Path(folder).rglob("*.xplane.pb")
         times = operation_times(found, steps)
-    parts, spent = parts_of_operations(text), defaultdict(Counter)
+    parts = parts_of_operations(text)
+    spent: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for name, seconds in times.items():
         part, backward, product = parts.get(name, ("copies and the rest", False, False))
         spent[part][("backward" if backward else "forward") + (", products" if product else "")] += 1e3 * seconds
@@ -97,15 +98,11 @@ def _stacks(text: str) -> dict[int, str]:
         {int(at): name for at, name in re.findall(r'^(\d+) "(.*)"$', table, re.M)}
         for table in (_table(text, "FileNames"), _table(text, "FunctionNames"))
     )
-    places = {}
-    for line in _table(text, "FileLocations").splitlines():
-        at, file, function = map(int, re.match(r"(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", line).groups())
-        places[at] = f"{names[file]} {functions[function]}"
-    frames = {}
-    for line in _table(text, "StackFrames").splitlines():
-        at, place, parent = map(int, re.match(r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", line).groups())
-        # Zero is none; the number of the outer frame is one less.
-        frames[at] = places[place], parent - 1
+    located = re.findall(r"(\d+) \{file_name_id=(\d+) function_name_id=(\d+)", _table(text, "FileLocations"))
+    places = {at: f"{names[int(file)]} {functions[int(function)]}" for at, file, function in located}
+    stacked = re.findall(r"(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", _table(text, "StackFrames"))
+    # Zero is none; the number of the outer frame is one less.
+    frames = {int(at): (places[place], int(parent) - 1) for at, place, parent in stacked}
 
     def part(frame: int) -> str:
         while frame:

@@ -110,9 +110,10 @@ def _backward(causal: bool, kept: _Kept, cotangent: Float[Array, "B K R T E"]) -
     for (begin, end, seen), weights in zip(blocks, kept.weights, strict=True):
         outer = cotangent[:, :, :, begin:end]
         scores = weights * (jnp.einsum("bkrte,bkse->bkrts", outer, values[:, :, :seen]) - mean[:, :, :, begin:end])
-        if mask is not None:
+        allowed = None if mask is None else _allowed(mask, begin, end, seen, causal)
+        if allowed is not None:
             # Of a query without any pair all weights are one, and do not depend on its scores.
-            scores = jnp.where(_allowed(mask, begin, end, seen, causal), scores, 0)
+            scores = jnp.where(allowed, scores, 0)
         to_queries.append(jnp.einsum("bkrts,bksd->bkrtd", scores, keys[:, :, :seen]))
         to_keys.append(jnp.einsum("bkrts,bkrtd->bksd", scores, queries[:, :, :, begin:end]))
         to_values.append(jnp.einsum("bkrts,bkrte->bkse", weights, outer))

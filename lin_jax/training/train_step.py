@@ -1,9 +1,8 @@
 """One optimiser step, as one compiled function of the state and a batch."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,6 @@ from lin_jax.training.monitoring.spike_detection import (
 )
 from lin_jax.training.objectives import Objective, training_sums
 from lin_jax.training.optimizer import Optimizer
-from pallas_kernels.implementations import target_platform
 from pallas_kernels.precision import upcast
 
 
@@ -97,34 +95,8 @@ def make_step(
     """
     where = None if shardings is None else (shardings.tree(state), shardings.whole)
     return jax.jit(
-        partial(_step, objective, optimizer, gradient_accumulation, spikes),
-        donate_argnums=0,
-        out_shardings=where,
-        compiler_options=cpu_options() if target_platform() == "cpu" and _in_float32(objective) else None,
+        partial(_step, objective, optimizer, gradient_accumulation, spikes), donate_argnums=0, out_shardings=where
     )
-
-
-@cache
-def cpu_options() -> dict[str, str] | None:
-    """Options of XLA's compiler with which a step takes about 2% less time on CPUs; None if it does not know them.
-
-    They leave float32 products to Eigen, which is faster at those of many tokens than YNNPACK (in bfloat16 it is far
-    slower), and sums to the latter. What `XLA_FLAGS` says of it is left alone.
-    """
-    if "ynn_fusion_type" in os.environ.get("XLA_FLAGS", ""):
-        return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-    try:
-        jax.jit(jnp.negative).lower(jax.ShapeDtypeStruct((), jnp.float32)).compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def _in_float32(objective: Objective) -> bool:
-    """True where no model of an objective computes in another type."""
-    configs = (getattr(module, "config", None) for module in objective.modules())
-    return all(getattr(config, "dtype", "float32") == "float32" for config in configs)
 
 
 def _step(
