@@ -6,7 +6,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from lin_jax.attention import parse_name
 from lin_jax.data import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models.adapters import AdapterConfig
@@ -67,8 +66,6 @@ class Recipe:
             raise UserError(f"steps is {steps}; give 2 or more: attention transfer and tuning need one each")
         first = min(max(round(steps * _TRANSFER_SHARE), 1), steps - 1)
         transfer = self._run(first, f"{output}/transfer", _TRANSFER_RATE)
-        # Near a teacher's projections, a window says what the teacher says; the memory is what has to learn.
-        learns = ("mixer",) if self._has_windows else TransferConfig.learns
         whole = lora is None
         tune = self._run(steps - first, f"{output}/tune", _DISTILL_RATE if whole else _TRAIN_RATE)
         distillation = DistillationConfig(weight=1.0, text_weight=0.0 if whole else 1.0)
@@ -76,7 +73,7 @@ class Recipe:
             replace(
                 transfer,
                 objective="attention_transfer",
-                transfer=TransferConfig(learns=learns, window_dropout=self.window_dropout),
+                transfer=TransferConfig(window_dropout=self.window_dropout),
             ),
             replace(tune, distillation=distillation, adapters=_adapters(lora)),
         ]
@@ -84,12 +81,6 @@ class Recipe:
     def train(self, steps: int, *, lora: int | None, output: str) -> RunConfig:
         """Configures training on the next token; arguments as in `linearize`."""
         return replace(self._run(steps, output, _TRAIN_RATE), adapters=_adapters(lora))
-
-    @property
-    def _has_windows(self) -> bool:
-        """True where every layer that is not softmax has a window before its memory."""
-        kinds = [parse_name(each.name) for each in self.model.attention.kinds]
-        return any(kind.window for kind in kinds) and all(kind.window or kind.base == "softmax" for kind in kinds)
 
     def _run(self, steps: int, output: str, rate: float) -> RunConfig:
         rate *= self.learning_rate / sqrt(self.model.hidden_size)

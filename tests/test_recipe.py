@@ -2,7 +2,6 @@
 
 import pytest
 
-from lin_jax.attention import AttentionConfig
 from lin_jax.data import DataConfig
 from lin_jax.errors import UserError
 from lin_jax.models import LlamaConfig
@@ -36,20 +35,3 @@ def test_adapters_learn_from_the_text_too():
 def test_both_stages_need_a_step():
     with pytest.raises(UserError, match="steps is 1; give 2 or more"):
         RECIPE.linearize(1, lora=None, output="out")
-
-
-@pytest.mark.parametrize(
-    ("attention", "learns"),
-    [
-        ("augmented", ("mixer", "projections")),
-        ("clustered+window", ("mixer",)),
-        (["exponential+window", "softmax"], ("mixer",)),
-        (["exponential+window", "augmented"], ("mixer", "projections")),
-    ],
-)
-def test_projections_stay_the_teachers_where_a_window_sees_what_it_saw(attention, learns):
-    model = LlamaConfig(vocab_size=11, hidden_size=64, attention=AttentionConfig.of(attention))
-    transfer, tune = Recipe(model, DataConfig("x")).linearize(90, lora=None, output="out")
-    assert transfer.transfer.learns == learns
-    assert transfer.transfer.fit_memory
-    assert tune.adapters is None

@@ -134,9 +134,10 @@ class Scheduler:
         self._keys = [f"{options} {shapes} {spec.adaptive}" for options in spec.options]
         # Output tokens of each slot that the steering has read.
         self._read = [0] * spec.slots
+        for slot, index in enumerate(first):
+            self._begin_row(slot, index)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.decode_state.model)) // spec.slots
         jax.block_until_ready(self.state.root)
-        self._begin_rows(dict(enumerate(first)))
         self.prefill_seconds = time.perf_counter() - began
 
     def __iter__(self) -> Iterator[Update]:
@@ -282,13 +283,10 @@ class Scheduler:
     def _is_ready(self, shape: int) -> bool:
         return self.spec.compiler.is_ready(self._keys[shape])
 
-    def _begin_rows(self, indices: dict[int, int]) -> None:
-        """Notes which prompts have taken which slots, each with its first token."""
-        written, output = np.asarray(self.state.written), np.asarray(self.state.output)
-        for slot, index in indices.items():
-            self.slot_to_prompt[slot] = index
-            self._read[slot] = int(written[slot])
-            self.steering.begin_row(slot, [*self.prompts[index], *output[slot, : written[slot]].tolist()])
+    def _begin_row(self, slot: int, index: int) -> None:
+        self.slot_to_prompt[slot] = index
+        self._read[slot] = 0
+        self.steering.begin_row(slot, self.prompts[index])
 
     def _fill_slots(self) -> None:
         """Reads the next prompts and puts them into the free slots."""
@@ -300,7 +298,8 @@ class Scheduler:
         slots = np.full(fresh.root.shape[0], len(self.slot_to_prompt), np.int32)
         slots[: len(indices)] = free[: len(indices)]
         self.state = insert_rows(self.state, fresh, jnp.asarray(slots))
-        self._begin_rows(dict(zip(free, indices, strict=False)))
+        for slot, index in zip(free, indices, strict=False):
+            self._begin_row(slot, index)
 
     def _start_rows(self, indices: Sequence[int], count: int) -> LoopState:
         """State of `count` rows, the first of them with some prompts read and their first tokens chosen."""

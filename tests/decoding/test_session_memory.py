@@ -8,7 +8,6 @@ from support.samples import GROUP, NEW, VOCABULARY, build_model
 
 from lin_jax.decoding import (
     AnyTree,
-    CopyDrafter,
     DraftTree,
     DynamicTree,
     Generator,
@@ -127,12 +126,10 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     assert len(memory.texts) == 1
 
 
-@pytest.mark.parametrize("kind", cells(["copy"], ["suffix"]))
-def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]], kind: str) -> None:
+def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]) -> None:
     """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
     model, memory = build_model(), TextMemory(2048)
-    reader = CopyDrafter(memory) if kind == "copy" else SuffixDrafter(memory, lookback=64)
-    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)
+    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), SuffixDrafter(memory, lookback=64))
     shapes = draft_shapes(drafter, DEPTH, memory=memory)
     assert set(shapes.hindsight) == {0, 1}
     generator = Generator(

@@ -24,20 +24,12 @@ ALLOWANCE, RATE, LARGEST_GAIN = 3.5, 0.0125, 8.0
 MIN_VALUE = 1.02
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.05
-# Steps of a trial, and of an arm that pays, between two choices; and of plain decoding: few at first, then ever more,
-# twice as many as there were already.
-TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 32, 128
-# Tokens per cost that an arm must promise, should its guesses be right as often as one may hope, to be worth a trial.
-MIN_HOPE = 1.2
-# Steps of earlier texts that say enough about a family, so that a text need not begin with a trial of it.
-ENOUGH_STEPS = 32
+# Steps of a trial, and of an arm that pays, between two choices; and of plain decoding: few at first, then ever more.
+TRIAL_STEPS, ARM_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 16, 128
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
-# Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence: of
-# guesses about which nothing is known, and of those that go on with a passage that has agreed for long.
-HOPE, PRIOR, SURE_PRIOR = 0.8, 0.3, 0.97
-# Failed steps with such a passage after which the loop returns, since the host knows where it ends.
-PATIENCE = 1.5
+# Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence.
+HOPE, PRIOR = 0.8, 0.3
 # Steps after which evidence counts half, of one row and of all; and weight of all rows' in a row's estimate.
 ROW_MEMORY, SHARED_MEMORY, SHARED_WEIGHT = 64.0, 256.0, 4.0
 
@@ -61,7 +53,7 @@ class Choice(NamedTuple):
     Attributes:
         arm: index of the arm, 0 for plain decoding.
         steps: number of steps at the most.
-        cost: plain steps that a step of the arm may cost.
+        cost: plain steps that a step of the arm costs.
         allowance: plain steps that these steps may lose against plain decoding.
     """
 
@@ -74,8 +66,6 @@ class Choice(NamedTuple):
 @dataclass
 class Evidence:
     """Accepted guesses by depth, counted with a memory that fades.
-
-    Of F families the first half are those of the arms, and the second half the same ones where they were sure.
 
     Attributes:
         tries: `[R, F, D]` steps in which a row reached the guess of depth 1, 2, ... of each family.
@@ -101,20 +91,14 @@ class Evidence:
         """Estimated share of accepted guesses at each depth, given those before it.
 
         Args:
-            prior: what is assumed without evidence; None assumes `PRIOR` or `SURE_PRIOR` at depth 1, and then what is
-                found above.
+            prior: what is assumed without evidence; None assumes `PRIOR` at depth 1, and then what is found above.
             weight: steps that the prior counts as.
         """
-        if prior is not None:
-            return (self.hits + weight * prior) / (self.tries + weight)
         found = np.empty_like(self.tries)
-        above = np.broadcast_to(np.repeat((PRIOR, SURE_PRIOR), found.shape[1] // 2), found.shape[:2])
-        # Deeper than any step has come, all is what is found above.
-        reached = int(self.tries.any(axis=(0, 1)).sum())
-        for depth in range(reached):
-            above = (self.hits[:, :, depth] + weight * above) / (self.tries[:, :, depth] + weight)
-            found[:, :, depth] = above
-        found[:, :, reached:] = above[:, :, None]
+        for depth in range(found.shape[2]):
+            above = found[:, :, depth - 1] if depth else np.full(found.shape[:2], PRIOR)
+            before = above if prior is None else prior[:, depth]
+            found[:, :, depth] = (self.hits[:, :, depth] + weight * before) / (self.tries[:, :, depth] + weight)
         return found
 
 
@@ -127,8 +111,6 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
-        risk: plain steps that a step of an arm may cost, as far as is known, by which the account is kept; None takes
-            the cost.
         visit_cost: plain steps that a sync with the host costs.
     """
 
@@ -140,26 +122,20 @@ class Chooser:
         *,
         observed: frozenset[int] = frozenset(),
         learned: Evidence | None = None,
-        risk: Callable[[int], float] | None = None,
         visit_cost: float = 0.0,
     ) -> None:
         assert arms[0].depth == 0, "plain decoding comes first"
         self.arms = tuple(arms)
         self.cost = cost
-        self.risk = risk or cost
         self.observed = observed
         self.visit_cost = visit_cost
-        kinds, depth = evidence_shape(arms)
-        families = kinds // 2
-        self.shared = Evidence.none(1, kinds, depth) if learned is None else learned
-        self.by_row = Evidence.none(rows, kinds, depth)
-        # Rows in which a family's next guesses go on with a passage that has agreed for long.
-        self.sure = np.zeros((rows, families), bool)
+        families, depth = evidence_shape(arms)
+        self.shared = Evidence.none(1, families, depth) if learned is None else learned
+        self.by_row = Evidence.none(rows, families, depth)
         self.tokens = self.lost = 0.0
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
-        seen = self.shared.tries[0, :families, 0] >= ENOUGH_STEPS
-        self.due = [FIRST_PAUSE if each else 0 for each in seen.tolist()]
+        self.due = [0] * families
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
         # Values of some running rows, until something is learned.
@@ -173,31 +149,13 @@ class Chooser:
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
         self.by_row.tries[row] = self.by_row.hits[row] = 0
-        self.sure[row] = False
         self._known = None
 
-    def expect(self, row: int, family: int, sure: bool) -> None:
-        """Takes in whether a family's next guesses go on with a passage that has agreed for long."""
-        if self.sure[row, family] != sure:
-            self.sure[row, family] = sure
-            self._known = None
-
-    def observe(
-        self, row: int, family: int, histogram: Float[np.ndarray, " P"], weight: float = 1.0, *, sure: bool = False
-    ) -> None:
-        """Takes in evidence: how often a step of a row had, or would have had, 0, 1, ... accepted guesses.
-
-        Args:
-            row: the row.
-            family: the family of the guesses.
-            histogram: number of steps with 0, 1, ... accepted guesses.
-            weight: what each of them counts.
-            sure: whether they went on with a passage that had agreed for long.
-        """
+    def observe(self, row: int, family: int, histogram: Float[np.ndarray, " P"], weight: float = 1.0) -> None:
+        """Takes in evidence: how often a step of a row had, or would have had, 0, 1, ... accepted guesses."""
         reached = weight * np.cumsum(np.asarray(histogram, float)[::-1])[::-1]
-        family += self.sure.shape[1] if sure else 0
+        self._known = None
         if len(reached) > 1 and reached[0]:
-            self._known = None
             self.by_row.add(row, family, reached, ROW_MEMORY)
             self.shared.add(0, family, reached, SHARED_MEMORY)
 
@@ -208,9 +166,7 @@ class Chooser:
             return self._known[1]
         rows = running if running.any() else np.ones_like(running)
         shares = self.by_row.shares(self.shared.shares(None, 1.0)[0], SHARED_WEIGHT)[rows]
-        found = 1 + np.cumsum(np.cumprod(shares, axis=2), axis=2)
-        families = self.sure.shape[1]
-        tokens = np.where(self.sure[rows][:, :, None], found[:, families:], found[:, :families]).mean(axis=0)
+        tokens = 1 + np.cumsum(np.cumprod(shares, axis=2), axis=2).mean(axis=0)
         costs = [self.cost(number) for number in range(1, len(self.arms))]
         drafted = zip(self.arms[1:], costs, strict=True)
         values = [1.0, *(float(tokens[arm.family, arm.depth - 1]) / cost for arm, cost in drafted)]
@@ -226,28 +182,22 @@ class Chooser:
             max_steps: largest number of steps.
         """
         values = self.values(running)
-        allowance = self.balance - self.visit_cost
-        # A step that gives nothing but the target's own token must be affordable.
-        affordable = [arm for arm in ready if self.risk(arm) - 1 <= allowance]
-        best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
+        best = max((0, *ready), key=lambda arm: (values[arm], -arm))
         trial = self._due(values, values[best])
-        self.trial = trial is not None and trial in affordable
+        self.trial = trial is not None and trial in ready
         arm, steps = (trial, TRIAL_STEPS) if trial is not None and self.trial else (best, ARM_STEPS)
-        cost = self.risk(arm)
-        if arm and (self.trial or values[arm] >= MIN_VALUE):
-            if np.any(self.sure[running, self.arms[arm].family]):
-                allowance = min(allowance, PATIENCE * (cost - 1))
+        cost, allowance = self.cost(arm), self.balance - self.visit_cost
+        # A step that gives nothing but the target's own token must be affordable.
+        if arm and (self.trial or values[arm] >= MIN_VALUE) and cost - 1 <= allowance:
             return Choice(arm, min(steps, max_steps), cost, allowance)
         self.trial = False
-        return Choice(0, min(max(FEWEST_PLAIN, min(2 * self.steps, MOST_PLAIN)), max_steps))
+        return Choice(0, min(max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)), max_steps))
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
-        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
-        if not missing:
-            return None
         values = self.values(running)
         best = max(values[arm] for arm in (0, *ready))
+        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
         trial = self._due(values, best)
         if trial in missing:
             return trial
@@ -258,7 +208,7 @@ class Chooser:
         """Takes in the steps of the last choice.
 
         Args:
-            choice: the choice, with the cost that is known by now.
+            choice: the choice.
             steps: steps taken.
             histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
         """
@@ -269,15 +219,11 @@ class Chooser:
         gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
         self.tokens, self.steps = self.tokens + gained, self.steps + steps
         if not choice.arm:
-            # Plain decoding alone would come back to the host as seldom.
-            self.lost += self.visit_cost * max(1 - steps / MOST_PLAIN, 0)
             return
         arm, spent = self.arms[choice.arm], steps * choice.cost
         self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)
         for row in range(len(counts)):
-            # Where a passage ended is found in hindsight.
-            if not self.sure[row, arm.family]:
-                self.observe(row, arm.family, counts[row, : arm.depth + 1])
+            self.observe(row, arm.family, counts[row, : arm.depth + 1])
         if self.trial:
             pause = FIRST_PAUSE if gained >= spent else self.pause[arm.family]
             self.due[arm.family] = self.steps + pause
@@ -289,12 +235,12 @@ class Chooser:
         for number, arm in enumerate(self.arms[1:], 1):
             if arm.family in self.observed or self.due[arm.family] > self.steps:
                 continue
-            hope = (1 + np.cumprod([HOPE] * arm.depth).sum()) / self.risk(number)
-            if values[number] < max(best, MIN_VALUE) < hope and hope >= MIN_HOPE:
+            hope = (1 + np.cumprod([HOPE] * arm.depth).sum()) / self.cost(number)
+            if values[number] < max(best, MIN_VALUE) < hope:
                 found.append((hope, -number))
         return -max(found)[1] if found else None
 
 
 def evidence_shape(arms: Sequence[Arm]) -> tuple[int, int]:
-    """Numbers of families of evidence about some arms, where they are sure and where not, and their largest depth."""
-    return 2 * (max(arm.family for arm in arms) + 1), max(1, *(arm.depth for arm in arms))
+    """Number of families of some arms, and their largest depth."""
+    return max(arm.family for arm in arms) + 1, max(1, *(arm.depth for arm in arms))

@@ -12,8 +12,8 @@ from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 
-# Plain steps before anything else where nothing is known about this machine: what drafts cost is told beside them.
-FIRST_STEPS = 8
+# Plain steps that another sync with the host costs, for small models on a CPU; less for all others.
+VISIT_COST = 0.1
 # Weight of evidence from a prompt, which others wrote.
 PROMPT_WEIGHT = 0.25
 
@@ -25,8 +25,8 @@ class Steering(Protocol):
     def needed(self) -> int:
         """Shape without which the loop cannot go on."""
 
-    def begin_row(self, row: int, text: Sequence[int]) -> None:
-        """A prompt takes a row of the batch, with the first tokens that were chosen after it."""
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
+        """A prompt takes a row of the batch."""
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses the next steps; `ready` tells which shapes are compiled."""
@@ -70,7 +70,7 @@ class FixedShape:
         """The shape in use."""
         return self.shape if self.fallback.drafts else 0
 
-    def begin_row(self, row: int, text: Sequence[int]) -> None:
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
         """Makes no difference."""
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
@@ -111,8 +111,7 @@ class AdaptiveShape:
             rows,
             observed=frozenset(shapes.hindsight),
             learned=learned,
-            risk=costs.risk,
-            visit_cost=costs.visit,
+            visit_cost=VISIT_COST,
         )
         self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
 
@@ -121,17 +120,15 @@ class AdaptiveShape:
         """Plain decoding: the text goes on while everything else is compiled."""
         return 0
 
-    def begin_row(self, row: int, text: Sequence[int]) -> None:
+    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
         """Follows a new text, beginning with its prompt."""
         self.chooser.begin_row(row)
         self.followed[row] = {family: begin() for family, begin in self.shapes.hindsight.items()}
         for family, hindsight in self.followed[row].items():
-            self._follow(row, family, hindsight, text, PROMPT_WEIGHT)
+            self._observe(row, family, hindsight.push(prompt), PROMPT_WEIGHT)
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
-        if self.costs.unknown:
-            return Choice(0, min(FIRST_STEPS, max_steps))
         return self.chooser.choose(running, self._ready(ready), max_steps)
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
@@ -147,35 +144,24 @@ class AdaptiveShape:
         tokens: Callable[[int], list[int]],
     ) -> None:
         """Learns acceptance, cost, and what lookups would have given."""
-        # A program's first steps find nothing of it in the processor's caches.
-        if choice.arm in self.costs.warm:
-            self.costs.record(choice.arm, steps, seconds)
-        self.costs.warm.add(choice.arm)
-        self.chooser.update(choice._replace(cost=self.costs.risk(choice.arm)), steps, histogram)
+        self.costs.record(choice.arm, steps, seconds)
+        self.chooser.update(choice, steps, histogram)
         used = self.shapes.arms[choice.arm].family if choice.arm else None
-        # What was really drafted has been counted, unless the host knows more about it.
-        counted = {row for row in range(len(self.followed)) if used is not None and not self.chooser.sure[row, used]}
         for row, followed in enumerate(self.followed):
             new = tokens(row) if followed else []
             for family, hindsight in followed.items():
-                self._follow(row, family, hindsight, new, 0.0 if family == used and row in counted else 1.0)
+                accepted = hindsight.push(new)
+                # What was really drafted has been counted.
+                if family != used:
+                    self._observe(row, family, accepted, 1.0)
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)]
 
-    def _follow(self, row: int, family: int, hindsight: Hindsight, tokens: Sequence[int], weight: float) -> None:
-        """Reads on in a row, and learns from what a family would have given."""
-        accepted = np.array(hindsight.push(tokens), int)
-        self.chooser.expect(row, family, hindsight.sure)
-        if not len(accepted):
-            return
-        were_sure = np.array(hindsight.were_sure, bool)
+    def _observe(self, row: int, family: int, accepted: Sequence[int], weight: float) -> None:
         depth = max(arm.depth for arm in self.shapes.arms if arm.family == family)
-        for sure in (False, True):
-            # Sure of a passage, the host knows what was drafted, too.
-            if weight or sure:
-                found = np.bincount(accepted[were_sure == sure], minlength=depth + 1)
-                self.chooser.observe(row, family, found, weight or 1.0, sure=sure)
+        if accepted:
+            self.chooser.observe(row, family, np.bincount(accepted, minlength=depth + 1), weight)
 
 
 def no_evidence(shapes: DraftShapes) -> Evidence:

@@ -29,12 +29,6 @@ KEPT, ENOUGH = 15, 5
 # Fewer steps between two syncs than this say little about the cost of one.
 LEAST_STEPS = 2
 FILE = "step_costs.json"
-# What a step may cost, times what is assumed, before it was measured: models that are small beside their attention have
-# shown as much.
-UNMEASURED = 1.5
-# Bytes of weights that are read while the host looks at the loop, and bounds of this cost in plain steps.
-VISIT_BYTES = {"cpu": 7e6, "other": 3e8}
-LEAST_VISIT, MOST_VISIT = 0.02, 0.5
 
 
 class StepCosts:
@@ -46,47 +40,20 @@ class StepCosts:
     Args:
         sizes: numbers of nodes of the shapes, plain decoding (1) first.
         measured: earlier measurements of each shape, in plain steps.
-        visit: plain steps that a sync with the host costs.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None, *, visit: float = MOST_VISIT
-    ) -> None:
-        self.visit = visit
+    def __init__(self, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None) -> None:
         self.assumed = [assumed_cost(size) for size in sizes]
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
         self.plain_seconds: list[float] = []
-        # Shapes that steps were taken with.
-        self.warm = {0}
-        # Asked for at every sync.
-        self._known: dict[int, float] = {}
 
     def cost(self, shape: int) -> float:
         """Plain steps that a step of a shape costs; at least 1."""
-        if not shape:
-            return 1.0
-        if shape not in self._known:
-            self._known[shape] = max(median(self._evidence(shape)), 1.0)
-        return self._known[shape]
-
-    def _evidence(self, shape: int) -> list[float]:
-        """Measurements of a shape, and the assumption as often as they are too few."""
         earlier = self.earlier[shape]
         known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
-        return [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
-
-    def risk(self, shape: int) -> float:
-        """Plain steps that a step of a shape may cost: more than assumed, until enough was measured."""
-        found = [*self.earlier[shape], *self.found[shape]]
-        if not shape or len(self.earlier[shape]) >= ENOUGH:
-            return self.cost(shape)
-        return max(self.cost(shape), median(found) if found else UNMEASURED * self.assumed[shape])
-
-    @property
-    def unknown(self) -> bool:
-        """True before the first plain steps, where the costs of some shape are not known from earlier calls."""
-        return not self.plain_seconds and any(len(each) < ENOUGH for each in self.earlier[1:])
+        known = [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
+        return max(median(known), 1.0) if shape else 1.0
 
     def record(self, shape: int, steps: int, seconds: float) -> None:
         """Takes the time of some steps; that of a shape is compared with plain steps of the same moments."""
@@ -97,7 +64,6 @@ class StepCosts:
         elif self.plain_seconds:
             found = seconds / steps / median(self.plain_seconds)
             self.found[shape] = [*self.found[shape], found][-KEPT:]
-            self._known.pop(shape, None)
 
     @property
     def measured(self) -> list[list[float]]:
@@ -109,13 +75,6 @@ def size_key(model: CausalModel) -> str:
     """Short name for all models of the same architecture, sizes and types: steps cost the same in them."""
     parts = sorted(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(model) if hasattr(leaf, "shape"))
     return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
-
-
-def visit_cost(model: CausalModel) -> float:
-    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
-    while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
-    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:

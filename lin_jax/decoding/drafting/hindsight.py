@@ -1,25 +1,14 @@
 """Guesses of lookup drafters in hindsight: what copies of earlier text would have given, counted on the host."""
 
-from array import array
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.text_memory import LONG, SHORT, TextMemory
+from lin_jax.decoding.drafting.text_memory import CONTEXT, TextMemory
 
 
 class Hindsight(Protocol):
-    """Follows one text, and tells how many guesses of its drafter would have been accepted.
-
-    Attributes:
-        were_sure: for each step that the last tokens completed, whether its guesses were sure.
-    """
-
-    were_sure: list[bool]
-
-    @property
-    def sure(self) -> bool:
-        """True where the next guesses go on with a passage that has agreed for long."""
+    """Follows one text, and tells how many guesses of its drafter would have been accepted."""
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
@@ -48,18 +37,10 @@ class LookupHindsight:
         self.ends: dict[tuple[int, ...], int] = {}
         self.guesses: list[int] = []
         self.accepted = 0
-        self.were_sure: list[bool] = []
-        self._began_sure = False
-
-    @property
-    def sure(self) -> bool:
-        """False: a copy from the text itself is never sure."""
-        return False
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
         done = []
-        self.were_sure = []
         for token in tokens[-self.lookback :]:
             if self.accepted < len(self.guesses) and self.guesses[self.accepted] == token:
                 self.accepted += 1
@@ -68,10 +49,8 @@ class LookupHindsight:
             # The target's own token ends a step, and is the root of the next one.
             if self.text:
                 done.append(self.accepted)
-                self.were_sure.append(self._began_sure)
             self.text.append(token)
             self.guesses, self.accepted = self._copy(), 0
-            self._began_sure = self.sure
             self.text.pop()
             self._append(token)
         return done
@@ -96,9 +75,9 @@ class LookupHindsight:
 
 
 class MemoryHindsight(LookupHindsight):
-    """Copies of earlier texts on the host: goes on in the text that it follows, else where the context is the same.
+    """Copies of earlier texts on the host: goes on in the text that it follows, else at the latest equal context.
 
-    Drafters on the device find the longest match, and may let several vote; this one tells nearly as much at no cost.
+    The suffix drafter finds the longest match, and lets several vote; this one tells nearly as much at no cost.
 
     Args:
         depth: tokens to copy.
@@ -111,39 +90,20 @@ class MemoryHindsight(LookupHindsight):
     def __init__(self, depth: int, memory: TextMemory, longest: int, lookback: int) -> None:
         super().__init__(depth, longest, lookback)
         self.memory = memory
-        # Place in the memory of the token before the guesses, the texts that it is a place of, and agreeing tokens.
+        # Place in the memory of the token before the guesses, and the texts that it is a place of.
         self.followed = -1
         self.texts: list[int] = []
-        self.agreeing = 0
-
-    @property
-    def sure(self) -> bool:
-        """True where guesses are left of a passage that has agreed for `LONG` tokens."""
-        left = self.followed >= 0 and self.accepted < len(self.guesses)
-        return left and self.agreeing + self.accepted >= LONG
 
     def _copy(self) -> list[int]:
         """Tokens that followed in the memory, or else in the text itself."""
-        tokens = self.memory.contexts.tokens
+        tokens, ends = self.memory.contexts
         on = self.followed + self.accepted + 1
         goes_on = self.followed >= 0 and self.texts is tokens and on < len(tokens) and tokens[on] == self.text[-1]
-        self.agreeing = self.agreeing + self.accepted + 1 if goes_on else 0
-        self.followed, self.texts = on if goes_on else -1, tokens
-        if self.agreeing < LONG:
-            self._look_up()
+        self.followed = on if goes_on else ends.get(tuple(self.text[-CONTEXT:]), -1)
+        self.texts = tokens
         if self.followed >= 0:
             guesses = tokens[self.followed + 1 : self.followed + 1 + self.depth]
             if guesses and guesses[0] >= 0:
                 return guesses[: guesses.index(-1)] if -1 in guesses else guesses
             self.followed = -1
         return super()._copy() if self.longest else []
-
-    def _look_up(self) -> None:
-        """Finds another place with a long context, or, where none is followed, with a short one."""
-        contexts, last = self.memory.contexts, array("i", self.text[-LONG:])
-        whole = len(self.text) < LONG
-        place = (contexts.beginnings if whole else contexts.long).get(last.tobytes(), -1)
-        if place >= 0:
-            self.followed, self.agreeing = place, LONG
-        elif self.followed < 0:
-            self.followed, self.agreeing = contexts.short.get(last[-SHORT:].tobytes(), -1), SHORT

@@ -7,7 +7,7 @@ from support.samples import GROUP, VOCABULARY, KnowingDrafter, build_model, padd
 
 from lin_jax.decoding import Generation, Generator, NgramDrafter, Sampling, UnionDrafter
 from lin_jax.decoding.autotune.shapes import draft_shapes
-from lin_jax.decoding.autotune.step_costs import ENOUGH, StepCosts
+from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.errors import UserError
@@ -28,8 +28,8 @@ class Known(StepCosts):
 
 def adaptive(model: Llama, drafter: object, costs: tuple[float, ...], **options: object) -> Generator:
     shapes = draft_shapes(drafter, GROUP - 1)
-    each = [*costs, *[costs[-1]] * (len(shapes.trees) - len(costs))]
-    known = Known([tree.size for tree in shapes.trees], [[cost] * ENOUGH for cost in each], visit=0.1)
+    known = Known([tree.size for tree in shapes.trees])
+    known.assumed = [*costs, *[costs[-1]] * (len(shapes.trees) - len(costs))]
     given = {"shapes": shapes, "costs": lambda slots: known, "compiler": ProgramCompiler(background=False)}
     return Generator(model, drafter=drafter, **given | options)
 

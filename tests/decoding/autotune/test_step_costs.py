@@ -6,17 +6,7 @@ from pathlib import Path
 import pytest
 from support.samples import build_model
 
-from lin_jax.decoding.autotune.step_costs import (
-    ENOUGH,
-    KEPT,
-    MOST_VISIT,
-    UNMEASURED,
-    CostFile,
-    StepCosts,
-    assumed_cost,
-    size_key,
-    visit_cost,
-)
+from lin_jax.decoding.autotune.step_costs import ENOUGH, KEPT, CostFile, StepCosts, assumed_cost, size_key
 from lin_jax.user_cache import VARIABLE, cache_folder
 
 
@@ -35,26 +25,6 @@ def test_measurements_take_the_place_of_the_assumption() -> None:
     assert costs.cost(1) == pytest.approx(1.25)
     costs.record(1, 1, 50.0)
     assert len(costs.measured[1]) == ENOUGH + 1
-
-
-def test_what_is_not_known_may_cost_more() -> None:
-    """The account expects the worst of a shape until it was measured, and then what was found, if that is more."""
-    costs = StepCosts([1, 8])
-    assert costs.unknown
-    assert costs.risk(0) == 1
-    assert costs.risk(1) == UNMEASURED * assumed_cost(8)
-    costs.record(0, 10, 1.0)
-    assert not costs.unknown
-    costs.record(1, 4, 4.0)
-    assert (costs.cost(1), costs.risk(1)) == (assumed_cost(8), 10.0)
-    known = StepCosts([1, 8], [[], [1.5] * ENOUGH])
-    assert not known.unknown
-    assert known.risk(1) == 1.5
-
-
-def test_a_visit_costs_less_beside_larger_models() -> None:
-    small = build_model("augmented", dtype="float32")
-    assert visit_cost(small) == MOST_VISIT
 
 
 def test_kept_measurements_hold_for_a_whole_call() -> None:

@@ -74,31 +74,6 @@ def test_earlier_texts_are_followed_to_their_end() -> None:
     accepted = hindsight.push([*new, *first, *new])
     # Three tokens are read before the passage is known; the last step in it has one left to guess.
     assert accepted == [0] * 12 + [7] * 7 + [1] + [0] * 9
-    # After so many that agree it is sure.
-    assert hindsight.were_sure == [False] * 14 + [True] * 6 + [False] * 9
-
-
-def test_a_known_beginning_is_followed_at_once() -> None:
-    """A text so far that an earlier one began with, however short; and only as long as they agree."""
-    text, memory = np.random.default_rng(5).integers(0, 40, 60).tolist(), TextMemory(512)
-    memory.add(text)
-    memory.refresh()
-    hindsight = MemoryHindsight(7, memory, 0, 256)
-    hindsight.push(text[:2])
-    assert hindsight.sure
-    assert hindsight.push(text[2:20]) == [7, 7]
-    assert hindsight.sure
-    hindsight.push([99])
-    assert not hindsight.sure
-    # Texts that come later are found without listing the earlier ones anew.
-    listed = memory.contexts.tokens
-    memory.add([*text[:20], 99, *range(100, 140)])
-    memory.refresh()
-    assert memory.contexts.tokens is listed
-    hindsight = MemoryHindsight(7, memory, 0, 256)
-    hindsight.push([50, *text[:20], 99, 100])
-    assert hindsight.sure
-    assert hindsight.guesses[hindsight.accepted :][:2] == [101, 102]
 
 
 def test_it_foretells_what_the_suffix_drafter_gives() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.drafters.copy import CopyDrafter
 from lin_jax.decoding.drafting.drafters.likeliest import LikeliestDrafter
 from lin_jax.decoding.drafting.drafters.medusa import MedusaDrafter
 from lin_jax.decoding.drafting.drafters.model import ModelDrafter, SelfDrafter
@@ -19,8 +18,6 @@ from lin_jax.errors import UserError
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
 
 NGRAM_MATCHES = 4
-# Drafters that copy from the memory of earlier texts.
-READERS = ("suffix", "copy")
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class DraftParts:
         path: its path-conditioned head.
         model: a small model with the same vocabulary.
         layers: indices of the target's layers that draft for it.
-        memory: earlier texts, from which some drafters copy.
+        memory: earlier texts, from which the suffix drafter copies.
     """
 
     target: CausalModel
@@ -76,7 +73,6 @@ DRAFTERS: dict[str, Callable[[DraftParts], Drafter | None]] = {
     "none": lambda parts: NoDrafter(),
     "ngram": lambda parts: NgramDrafter(matches=NGRAM_MATCHES),
     "suffix": lambda parts: SuffixDrafter(parts.memory),
-    "copy": lambda parts: CopyDrafter(parts.memory),
     "medusa": _medusa,
     "path": _path,
     "model": _model,
@@ -122,14 +118,14 @@ def _single(name: str, parts: DraftParts) -> Drafter:
 
 def reads_memory(kind: str) -> bool:
     """True for a drafter, by name or joined names, that copies from the memory of earlier texts."""
-    return not set(READERS).isdisjoint(re.split(r"[+/]", kind))
+    return "suffix" in re.split(r"[+/]", kind)
 
 
 def available(parts: DraftParts) -> Sequence[str]:
     """Names of the drafters that can be compared in advance: each alone, and others joined with the n-gram drafter.
 
-    What drafters are worth that copy from memory shows only in use, as it fills.
+    The suffix drafter's worth shows only in use, as its memory fills.
     """
-    left_out = ("none", *READERS)
+    left_out = ("none", "suffix")
     alone = [name for name, build in DRAFTERS.items() if name not in left_out and build(parts) is not None]
     return [*alone, *(f"{name}+ngram" for name in alone if name != "ngram")]
