@@ -110,6 +110,8 @@ def train_in_memory(run: ResolvedRun, description: str) -> tuple[Any, Outcome]:
     training = run.config.training
     with jax.set_mesh(run.shardings.mesh), ExitStack() as stack:
         progress = stack.enter_context(Progress(training.steps, description=description))
+        for line in run.notes:
+            progress.on_note(line)
         throughput = Throughput(Clock(), None, done=0, tokens=_tokens(run), flops=_flops(run))
         hooks = [SpikeResponse(training.loss_spikes), progress, throughput]
         trainer = _trainer(run, run.state, hooks, 0)
@@ -137,7 +139,8 @@ def _train(run: ResolvedRun, resume: bool, how_to_go_on: str) -> Outcome:
         trackers = open_trackers(run.folder, run.config, start)
         stack.callback(trackers.close)
         progress = stack.enter_context(Progress(training.steps, start or 0))
-        progress.on_note(f"training on {devices_shown()}")
+        for line in (f"training on {devices_shown()}", *run.notes):
+            progress.on_note(line)
         if start is not None:
             for line in [f"step {start}: going on from {checkpoints.path(start)}", *changed]:
                 progress.on_note(line)

@@ -70,6 +70,7 @@ class ResolvedRun:
         metadata: what checkpoints of this run say of themselves.
         shardings: where all of this lies on the run's mesh.
         tokenizer: of the run.
+        notes: lines to show before the first step.
     """
 
     config: RunConfig
@@ -82,6 +83,7 @@ class ResolvedRun:
     metadata: CheckpointMetadata
     shardings: Shardings
     tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -169,11 +171,12 @@ def _assembled(
         parameters=shapes(state.params),
         base=reference,
     )
+    notes: tuple[str, ...] = ()
     if teacher is not None:
         check_teacher(config, teacher, inputs.tokenizer, base)
         frozen = {**frozen, "teacher": shardings.place(teacher.model)}
         if not resume and isinstance(objective, PartialTraining) and _fits_memory(config):
-            state = _fitted(config, objective, state, frozen, inputs.batches, shardings)
+            state, notes = _fitted(config, objective, state, frozen, inputs.batches, shardings)
     count, spikes = training.gradient_accumulation, training.loss_spikes
     return ResolvedRun(
         config=config,
@@ -186,6 +189,7 @@ def _assembled(
         metadata=metadata,
         shardings=shardings,
         tokenizer=inputs.tokenizer,
+        notes=notes,
     )
 
 
@@ -247,8 +251,8 @@ def _fitted(
     frozen: Params,
     batches: TrainingBatches,
     shardings: Shardings,
-) -> TrainState:
-    """The state before the first step with memories that are fitted to the teacher, from the first batch."""
+) -> tuple[TrainState, tuple[str, ...]]:
+    """The state before the first step with memories that are fitted to the teacher, from the first batch; and notes."""
     begin = batches.get_state()
     batch = shardings.local_batch(next(batches), config.training.batch_size)
     batches.set_state(begin)
@@ -256,10 +260,10 @@ def _fitted(
         student, _ = objective.unmerged(state.params, frozen)
         found = fitted_start(student, frozen["teacher"], batch, config.transfer.layers, config.training.seed)
         if not found.shares:
-            return state
-        log.info("%s", describe(found.shares))
+            return state, ()
         place = jax.jit(lambda params: params, out_shardings=shardings.tree(state.params))
-        return replace(state, params=place(objective.chosen(params_of(found.model))))
+        params = place(objective.chosen(params_of(found.model)))
+        return replace(state, params=params), (describe(found.shares),)
 
 
 def _write_folder(folder: Path, config: RunConfig, tokenizer: Tokenizer, end_tokens: Sequence[int]) -> None:

@@ -163,6 +163,10 @@ def _name(part: Any) -> str:
 
 
 def _put(array: Any, sharding: NamedSharding) -> Any:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        # Read onto the devices of all processes already: none has the whole of it.
+        lies_there = array.sharding.is_equivalent_to(sharding, array.ndim)
+        return array if lies_there else jax.jit(lambda whole: whole, out_shardings=sharding)(array)
     if sharding.is_fully_addressable or jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.device_put(array, sharding)
     whole = np.asarray(array)

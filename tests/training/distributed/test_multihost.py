@@ -69,6 +69,21 @@ def test_a_pair_of_processes_of_which_one_dies_goes_on_as_one(corpus, tmp_path):
     assert losses(tmp_path / "pair") == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
+def test_a_pair_linearizes_as_one_does(corpus, tmp_path):
+    """Base and teacher are read onto the devices of both, and memories are fitted to the teacher by both."""
+    told = start(corpus, tmp_path / "base", "--model.attention.name=softmax").communicate(timeout=300)[0]
+    assert saved(tmp_path / "base", STEPS), told
+    options = [f"--init_from={tmp_path / 'base'}", "--objective=attention_transfer"]
+    options += ["--model.attention.name=clustered+window", "--model.attention.window=9"]
+    processes = [start(corpus, tmp_path / "alone", *options), *start_pair(corpus, tmp_path / "pair", *options)]
+    outputs = [each.communicate(timeout=300)[0] for each in processes]
+    assert [each.returncode for each in processes] == [0, 0, 0], outputs
+    assert "memories of" in outputs[0]
+    assert "memories of" in outputs[1]
+    assert losses(tmp_path / "pair") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
 def test_processes_that_do_not_find_each_other_say_so(corpus, tmp_path):
     lonely = start(corpus, tmp_path / "run", "--launch.coordinator=127.0.0.1:1", "--launch.processes=2")
     output = lonely.communicate(timeout=120)[0]
