@@ -56,7 +56,7 @@ def softmax_rows(
 
 
 class _Kept(NamedTuple):
-    """What the gradient reads again: the inputs, weights of each block, their sums, and outputs."""
+    """Residuals of the gradient: the inputs, weights of each block, their sums, and outputs."""
 
     queries: Float[Array, "B K R T D"]
     keys: Float[Array, "B K S D"]
