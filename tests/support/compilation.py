@@ -13,14 +13,14 @@ from jax._src import compiler
 _QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 # What XLA does where nobody says anything.
 _USERS = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_parallel_codegen_split_count": 32}
-_FLAGS, _NO_OPTIMIZATIONS = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
+_FLAGS, NO_OPTIMIZATIONS = "XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def compile_quickly() -> None:
     """Sets this process, before its first program, and those that it starts to compile without most optimizations."""
     flags = (f"--{name}={str(value).lower()}" for name, value in _QUICK.items())
     os.environ[_FLAGS] = " ".join((os.environ.get(_FLAGS, ""), *flags)).strip()
-    os.environ[_NO_OPTIMIZATIONS] = "1"
+    os.environ[NO_OPTIMIZATIONS] = "1"
     jax.config.update("jax_disable_most_optimizations", True)
 
 
@@ -37,7 +37,7 @@ def compiling_as_users() -> Iterator[None]:
         # XLA reads its flags once.
         patch.setattr(compiler, "get_compile_options", users_options)
         patch.setenv(_FLAGS, " ".join(kept))
-        patch.delenv(_NO_OPTIMIZATIONS)
+        patch.delenv(NO_OPTIMIZATIONS)
         jax.config.update("jax_disable_most_optimizations", False)
         jax.clear_caches()
         try:
