@@ -94,7 +94,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", cells(always=["llama", "gpt2"], thorough=["llama-softmax", "llama-mixed", "gpt2-untied", "flash"])
+    "name", cells(always=["llama"], thorough=["gpt2", "llama-softmax", "llama-mixed", "gpt2-untied", "flash"])
 )
 def test_logits_in_pytorch(name: str, tmp_path: Path, x64: None) -> None:
     """Those of the numbers that integers and factors stand for; opened, written by transformers, and opened again."""
@@ -191,8 +191,8 @@ def test_an_encoder_in_pytorch(tmp_path: Path, x64: None) -> None:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     cells(
-        always=[(FLAGSHIP, "float32"), (Case("augmented", "gpt2"), "bfloat16"), (LEARNT, "float32")],
-        thorough=[(SOFTMAX, "bfloat16"), (MIXED, "float32")],
+        always=[(FLAGSHIP, "float32"), (LEARNT, "float32")],
+        thorough=[(Case("augmented", "gpt2"), "bfloat16"), (SOFTMAX, "bfloat16"), (MIXED, "float32")],
     ),
     ids=str,
 )
@@ -234,7 +234,7 @@ def test_a_quarter_of_the_bytes(tmp_path: Path) -> None:
     assert sizes["int8"] <= 0.3 * sizes["stored"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", cells(["llama"], ["gpt2"]))
 def test_a_conversion_writes_the_same(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block at a time, whose ends are none of the rows'; from int8 to int8, and back to what they stand for."""
     monkeypatch.setattr(blocks, "BLOCK", 100)
