@@ -219,6 +219,8 @@ def run(
         if loss_limit is not None:
             tokens = after.written - before.written
             lost = lost + loss_limit.cost - jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
+            # What steps gain does not pay for later ones: the host is to look at what has changed.
+            lost = jnp.maximum(lost, 0)
         return count + 1, after, lost.astype(jnp.float32)
 
     begin = (jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32))
