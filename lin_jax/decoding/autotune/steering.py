@@ -12,8 +12,6 @@ from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 
-# Plain steps that another sync with the host costs, for small models on a CPU; less for all others.
-VISIT_COST = 0.1
 
 
 class Steering(Protocol):
@@ -122,7 +120,7 @@ class AdaptiveShape:
             rows,
             copies=frozenset(shapes.hindsight),
             learned=learned,
-            visit_cost=VISIT_COST,
+            visit_cost=costs.visit,
         )
         self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
 

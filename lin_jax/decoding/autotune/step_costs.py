@@ -30,6 +30,9 @@ KEPT, ENOUGH = 15, 5
 # Measurements of a shape that must be known before it is used: as many rounds of timing, each of some steps with the
 # shape and some plain ones. Rounds end early, and are of single steps, where a plain step takes long.
 TIMED, TIMED_STEPS, LONG_STEP, LONGEST_TIMING = 3, 4, 0.02, 0.5
+# Bytes of weights that are read while the host looks at the loop, and bounds of this cost in plain steps.
+VISIT_BYTES = {"cpu": 7e6, "other": 3e8}
+LEAST_VISIT, MOST_VISIT = 0.02, 0.5
 # How much more or less than assumed unmeasured shapes may cost, beyond a plain step, going by the measured ones.
 MOST_FACTOR = 4.0
 # Fewer steps between two syncs than this say little about the cost of one.
@@ -49,12 +52,19 @@ class StepCosts:
         sizes: numbers of nodes of the shapes, plain decoding (1) first.
         measured: earlier measurements of each shape, in plain steps.
         timed: whether shapes are to be timed before they are first used.
+        visit: plain steps that a sync with the host costs.
     """
 
     def __init__(
-        self, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None, *, timed: bool = False
+        self,
+        sizes: Sequence[int],
+        measured: Sequence[Sequence[float]] | None = None,
+        *,
+        timed: bool = False,
+        visit: float = 0.1,
     ) -> None:
         self.timed = timed
+        self.visit = visit
         self.assumed = [assumed_cost(size) for size in sizes]
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
@@ -145,6 +155,13 @@ def size_key(model: CausalModel) -> str:
     """Short name for all models of the same architecture, sizes and types: steps cost the same in them."""
     parts = sorted(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(model) if hasattr(leaf, "shape"))
     return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
+
+
+def visit_cost(model: CausalModel) -> float:
+    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
+    while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
+    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:
