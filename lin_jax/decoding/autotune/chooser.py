@@ -4,8 +4,8 @@ The loop can decode plainly or with one of a few compiled draft shapes, its *arm
 are accepted at each depth, row by row, and is told what a step of each arm costs, in plain steps. It takes the arm with
 the most tokens per cost, and plain decoding where none has more than one.
 
-Of arms that copy earlier text the host knows more: how many of the last tokens agree with the place that is copied from.
-The longer this match, the surer the next token, and each further token that is right makes it longer. How often a
+Of arms that copy earlier text the host knows more: how many of the last tokens agree with the place that is copied
+from. The longer this match, the surer the next token, and each further token that is right makes it longer. How often a
 copied token is right after a match of each length is counted for every token of the text, drafted or not, and the
 expected tokens of a chain follow from the match that there is now.
 
@@ -26,13 +26,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 ALLOWANCE, RATE, LARGEST_GAIN = 3.5, 0.0125, 8.0
-# Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a time,
-# must also pay for the sync before them.
+# Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
+# time, must also pay for the sync before them.
 MIN_VALUE, MIN_COPY_VALUE = 1.02, 1.1
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.1
-# Steps of a trial, of an arm that pays, and of copies, whose match grows, between two choices; and of plain decoding: few
-# at first, then ever more.
+# Steps of a trial, of an arm that pays, and of copies, whose match grows, between two choices; and of plain decoding:
+# few at first, then ever more.
 TRIAL_STEPS, ARM_STEPS, COPY_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 4, 16, 128
 # Plain steps in the account above which plain decoding comes back to the host often, and at least now and then, where
 # copies could begin at any token.
@@ -41,10 +41,10 @@ HIGH, LOW = 2.0, 0.5
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
 # Share of accepted guesses that makes an arm worth a trial, and that is assumed before there is any evidence.
 HOPE, PRIOR = 0.8, 0.3
-# Tokens per cost that such a share would give, for a trial; and plain steps in the account that trials leave for copies.
+# Tokens per cost that such a share would give, for a trial; and plain steps that trials leave for copies.
 MIN_HOPE, RESERVE = 1.3, 2.5
-# Lengths of a match from which on a copied token is judged apart, the probability that one is wrong after a match of one
-# token, as assumed before there is any evidence, and its factor for each further token.
+# Lengths of a match from which on a copied token is judged apart, the probability that one is wrong after a match of
+# one token, as assumed before there is any evidence, and its factor for each further token.
 MATCHES, DOUBT, DECAY = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5, 0.8
 # Loss after which copies are left, in the extra cost of one step: any step that loses ends them.
 PATIENCE = 1.0
@@ -109,7 +109,7 @@ class Evidence:
             counts[row, family, :depth] += new
 
     def add_copies(self, row: int, family: int, matched: Int[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> None:
-        """Adds copied tokens, after matches of some lengths; older ones of each length count half after `COPY_MEMORY`."""
+        """Adds copied tokens, after matches of some lengths; of each length all count as `COPY_MEMORY` at most."""
         level = _level(matched)
         for counts, which in ((self.tries, level), (self.hits, level[right])):
             counts[row, family, : len(MATCHES)] += np.bincount(which, minlength=len(MATCHES))

@@ -13,7 +13,6 @@ from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 
 
-
 class Steering(Protocol):
     """Chooses the shapes of the loop's steps, by index; 0 is plain decoding."""
 

@@ -68,6 +68,7 @@ class StepCosts:
         self.assumed = [assumed_cost(size) for size in sizes]
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
+        self.timings: dict[int, float] = {}
         self.plain_seconds: list[float] = []
         # Asked for at every sync.
         self._known: dict[int, float] = {}
@@ -90,18 +91,20 @@ class StepCosts:
     def take(self, shape: int, ratios: Sequence[float]) -> None:
         """Takes the timing of a shape, in plain steps."""
         self.found[shape] = [*self.found[shape], *ratios][-KEPT:]
-        self.assumed[shape] = median(ratios)
+        self.timings[shape] = median(ratios)
         self._known.clear()
 
     def _assumed(self, shape: int) -> float:
-        """Assumed cost of a shape, scaled as those of the measured shapes would have to be."""
+        """Cost of a shape as it was timed, or assumed and scaled as those of the measured shapes would have to be."""
+        if shape in self.timings:
+            return self.timings[shape]
         found = [[*earlier, *new] for earlier, new in zip(self.earlier, self.found, strict=True)]
         factors = [
             (median(costs) - 1) / (assumed - 1)
             for costs, assumed in zip(found[1:], self.assumed[1:], strict=True)
             if len(costs) >= TIMED and assumed > 1
         ]
-        if len(found[shape]) >= TIMED or not factors:
+        if not factors:
             return self.assumed[shape]
         factor = min(max(median(factors), 1 / MOST_FACTOR), MOST_FACTOR)
         return 1 + factor * (self.assumed[shape] - 1)
