@@ -190,6 +190,8 @@ class Chooser:
         self.due = [0] * families
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
+        # Share of the next sync that plain decoding alone would not have.
+        self.extra_sync = 0.0
         # Values of some running rows, until something is learned.
         self._known: tuple[bytes, list[float]] | None = None
 
@@ -281,7 +283,10 @@ class Chooser:
             if self.arms[best].family in self.copies:
                 allowance, steps = min(allowance, PATIENCE * (cost - 1)), COPY_STEPS
             return Choice(best, min(steps, max_steps), cost, allowance)
-        return Choice(0, min(self._plain_steps(), max_steps))
+        steps = min(self._plain_steps(), max_steps)
+        # Plain decoding alone would come back to the host, too.
+        self.extra_sync = 1 - steps / max_steps
+        return Choice(0, steps)
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
@@ -320,8 +325,7 @@ class Chooser:
         gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
         self.tokens, self.steps = self.tokens + gained, self.steps + steps
         if not choice.arm:
-            # Plain decoding alone would come back to the host as seldom.
-            self.lost += self.visit_cost * max(1 - steps / MOST_PLAIN, 0)
+            self.lost += self.visit_cost * self.extra_sync
             return
         arm, spent = self.arms[choice.arm], steps * choice.cost
         self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)

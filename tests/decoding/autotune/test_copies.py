@@ -105,6 +105,16 @@ def test_circles_are_found_soon(costs: tuple[float, ...]) -> None:
     assert np.bincount([arm for arm in arms if arm], minlength=len(ARMS))[6:].sum() > len([a for a in arms if a]) / 2
 
 
+def test_streams_pay_for_no_sync_of_their_own() -> None:
+    """Where the text is asked for every few steps anyway, the account is as full after a long new text as before it."""
+    chooser = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}), visit_cost=VISIT)
+    for _ in range(200):
+        choice = chooser.choose(np.ones(1, bool), range(1, len(ARMS)), 8)
+        assert choice[:2] == (0, 8)
+        chooser.update(choice, 8, np.array([[8]]))
+    assert chooser.balance == pytest.approx(ALLOWANCE + RATE * 1600)
+
+
 def test_the_match_decides() -> None:
     """The same evidence, and another place in the text: nothing to copy from, a short match, a long one."""
     chooser = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}))
