@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.decoding.autotune.chooser import Choice
+from lin_jax.decoding.autotune.chooser import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
@@ -265,13 +265,15 @@ class Scheduler:
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
     ) -> tuple[LoopState, jax.Array]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
-        limit = None
+        limit = alert = None
+        if not shape and self.spec.adaptive and self.spec.drafter.lookback:
+            alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
             limit = LossLimit(np.float32(cost), np.float32(allowance))
         # NumPy's numbers: making arrays of JAX's on the device would take longer than a step of a small model.
         count, waiting = np.int32(steps), np.bool_(bool(self.waiting))
-        return run(self.modules, state, self.spec.stops, count, waiting, limit, options=self.spec.options[shape])
+        return run(self.modules, state, self.spec.stops, count, waiting, limit, alert, options=self.spec.options[shape])
 
     def _compile(self, running: np.ndarray) -> float:
         """Compiles what is needed now, and has the tree compiled that is wanted next; gives the seconds of waiting."""

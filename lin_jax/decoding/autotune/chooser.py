@@ -25,10 +25,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-ALLOWANCE, RATE, LARGEST_GAIN = 3.5, 0.0125, 8.0
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
+
+ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
-# time, must also pay for the sync before them.
-MIN_VALUE, MIN_COPY_VALUE = 1.02, 1.1
+# time, must also pay for the sync before them, the more so if plain decoding is interrupted for it.
+MIN_VALUE, MIN_COPY_VALUE, MIN_ALERT_VALUE = 1.02, 1.1, 1.3
+# Length of a match that no text has.
+NO_ALERT = 2**30
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.1
 # Steps of a trial, of an arm that pays, and of copies, whose match grows, between two choices; and of plain decoding:
@@ -46,6 +50,8 @@ MIN_HOPE, RESERVE = 1.3, 2.5
 # Lengths of a match from which on a copied token is judged apart, the probability that one is wrong after a match of
 # one token, as assumed before there is any evidence, and its factor for each further token.
 MATCHES, DOUBT, DECAY = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5, 0.8
+# Tokens per cost that copies must promise for the account to be overdrawn, and by how many plain steps at most.
+SURE_VALUE, CREDIT = 2.0, 10.0
 # Loss after which copies are left, in the extra cost of one step: any step that loses ends them.
 PATIENCE = 1.0
 # Steps after which evidence counts half, of one row and of all; and weight of all rows' in a row's estimate.
@@ -75,12 +81,14 @@ class Choice(NamedTuple):
         steps: number of steps at the most.
         cost: plain steps that a step of the arm costs.
         allowance: plain steps that these steps may lose against plain decoding.
+        alert: length of a match with earlier text at which plain steps end.
     """
 
     arm: int
     steps: int
     cost: float = 1.0
     allowance: float = float("inf")
+    alert: int = NO_ALERT
 
 
 @dataclass
@@ -157,6 +165,7 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         copies: families of the observed ones that copy, and are judged by the length of the match.
+        alerting: families of these that copy from the text itself: the loop can tell of a match while it decodes plainly.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
         visit_cost: plain steps that a sync with the host costs.
     """
@@ -169,6 +178,7 @@ class Chooser:
         *,
         observed: frozenset[int] = frozenset(),
         copies: frozenset[int] = frozenset(),
+        alerting: frozenset[int] = frozenset(),
         learned: Evidence | None = None,
         visit_cost: float = 0.0,
     ) -> None:
@@ -177,6 +187,7 @@ class Chooser:
         self.cost = cost
         self.observed = observed | copies
         self.copies = copies
+        self.alerting = alerting
         self.judged = sorted({arm.family for arm in arms[1:]} - copies)
         self.visit_cost = visit_cost
         families, depth = evidence_shape(arms)
@@ -190,8 +201,10 @@ class Chooser:
         self.due = [0] * families
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
-        # Share of the next sync that plain decoding alone would not have.
-        self.extra_sync = 0.0
+        # Whether the loop has just returned for a match.
+        self.alerted = False
+        # Steps between two syncs that plain decoding alone would take.
+        self.most_steps = MOST_PLAIN
         # Values of some running rows, until something is learned.
         self._known: tuple[bytes, list[float]] | None = None
 
@@ -268,9 +281,10 @@ class Chooser:
             ready: indices of the arms that are compiled.
             max_steps: largest number of steps.
         """
+        self.most_steps = max_steps
         values, allowance = self.values(running), self.balance - self.visit_cost
         # A step that gives nothing but the target's own token must be affordable.
-        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance]
+        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance + self._credit(arm, values)]
         best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
         trial = self._due(values, values[best])
         self.trial = False
@@ -281,12 +295,35 @@ class Chooser:
         if best and values[best] >= self._least(best):
             cost, steps = self.cost(best), ARM_STEPS
             if self.arms[best].family in self.copies:
-                allowance, steps = min(allowance, PATIENCE * (cost - 1)), COPY_STEPS
+                allowance, steps = PATIENCE * (cost - 1), COPY_STEPS
             return Choice(best, min(steps, max_steps), cost, allowance)
         steps = min(self._plain_steps(), max_steps)
-        # Plain decoding alone would come back to the host, too.
-        self.extra_sync = 1 - steps / max_steps
-        return Choice(0, steps)
+        if self.alerted:
+            # The match that the loop has found was no reason to draft: it is not asked at once again.
+            return Choice(0, min(2 * FEWEST_PLAIN, max_steps))
+        return Choice(0, steps, alert=self._alert(running, ready))
+
+    def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
+        """Length of a match from which on some copy would pay, by what all running rows have shown."""
+        allowance = self.balance - self.visit_cost
+        arms = [
+            arm for arm in ready if self.arms[arm].family in self.alerting and self.cost(arm) - 1 <= allowance + CREDIT
+        ]
+        if not arms or not running.any():
+            return NO_ALERT
+        known = self.by_row.copy_shares(self.shared.copy_shares(None, SHARED_WEIGHT)[0], SHARED_WEIGHT)[running]
+        depth = max(self.arms[arm].depth for arm in arms)
+        lengths = [length for length in MATCHES if length <= LONGEST_ALERT]
+        levels = _level(np.array(lengths)[:, None] + np.arange(depth))
+        tokens = 1 + np.cumsum(np.cumprod(known.mean(axis=0)[:, levels], axis=2), axis=2)
+        values = [tokens[self.arms[arm].family, :, self.arms[arm].depth - 1] / self.cost(arm) for arm in arms]
+        least = [MIN_ALERT_VALUE if self.cost(arm) - 1 <= allowance else SURE_VALUE for arm in arms]
+        pay = np.flatnonzero(np.max([found >= need for found, need in zip(values, least, strict=True)], axis=0))
+        return lengths[pay[0]] if len(pay) else NO_ALERT
+
+    def _credit(self, arm: int, values: Sequence[float]) -> float:
+        """Plain steps by which the account may be overdrawn for an arm."""
+        return CREDIT if self.arms[arm].family in self.copies and values[arm] >= SURE_VALUE else 0.0
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
@@ -296,8 +333,12 @@ class Chooser:
         """Steps of plain decoding between two choices: few as long as the account can pay for the syncs."""
         if not self.copies:
             return max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN))
-        balance = self.balance
-        return FEWEST_PLAIN if balance > HIGH else 2 * FEWEST_PLAIN if balance > LOW else MOST_PLAIN
+        balance, blind = self.balance, sorted(self.copies - self.alerting)
+        if self.alerting and not self.by_row.tries[:, blind].any():
+            # The loop tells of matches with the text, and a memory that has never matched is not waited for.
+            return MOST_PLAIN
+        fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.alerting else FEWEST_PLAIN
+        return fewest if balance > HIGH else 2 * fewest if balance > LOW else MOST_PLAIN
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
@@ -324,8 +365,9 @@ class Chooser:
             return
         gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
         self.tokens, self.steps = self.tokens + gained, self.steps + steps
+        self.alerted = not choice.arm and choice.alert < NO_ALERT and steps < choice.steps
         if not choice.arm:
-            self.lost += self.visit_cost * self.extra_sync
+            self.lost += self.visit_cost * max(1 - steps / self.most_steps, 0)
             return
         arm, spent = self.arms[choice.arm], steps * choice.cost
         self.lost = max(self.lost + spent + self.visit_cost - gained, -LARGEST_GAIN)

@@ -118,6 +118,7 @@ class AdaptiveShape:
             costs.cost,
             rows,
             copies=frozenset(shapes.hindsight),
+            alerting=frozenset(family for family, begin in shapes.hindsight.items() if begin().longest),
             learned=learned,
             visit_cost=costs.visit,
         )

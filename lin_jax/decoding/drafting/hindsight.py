@@ -26,9 +26,11 @@ class Hindsight(Protocol):
 
     Attributes:
         trials: every copied token of the last `push`.
+        longest: longest n-gram that is looked up in the text itself; 0 for none.
     """
 
     trials: list[Trial]
+    longest: int
 
     @property
     def matched(self) -> int:
