@@ -31,6 +31,8 @@ ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
 # time, must also pay for the sync before them, the more so if plain decoding is interrupted for it.
 MIN_VALUE, MIN_COPY_VALUE, MIN_ALERT_VALUE = 1.02, 1.1, 1.3
+# Share of a sync that the first step of copies must pay for.
+SYNC_SHARE = 1.0
 # Length of a match that no text has.
 NO_ALERT = 2**30
 # How much better than what is compiled an arm must promise to be to be compiled too.
@@ -317,7 +319,11 @@ class Chooser:
         levels = _level(np.array(lengths)[:, None] + np.arange(depth))
         tokens = 1 + np.cumsum(np.cumprod(known.mean(axis=0)[:, levels], axis=2), axis=2)
         values = [tokens[self.arms[arm].family, :, self.arms[arm].depth - 1] / self.cost(arm) for arm in arms]
-        least = [MIN_ALERT_VALUE if self.cost(arm) - 1 <= allowance else SURE_VALUE for arm in arms]
+        least = [
+            (MIN_ALERT_VALUE if self.cost(arm) - 1 <= allowance else SURE_VALUE)
+            + SYNC_SHARE * self.visit_cost / self.cost(arm)
+            for arm in arms
+        ]
         pay = np.flatnonzero(np.max([found >= need for found, need in zip(values, least, strict=True)], axis=0))
         return lengths[pay[0]] if len(pay) else NO_ALERT
 
@@ -327,7 +333,8 @@ class Chooser:
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
-        return MIN_COPY_VALUE if self.arms[arm].family in self.copies else MIN_VALUE
+        copies = self.arms[arm].family in self.copies
+        return MIN_COPY_VALUE + SYNC_SHARE * self.visit_cost / self.cost(arm) if copies else MIN_VALUE
 
     def _plain_steps(self) -> int:
         """Steps of plain decoding between two choices: few as long as the account can pay for the syncs."""
