@@ -15,7 +15,8 @@ takes c - t longer than plain decoding would. Everything that is not plain decod
 leaves an arm on the device, between two steps, as soon as the next one could exceed the account, and leaves copies as
 soon as they lose. Syncs with the host are paid from the account too. Whatever the text, decoding T tokens so takes at
 most T + ALLOWANCE + RATE * T plain steps, as far as the costs are right: for 200 tokens 0.97 of plain decoding's speed
-or more.
+or more. Copies alone may overdraw the account, by at most `CREDIT`, where a long match promises `SURE_VALUE` tokens per
+cost: a text that repeats itself for long, and then does not, can lose as much more.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -167,7 +168,7 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         copies: families of the observed ones that copy, and are judged by the length of the match.
-        alerting: families of these that copy from the text itself: the loop can tell of a match while it decodes plainly.
+        alerting: families of these that copy from the text itself: the loop of plain steps can tell of a match.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
         visit_cost: plain steps that a sync with the host costs.
     """

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-
 # Longest match at which the loop of plain steps can be told to return.
 LONGEST_ALERT = 16
 

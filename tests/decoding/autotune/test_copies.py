@@ -5,7 +5,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lin_jax.decoding.autotune.chooser import ALLOWANCE, MATCHES, RATE, Arm, Chooser, Evidence, evidence_shape
+from lin_jax.decoding.autotune.chooser import (
+    ALLOWANCE,
+    CREDIT,
+    MATCHES,
+    NO_ALERT,
+    RATE,
+    Arm,
+    Chooser,
+    Evidence,
+    evidence_shape,
+)
 from lin_jax.decoding.drafting.hindsight import LookupHindsight
 
 # Plain decoding, chains of 1, 3 and 7 guesses of heads that are never right, and copies in chains of 3 to 31.
@@ -89,8 +99,10 @@ def test_no_text_loses_more_than_the_account_allows(kind: Text, costs: tuple[flo
     for seed in range(4):
         for tokens in (200, 800):
             spent, _ = decode(kind(np.random.default_rng(seed), tokens), costs)
-            assert spent <= 1 + RATE + (ALLOWANCE + VISIT) / tokens + 1e-9
-            assert 1 / spent >= 0.965
+            # Only where long matches lead astray the account is overdrawn.
+            credit = CREDIT if kind is teasing else 0
+            assert spent <= 1 + RATE + (ALLOWANCE + credit + 2 * VISIT) / tokens + 1e-9
+            assert 1 / spent >= (0.93 if credit else 0.965)
 
 
 @pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS)
@@ -152,3 +164,24 @@ def test_texts_teach_each_other() -> None:
     for each in (chooser, alone):
         each.observe_copies(0, 1, 4, [])
     assert chooser.values(np.ones(1, bool))[6] > 1.2 * alone.values(np.ones(1, bool))[6]
+
+
+def test_plain_steps_end_at_a_match_that_would_pay() -> None:
+    """A longer one where copies were wrong or cost more, none where they cannot pay; not at once again."""
+    running, ready = np.ones(1, bool), range(4, len(ARMS))
+
+    def chooser(costs: tuple[float, ...]) -> Chooser:
+        return Chooser(ARMS, costs.__getitem__, 1, copies=frozenset({1}), alerting=frozenset({1}), visit_cost=VISIT)
+
+    cheap, dear = chooser(COSTS["avx512"]), chooser(COSTS["small"])
+    first = cheap.choose(running, ready, 128)
+    assert first[:2] == (0, 128)
+    assert 1 < first.alert < dear.choose(running, ready, 128).alert < NO_ALERT
+    assert chooser((1.0, *[40.0] * 7)).choose(running, ready, 128).alert == NO_ALERT
+    cheap.observe_copies(0, 1, 0, [(length, False) for length in (2, 3, 4, 6)] * 20)
+    assert first.alert < cheap.choose(running, ready, 128).alert
+    dear.update(dear.choose(running, ready, 128), 10, np.array([[10]]))
+    again = dear.choose(running, ready, 128)
+    assert again.alert == NO_ALERT
+    dear.update(again, again.steps, np.array([[again.steps]]))
+    assert dear.choose(running, ready, 128).alert < NO_ALERT
