@@ -9,7 +9,7 @@ from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import LONG, SHORT, TextMemory
 
 
-class Trial(NamedTuple):
+class CopyTrial(NamedTuple):
     """One copied token and the one that the text has.
 
     Attributes:
@@ -29,7 +29,7 @@ class Hindsight(Protocol):
         longest: longest n-gram that is looked up in the text itself; 0 for none.
     """
 
-    trials: list[Trial]
+    trials: list[CopyTrial]
     longest: int
 
     @property
@@ -63,7 +63,7 @@ class LookupHindsight:
         self.ends: dict[tuple[int, ...], int] = {}
         self.guesses: list[int] = []
         self.accepted = 0
-        self.trials: list[Trial] = []
+        self.trials: list[CopyTrial] = []
         # Tokens before the guesses that agree with those before the place that they are copied from.
         self.agreeing = 0
 
@@ -80,7 +80,7 @@ class LookupHindsight:
         for token in tokens[-self.lookback :]:
             if self.accepted < len(self.guesses):
                 right = self.guesses[self.accepted] == token
-                self.trials.append(Trial(self.agreeing + self.accepted, right))
+                self.trials.append(CopyTrial(self.agreeing + self.accepted, right))
                 if right:
                     self.accepted += 1
                     self._append(token)
