@@ -304,14 +304,14 @@ class Chooser:
         if self.alerted:
             # The match that the loop has found was no reason to draft: it is not asked at once again.
             return Choice(0, min(2 * FEWEST_PLAIN, max_steps))
-        return Choice(0, steps, alert=self._alert(running, ready))
+        return Choice(0, steps, alert=self._alert(running))
 
-    def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
+    def _alert(self, running: Bool[np.ndarray, " B"]) -> int:
         """Length of a match from which on some copy would pay, by what all running rows have shown."""
         allowance = self.balance - self.visit_cost
-        arms = [
-            arm for arm in ready if self.arms[arm].family in self.alerting and self.cost(arm) - 1 <= allowance + CREDIT
-        ]
+        # Those that are not compiled too, which then are wanted.
+        copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
+        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + CREDIT]
         if not arms or not running.any():
             return NO_ALERT
         known = self.by_row.copy_shares(self.shared.copy_shares(None, SHARED_WEIGHT)[0], SHARED_WEIGHT)[running]
