@@ -128,6 +128,7 @@ def test_a_known_beginning_is_followed_at_once() -> None:
     assert hindsight.guesses[hindsight.accepted :][:2] == [101, 102]
 
 
+@pytest.mark.thorough
 def test_it_foretells_what_the_suffix_drafter_gives() -> None:
     model, memory = build_model("augmented", dtype="float32"), TextMemory(1024)
     prompts = [np.random.default_rng(seed).integers(0, VOCABULARY, 12).tolist() for seed in (1, 2)]
