@@ -38,7 +38,19 @@ PIECE = 64
 HEADS = 4
 # Where the data folder does not hold it.
 STORIES260K = "hub:karpathy/tinyllamas/stories260K"
-DRAFTERS = ("silent", "ngram", "medusa", "path", "model", "self", "medusa+ngram", "path+ngram", "suffix", "path/suffix")
+DRAFTERS = (
+    "silent",
+    "ngram",
+    "medusa",
+    "path",
+    "model",
+    "self",
+    "medusa+ngram",
+    "path+ngram",
+    "suffix",
+    "path/suffix",
+    "copy",
+)
 TREES: dict[str, AnyTree] = {
     "chain": chain(4),
     "bushy": DraftTree(((0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (1, 0, 0), (0, 0, 0, 0))),

@@ -1,5 +1,6 @@
 """Decoding: draft trees, drafters, acceptance rules, and the compiled loop on the recurrent state."""
 
+from lin_jax.decoding.drafting.drafters import CopyDrafter as CopyDrafter
 from lin_jax.decoding.drafting.drafters import LikeliestDrafter as LikeliestDrafter
 from lin_jax.decoding.drafting.drafters import MedusaDrafter as MedusaDrafter
 from lin_jax.decoding.drafting.drafters import ModelDrafter as ModelDrafter

@@ -1,7 +1,7 @@
 """Generation from Python: prompts in, tokens out, for one model, drafter and set of draft trees."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ from lin_jax.attention import has_growing_state, max_draft_depth
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.steering import AdaptiveShape, FixedShape, Steering, no_evidence
-from lin_jax.decoding.autotune.step_costs import StepCosts
+from lin_jax.decoding.autotune.step_costs import StepCosts, visit_cost
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
 from lin_jax.decoding.drafting.drafters.none import NoDrafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
@@ -50,8 +50,8 @@ class Generator:
             every tree or for each (`SpeculationPlan.break_even_tokens`); below that, plain decoding takes over for a
             while. None always drafts.
         shapes: trees among which the loop chooses while it decodes, instead of `tree` (`autotune.shapes.draft_shapes`).
-        costs: what steps of the shapes cost on this machine, given the batch size; None assumes it at first, and
-            measures it while decoding.
+        costs: what steps of the shapes cost on this machine, given the batch size; None times each before it
+            is first used.
         compiler: compiles the loops of the shapes; None does so in a thread while decoding goes on.
         acceptance: name of the acceptance rule: exact (the output is plain decoding's, token for token), rejection
             (drafts are drawn, the output has plain decoding's distribution) or typical (lossy).
@@ -88,7 +88,7 @@ class Generator:
             raise UserError(f"acceptance '{acceptance}' depends on the tree; give one, or acceptance exact")
         self.shapes = shapes
         sizes = [] if shapes is None else [each.size for each in shapes.trees]
-        self.costs = costs or (lambda slots: StepCosts(sizes))
+        self.costs = costs or cache(lambda slots: StepCosts(sizes, timed=True, visit=visit_cost(model)))
         self.compiler = compiler or ProgramCompiler()
         self.learned = None if shapes is None else no_evidence(shapes)
         if shapes is not None:

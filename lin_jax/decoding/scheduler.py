@@ -2,15 +2,16 @@
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.decoding.autotune.chooser import Choice
+from lin_jax.decoding.autotune.chooser import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
+from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
@@ -60,6 +61,12 @@ class SchedulerSpec:
     def depth(self) -> int:
         """Depth of the deepest tree."""
         return max(each.tree.depth for each in self.options)
+
+
+def _running(state: LoopState) -> LoopState:
+    """State whose rows all run, with nothing written yet; its arrays are of the same types, on the same devices."""
+    size = state.output.shape[1]
+    return replace(state, written=state.written * 0, limit=state.limit * 0 + size, status=state.status * 0)
 
 
 @dataclass
@@ -134,10 +141,9 @@ class Scheduler:
         self._keys = [f"{options} {shapes} {spec.adaptive}" for options in spec.options]
         # Output tokens of each slot that the steering has read.
         self._read = [0] * spec.slots
-        for slot, index in enumerate(first):
-            self._begin_row(slot, index)
         self.state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.decode_state.model)) // spec.slots
         jax.block_until_ready(self.state.root)
+        self._begin_rows(dict(enumerate(first)))
         self.prefill_seconds = time.perf_counter() - began
 
     def __iter__(self) -> Iterator[Update]:
@@ -259,13 +265,15 @@ class Scheduler:
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
     ) -> tuple[LoopState, jax.Array]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
-        limit = None
+        limit = alert = None
+        if not shape and self.spec.adaptive and self.spec.drafter.lookback:
+            alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
             limit = LossLimit(np.float32(cost), np.float32(allowance))
         # NumPy's numbers: making arrays of JAX's on the device would take longer than a step of a small model.
         count, waiting = np.int32(steps), np.bool_(bool(self.waiting))
-        return run(self.modules, state, self.spec.stops, count, waiting, limit, options=self.spec.options[shape])
+        return run(self.modules, state, self.spec.stops, count, waiting, limit, alert, options=self.spec.options[shape])
 
     def _compile(self, running: np.ndarray) -> float:
         """Compiles what is needed now, and has the tree compiled that is wanted next; gives the seconds of waiting."""
@@ -278,15 +286,39 @@ class Scheduler:
             self.spec.compiler.add(self._keys[needed])
         if wanted is not None:
             self.spec.compiler.request(self._keys[wanted], lambda: self._call(wanted, blank(self._shapes), 0))
+        for shape in range(len(self._keys)):
+            if self._is_ready(shape) and self.steering.is_unknown(shape):
+                self._time(shape)
         return time.perf_counter() - began
+
+    def _time(self, shape: int) -> None:
+        """Times a compiled tree against plain decoding, on copies of the state."""
+
+        def taking(tree: int) -> Callable[[int], int]:
+            deepest = self.spec.options[tree].tree.depth
+
+            def take_steps(count: int) -> int:
+                # Room for all that the steps could write, in every row.
+                most = max(scratch[0].output.shape[1] // (deepest + 1), 1)
+                scratch[0], done = self._call(tree, _running(scratch[0]), min(count, most), unlimited)
+                return int(done)
+
+            return take_steps
+
+        unlimited = Choice(shape, 0)
+        scratch = [jax.tree.map(jnp.copy, self.state)]
+        self.steering.take_timing(shape, time_shape(taking(0), taking(shape)))
 
     def _is_ready(self, shape: int) -> bool:
         return self.spec.compiler.is_ready(self._keys[shape])
 
-    def _begin_row(self, slot: int, index: int) -> None:
-        self.slot_to_prompt[slot] = index
-        self._read[slot] = 0
-        self.steering.begin_row(slot, self.prompts[index])
+    def _begin_rows(self, indices: dict[int, int]) -> None:
+        """Notes which prompts have taken which slots, each with its first token."""
+        written, output = np.asarray(self.state.written), np.asarray(self.state.output)
+        for slot, index in indices.items():
+            self.slot_to_prompt[slot] = index
+            self._read[slot] = int(written[slot])
+            self.steering.begin_row(slot, [*self.prompts[index], *output[slot, : written[slot]].tolist()])
 
     def _fill_slots(self) -> None:
         """Reads the next prompts and puts them into the free slots."""
@@ -298,8 +330,7 @@ class Scheduler:
         slots = np.full(fresh.root.shape[0], len(self.slot_to_prompt), np.int32)
         slots[: len(indices)] = free[: len(indices)]
         self.state = insert_rows(self.state, fresh, jnp.asarray(slots))
-        for slot, index in zip(free, indices, strict=False):
-            self._begin_row(slot, index)
+        self._begin_rows(dict(zip(free, indices, strict=False)))
 
     def _start_rows(self, indices: Sequence[int], count: int) -> LoopState:
         """State of `count` rows, the first of them with some prompts read and their first tokens chosen."""

@@ -17,7 +17,7 @@ from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
 from lin_jax.decoding.autotune.steering import no_evidence
-from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key
+from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key, visit_cost
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
 from lin_jax.decoding.engine.programs import ProgramCompiler
@@ -45,7 +45,7 @@ NGRAM_LENGTH = 7
 # Of several kinds of heads, the one that guesses where nothing is asked for.
 BEST_DRAFTERS = ("path", "medusa", "model", "self")
 # Drafters that copy: from the text so far, and from all that the session wrote.
-MEMORY_DRAFTER = "suffix"
+MEMORY_DRAFTER = "copy"
 DEFAULT_COPIES = f"ngram+{MEMORY_DRAFTER}"
 # Tokens of a prompt that are read at a time; with the same bits for all batches there is this one size.
 PREFILL_CHUNK, SAME_BITS_CHUNK = 256, 32
@@ -334,7 +334,8 @@ class Session:
         if (kind, slots) not in self._costs:
             key = f"{size_key(self.model)}, batch {slots}, {kind}, "
             names = [key + tree_text(tree) for tree in shapes.trees]
-            costs = StepCosts([tree.size for tree in shapes.trees], CostFile().load(names))
+            sizes = [tree.size for tree in shapes.trees]
+            costs = StepCosts(sizes, CostFile().load(names), timed=True, visit=visit_cost(self.model))
             if plan is not None and plan.break_even_tokens is not None and plan.slots == slots:
                 costs.assumed[shapes.trees.index(plan.shape)] = plan.break_even_tokens
             self._costs[kind, slots] = names, costs

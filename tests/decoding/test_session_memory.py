@@ -8,6 +8,7 @@ from support.samples import GROUP, NEW, VOCABULARY, build_model
 
 from lin_jax.decoding import (
     AnyTree,
+    CopyDrafter,
     DraftTree,
     DynamicTree,
     Generator,
@@ -126,10 +127,12 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
     assert len(memory.texts) == 1
 
 
-def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("kind", cells(["copy"], ["suffix"]))
+def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]], kind: str) -> None:
     """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
     model, memory = build_model(), TextMemory(2048)
-    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), SuffixDrafter(memory, lookback=64))
+    reader = CopyDrafter(memory) if kind == "copy" else SuffixDrafter(memory, lookback=64)
+    drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)
     shapes = draft_shapes(drafter, DEPTH, memory=memory)
     assert set(shapes.hindsight) == {0, 1}
     generator = Generator(

@@ -119,9 +119,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_drafting(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--drafter",
-        help="none, ngram, suffix (which also copies from what this run has written before), medusa, path, model or "
-        "self, also joined: path+ngram lays them side by side, path/suffix takes the likeliest of both (default: the "
-        "model's heads, if any, and ngram)",
+        help="none, ngram, suffix (which also copies from what this run has written before), copy (from that alone), "
+        "medusa, path, model or self, also joined: path+ngram lays them side by side, path/suffix takes the likeliest "
+        "of both (default: the model's heads, if any, ngram and copy)",
     )
     group.add_argument(
         "--heads", metavar="DIR", action="append", default=[], help="run folder of draft heads; may be given twice"

@@ -6,6 +6,7 @@ from functools import partial
 
 from lin_jax.decoding.autotune.chooser import Arm
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
+from lin_jax.decoding.drafting.drafters.copy import CopyDrafter
 from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
 from lin_jax.decoding.drafting.drafters.suffix import SuffixDrafter
 from lin_jax.decoding.drafting.drafters.union import UnionDrafter
@@ -15,8 +16,8 @@ from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
 # Guesses of the chains: 2, 4 and 8 nodes with the root.
 LENGTHS = (1, 3, 7)
-# One more, of 16 nodes, for drafters that copy whole passages.
-LONGEST = 15
+# More, of 16 and 32 nodes, for drafters that copy whole passages.
+LONG_COPIES = (15, 31)
 # Longest n-gram of the text itself that is looked up in hindsight, where no other drafter copies from it.
 LOOKED_UP = 3
 # A tree of 8 nodes for heads, whose second guesses are often right: ranks below the root.
@@ -55,7 +56,7 @@ def draft_shapes(
         drafter: the drafter.
         deepest: largest depth that the model's attention can verify; None sets no limit.
         extra: one more shape, such as the one that a thorough search has found.
-        memory: the memory that a suffix drafter was built with, so that the host can tell what it would have given.
+        memory: the memory that a drafter was built with, so that the host can tell what it would have given.
     """
     trees: list[AnyTree] = [DraftTree()]
     arms = [Arm(0, 0)]
@@ -66,16 +67,16 @@ def draft_shapes(
     for each in sides:
         depth = each.depth if deepest is None else min(each.depth, deepest)
         chains = sorted({min(length, depth) for length in LENGTHS} - {0})
-        if isinstance(each, SuffixDrafter) and depth >= LONGEST:
-            chains.append(LONGEST)
+        if isinstance(each, NgramDrafter | SuffixDrafter | CopyDrafter):
+            chains += [length for length in LONG_COPIES if length <= depth]
         if each.width and chains:
             trees += [DraftTree(tuple((first,) * size for size in range(1, length + 1))) for length in chains]
             arms += [Arm(family, length) for length in chains]
             if isinstance(each, Retrospective):
                 hindsight[family] = partial(each.hindsight, chains[-1])
-            elif isinstance(each, SuffixDrafter) and memory is not None:
+            elif isinstance(each, SuffixDrafter | CopyDrafter) and memory is not None:
                 # What the text itself gives is told by another drafter beside it.
-                longest = 0 if copied else LOOKED_UP
+                longest = 0 if copied or isinstance(each, CopyDrafter) else LOOKED_UP
                 hindsight[family] = partial(MemoryHindsight, chains[-1], memory, longest, each.lookback)
             family += 1
         bushy = DraftTree(tuple(tuple(first + rank for rank in path) for path in BUSHY if len(path) <= depth))

@@ -12,11 +12,6 @@ from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 
-# Plain steps that another sync with the host costs, for small models on a CPU; less for all others.
-VISIT_COST = 0.1
-# Weight of evidence from a prompt, which others wrote.
-PROMPT_WEIGHT = 0.25
-
 
 class Steering(Protocol):
     """Chooses the shapes of the loop's steps, by index; 0 is plain decoding."""
@@ -25,14 +20,20 @@ class Steering(Protocol):
     def needed(self) -> int:
         """Shape without which the loop cannot go on."""
 
-    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
-        """A prompt takes a row of the batch."""
+    def begin_row(self, row: int, text: Sequence[int]) -> None:
+        """A prompt, with the first token after it, takes a row of the batch."""
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses the next steps; `ready` tells which shapes are compiled."""
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
         """Shape to compile next, or None."""
+
+    def is_unknown(self, shape: int) -> bool:
+        """True for a compiled shape that is to be timed before it is used."""
+
+    def take_timing(self, shape: int, ratios: Sequence[float]) -> None:
+        """Takes what a step with a shape costs, in plain steps."""
 
     def update(
         self,
@@ -70,7 +71,7 @@ class FixedShape:
         """The shape in use."""
         return self.shape if self.fallback.drafts else 0
 
-    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
+    def begin_row(self, row: int, text: Sequence[int]) -> None:
         """Makes no difference."""
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
@@ -79,6 +80,13 @@ class FixedShape:
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
         """Wants no more than it needs."""
+
+    def is_unknown(self, shape: int) -> bool:
+        """Knows all it needs."""
+        return False
+
+    def take_timing(self, shape: int, ratios: Sequence[float]) -> None:
+        """Makes no difference."""
 
     def update(
         self,
@@ -109,9 +117,10 @@ class AdaptiveShape:
             shapes.arms,
             costs.cost,
             rows,
-            observed=frozenset(shapes.hindsight),
+            copies=frozenset(shapes.hindsight),
+            alerting=frozenset(family for family, begin in shapes.hindsight.items() if begin().longest),
             learned=learned,
-            visit_cost=VISIT_COST,
+            visit_cost=costs.visit,
         )
         self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
 
@@ -120,12 +129,12 @@ class AdaptiveShape:
         """Plain decoding: the text goes on while everything else is compiled."""
         return 0
 
-    def begin_row(self, row: int, prompt: Sequence[int]) -> None:
-        """Follows a new text, beginning with its prompt."""
+    def begin_row(self, row: int, text: Sequence[int]) -> None:
+        """Follows a new text, beginning with its prompt and its first token."""
         self.chooser.begin_row(row)
         self.followed[row] = {family: begin() for family, begin in self.shapes.hindsight.items()}
         for family, hindsight in self.followed[row].items():
-            self._observe(row, family, hindsight.push(prompt), PROMPT_WEIGHT)
+            self._follow(row, family, hindsight, text)
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
@@ -133,7 +142,15 @@ class AdaptiveShape:
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
         """Wants what should be tried, or promises most."""
-        return self.chooser.wanted(running, self._ready(ready))
+        return self.chooser.wanted(running, [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)])
+
+    def is_unknown(self, shape: int) -> bool:
+        """True as long as too little was measured on this machine, now and in earlier calls."""
+        return self.costs.is_unknown(shape)
+
+    def take_timing(self, shape: int, ratios: Sequence[float]) -> None:
+        """Learns what a shape costs."""
+        self.costs.take(shape, ratios)
 
     def update(
         self,
@@ -146,22 +163,19 @@ class AdaptiveShape:
         """Learns acceptance, cost, and what lookups would have given."""
         self.costs.record(choice.arm, steps, seconds)
         self.chooser.update(choice, steps, histogram)
-        used = self.shapes.arms[choice.arm].family if choice.arm else None
         for row, followed in enumerate(self.followed):
             new = tokens(row) if followed else []
             for family, hindsight in followed.items():
-                accepted = hindsight.push(new)
-                # What was really drafted has been counted.
-                if family != used:
-                    self._observe(row, family, accepted, 1.0)
+                self._follow(row, family, hindsight, new)
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
-        return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)]
+        return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
 
-    def _observe(self, row: int, family: int, accepted: Sequence[int], weight: float) -> None:
-        depth = max(arm.depth for arm in self.shapes.arms if arm.family == family)
-        if accepted:
-            self.chooser.observe(row, family, np.bincount(accepted, minlength=depth + 1), weight)
+    def _follow(self, row: int, family: int, hindsight: Hindsight, tokens: Sequence[int]) -> None:
+        """Reads on in a row, and learns from what copies would have given."""
+        if tokens:
+            hindsight.push(tokens)
+            self.chooser.observe_copies(row, family, hindsight.matched, hindsight.trials)
 
 
 def no_evidence(shapes: DraftShapes) -> Evidence:

@@ -1,9 +1,10 @@
-"""Costs of draft shapes in plain steps: assumed by size at first, measured by the steps themselves, kept by machine."""
+"""Costs of draft shapes in plain steps: assumed by size, timed before a shape is first used, kept by machine."""
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -26,6 +27,14 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
 }
 # Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
 KEPT, ENOUGH = 15, 5
+# Measurements of a shape that must be known before it is used: as many rounds of timing, each of some steps with the
+# shape and some plain ones. Rounds end early, and are of single steps, where a plain step takes long.
+TIMED, TIMED_STEPS, LONG_STEP, LONGEST_TIMING = 3, 4, 0.02, 0.5
+# Bytes of weights that are read while the host looks at the loop, and bounds of this cost in plain steps.
+VISIT_BYTES = {"cpu": 2e7, "other": 3e8}
+LEAST_VISIT, MOST_VISIT = 0.02, 1.5
+# How much more or less than assumed unmeasured shapes may cost, beyond a plain step, going by the measured ones.
+MOST_FACTOR = 4.0
 # Fewer steps between two syncs than this say little about the cost of one.
 LEAST_STEPS = 2
 FILE = "step_costs.json"
@@ -35,25 +44,70 @@ class StepCosts:
     """Costs of a few draft shapes on this machine.
 
     The cost of a shape is the median of its measurements and, as long as there are fewer than `ENOUGH`, of the
-    assumption as often as is missing: one disturbed measurement decides nothing.
+    assumption as often as is missing: one disturbed measurement decides nothing. What was timed before a shape was
+    first used takes the place of the assumption, and tells of the other shapes whether they cost more or less than
+    assumed, too.
 
     Args:
         sizes: numbers of nodes of the shapes, plain decoding (1) first.
         measured: earlier measurements of each shape, in plain steps.
+        timed: whether shapes are to be timed before they are first used.
+        visit: plain steps that a sync with the host costs.
     """
 
-    def __init__(self, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        measured: Sequence[Sequence[float]] | None = None,
+        *,
+        timed: bool = False,
+        visit: float = 0.1,
+    ) -> None:
+        self.timed = timed
+        self.visit = visit
         self.assumed = [assumed_cost(size) for size in sizes]
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
+        self.timings: dict[int, float] = {}
         self.plain_seconds: list[float] = []
+        # Asked for at every sync.
+        self._known: dict[int, float] = {}
 
     def cost(self, shape: int) -> float:
         """Plain steps that a step of a shape costs; at least 1."""
-        earlier = self.earlier[shape]
-        known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
-        known = [*known, *[self.assumed[shape]] * (ENOUGH - len(known))]
-        return max(median(known), 1.0) if shape else 1.0
+        if not shape:
+            return 1.0
+        if shape not in self._known:
+            earlier = self.earlier[shape]
+            known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
+            assumed = self._assumed(shape)
+            self._known[shape] = max(median([*known, *[assumed] * (ENOUGH - len(known))]), 1.0)
+        return self._known[shape]
+
+    def is_unknown(self, shape: int) -> bool:
+        """True for a shape that should be timed before it is used."""
+        return self.timed and shape > 0 and len(self.earlier[shape]) + len(self.found[shape]) < TIMED
+
+    def take(self, shape: int, ratios: Sequence[float]) -> None:
+        """Takes the timing of a shape, in plain steps."""
+        self.found[shape] = [*self.found[shape], *ratios][-KEPT:]
+        self.timings[shape] = median(ratios)
+        self._known.clear()
+
+    def _assumed(self, shape: int) -> float:
+        """Cost of a shape as it was timed, or assumed and scaled as those of the measured shapes would have to be."""
+        if shape in self.timings:
+            return self.timings[shape]
+        found = [[*earlier, *new] for earlier, new in zip(self.earlier, self.found, strict=True)]
+        factors = [
+            (median(costs) - 1) / (assumed - 1)
+            for costs, assumed in zip(found[1:], self.assumed[1:], strict=True)
+            if len(costs) >= TIMED and assumed > 1
+        ]
+        if not factors:
+            return self.assumed[shape]
+        factor = min(max(median(factors), 1 / MOST_FACTOR), MOST_FACTOR)
+        return 1 + factor * (self.assumed[shape] - 1)
 
     def record(self, shape: int, steps: int, seconds: float) -> None:
         """Takes the time of some steps; that of a shape is compared with plain steps of the same moments."""
@@ -64,6 +118,7 @@ class StepCosts:
         elif self.plain_seconds:
             found = seconds / steps / median(self.plain_seconds)
             self.found[shape] = [*self.found[shape], found][-KEPT:]
+            self._known.clear()
 
     @property
     def measured(self) -> list[list[float]]:
@@ -71,10 +126,45 @@ class StepCosts:
         return [[*old, *new][-KEPT:] for old, new in zip(self.earlier, self.found, strict=True)]
 
 
+def time_shape(plain: Callable[[int], int], drafted: Callable[[int], int]) -> list[float]:
+    """Times a shape against plain decoding, in turns.
+
+    Args:
+        plain: takes up to so many plain steps, and gives the number of those taken; both are compiled.
+        drafted: the same with the shape.
+
+    Returns:
+        The cost of a step in plain steps, as often as `TIMED` measurements must be known.
+    """
+    steps, began = 1, time.perf_counter()
+    _seconds_per_step(drafted, 1)
+    if _seconds_per_step(plain, 1) < LONG_STEP:
+        steps = TIMED_STEPS
+    rounds: list[tuple[float, float]] = []
+    while len(rounds) < TIMED and not (rounds and time.perf_counter() - began > LONGEST_TIMING):
+        rounds.append((_seconds_per_step(plain, steps), _seconds_per_step(drafted, steps)))
+    # The fastest rounds were disturbed least.
+    best = min(each[1] for each in rounds) / min(each[0] for each in rounds)
+    return [best] * TIMED
+
+
+def _seconds_per_step(take_steps: Callable[[int], int], steps: int) -> float:
+    began = time.perf_counter()
+    taken = take_steps(steps)
+    return (time.perf_counter() - began) / max(taken, 1)
+
+
 def size_key(model: CausalModel) -> str:
     """Short name for all models of the same architecture, sizes and types: steps cost the same in them."""
     parts = sorted(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(model) if hasattr(leaf, "shape"))
     return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
+
+
+def visit_cost(model: CausalModel) -> float:
+    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
+    while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
+    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:

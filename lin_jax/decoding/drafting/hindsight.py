@@ -1,14 +1,40 @@
 """Guesses of lookup drafters in hindsight: what copies of earlier text would have given, counted on the host."""
 
+from array import array
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from lin_jax.decoding.drafting.api import Drafter
-from lin_jax.decoding.drafting.text_memory import CONTEXT, TextMemory
+from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
+from lin_jax.decoding.drafting.text_memory import LONG, SHORT, TextMemory
+
+
+class CopyTrial(NamedTuple):
+    """One copied token and the one that the text has.
+
+    Attributes:
+        matched: tokens before it that agree with the place that it is copied from.
+        right: True if it is the token of the text.
+    """
+
+    matched: int
+    right: bool
 
 
 class Hindsight(Protocol):
-    """Follows one text, and tells how many guesses of its drafter would have been accepted."""
+    """Follows one text, and tells how many guesses of its drafter would have been accepted.
+
+    Attributes:
+        trials: every copied token of the last `push`.
+        longest: longest n-gram that is looked up in the text itself; 0 for none.
+    """
+
+    trials: list[CopyTrial]
+    longest: int
+
+    @property
+    def matched(self) -> int:
+        """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
@@ -37,15 +63,28 @@ class LookupHindsight:
         self.ends: dict[tuple[int, ...], int] = {}
         self.guesses: list[int] = []
         self.accepted = 0
+        self.trials: list[CopyTrial] = []
+        # Tokens before the guesses that agree with those before the place that they are copied from.
+        self.agreeing = 0
+
+    @property
+    def matched(self) -> int:
+        """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
+        goes_on = self.accepted < len(self.guesses) or len(self.guesses) == self.depth > 0
+        return self.agreeing + self.accepted if goes_on else 0
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
         done = []
+        self.trials = []
         for token in tokens[-self.lookback :]:
-            if self.accepted < len(self.guesses) and self.guesses[self.accepted] == token:
-                self.accepted += 1
-                self._append(token)
-                continue
+            if self.accepted < len(self.guesses):
+                right = self.guesses[self.accepted] == token
+                self.trials.append(CopyTrial(self.agreeing + self.accepted, right))
+                if right:
+                    self.accepted += 1
+                    self._append(token)
+                    continue
             # The target's own token ends a step, and is the root of the next one.
             if self.text:
                 done.append(self.accepted)
@@ -70,14 +109,19 @@ class LookupHindsight:
         for size in range(min(self.longest, len(self.text)), 0, -1):
             end = self.ends.get(tuple(self.text[-size:]))
             if end is not None and last - end < self.lookback:
+                self.agreeing = size
+                while self.agreeing < min(MAX_MATCH, end + 1) and (
+                    self.text[end - self.agreeing] == self.text[last - self.agreeing]
+                ):
+                    self.agreeing += 1
                 return [self.text[end + 1 + place % (last - end)] for place in range(self.depth)]
         return []
 
 
 class MemoryHindsight(LookupHindsight):
-    """Copies of earlier texts on the host: goes on in the text that it follows, else at the latest equal context.
+    """Copies of earlier texts on the host: goes on in the text that it follows, else where the context is the same.
 
-    The suffix drafter finds the longest match, and lets several vote; this one tells nearly as much at no cost.
+    Drafters on the device find the longest match, and may let several vote; this one tells nearly as much at no cost.
 
     Args:
         depth: tokens to copy.
@@ -96,14 +140,26 @@ class MemoryHindsight(LookupHindsight):
 
     def _copy(self) -> list[int]:
         """Tokens that followed in the memory, or else in the text itself."""
-        tokens, ends = self.memory.contexts
+        tokens = self.memory.contexts.tokens
         on = self.followed + self.accepted + 1
         goes_on = self.followed >= 0 and self.texts is tokens and on < len(tokens) and tokens[on] == self.text[-1]
-        self.followed = on if goes_on else ends.get(tuple(self.text[-CONTEXT:]), -1)
-        self.texts = tokens
+        self.agreeing = self.agreeing + self.accepted + 1 if goes_on else 0
+        self.followed, self.texts = on if goes_on else -1, tokens
+        if self.agreeing < LONG:
+            self._look_up()
         if self.followed >= 0:
             guesses = tokens[self.followed + 1 : self.followed + 1 + self.depth]
             if guesses and guesses[0] >= 0:
                 return guesses[: guesses.index(-1)] if -1 in guesses else guesses
             self.followed = -1
         return super()._copy() if self.longest else []
+
+    def _look_up(self) -> None:
+        """Finds another place with a long context, or, where none is followed, with a short one."""
+        contexts, last = self.memory.contexts, array("i", self.text[-LONG:])
+        whole = len(self.text) < LONG
+        place = (contexts.beginnings if whole else contexts.long).get(last.tobytes(), -1)
+        if place >= 0:
+            self.followed, self.agreeing = place, LONG
+        elif self.followed < 0:
+            self.followed, self.agreeing = contexts.short.get(last[-SHORT:].tobytes(), -1), SHORT

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+# Longest match at which the loop of plain steps can be told to return.
+LONGEST_ALERT = 16
+
 
 class Matches(NamedTuple):
     """Earlier occurrences of the last tokens, best first: the longest, and of equals the latest.
@@ -46,6 +49,24 @@ def find_matches(recent: Int[Array, "B W"], depth: int, max_match: int, count: i
     source = ends[:, :, None] + 1 + jnp.arange(depth) % jnp.maximum(period, 1)[:, :, None]
     followers = jnp.take_along_axis(recent[:, None, :], jnp.minimum(source, width - 1), axis=2)
     return Matches(followers, best // width)
+
+
+def longest_match(recent: Int[Array, "B W"], most: int) -> Int[Array, " B"]:
+    """Number of last tokens of each row that an earlier place has too, the longest of all places, at most `most`.
+
+    Args:
+        recent: `[B, W]` the end of each text, -1 before its beginning.
+        most: largest number of tokens to compare.
+    """
+    width = recent.shape[1]
+    padded = jnp.pad(recent, ((0, 0), (most, 0)), constant_values=-1)
+    agree = (jnp.arange(width, dtype=jnp.int32) < width - 1) & (recent >= 0)
+    sizes = jnp.zeros(recent.shape, jnp.int32)
+    for back in range(most):
+        shifted = padded[:, most - back :][:, :width]
+        agree = agree & (shifted == shifted[:, -1:]) & (shifted >= 0)
+        sizes = sizes + agree
+    return jnp.max(sizes, axis=1, initial=0)
 
 
 def _largest(keys: Int[Array, "B W"], count: int) -> Int[Array, "B M"]:

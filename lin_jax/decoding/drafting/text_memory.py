@@ -1,4 +1,4 @@
-"""Memory of the texts of a session, from which the suffix drafter copies; bounded, the oldest are forgotten."""
+"""Memory of the texts of a session, from which drafters copy; bounded, the oldest are forgotten."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,20 +18,41 @@ _PENDING_SHARE, _PENDING_TOKENS = 1 / 8, 512
 # Between two calls all of a memory of up to so many tokens is sorted anew, which takes milliseconds; of a larger one
 # only if so large a share is new.
 _QUICK_TOKENS, _QUICK_SHARE = 2**14, 1 / 16
-# Tokens of the contexts that the host looks up.
-CONTEXT = 3
+# Tokens of the contexts that the host looks up: some that make a copy worth a try, and many, which leave little doubt.
+SHORT, LONG = 3, 16
+# Followers of a place that are enough: the latest place with fewer is found only where no other has the same context.
+_ENOUGH = 32
 
 
 class Contexts(NamedTuple):
-    """The sorted texts on the host.
+    """The sorted texts on the host, and places in them by the tokens before, whose bytes are the keys.
 
     Attributes:
         tokens: the texts, with -1 after each.
-        ends: place of the last token of the latest occurrence of every `CONTEXT` tokens that another one follows.
+        short: place of the last token of an occurrence of every `SHORT` tokens that another one follows.
+        long: the same of every `LONG` tokens.
+        beginnings: the same of the first tokens of every text, as many as there are, below `LONG`.
     """
 
     tokens: list[int]
-    ends: dict[tuple[int, ...], int]
+    short: dict[bytes, int]
+    long: dict[bytes, int]
+    beginnings: dict[bytes, int]
+
+    def add(self, text: bytes) -> None:
+        """Adds a text behind the others."""
+        width, first = np.dtype(np.int32).itemsize, len(self.tokens)
+        tokens = np.frombuffer(text, np.int32).tolist()
+        self.tokens.extend([*tokens, -1])
+        for end in range(1, min(LONG, len(tokens))):
+            self.beginnings[text[: end * width]] = first + end - 1
+        for size, places in ((SHORT, self.short), (LONG, self.long)):
+            for end in range(size, len(tokens)):
+                context = text[(end - size) * width : end * width]
+                if len(tokens) - end >= _ENOUGH:
+                    places[context] = first + end - 1
+                else:
+                    places.setdefault(context, first + end - 1)
 
 
 class TextMemory:
@@ -59,7 +80,8 @@ class TextMemory:
         self._texts: dict[bytes, None] = {}
         self._size = self._pending = 0
         self._sorted: list[bytes] = []
-        self._contexts: Contexts | None = None
+        self._contexts = Contexts([], {}, {}, {})
+        self._listed: list[bytes] = []
         self.index = nnx.Variable(build_index([], limit))
 
     @property
@@ -104,24 +126,18 @@ class TextMemory:
         if self._pending and not (cheaply and dear):
             self.index.set_value(build_index(self._arrays(), self.limit))
             self._pending = 0
-            self._sorted, self._contexts = list(self._texts), None
+            self._sorted = list(self._texts)
 
     @property
     def contexts(self) -> Contexts:
         """The sorted texts on the host, where a single context is found sooner than on the device."""
-        if self._contexts is None:
-            tokens: list[int] = []
-            for text in self._sorted:
-                tokens += [*np.frombuffer(text, np.int32).tolist(), -1]
-            shifted = (tokens[place:-1] for place in range(CONTEXT))
-            ends = zip(zip(*shifted, strict=False), range(CONTEXT - 1, len(tokens)), strict=False)
-            following = tokens[CONTEXT:]
-            found = {
-                context: end
-                for (context, end), after in zip(ends, following, strict=False)
-                if after >= 0 <= min(context)
-            }
-            self._contexts = Contexts(tokens, found)
+        if self._listed != self._sorted:
+            # Mostly there are only new ones.
+            if self._listed != self._sorted[: len(self._listed)]:
+                self._contexts, self._listed = Contexts([], {}, {}, {}), []
+            for text in self._sorted[len(self._listed) :]:
+                self._contexts.add(text)
+            self._listed = self._sorted
         return self._contexts
 
     def _arrays(self) -> list[np.ndarray]:

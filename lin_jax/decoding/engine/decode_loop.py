@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from lin_jax.decoding.acceptance.longest_path import Accepted
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES, Verified
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, longest_match
 from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.decoding.engine.prefill import DecodeState, append_recent, mark_seen
 from lin_jax.decoding.engine.programs import Flat
@@ -177,6 +178,10 @@ class LossLimit(NamedTuple):
     allowance: Float[Array, ""] | np.float32
 
 
+# Plain steps that the loop takes at least before it returns for a match.
+STEPS_BEFORE_ALERT = 4
+
+
 @partial(jax.jit, static_argnames="options", donate_argnames="state")
 def run(
     modules: Flat,
@@ -185,6 +190,7 @@ def run(
     max_steps: Int[Array, ""],
     waiting: Bool[Array, ""],
     loss_limit: LossLimit | None = None,
+    alert: Int[Array, ""] | None = None,
     *,
     options: DecodeOptions,
 ) -> tuple[LoopState, Int[Array, ""]]:
@@ -197,6 +203,8 @@ def run(
         max_steps: largest number of steps.
         waiting: whether prompts wait for a free row.
         loss_limit: limit on what may be lost against plain decoding; None sets none.
+        alert: last tokens at which the loop returns, when of half the rows that run so many occurred earlier in the
+            text, as far back as the drafter looks: copies may pay from there. None never returns for that.
         options: static options.
 
     Returns:
@@ -208,6 +216,9 @@ def run(
         count, state, lost = carry
         finished = state.finished
         goes_on = (count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+        if alert is not None:
+            repeated = (longest_match(state.decode_state.recent, LONGEST_ALERT) >= alert) & ~finished
+            goes_on &= (count < STEPS_BEFORE_ALERT) | (2 * jnp.sum(repeated) < jnp.maximum(jnp.sum(~finished), 1))
         if loss_limit is None:
             return goes_on
         # The first step is allowed by the caller, who may round in another way.
@@ -219,6 +230,8 @@ def run(
         if loss_limit is not None:
             tokens = after.written - before.written
             lost = lost + loss_limit.cost - jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
+            # What steps gain does not pay for later ones: the host is to look at what has changed.
+            lost = jnp.maximum(lost, 0)
         return count + 1, after, lost.astype(jnp.float32)
 
     begin = (jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32))

@@ -7,7 +7,7 @@ from support.samples import GROUP, VOCABULARY, KnowingDrafter, build_model, padd
 
 from lin_jax.decoding import Generation, Generator, NgramDrafter, Sampling, UnionDrafter
 from lin_jax.decoding.autotune.shapes import draft_shapes
-from lin_jax.decoding.autotune.step_costs import StepCosts
+from lin_jax.decoding.autotune.step_costs import ENOUGH, TIMED, StepCosts
 from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.errors import UserError
@@ -74,6 +74,25 @@ def test_what_pays_is_used_and_what_does_not_is_left() -> None:
     tried = sum(count for tree, count in steps(bad).items() if tree != "none")
     assert 1 <= tried <= 5
     assert bad.plain_steps == NEW - 1 - tried
+
+
+def test_shapes_are_timed_before_they_are_used() -> None:
+    """On copies of the state, of which the text shows nothing; a shape that turns out to be too dear is not taken."""
+    model = build_model("augmented")
+    plain = Generator(model).generate(PROMPTS[:1], NEW)
+    good = KnowingDrafter(padded(PROMPTS[:1], plain.tokens), 2, 1.0)
+    good.rank[...] = 0
+    shapes = draft_shapes(good, 1)
+    costs = StepCosts([tree.size for tree in shapes.trees], timed=True)
+    generator = Generator(
+        model, drafter=good, shapes=shapes, costs=lambda slots: costs, compiler=ProgramCompiler(background=False)
+    )
+    assert generator.generate(PROMPTS[:1], NEW).tokens == plain.tokens
+    assert len(costs.measured[1]) >= TIMED
+    assert not costs.is_unknown(1)
+    dear = StepCosts([tree.size for tree in shapes.trees], [[], [9.0] * ENOUGH], timed=True)
+    generator.costs = lambda slots: dear
+    assert steps(generator.generate(PROMPTS[:1], NEW)) == {"none": NEW - 1}
 
 
 @pytest.mark.thorough

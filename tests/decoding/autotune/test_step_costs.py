@@ -6,7 +6,22 @@ from pathlib import Path
 import pytest
 from support.samples import build_model
 
-from lin_jax.decoding.autotune.step_costs import ENOUGH, KEPT, CostFile, StepCosts, assumed_cost, size_key
+from lin_jax.decoding.autotune import step_costs
+from lin_jax.decoding.autotune.step_costs import (
+    ENOUGH,
+    KEPT,
+    LEAST_VISIT,
+    LONG_STEP,
+    MOST_FACTOR,
+    MOST_VISIT,
+    TIMED,
+    CostFile,
+    StepCosts,
+    assumed_cost,
+    size_key,
+    time_shape,
+    visit_cost,
+)
 from lin_jax.user_cache import VARIABLE, cache_folder
 
 
@@ -36,6 +51,57 @@ def test_kept_measurements_hold_for_a_whole_call() -> None:
         assert costs.cost(1) == 1.5
     assert costs.measured[1] == [10.0] * KEPT
     assert StepCosts([1, 8], [[], [0.5] * ENOUGH]).cost(1) == 1
+
+
+def test_what_was_timed_is_known_at_once() -> None:
+    """Before a shape is first used; and later calls have it, without another timing."""
+    costs = StepCosts([1, 8], timed=True)
+    assert costs.is_unknown(1)
+    assert not costs.is_unknown(0)
+    costs.take(1, [3.2] * TIMED)
+    assert costs.cost(1) == 3.2
+    assert not costs.is_unknown(1)
+    later = StepCosts([1, 8], costs.measured, timed=True)
+    assert not later.is_unknown(1)
+    assert later.cost(1) == 3.2
+    assert not StepCosts([1, 8]).is_unknown(1)
+
+
+def test_one_shape_tells_of_the_others() -> None:
+    """What costs more than assumed does so at all sizes, within bounds."""
+    costs = StepCosts([1, 2, 8, 16])
+    extra = [assumed_cost(size) - 1 for size in (2, 8, 16)]
+    costs.take(2, [1 + 2 * extra[1]] * TIMED)
+    assert costs.cost(1) == pytest.approx(1 + 2 * extra[0])
+    assert costs.cost(2) == pytest.approx(1 + 2 * extra[1])
+    assert costs.cost(3) == pytest.approx(1 + 2 * extra[2])
+    costs.take(2, [1 + 100 * extra[1]] * TIMED)
+    assert costs.cost(1) == pytest.approx(1 + MOST_FACTOR * extra[0])
+
+
+@pytest.mark.parametrize(("plain_step", "rounds"), [(0.001, 3), (LONG_STEP, 3), (1.0, 1)])
+def test_timing_is_short(monkeypatch: pytest.MonkeyPatch, plain_step: float, rounds: int) -> None:
+    """On a clock of its own: a few steps of a small model, two of a large one; the least disturbed round counts."""
+    clock = [0.0]
+    monkeypatch.setattr(step_costs.time, "perf_counter", lambda: clock[0])
+    taken: list[tuple[str, int]] = []
+
+    def steps(name: str, seconds: float, count: int) -> int:
+        taken.append((name, count))
+        disturbed = 3.0 if name == "drafted" and sum(each == name for each, _ in taken) == 3 else 1.0
+        clock[0] += count * seconds * disturbed
+        return count
+
+    found = time_shape(lambda n: steps("plain", plain_step, n), lambda n: steps("drafted", 2.5 * plain_step, n))
+    assert found == pytest.approx([2.5] * TIMED)
+    assert len(taken) == 2 + 2 * rounds
+    assert {count for _, count in taken[2:]} == {4 if plain_step < LONG_STEP else 1}
+
+
+def test_syncs_cost_small_models_most() -> None:
+    small = build_model("augmented", dtype="float32")
+    assert LEAST_VISIT <= visit_cost(small) <= MOST_VISIT
+    assert visit_cost(small) == MOST_VISIT
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"8": ["a"]}', '{"8": [-1]}', '{"8": 3}'])

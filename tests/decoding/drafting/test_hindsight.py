@@ -6,6 +6,8 @@ from support.samples import VOCABULARY, build_model
 
 from lin_jax.decoding import Generator, NgramDrafter, SuffixDrafter, TextMemory, chain
 from lin_jax.decoding.drafting.hindsight import LookupHindsight, MemoryHindsight
+from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
+from lin_jax.decoding.drafting.text_memory import LONG
 
 
 def slow(text: list[int], depth: int, longest: int, lookback: int) -> list[int]:
@@ -37,6 +39,29 @@ def test_steps_are_those_of_the_definition(letters: int) -> None:
         hindsight = LookupHindsight(depth, longest, 1000)
         pieces = [text[begin : begin + 17] for begin in range(0, len(text), 17)]
         assert [each for piece in pieces for each in hindsight.push(piece)] == slow(text, depth, longest, 1000)
+
+
+def test_trials_tell_how_long_the_match_was() -> None:
+    """For every copied token: the tokens before it that agree with those before the place that it is copied from."""
+    text = np.random.default_rng(1).integers(0, 3, 200).tolist()
+    hindsight = LookupHindsight(7, 3, 1000)
+    places, right = [], []
+    for place, token in enumerate(text):
+        matched = hindsight.matched
+        hindsight.push([token])
+        for trial in hindsight.trials:
+            places.append(place)
+            right.append(trial.right)
+            assert trial.matched == matched
+            ends = [end for end in range(1, place) if text[end] == token or not trial.right]
+            agreeing = [
+                next((k for k in range(MAX_MATCH + 9) if k >= end or text[end - 1 - k] != text[place - 1 - k]), 0)
+                for end in ends
+            ]
+            # Some earlier place agrees as long, and goes on as was guessed.
+            assert not trial.right or max(agreeing) >= min(matched, MAX_MATCH)
+    assert 0 < sum(right) < len(right)
+    assert len(places) > 100
 
 
 def test_memory_is_bounded() -> None:
@@ -74,6 +99,33 @@ def test_earlier_texts_are_followed_to_their_end() -> None:
     accepted = hindsight.push([*new, *first, *new])
     # Three tokens are read before the passage is known; the last step in it has one left to guess.
     assert accepted == [0] * 12 + [7] * 7 + [1] + [0] * 9
+    # Every copied token of the passage tells how long the match before it was, the first one of an earlier text.
+    assert [each.matched for each in hindsight.trials][:4] == [3, 4, 5, 6]
+    assert all(each.right for each in hindsight.trials)
+    assert hindsight.matched == 0
+
+
+def test_a_known_beginning_is_followed_at_once() -> None:
+    """A text so far that an earlier one began with, however short; and only as long as they agree."""
+    text, memory = np.random.default_rng(5).integers(0, 40, 60).tolist(), TextMemory(512)
+    memory.add(text)
+    memory.refresh()
+    hindsight = MemoryHindsight(7, memory, 0, 256)
+    hindsight.push(text[:2])
+    assert hindsight.matched >= LONG
+    assert hindsight.push(text[2:20]) == [7, 7]
+    assert hindsight.matched >= LONG
+    hindsight.push([99])
+    assert not hindsight.matched
+    # Texts that come later are found without listing the earlier ones anew.
+    listed = memory.contexts.tokens
+    memory.add([*text[:20], 99, *range(100, 140)])
+    memory.refresh()
+    assert memory.contexts.tokens is listed
+    hindsight = MemoryHindsight(7, memory, 0, 256)
+    hindsight.push([50, *text[:20], 99, 100])
+    assert hindsight.matched >= LONG
+    assert hindsight.guesses[hindsight.accepted :][:2] == [101, 102]
 
 
 @pytest.mark.thorough

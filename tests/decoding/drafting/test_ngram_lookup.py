@@ -9,7 +9,7 @@ import pytest
 
 from lin_jax.decoding import DraftTree, NgramDrafter
 from lin_jax.decoding.drafting.api import DraftContext
-from lin_jax.decoding.drafting.ngram_lookup import find_matches
+from lin_jax.decoding.drafting.ngram_lookup import find_matches, longest_match
 
 Path = tuple[int, ...]
 
@@ -79,3 +79,17 @@ def follow(matches: list[tuple[int, list[int]]], confidence: tuple[float, ...]) 
         return sorted(votes, key=lambda token: -votes[token])
 
     return children
+
+
+def test_the_longest_match_is_that_of_a_search() -> None:
+    """Of texts of few letters, and of some shorter than the buffer; -1 stands before their beginning."""
+    rng = np.random.default_rng(4)
+    texts = [rng.integers(0, 3, 40).tolist() for _ in range(6)] + [[7] * 12, [1, 2], [5], [1, 2, 3] * 13]
+    recent = np.array([[-1] * (40 - len(text)) + text for text in texts], np.int32)
+
+    def slow(text: list[int]) -> int:
+        ends = range(1, len(text))
+        sizes = [next(n for n in range(9) if n == min(end, 8) or text[end - 1 - n] != text[-1 - n]) for end in ends]
+        return max(sizes, default=0)
+
+    assert longest_match(jnp.asarray(recent), 8).tolist() == [slow(text) for text in texts]

@@ -1,5 +1,6 @@
 """Drafters, the sources of guesses, and their registry."""
 
+from lin_jax.decoding.drafting.drafters.copy import CopyDrafter as CopyDrafter
 from lin_jax.decoding.drafting.drafters.likeliest import LikeliestDrafter as LikeliestDrafter
 from lin_jax.decoding.drafting.drafters.medusa import MedusaDrafter as MedusaDrafter
 from lin_jax.decoding.drafting.drafters.model import ModelDrafter as ModelDrafter

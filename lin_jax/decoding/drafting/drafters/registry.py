@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.drafters.copy import CopyDrafter
 from lin_jax.decoding.drafting.drafters.likeliest import LikeliestDrafter
 from lin_jax.decoding.drafting.drafters.medusa import MedusaDrafter
 from lin_jax.decoding.drafting.drafters.model import ModelDrafter, SelfDrafter
@@ -17,7 +18,10 @@ from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.errors import UserError
 from lin_jax.models import CausalModel, MedusaHeads, PathHead
 
-NGRAM_MATCHES = 4
+# Occurrences of the last tokens that the n-gram drafter uses, and tokens that it copies: many, for a text in circles.
+NGRAM_MATCHES, NGRAM_DEPTH = 4, 31
+# Drafters that copy from the memory of earlier texts.
+READERS = ("suffix", "copy")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class DraftParts:
         path: its path-conditioned head.
         model: a small model with the same vocabulary.
         layers: indices of the target's layers that draft for it.
-        memory: earlier texts, from which the suffix drafter copies.
+        memory: earlier texts, from which some drafters copy.
     """
 
     target: CausalModel
@@ -71,8 +75,9 @@ def _self(parts: DraftParts) -> Drafter | None:
 
 DRAFTERS: dict[str, Callable[[DraftParts], Drafter | None]] = {
     "none": lambda parts: NoDrafter(),
-    "ngram": lambda parts: NgramDrafter(matches=NGRAM_MATCHES),
+    "ngram": lambda parts: NgramDrafter(depth=NGRAM_DEPTH, matches=NGRAM_MATCHES),
     "suffix": lambda parts: SuffixDrafter(parts.memory),
+    "copy": lambda parts: CopyDrafter(parts.memory),
     "medusa": _medusa,
     "path": _path,
     "model": _model,
@@ -118,14 +123,14 @@ def _single(name: str, parts: DraftParts) -> Drafter:
 
 def reads_memory(kind: str) -> bool:
     """True for a drafter, by name or joined names, that copies from the memory of earlier texts."""
-    return "suffix" in re.split(r"[+/]", kind)
+    return not set(READERS).isdisjoint(re.split(r"[+/]", kind))
 
 
 def available(parts: DraftParts) -> Sequence[str]:
     """Names of the drafters that can be compared in advance: each alone, and others joined with the n-gram drafter.
 
-    The suffix drafter's worth shows only in use, as its memory fills.
+    What drafters are worth that copy from memory shows only in use, as it fills.
     """
-    left_out = ("none", "suffix")
+    left_out = ("none", *READERS)
     alone = [name for name, build in DRAFTERS.items() if name not in left_out and build(parts) is not None]
     return [*alone, *(f"{name}+ngram" for name in alone if name != "ngram")]

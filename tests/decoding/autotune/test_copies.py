@@ -1,0 +1,187 @@
+"""The choice of copies by the length of their match, on simulated texts that repeat themselves, or only seem to."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from lin_jax.decoding.autotune.chooser import (
+    ALLOWANCE,
+    CREDIT,
+    MATCHES,
+    NO_ALERT,
+    RATE,
+    Arm,
+    Chooser,
+    Evidence,
+    evidence_shape,
+)
+from lin_jax.decoding.drafting.hindsight import LookupHindsight
+
+# Plain decoding, chains of 1, 3 and 7 guesses of heads that are never right, and copies in chains of 3 to 31.
+ARMS = (Arm(0, 0), Arm(0, 1), Arm(0, 3), Arm(0, 7), Arm(1, 3), Arm(1, 7), Arm(1, 15), Arm(1, 31))
+COSTS = {
+    "avx512": (1.0, 1.3, 1.5, 1.8, 1.5, 1.8, 2.4, 3.6),
+    "avx2": (1.0, 1.85, 2.15, 2.45, 2.15, 2.45, 3.4, 5.5),
+    # What was measured with a model of a few layers and a window: a draft of any length costs more than two steps.
+    "small": (1.0, 2.4, 2.9, 3.3, 2.9, 3.2, 4.5, 7.0),
+}
+VISIT = 0.2
+Text = Callable[[np.random.Generator, int], list[int]]
+
+
+def decode(text: list[int], costs: tuple[float, ...], learned: Evidence | None = None) -> tuple[float, list[int]]:
+    """Plain steps that a token takes, syncs with the host included, and the arm of every step."""
+    chooser = Chooser(ARMS, costs.__getitem__, 1, copies=frozenset({1}), learned=learned, visit_cost=VISIT)
+    hindsight, place, spent, arms = LookupHindsight(31, 3, 2048), 0, 0.0, []
+    hindsight.push(text[:1])
+    while place < len(text) - 1:
+        choice = chooser.choose(np.ones(1, bool), range(1, len(ARMS)), 128)
+        histogram, begin, steps, lost = np.zeros((1, 32), int), place, 0, 0.0
+        while steps < choice.steps and place < len(text) - 1:
+            if choice.arm and steps and lost + choice.cost - 1 > choice.allowance:
+                break
+            right = copied(text, place, ARMS[choice.arm].depth) if ARMS[choice.arm].family else 0
+            given = min(right + 1, len(text) - 1 - place)
+            histogram[0, given - 1] += 1
+            place, steps, lost = place + given, steps + 1, max(lost + choice.cost - given, 0)
+        spent += steps * costs[choice.arm] + VISIT * (1 if choice.arm else max(1 - steps / 128, 0))
+        chooser.update(choice, steps, histogram)
+        hindsight.push(text[begin + 1 : place + 1])
+        chooser.observe_copies(0, 1, hindsight.matched, hindsight.trials)
+        arms += [choice.arm] * steps
+    return spent / (len(text) - 1), arms
+
+
+def copied(text: list[int], place: int, depth: int) -> int:
+    """Accepted tokens of a copy from the latest place that agrees with the last three tokens, two or one."""
+    for size in (3, 2, 1):
+        for end in range(place - 1, size - 2, -1):
+            if text[end - size + 1 : end + 1] == text[place - size + 1 : place + 1]:
+                period, accepted = place - end, 0
+                while accepted < depth and place + 1 + accepted < len(text):
+                    if text[place + 1 + accepted] != text[end + 1 + accepted % period]:
+                        break
+                    accepted += 1
+                return accepted
+    return 0
+
+
+def in_circles(rng: np.random.Generator, tokens: int) -> list[int]:
+    """Goes round in circles after a while, as greedy texts of small models do."""
+    begin, circle = rng.integers(0, 500, 60).tolist(), rng.integers(0, 500, 23).tolist()
+    return (begin + circle * (tokens // 23 + 1))[:tokens]
+
+
+def new(rng: np.random.Generator, tokens: int) -> list[int]:
+    """Repeats itself by chance alone."""
+    return rng.integers(0, 300, tokens).tolist()
+
+
+def few_letters(rng: np.random.Generator, tokens: int) -> list[int]:
+    """Every short context has been there before, and says nothing."""
+    return rng.integers(0, 4, tokens).tolist()
+
+
+def teasing(rng: np.random.Generator, tokens: int) -> list[int]:
+    """Repeats passages of two to twelve tokens, and goes on in another way, over and over."""
+    text = rng.integers(0, 300, 30).tolist()
+    while len(text) < tokens:
+        begin, size = int(rng.integers(0, len(text) - 12)), int(rng.integers(2, 13))
+        text += [*text[begin : begin + size], int(rng.integers(300, 600))]
+    return text[:tokens]
+
+
+@pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS)
+@pytest.mark.parametrize("kind", [in_circles, new, few_letters, teasing])
+def test_no_text_loses_more_than_the_account_allows(kind: Text, costs: tuple[float, ...]) -> None:
+    """Syncs with the host included, beyond those that plain decoding makes too."""
+    for seed in range(4):
+        for tokens in (200, 800):
+            spent, _ = decode(kind(np.random.default_rng(seed), tokens), costs)
+            # Only where long matches lead astray the account is overdrawn.
+            credit = CREDIT if kind is teasing else 0
+            assert spent <= 1 + RATE + (ALLOWANCE + credit + 2 * VISIT) / tokens + 1e-9
+            assert 1 / spent >= (0.93 if credit else 0.965)
+
+
+@pytest.mark.parametrize("costs", COSTS.values(), ids=COSTS)
+def test_circles_are_found_soon(costs: tuple[float, ...]) -> None:
+    """Nearly as fast as if chains of 16 nodes were known to be right from the second round on."""
+    for seed in range(4):
+        for tokens, share in ((200, 0.8), (1000, 0.85)):
+            spent, arms = decode(in_circles(np.random.default_rng(seed), tokens), costs)
+            known = (83 + (tokens - 83) / 16 * costs[6]) / tokens
+            assert known / spent > share
+    # Most steps of a long passage take long chains.
+    assert np.bincount([arm for arm in arms if arm], minlength=len(ARMS))[6:].sum() > len([a for a in arms if a]) / 2
+
+
+def test_streams_pay_for_no_sync_of_their_own() -> None:
+    """Where the text is asked for every few steps anyway, the account is as full after a long new text as before it."""
+    chooser = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}), visit_cost=VISIT)
+    for _ in range(200):
+        choice = chooser.choose(np.ones(1, bool), range(1, len(ARMS)), 8)
+        assert choice[:2] == (0, 8)
+        chooser.update(choice, 8, np.array([[8]]))
+    assert chooser.balance == pytest.approx(ALLOWANCE + RATE * 1600)
+
+
+def test_the_match_decides() -> None:
+    """The same evidence, and another place in the text: nothing to copy from, a short match, a long one."""
+    chooser = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}))
+    running, found = np.ones(1, bool), []
+    for matched in (0, 1, 3, 6, 12, 40):
+        chooser.observe_copies(0, 1, matched, [])
+        found.append(chooser.values(running)[4:])
+    assert found[0] == [1 / cost for cost in COSTS["small"][4:]]
+    assert all(list(each) == sorted(each) for each in zip(*found, strict=True))
+    assert chooser.choose(running, range(1, len(ARMS)), 128).arm in (6, 7)
+    chooser.begin_row(0)
+    assert chooser.choose(running, range(1, len(ARMS)), 128).arm == 0
+
+
+def test_copies_that_were_wrong_are_trusted_less() -> None:
+    """Of each length of match apart: after long ones it is still copied."""
+    chooser = Chooser(ARMS, COSTS["avx2"].__getitem__, 1, copies=frozenset({1}))
+    running = np.ones(1, bool)
+    chooser.observe_copies(0, 1, 6, [])
+    before = chooser.values(running)[5]
+    chooser.observe_copies(0, 1, 6, [(6, False), (7, False)] * 10)
+    assert chooser.values(running)[5] < 0.7 * before
+    chooser.observe_copies(0, 1, 32, [])
+    assert chooser.values(running)[5] > 2
+
+
+def test_texts_teach_each_other() -> None:
+    learned = Evidence.none(1, *evidence_shape(ARMS))
+    decode(in_circles(np.random.default_rng(1), 400), COSTS["small"], learned)
+    known = learned.copy_shares(None, 4.0)[0, 1]
+    assert known.shape == (len(MATCHES),)
+    assert (known >= Evidence.none(1, 2, len(MATCHES)).copy_shares(None, 4.0)[0, 1]).sum() >= 6
+    chooser = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}), learned=learned)
+    alone = Chooser(ARMS, COSTS["small"].__getitem__, 1, copies=frozenset({1}))
+    for each in (chooser, alone):
+        each.observe_copies(0, 1, 4, [])
+    assert chooser.values(np.ones(1, bool))[6] > 1.2 * alone.values(np.ones(1, bool))[6]
+
+
+def test_plain_steps_end_at_a_match_that_would_pay() -> None:
+    """A longer one where copies were wrong or cost more, none where they cannot pay; not at once again."""
+    running, ready = np.ones(1, bool), range(4, len(ARMS))
+
+    def chooser(costs: tuple[float, ...]) -> Chooser:
+        return Chooser(ARMS, costs.__getitem__, 1, copies=frozenset({1}), alerting=frozenset({1}), visit_cost=VISIT)
+
+    cheap, dear = chooser(COSTS["avx512"]), chooser(COSTS["small"])
+    first = cheap.choose(running, ready, 128)
+    assert first[:2] == (0, 128)
+    assert 1 < first.alert < dear.choose(running, ready, 128).alert < NO_ALERT
+    assert chooser((1.0, *[40.0] * 7)).choose(running, ready, 128).alert == NO_ALERT
+    cheap.observe_copies(0, 1, 0, [(length, False) for length in (2, 3, 4, 6)] * 20)
+    assert first.alert < cheap.choose(running, ready, 128).alert
+    dear.update(dear.choose(running, ready, 128), 10, np.array([[10]]))
+    again = dear.choose(running, ready, 128)
+    assert again.alert == NO_ALERT
+    dear.update(again, again.steps, np.array([[again.steps]]))
+    assert dear.choose(running, ready, 128).alert < NO_ALERT
