@@ -10,8 +10,9 @@ were named before, 130 tokens ago on average, and from nowhere else: 3 nats for 
 and without its past. A row of tokens from the middle of a document is like one from its beginning.
 
 `train.txt` and `held_out.txt` hold documents with `<|endoftext|>` between them. The stories of the two are different
-ones, and so are casts and facts. `dense.txt` has facts after every sentence: a model learns to look back from it in a
-fraction of the steps. The same options make the same bytes.
+ones, and so are casts and facts. A model learns to look back in a fraction of the steps where there is nothing else to
+learn: `bare.txt` has facts alone, in short documents, and `dense.txt` has them after every sentence. The same options
+make the same bytes.
 """
 
 import argparse
@@ -53,9 +54,9 @@ ENDINGS = {
 # Facts of a sentence, and the sentences of facts that pass before the same may be told again.
 TOLD, RESTING = 3, 2
 
-# Characters of a document, at least: some 3,500 tokens, and 500 where facts are dense. Rows of one document are read
-# one after the other, and a model would learn dense facts by heart, in its weights.
-LONG, SHORT = 12_000, 1_800
+# Characters of a document, at least: some 3,500 tokens, 500 where facts are dense, and 400 of facts alone. Rows of one
+# document are read one after the other, and a model would learn dense facts by heart, in its weights.
+LONG, SHORT, SHORTEST = 12_000, 1_800, 1_000
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Sizes:
 
     Attributes:
         cast: names.
-        sentences: of a story between facts.
+        sentences: of a story between facts; 0 is facts alone.
         characters: at least.
     """
 
@@ -97,6 +98,7 @@ def main() -> int:
         ("held_out", stories[:held], options.megabytes / 10, sparse),
         ("train", stories[held:], options.megabytes, sparse),
         ("dense", stories[held:], options.megabytes / 4, replace(sparse, sentences=1, characters=SHORT)),
+        ("bare", stories[held:], options.megabytes / 2, replace(sparse, sentences=0, characters=SHORTEST)),
     ):
         chance = random.Random(f"{name} {options.seed}")
         made = list(documents(chosen, chance, sizes, megabytes * 1e6))
@@ -144,7 +146,7 @@ def pieces_of(stories: Iterator[str], book: Book, chance: random.Random, sizes: 
     length, resting = 0, deque[str](maxlen=TOLD * RESTING)
     while length < sizes.characters:
         ends = re.split(r"(?<=[.!?])\s+", " ".join(recast(next(stories), book, chance).split()))
-        for begin in range(0, len(ends), sizes.sentences):
+        for begin in range(0, len(ends), max(sizes.sentences, 1)):
             chosen = chance.sample([fact for fact in book.facts if fact not in resting], TOLD)
             resting.extend(chosen)
             *told, last = chosen

@@ -101,12 +101,17 @@ def test_fact_stories(tmp_path: Path) -> None:
         )
         done = run_benchmark("fact_stories", *options)
         assert done.returncode == 0, done.stderr
-    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense")}
+    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense", "bare")}
     assert all((tmp_path / "b" / f"{name}.txt").read_text() == text for name, text in texts.items())
     numbers = {name: set(re.findall(r"saw (\d+) cats", text)) for name, text in texts.items()}
     assert numbers["dense"] <= numbers["train"]
     assert not numbers["train"] & numbers["held_out"]
     assert len(numbers["train"] | numbers["held_out"]) == len(stories)
+    assert all(
+        re.fullmatch(r"\w+ spoke of the .*\.", line)
+        for document in texts["bare"].split("<|endoftext|>")
+        for line in document.splitlines()
+    )
     casts = set()
     for document in texts["train"].split("<|endoftext|>"):
         told = re.findall(r"(\w+) spoke of the (\w+ \w+), the (\w+ \w+) and the (\w+ \w+)\.$", document, re.MULTILINE)
