@@ -63,10 +63,8 @@ dist: .venv/installed
 
 test: .venv/installed-test
 	$(RUN) -m pytest $(PYTEST)
-	@# What is most worth it, compiled as users compile: with XLA's optimizations.
-	$(if $(PYTEST),,$(RUN) -m pytest --users-settings -m "users_settings and not thorough" --dist=worksteal $$(grep -rl mark[.]users_settings tests))
 
-# Also what is marked `thorough`, and all of it with XLA's optimizations.
+# Also what is marked `thorough`, and all of it compiled as users compile: with XLA's optimizations.
 test-all: .venv/installed-test .venv/installed-docs .venv/installed-eval
 	$(RUN) -m pytest --users-settings -m "thorough or not thorough" $(PYTEST)
 

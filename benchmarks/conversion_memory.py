@@ -1,17 +1,19 @@
-"""Peak memory of `hub import` over the size of a folder: does a conversion's memory grow with the model?
+"""Peak memory of `hub import` and `hub export` over the size of a folder: does it grow with the model?
 
     python benchmarks/conversion_memory.py [--gigabytes 1] [--shards 4] [--in-memory] [--folder DIR] [--json FILE]
 
 The folder is a LLaMA of LLaMA-3.2-1B's widths with random weights in bfloat16, of as many layers as the size asks for,
 in several files. A process of its own converts it with `python -m lin_jax hub import`, and reports the most memory that
-it ever had (ru_maxrss). `--in-memory` converts it by `from_pretrained` and `save_pretrained`, too, for which the model
-is in memory, and compares the bytes of both folders.
+it ever had (ru_maxrss); another one exports the folder that came of it, which must stay as it is. `--in-memory`
+converts the first by `from_pretrained` and `save_pretrained`, too, for which the model is in memory, and compares the
+bytes of both folders.
 """
 
 import argparse
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = Path(temporary)
         size, largest = make_folder(place / "source", options.gigabytes * 1e9, options.shards)
         asked = (options.attention, options.dtype, str(size // options.shards + 1))
-        rows = {"hub import": measured(_command(place, asked))}
+        rows = {"hub import": measured(_command(place, asked)), "hub export": measured(_export(place, asked))}
+        rows["hub export"]["same_bytes"] = _same(place / "streamed", place / "exported")
+        shutil.rmtree(place / "exported")
         if options.in_memory:
             rows["in memory"] = measured(_in_memory(place, asked))
             rows["in memory"]["same_bytes"] = _same(place / "streamed", place / "held")
@@ -80,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"allowed whatever the size: {limit / 1e9:.2f} GB")
     if options.json:
         write(report, options.json)
-    wrong = rows["hub import"]["peak_bytes"] > limit or not rows.get("in memory", {}).get("same_bytes", True)
-    return int(wrong)
+    too_much = any(rows[name]["peak_bytes"] > limit for name in ("hub import", "hub export"))
+    return int(too_much or not all(row.get("same_bytes", True) for row in rows.values()))
 
 
 def make_folder(folder: Path, size: float, shards: int) -> tuple[int, int]:
@@ -137,6 +141,11 @@ def _command(place: Path, asked: tuple[str, str, str]) -> list[str]:
     attention, dtype, most = asked
     words = ["-m", "lin_jax", "hub", "import", str(place / "source"), str(place / "streamed")]
     return [*words, "--attention", attention, "--dtype", dtype, "--max-shard-bytes", most]
+
+
+def _export(place: Path, asked: tuple[str, str, str]) -> list[str]:
+    words = ["-m", "lin_jax", "hub", "export", str(place / "streamed"), str(place / "exported")]
+    return [*words, "--max-shard-bytes", asked[2]]
 
 
 def _in_memory(place: Path, asked: tuple[str, str, str]) -> list[str]:

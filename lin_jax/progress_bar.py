@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -17,8 +17,13 @@ def is_interactive() -> bool:
     return in_notebook() or sys.stderr.isatty()
 
 
+def progress_stream() -> TextIO:
+    """Stream of bars and lines of progress: stderr, but stdout in notebooks, which show stderr in red, as errors."""
+    return sys.stdout if in_notebook() else sys.stderr
+
+
 def progress_bar(*, shown: bool = True, **options: Any) -> Any:
-    """Makes a tqdm bar on stderr, a widget in notebooks that have widgets; it is disabled where nobody would see it.
+    """Makes a tqdm bar, a widget in notebooks that have widgets; it is disabled where nobody would see it.
 
     Args:
         shown: False shows none anywhere.
@@ -29,4 +34,4 @@ def progress_bar(*, shown: bool = True, **options: Any) -> Any:
         from tqdm.notebook import tqdm as notebook_bar
 
         return notebook_bar(disable=disable, **options)
-    return tqdm(file=sys.stderr, dynamic_ncols=True, disable=disable, **options)
+    return tqdm(file=progress_stream(), dynamic_ncols=True, disable=disable, **options)

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 from support.cells import some_of
+from support.compilation import compile_quickly, compiling_as_users
 from support.processes import SHARED
 
 from lin_jax.attention import AttentionConfig
@@ -20,6 +22,14 @@ from lin_jax.models import LlamaConfig
 from pallas_kernels.implementations import preferring
 
 HERE = Path(__file__).parent
+# Files of few tests that take a long time, most of it in one of them, in descending order.
+LONGEST = (
+    *("training/test_resume", "demo/test_demo", "decoding/test_lossless", "test_notebook", "cli/test_decode"),
+    *("pallas_kernels/test_compilation", "test_project", "test_api", "attention/test_sequence_parallel"),
+    *("decoding/test_same_bits", "training/distributed/test_on_meshes", "cli/test_report", "cli/test_self_generate"),
+    *("training/checkpoint/test_shared_checkpoints", "training/test_openings", "pallas_kernels/test_on_a_mesh"),
+    *("decoding/engine/test_prefix_cache", "losses/test_chunked", "models/test_separate_layers", "test_session"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--users-settings",
         action="store_true",
-        help="compile as users do, with XLA's optimizations, which take most of the time of small tests",
+        help="compile everything as users do, with XLA's optimizations, which take most of the time of small tests",
     )
 
 
@@ -47,12 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # What tests measure is of no use to anybody, and nobody's measurements decide what tests do.
     os.environ["LIN_JAX_CACHE"] = "off"
     if not config.getoption("--users-settings"):
-        # Most of the time of a small model's test is compilation; code generators side by side cost more than they
-        # save on programs as small.
-        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-        jax.config.update("jax_disable_most_optimizations", True)
+        compile_quickly()
     # Triton learns whether it interprets when it is imported, which PyTorch may do.
     if jax.default_backend() != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -74,13 +79,24 @@ def _holds(file: Path, pattern: str) -> bool:
         return any(re.match(pattern, key) for key in opened.keys())  # noqa: SIM118 - the handle is no mapping
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves the mark `users_settings` to the cells that it names, where it names any."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Leaves the mark `users_settings` to the cells that it names; what is left to run is put in order.
+
+    Workers take files in this order: the longest first, then those of many tests, so that all workers end together.
+    """
     for item in items:
         mark = item.get_closest_marker("users_settings")
         if mark is not None and mark.args and not any(f"[{name}]" in item.name for name in mark.args):
             item.own_markers.remove(mark)
+    yield
+    rank = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+    count = Counter(_file_of(item) for item in items)
+    items.sort(key=lambda item: (rank.get(_file_of(item), len(rank)), -count[_file_of(item)], _file_of(item)))
+
+
+def _file_of(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
 
 
 def pytest_collection_finish() -> None:
@@ -118,6 +134,14 @@ def forget_programs() -> Iterator[None]:
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def users_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compiles what is marked so as users do, where the other tests are not."""
+    marked = request.node.get_closest_marker("users_settings") is not None
+    with compiling_as_users() if marked and not request.config.getoption("--users-settings") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

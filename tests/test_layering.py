@@ -2,6 +2,8 @@
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -35,22 +37,30 @@ def module_of(path: Path) -> str:
 FILES = [path for name in ("lin_jax", "pallas_kernels") for path in sorted((ROOT / name).rglob("*.py"))]
 # The modelling code that exports carry runs under transformers, not here.
 PATHS = {module_of(path): path for path in FILES if "torch_source" not in path.parts}
-TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in PATHS.items()}
 
 
+@cache
+def tree_of(module: str) -> ast.Module:
+    """A file's syntax, read when a test first asks for it: every worker imports this module."""
+    return ast.parse(PATHS[module].read_text(encoding="utf-8"))
+
+
+def syntax() -> Iterator[tuple[str, ast.Module]]:
+    """All modules, each with its syntax."""
+    return ((module, tree_of(module)) for module in PATHS)
+
+
+@cache
 def imports_of(module: str) -> set[str]:
     """Our modules that a module imports anywhere in its file."""
     found = set()
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in PATHS else node.module for name in names}
     return {name for name in found if name in PATHS and name != module}
-
-
-IMPORTS = {module: imports_of(module) for module in PATHS}
 
 
 def wing_of(module: str) -> str | None:
@@ -69,7 +79,8 @@ def test_every_module_is_on_a_floor():
 
 def test_imports_go_down():
     up = []
-    for module, names in IMPORTS.items():
+    for module in PATHS:
+        names = imports_of(module)
         wing = wing_of(module)
         for name in names if wing else ():
             other = wing_of(name)
@@ -81,7 +92,7 @@ def test_imports_go_down():
 
 def test_no_files_import_each_other_in_a_circle():
     # A package's file hands on what its modules define, which import each other, not the package.
-    graph = {module: IMPORTS[module] for module in PATHS}
+    graph = {module: imports_of(module) for module in PATHS}
     try:
         list(TopologicalSorter(graph).static_order())
     except CycleError as error:
@@ -100,7 +111,7 @@ def test_folders_can_be_overlooked():
 
 def test_a_public_class_has_a_name_of_its_own():
     places = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in syntax():
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(module)
@@ -110,7 +121,7 @@ def test_a_public_class_has_a_name_of_its_own():
 def test_only_command_lines_parse_arguments():
     parsers = {
         module
-        for module, tree in TREES.items()
+        for module, tree in syntax()
         for node in ast.walk(tree)
         if isinstance(node, ast.Import) and any(alias.name == "argparse" for alias in node.names)
     }
@@ -121,7 +132,7 @@ def test_only_command_lines_parse_arguments():
 
 def test_docstrings_name_a_thing_or_say_what_is_done():
     opening = []
-    for module, tree in TREES.items():
+    for module, tree in syntax():
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 text = ast.get_docstring(node) or ""

@@ -48,6 +48,10 @@ def test_quickstart(corpus, tmp_path):
                 client.execute_cell(cell, number)
                 assert "step 0" not in outputs_of(cell)
     said = [outputs_of(cell) for cell in cells.values()]
+    # Notebooks show stderr in red: lines of progress are no errors.
+    streams = [each for cell in cells.values() for each in cell.outputs if each.output_type == "stream"]
+    assert "validation" in "".join(each.text for each in streams if each.name == "stdout")
+    assert "validation" not in "".join(each.text for each in streams if each.name == "stderr")
     assert any("image/png" in text for text in said)
     assert any("tokens a step" in text for text in said)
     assert (tmp_path / "out" / "export" / "config.json").exists()

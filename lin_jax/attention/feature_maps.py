@@ -23,6 +23,9 @@ from pallas_kernels.windows.features import (
     hedgehog_queries,
 )
 
+# Matrices that maps learn for each head, by their names. A model with int8 weights has them at bfloat16's precision.
+LEARNT_MATRICES = ("query_map", "key_map")
+
 
 class RandomProjection(nnx.Variable):
     """Directions `[M, D]` drawn at random and kept, not learnt."""

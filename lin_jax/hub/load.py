@@ -18,6 +18,7 @@ from lin_jax.hub.families.heads import has_own_head, head_remedy, with_shared_he
 from lin_jax.hub.families.registry import Family
 from lin_jax.hub.files import find_checkpoint, read_checkpoint, read_config, unread_index
 from lin_jax.hub.int8.filling import fill_rounded
+from lin_jax.hub.int8.matrices import is_feature_map
 from lin_jax.hub.int8.tensor import FIELD, RoundedTensor, joined
 from lin_jax.hub.llama2c import read_llama2c
 from lin_jax.hub.tensors import (
@@ -148,9 +149,9 @@ class Pretrained:
         folder, hf_config, tensors = checkpoint.folder, checkpoint.hf_config, checkpoint.tensors
         family = family_of(hf_config)
         config = model_config(family, hf_config, attention)
-        own_type = stored_type(tensors)
+        own_type = stored_type(tensors, rounded=checkpoint.rounded)
         if param_dtype is None and checkpoint.rounded:
-            # What int8 numbers stand for is exact in float32.
+            # What int8 and bfloat16 numbers stand for is exact in float32.
             dtype, param_dtype = dtype or own_type, own_type if own_type == "float64" else "float32"
         param_dtype = param_dtype or own_type
         config = replace(config, param_dtype=param_dtype, dtype=dtype or param_dtype)
@@ -294,14 +295,16 @@ def from_pretrained(
     return opened.load(shardings=shardings, seed=seed)
 
 
-def stored_type(tensors: Mapping[str, Any]) -> str:
+def stored_type(tensors: Mapping[str, Any], *, rounded: bool = False) -> str:
     """Parameter type of a checkpoint: that of most of its bytes, or float32 if a model cannot have that.
 
-    Int8 numbers with factors do not count.
+    Args:
+        tensors: its tensors, by name.
+        rounded: whether its matrices were rounded; they and feature maps do not count then.
     """
     sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        if isinstance(tensor, RoundedTensor):
+    for name, tensor in tensors.items():
+        if isinstance(tensor, RoundedTensor) or (rounded and is_feature_map(name)):
             continue
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
     most = max(sizes, key=lambda name: sizes[name], default="float32")

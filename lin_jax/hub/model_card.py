@@ -10,6 +10,7 @@ from lin_jax.attention.registry import AUGMENTATIONS
 from lin_jax.hub.config_json import attentions_of, config_json, has_remote_code, is_known, is_softmax
 from lin_jax.hub.export.torch_source.versions_lin_jax import NEWEST, OLDEST
 from lin_jax.hub.families.registry import family_of_model
+from lin_jax.hub.int8.matrices import is_feature_map
 from lin_jax.hub.sizes import context_length, parameter_count, state_bytes
 from lin_jax.models import MedusaHeads
 
@@ -53,6 +54,7 @@ _INT8 = (
     "The matrices of its linear layers, its head and its table of tokens are int8, with a float32 factor for each "
     "output or token."
 )
+_NARROW_MAPS = "Its learnt feature maps are bfloat16."
 _KNOWN_ONLY_HERE = "The model opens with `lin_jax` only."
 
 
@@ -84,6 +86,8 @@ def model_card(
         summary.append(f"Its attention: {_attention_text(config)}.")
     if int8:
         summary.append(_INT8)
+        if any(map(is_feature_map, family.entries(model))):
+            summary.append(_NARROW_MAPS)
     if heads is not None:
         summary.append(f"{heads.count} Medusa heads are beside it in `medusa_lm_head.safetensors`.")
     sections = [_metadata(family.name, linearized), f"# {name}", " ".join(summary), _table(_sizes(model))]

@@ -83,7 +83,8 @@ def save_pretrained(
         overwrite: replace the content of the folder.
         note: called with the bytes of every tensor that was written.
         weights: stored keeps the type of the model's; int8 rounds the matrices of linear layers, the head and the table
-            of tokens, symmetrically, with a float32 factor for each output or token.
+            of tokens, symmetrically, with a float32 factor for each output or token, and learnt feature maps to
+            bfloat16.
 
     Returns:
         The folder.

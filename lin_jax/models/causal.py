@@ -42,6 +42,7 @@ class CausalModel(nnx.Module):
         aux_layers: numbers of layers, in ascending order, whose outputs hidden vectors have behind them, for draft
             heads that read several layers (EAGLE-3, Li et al. 2025); the vectors then have the width W =
             `(1 + len(aux_layers)) E`, else it is E.
+        nodes_read_parents: whether a layer's keys and values of a token also depend on its input of the token before.
     """
 
     config: Any
@@ -51,6 +52,7 @@ class CausalModel(nnx.Module):
     head: nnx.Linear | None
     same_bits: bool = False
     aux_layers: tuple[int, ...] = ()
+    nodes_read_parents: bool = False
 
     @abstractmethod
     def begin(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T E"], Any]:

@@ -28,6 +28,7 @@ class Model(Protocol):
     """The part of a causal model that is needed here."""
 
     config: Any
+    nodes_read_parents: bool
 
     def begin(self, tokens: Array, positions: Array) -> tuple[Array, Any]:
         """As in `CausalModel`."""
@@ -64,16 +65,23 @@ def verify_nodes(
     x, context = in_blocks(lambda own: model.begin(*own), (flat(tokens)[:, None], flat(positions)[:, None]), always)
     root = tree_arrays((-1,))
 
+    def on_paths(block: Any, before: Any, nodes: Any) -> Any:
+        """The state that each node stands on: the one before the tree, and the path to the node."""
+        if count == 1:
+            return before
+        each = jax.vmap(lambda path: gather_nodes(nodes, path), in_axes=1, out_axes=1)(paths)
+        return in_blocks(lambda own: block.commit(*own), (before, jax.tree.map(flat, each), flat(depth)), always)
+
     def step(block: Any, x: Array, layer: Any) -> tuple[Array, Any]:
         before = jax.tree.map(lambda leaf: flat(jnp.repeat(leaf[:, None], count, axis=1)), layer)
-        # What is committed of a node depends on the input of the layer alone, not on the state.
-        found = in_blocks(lambda own: block.verify(own[0], own[1], root, own[2])[1], (x, context, before), always)
-        nodes = jax.tree.map(nodes_of, found)
-        if count > 1:
-            each = jax.vmap(lambda path: gather_nodes(nodes, path), in_axes=1, out_axes=1)(paths)
-            above = (before, jax.tree.map(flat, each), flat(depth))
-            before = in_blocks(lambda own: block.commit(*own), above, always)
-        return in_blocks(lambda own: block.verify(own[0], own[1], root, own[2])[0], (x, context, before), always), nodes
+        above = before
+        # What is committed of a node depends on the input of the layer, and perhaps on its parent's: what a first
+        # round commits of that is right, and so is all that a second one finds.
+        for _ in range(2 if model.nodes_read_parents and count > 1 else 1):
+            found = in_blocks(lambda own: block.verify(own[0], own[1], root, own[2])[1], (x, context, above), always)
+            nodes = jax.tree.map(nodes_of, found)
+            above = on_paths(block, before, nodes)
+        return in_blocks(lambda own: block.verify(own[0], own[1], root, own[2])[0], (x, context, above), always), nodes
 
     x, nodes = model.run(step, x, state)
     return nodes_of(in_blocks(model.outputs, x, always)), nodes

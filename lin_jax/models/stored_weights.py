@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int8
 
+from lin_jax.attention.feature_maps import LEARNT_MATRICES, FeatureMap
 from lin_jax.devices import instruction_set
 from lin_jax.errors import UserError
 from lin_jax.models.medusa import MedusaHeads
@@ -44,7 +45,8 @@ class WeightStorage:
 
     Attributes:
         weights: stored keeps the type that they are stored in; int8 rounds those of all linear layers, of the head and
-            of the table of tokens, symmetrically, with a factor for each output or token.
+            of the table of tokens, symmetrically, with a factor for each output or token, and learnt feature maps to
+            bfloat16's precision.
         same_bits: add up in one order for any number of rows, so that one node and many give the same bits.
 
     Raises:
@@ -258,7 +260,17 @@ def store(model: Any, storage: Storage) -> None:
                 put(model, path, StoredLinear(matrix, layer.bias, layer.dtype, layer.param_dtype))
                 del layer
                 _round(storage, matrix)
+        elif isinstance(layer, FeatureMap) and storage.int8:
+            for name in LEARNT_MATRICES:
+                _narrow(layer, name)
     _store_embedding(model, storage)
+
+
+def _narrow(features: FeatureMap, name: str) -> None:
+    """Rounds a learnt matrix to the numbers that bfloat16 has, in place; it keeps its type, once it is there."""
+    matrix = getattr(features, name, None)
+    if isinstance(matrix, nnx.Param) and isinstance(matrix.get_value(), jax.Array):
+        matrix.set_value(jax.lax.reduce_precision(matrix.get_value(), exponent_bits=8, mantissa_bits=7))
 
 
 def _round(storage: Storage, matrix: StoredMatrix) -> None:
@@ -324,7 +336,9 @@ def separate_shapes(stack: LayerStack) -> SeparateLayers:
 def finish_at(model: Any, path: tuple[Any, ...], storage: Storage) -> None:
     """Rounds the matrix or table that the variable at a path belongs to, or makes a table's head, once it is filled."""
     holder = module_at(model, path[:-1])
-    if isinstance(holder, StoredEmbedding):
+    if isinstance(holder, FeatureMap) and path[-1] in LEARNT_MATRICES and storage.int8:
+        _narrow(holder, path[-1])
+    elif isinstance(holder, StoredEmbedding):
         holder.finish()
     elif isinstance(holder, StoredMatrix):
         _round(storage, holder)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from support.cells import cells
 from support.oracle import positive_features
 
 from lin_jax.attention import QKV, AttentionConfig, build_mixer, packed_rows, whole_rows
@@ -80,11 +81,7 @@ def balance_of(rows, target):
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"name": "hedgehog+window", "decay": "constant", "sinks": 2},
-        {"name": "exponential+window"},
-    ],
+    cells([{}, {"name": "hedgehog+window", "decay": "constant", "sinks": 2}], [{"name": "exponential+window"}]),
     ids=str,
 )
 def test_shares_and_choice_are_those_of_loops(options):
@@ -111,7 +108,7 @@ def test_shares_and_choice_are_those_of_loops(options):
         np.testing.assert_allclose(error_of(after, balance), min(tried), rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["hedgehog", "exponential"])
+@pytest.mark.parametrize("name", cells(["exponential"], ["hedgehog"]))
 def test_a_memory_beside_large_keys_starts_alive(name):
     """The teacher's scores are beyond what features come to; unfitted, nothing is left of the gradient."""
     mixer, layout = mixer_of(name=f"{name}+window"), whole_rows(2, LENGTH)

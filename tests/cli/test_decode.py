@@ -265,6 +265,7 @@ def test_heads_of_another_model_are_refused(run_folder: Path, tmp_path: Path) ->
         Session.load(tmp_path / "other", run_folder / "heads")
 
 
+@pytest.mark.thorough
 def test_exit_code_and_single_line() -> None:
     done = subprocess.run([sys.executable, "decode.py", "nowhere", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,5 +1,4 @@
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -63,8 +62,9 @@ def test_an_unknown_name_in_the_file(script, tmp_path):
     assert "hiden_size" in err
 
 
-def test_help_names_every_section():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, check=True)
+def test_help_names_every_section(script):
+    status, out, err = script("--help")
+    assert status == 0
     for name in (
         "--output",
         "--resume",
@@ -72,9 +72,9 @@ def test_help_names_every_section():
         "--data.source",
         "--training.gradient_accumulation",
     ):
-        assert name in done.stdout
-    assert "usage: python -m lin_jax train CONFIG.yaml" in done.stdout
-    assert done.stderr == ""
+        assert name in out
+    assert "usage: python -m lin_jax train CONFIG.yaml" in out
+    assert err == ""
 
 
 def test_options_override_the_file():

@@ -91,12 +91,16 @@ def test_nodes_and_rows_have_the_bits_of_plain_decoding(attention, dtype):
     np.testing.assert_array_equal(np.asarray(found[1]), np.asarray(logits[0]))
 
 
+CHAIN, TREE = ("chain:5", 1), ("0;1;0,0;0,1;0,0,0;0,0,0,0;0,0,0,1;1,0;1,0,0", 2)
+
+
+@pytest.mark.parametrize("drafts", cells([[TREE]], [[[CHAIN]]]), ids=["tree", "chain"])
 @pytest.mark.parametrize(("attention", "dtype"), CELLS)
-def test_drafts_and_batches_change_no_token(attention, dtype):
+def test_drafts_and_batches_change_no_token(attention, dtype, drafts):
     model = target(attention, dtype)
     plain = generator(model, "none")
     alone = [plain.generate([prompt], 60).tokens[0] for prompt in PROMPTS]
-    for tree, matches in (("none", 1), ("chain:5", 1), ("0;1;0,0;0,1;0,0,0;0,0,0,0;0,0,0,1;1,0;1,0,0", 2)):
+    for tree, matches in (("none", 1), *drafts):
         found = generator(model, tree, matches).generate(PROMPTS, 60)
         assert list(found.tokens) == alone
         assert tree == "none" or found.mean_accepted_tokens > 1.2

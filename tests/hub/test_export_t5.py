@@ -214,7 +214,7 @@ class TestGeneration:
             plain.generate(**source, **GREEDY, assistant_model=model)
 
 
-@pytest.mark.parametrize("end", [1, 9])
+@pytest.mark.parametrize("end", cells([1], [9]))
 def test_a_classifier(end: int, tmp_path: Path, x64: None) -> None:
     """By its automatic class, with end tokens and without, and its loss; and in JAX again."""
     ours = build("performer+local", T5Classifier, end_token=end, num_labels=3)
@@ -233,7 +233,7 @@ def test_a_classifier(end: int, tmp_path: Path, x64: None) -> None:
     assert "speculative" not in card
 
 
-@pytest.mark.parametrize("options", [{}, GATED], ids=["tied", "untied"])
+@pytest.mark.parametrize("options", cells([{}], [GATED]), ids=["tied", "untied"])
 def test_trained_and_saved_by_transformers(options: dict[str, Any], tmp_path: Path) -> None:
     """The loss is that of labels one place later; a folder that PyTorch writes opens there and in JAX."""
     ours = build("augmented", dtype="float32", **options)

@@ -330,7 +330,7 @@ def test_bfloat16_activations() -> None:
 
 
 @pytest.mark.parametrize("kind", [T5, T5Classifier])
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", some_of(ATTENTIONS, ("augmented",)))
 def test_names(name: str, kind: Any) -> None:
     """Everything goes out under a name and comes back, bit for bit."""
     model = random_model(config(name, dtype="float32", param_dtype="float32", feed_forward="gated-gelu"), kind)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.backends import FEWER, IMPLEMENTATIONS
+from support.backends import FEWER, IMPLEMENTATIONS, KERNELS_FIRST, ONE_KERNEL
 from support.cells import cells
 
 from pallas_kernels.augmented_attention import (
@@ -117,7 +117,7 @@ class TestImplementation:
         case = Case(length)
         assert difference(case.run(implementation)[0], case.expected()) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     @pytest.mark.parametrize(("length", "size"), cells([(500, 128)], [(1000, 64)]))
     def test_long_rows_of_large_heads(self, implementation, length, size):
         case = Case(length, heads=1, key_size=size, value_size=size, group=64, width=32)
@@ -132,7 +132,7 @@ class TestImplementation:
         case.queries, case.keys, case.values, case.alpha, case.taps = (np.asarray(each, np.float64) for each in arrays)
         assert difference(case.run(implementation, arrays)[0], case.expected()) < 2**-7
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     def test_documents_heads_and_sizes(self, implementation):
         case = Case(280, batch=2, heads=4, kv_heads=2, key_size=64, value_size=32, group=64, width=32, packed=True)
         outputs = np.asarray(case.run(implementation)[0])
@@ -147,7 +147,7 @@ class TestImplementation:
         outputs = np.asarray(case.run(implementation)[0])
         np.testing.assert_array_equal(outputs[case.there], expected[case.there])
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     @pytest.mark.parametrize("packed", cells([True], [False]))
     def test_gradients(self, implementation, packed):
         case = Case(300, heads=4, kv_heads=2, packed=packed)
@@ -161,7 +161,7 @@ class TestImplementation:
         for name, one, other in zip(("queries", "keys", "values", "alpha", "taps"), found, expected, strict=True):
             assert difference(one, other) < TOLERANCE, name
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     def test_goes_on_from_a_start(self, implementation):
         """Outputs, memory and gradients of a row in two pieces are those of the whole row."""
         case, cut = Case(150, heads=2, group=16, width=24), 40
@@ -210,7 +210,7 @@ class TestImplementation:
 
         assert difference(outputs(*arrays), case.expected()) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     def test_half_precision(self, implementation):
         """Bfloat16 in and out; sums are not rounded on the way."""
         case = Case(300)

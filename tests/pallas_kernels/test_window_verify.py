@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.backends import FEWER, IMPLEMENTATIONS
+from support.backends import FEWER, IMPLEMENTATIONS, KERNELS_FIRST
 from support.cells import cells
 
 from pallas_kernels.implementations import UnsupportedError
@@ -161,7 +161,7 @@ def difference(found, expected):
 
 
 class TestImplementation:
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     def test_windows_of_groups(self, implementation):
         """Rows anywhere: nothing yet, within the first window, and with paths that leave the window."""
         case = Case(9, [0, 31, 45], decay=True)
@@ -174,7 +174,7 @@ class TestImplementation:
         assert np.max(np.asarray(case.tree.depth)) > 4
         assert difference(case.run(implementation), case.expected()) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     @pytest.mark.parametrize("window", cells([{"tokens": 5, "decay": True}], [{"features": "hedgehog", "groups": 0}]))
     def test_sinks(self, implementation, window):
         """They are near for ever, and never in the memory: before there are any, among the nodes, and long gone."""

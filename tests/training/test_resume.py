@@ -36,13 +36,18 @@ def launch(output, corpus, *options):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def interrupt(process, output, step, number):
-    """Sends a signal once `step` is in the metrics and a checkpoint on disk; returns the exit status and stderr."""
+def wait(process, output, condition):
+    """Waits until a checkpoint of a run is on disk and a condition holds."""
     deadline = time.monotonic() + 120
-    while not saved_steps(output) or read_metrics(output / "metrics.jsonl")[-1]["step"] < step:
+    while not saved_steps(output) or not condition():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def interrupt(process, output, step, number):
+    """Sends a signal once `step` is in the metrics and a checkpoint on disk; returns the exit status and stderr."""
+    wait(process, output, lambda: read_metrics(output / "metrics.jsonl")[-1]["step"] >= step)
     os.kill(process.pid, number)
     said = process.communicate(timeout=60)[1]
     return process.returncode, said
@@ -61,6 +66,8 @@ def test_a_stopped_run_continues_exactly(tmp_path, corpus):
     stop_at = random.randint(8, 19)
     print(f"stopped after step {stop_at}")
     uninterrupted = launch(whole, corpus)
+    # The others find its programs on the disk.
+    wait(uninterrupted, whole, lambda: True)
 
     status, said = interrupt(launch(broken, corpus), broken, stop_at, signal.SIGTERM)
     assert status == 143

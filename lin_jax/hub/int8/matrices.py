@@ -1,4 +1,4 @@
-"""Matrices of a model that are rounded to int8: all of linear layers, the head, and the table of tokens."""
+"""Matrices of a model with int8 weights: which are int8 (of linear layers, head, table of tokens), which bfloat16."""
 
 import re
 from collections.abc import Iterable
@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from lin_jax.attention.feature_maps import LEARNT_MATRICES
 from lin_jax.hub.tensors import Entries, transpose
 from lin_jax.models.stored_weights import module_at
 
@@ -28,6 +29,11 @@ def output_axes(model: Any, entries: Entries) -> dict[str, int]:
         elif isinstance(holder, nnx.Embed) and entry.path[-2:] in _TABLES:
             found[name] = 0
     return found
+
+
+def is_feature_map(name: str) -> bool:
+    """True for the name of a tensor that is a matrix of a learnt feature map, in a folder of any family."""
+    return name.rpartition(".")[2] in LEARNT_MATRICES
 
 
 def module_patterns(names: Iterable[str]) -> list[str]:

@@ -1,14 +1,16 @@
-"""Tensors on their way into a folder, rounded to int8 a block at a time."""
+"""Tensors on their way into a folder with int8 weights, rounded a block at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from lin_jax.hub.conversion.blocks import blocks_of
 from lin_jax.hub.conversion.tensor_file import StreamedTensor
+from lin_jax.hub.int8.matrices import is_feature_map
 from lin_jax.hub.int8.tensor import SCALE, RoundedTensor
 from lin_jax.models.products import quantized
 
@@ -20,6 +22,7 @@ def rounded_streams(
 ) -> dict[str, StreamedTensor]:
     """The tensors as a folder with int8 weights holds them: of a matrix its integers and, by `NAME_scale`, factors.
 
+    Matrices of learnt feature maps are bfloat16 there: int8 would need factors for each of their heads and features.
     Integers and factors are made one after the other, so a matrix is read twice.
 
     Args:
@@ -30,7 +33,7 @@ def rounded_streams(
     found = {}
     for name, tensor in tensors.items():
         if name not in axes:
-            found[name] = tensor
+            found[name] = _narrowed(tensor) if is_feature_map(name) else tensor
             continue
         parts: tuple[Callable[[], Iterable[np.ndarray]], ...]
         if isinstance(kept.get(name), RoundedTensor):
@@ -42,6 +45,14 @@ def rounded_streams(
         found[name] = StreamedTensor(tensor.shape, np.dtype(np.int8), parts[0])
         found[name + SCALE] = StreamedTensor(scale, np.dtype(np.float32), parts[1])
     return found
+
+
+def _narrowed(tensor: StreamedTensor) -> StreamedTensor:
+    """The tensor in bfloat16, if its numbers are wider."""
+    narrow = np.dtype(ml_dtypes.bfloat16)
+    if tensor.dtype.itemsize <= narrow.itemsize:
+        return tensor
+    return StreamedTensor(tensor.shape, narrow, lambda: (block.astype(narrow) for block in tensor.blocks()))
 
 
 def _factors(tensor: RoundedTensor) -> Iterator[np.ndarray]:

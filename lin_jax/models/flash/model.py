@@ -59,6 +59,7 @@ class Flash(_FlashBody, CausalModel):
 
     def __init__(self, config: FlashConfig, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, "causal", rngs)
+        self.nodes_read_parents = config.shift_size > 0
 
 
 class FlashEncoder(_FlashBody):

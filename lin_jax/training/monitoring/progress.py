@@ -1,12 +1,11 @@
-"""Progress of a run, on stderr: a bar on a terminal and in a notebook, plain lines in a log file."""
+"""Progress of a run: a bar on a terminal and in a notebook, plain lines in a log file."""
 
-import sys
 from types import TracebackType
 
 import jax
 from tqdm import tqdm
 
-from lin_jax.progress_bar import progress_bar
+from lin_jax.progress_bar import progress_bar, progress_stream
 from lin_jax.training.hooks import Figures, Hook, Training
 from lin_jax.training.train_step import StepMetrics
 
@@ -66,5 +65,6 @@ class Progress(Hook):
         self._write(text if jax.process_count() == 1 else f"process {jax.process_index()}: {text}")
 
     def _write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-        sys.stderr.flush()
+        stream = progress_stream()
+        tqdm.write(text, file=stream)
+        stream.flush()

@@ -43,8 +43,8 @@ def test_a_prefix_is_read_once(model: Llama, prompts: list[list[int]], sampling:
         found = generator.generate(prompts[:2], 12, sampling=sampling, prefix=each)
         assert found.tokens == whole.tokens
         assert found.accepted_histogram.tolist() == whole.accepted_histogram.tolist()
-    alone = generator.generate([[]], 12, sampling=sampling, prefix=loaded)
-    assert alone.tokens == generator.generate([text], 12, sampling=sampling).tokens
+    alone = generator.generate([[], prompts[1]], 12, sampling=sampling, prefix=loaded)
+    assert alone.tokens == generator.generate([text, text + prompts[1]], 12, sampling=sampling).tokens
 
 
 def test_foreign_states_are_refused(model: Llama, tmp_path: Path) -> None:

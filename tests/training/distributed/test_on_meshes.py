@@ -10,9 +10,10 @@ from support.processes import printed
 @pytest.mark.parametrize(
     ("models", "meshes"),
     cells(
-        [("llama mix", "mixed")],
+        [("mix", "mixed")],
         [
-            ("mix llama", "data fsdp tensor sequence"),
+            ("llama", "data fsdp tensor sequence mixed"),
+            ("mix", "data fsdp tensor sequence"),
             ("gpt2 flash", "data fsdp tensor sequence mixed"),
             ("windowed", "data fsdp tensor sequence whole mixed"),
             ("t5", "data fsdp tensor sequence whole mixed"),
