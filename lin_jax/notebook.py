@@ -3,6 +3,7 @@
 Pictures need matplotlib, and all but `small_model` the IPython that notebooks run in.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
@@ -154,7 +155,8 @@ def tree_figure(step: TracedStep, text_of: Any) -> Any:
 def show_report(report: QualityReport) -> None:
     """Shows the tables of a report and, where there is matplotlib, its picture."""
     display = _display()
-    display.display(display.Markdown(markdown(report)))
+    # Its headings are below those of the notebook.
+    display.display(display.Markdown(re.sub("^#", "###", markdown(report), flags=re.MULTILINE)))
     try:
         figure = positions_figure(report)
     except UserError:

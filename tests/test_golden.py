@@ -79,7 +79,7 @@ LOGITS = (
 )
 
 
-@pytest.mark.users_settings("flash-augmented-float64", "llama-augmented-gqa-float64")
+@pytest.mark.users_settings("llama-augmented-gqa-float64")
 @pytest.mark.always(*LOGITS)
 @pytest.mark.holds("inputs/ids_")
 @pytest.mark.family(*CAUSAL)

@@ -4,18 +4,20 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from lin_jax.errors import UserError
 from lin_jax.extras import require
 from lin_jax.files import write_durably
-from lin_jax.report.figures import BASELINE, STUDENT, TEACHER, ModelFigures, QualityReport, Spread
+from lin_jax.report.figures import BASELINE, TEACHER, ModelFigures, QualityReport, Spread
 
 log = logging.getLogger(__name__)
 
 JSON_FILE, TABLE_FILE, PICTURE_FILE = "report.json", "report.md", "report.png"
-_COLOURS = {TEACHER: "#6b7280", BASELINE: "#ea580c", STUDENT: "#2563eb"}
+_COLOURS = {TEACHER: "#6b7280", BASELINE: "#ea580c"}
+_STUDENTS = ("#2563eb", "#16a34a", "#9333ea", "#0891b2", "#ca8a04", "#db2777")
 
 
 def write_pages(report: QualityReport, folder: Path) -> None:
@@ -68,10 +70,11 @@ def positions_figure(report: QualityReport) -> Any:
     """
     figure = require("matplotlib.figure", "drawing a report").Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    others = [each for each in report.models if each.kind != TEACHER]
+    others, colours = [each for each in report.models if each.kind != TEACHER], cycle(_STUDENTS)
     for model in others:
         middle = [(each.begin + each.end) / 2 for each in model.positions]
-        style: Any = {"color": _COLOURS[BASELINE], "linestyle": "--"} if model.kind == BASELINE else {}
+        baseline = model.kind == BASELINE
+        style: Any = {"color": _COLOURS[BASELINE], "linestyle": "--"} if baseline else {"color": next(colours)}
         axes.plot(
             middle, [each.ratio for each in model.positions], marker="o", label=_shown_name(report, model), **style
         )
@@ -113,13 +116,17 @@ def _explained(report: QualityReport) -> str:
         "tokens), at the same place of the model's own, each writing freely;",
         "first difference: median of the tokens before it.",
         f"State: of one sequence{f', marked + where it grows, after {report.row_length} tokens' if grows else ''}.",
-        f"Tokens a second on {report.device}: decoding {report.prompts} texts at a time, and training steps, medians "
-        "of rounds of all models in turn.",
     ]
+    if any(each.decode_tokens_per_second or each.training_tokens_per_second for each in report.models):
+        sentences.append(
+            f"Tokens a second on {report.device}: decoding {report.prompts} texts at a time, and training steps, "
+            "medians of rounds of all models in turn."
+        )
     return " ".join(sentences)
 
 
 def _overview(report: QualityReport) -> str:
+    """The first table, without columns of what was not measured."""
     head = (
         "model",
         "attention",
@@ -131,7 +138,9 @@ def _overview(report: QualityReport) -> str:
         "decoding, tokens/s",
         "training, tokens/s",
     )
-    return _table(head, (_overview_row(report, each) for each in report.models))
+    rows = [_overview_row(report, each) for each in report.models]
+    kept = [at for at in range(len(head)) if any(row[at] for row in rows)]
+    return _table([head[at] for at in kept], ([row[at] for at in kept] for row in rows))
 
 
 def _overview_row(report: QualityReport, model: ModelFigures) -> list[str]:

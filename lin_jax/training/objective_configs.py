@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from lin_jax.errors import UserError
-from lin_jax.models.adapters import check_parts
+from lin_jax.models.adapters import PARTS, check_parts
 
 # Parts of a layer's attention that attention transfer can train.
 TRANSFERRED_PARTS = ("mixer", "projections", "norms")
@@ -80,11 +80,15 @@ class DistillationConfig:
         temperature: divisor of both models' logits in the divergence.
         text_weight: of the next-token loss beside it; 0 learns from the teacher's distributions alone, which for a
             student of the same weights says more than the text does.
+        learns: parts of the model that learn, where the run has no adapters: embeddings, norms, mixer, head,
+            projections (of attention), feed_forward; null is all. With mixers alone, a student stays what its teacher
+            is wherever a softmax window sees all there is.
     """
 
     weight: float = 0.0
     temperature: float = 1.0
     text_weight: float = 1.0
+    learns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -96,6 +100,15 @@ class DistillationConfig:
         if self.text_weight != 1 and not self.weight:
             raise UserError(
                 f"distillation.text_weight is {self.text_weight} and there is no teacher; give distillation.weight"
+            )
+        if self.learns is None:
+            return
+        check_parts("distillation.learns", self.learns, tuple(PARTS))
+        if not self.learns:
+            raise UserError(f"distillation.learns is empty; name some of {', '.join(PARTS)}, or leave it out")
+        if not self.weight:
+            raise UserError(
+                f"distillation.learns is {list(self.learns)} and there is no teacher; give distillation.weight"
             )
 
 

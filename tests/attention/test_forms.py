@@ -206,7 +206,7 @@ def same_state(case: Case, one: Any, other: Any) -> None:
         close(*(np.where(mask, getattr(state, part), 0) for state in (one, other)))
 
 
-@pytest.mark.users_settings("augmented-0", "exponential+window+convolution/window=5-0")
+@pytest.mark.users_settings("augmented-0")
 def test_whole_rows_and_their_gradients(case: Case) -> None:
     inputs = case.inputs(2, case.length)
     expected = np.stack([case.reference(*(part[row] for part in inputs), tables=False) for row in range(2)])

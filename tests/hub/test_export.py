@@ -85,7 +85,11 @@ def integers(array: np.ndarray) -> jax.Array:
     return jnp.asarray(array.astype(np.int32))
 
 
-@pytest.mark.parametrize("case", cells(CASES, THOROUGH), ids=str)
+# Of further names of the same parts.
+FURTHER = [CASES[1], CASES[2], CASES[4], CASES[11]]
+
+
+@pytest.mark.parametrize("case", cells([case for case in CASES if case not in FURTHER], [*FURTHER, *THOROUGH]), ids=str)
 def test_same_logits_and_tokens(case: Case, tmp_path: Path, x64: None) -> None:
     """Greedy text on the state, and logits of padded rows as a whole, and of parts of them on the state."""
     ours = case.model()
@@ -124,7 +128,7 @@ def test_every_attention_is_compared() -> None:
     assert {parse_name(case.attention).base for case in CASES + THOROUGH} == set(REGISTRY)
 
 
-@pytest.mark.parametrize("case", some_of([case for case in CASES if not case.has_growing_state], 6), ids=str)
+@pytest.mark.parametrize("case", some_of([case for case in CASES if not case.has_growing_state], 2), ids=str)
 def test_the_state_does_not_grow(case: Case, tmp_path: Path) -> None:
     theirs = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32)
     tokens = torch.randint(0, SIZES["vocab_size"], (1, 64))
@@ -178,7 +182,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("case", [FLAGSHIP, AUGMENTED], ids=str)
+@pytest.mark.parametrize("case", cells([FLAGSHIP], [AUGMENTED]), ids=str)
 def test_every_step_sees_the_text(case: Case, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step of `generate` after the first gives one token, on a state that has consumed all before it."""
     theirs = opened(save_pretrained(case.model("float32"), tmp_path / "model"), torch.float32)

@@ -20,10 +20,10 @@ from lin_jax.models import Flash, FlashConfig
 SIZES = {"vocab_size": 23, "hidden_size": 12, "num_layers": 2, "query_key_size": 6, "relative_buckets": 8}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("flash+convolution", {}),
-    ("exponential+window", {"window": 5, "decay": "token", "sinks": 2}),
 ]
 THOROUGH: list[tuple[str, dict[str, Any]]] = [
     ("augmented", {"norm": "layer", "shift_tokens": False}),
+    ("exponential+window", {"window": 5, "decay": "token", "sinks": 2}),
     ("performer+local+convolution", {}),
     ("softmax+local", {}),
     ("flash_local", {"relative_max_distance": 9}),

@@ -32,10 +32,10 @@ SIZES = {
 }
 GATED = {"feed_forward": "gated-gelu", "tie_embeddings": False, "num_decoder_layers": 1}
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("augmented", {}),
     ("exponential+window+convolution", GATED),
 ]
 THOROUGH: list[tuple[str, dict[str, Any]]] = [
+    ("augmented", {}),
     ("performer+local+convolution", GATED),
     ("transnormer+local", {}),
     ("square+convolution", {}),

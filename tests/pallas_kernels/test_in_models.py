@@ -102,6 +102,7 @@ def verified(model: Llama, tokens: jax.Array, tree: TreeArrays) -> jax.Array:
     ),
 )
 class TestWindowAndMemory:
+    @pytest.mark.thorough
     def test_outputs(self, implementation: str, name: str, fields: dict[str, Any]) -> None:
         """Logits of documents side by side."""
         tokens, segment_ids = documents()

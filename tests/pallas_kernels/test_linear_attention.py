@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.backends import FEWER, IMPLEMENTATIONS
+from support.backends import FEWER, IMPLEMENTATIONS, KERNELS_FIRST, ONE_KERNEL
 from support.cells import cells
 
 from pallas_kernels.implementations import UnsupportedError
@@ -127,7 +127,7 @@ class TestImplementation:
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     @pytest.mark.parametrize(("length", "size"), cells([(500, 128)], [(1000, 64)]))
     def test_long_rows_of_large_heads(self, implementation, length, size):
         case = Case(length, heads=1, sizes=(size, size), **KINDS["divided decay"])
@@ -135,7 +135,7 @@ class TestImplementation:
         for one, other in zip((outputs, *after), case.expected(), strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     @pytest.mark.parametrize("kind", cells(["divided decay"], ["divided"]))
     def test_documents_and_heads(self, implementation, kind):
         case = Case(290, batch=3, heads=4, kv_heads=2, sizes=(64, 16), packed=True, **KINDS[kind])
@@ -145,7 +145,7 @@ class TestImplementation:
         for one, other in zip(after, memory, strict=True):
             assert difference(one, other) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     @pytest.mark.parametrize(("kind", "packed"), cells(DIFFERENTIATED, REST))
     def test_gradients(self, implementation, kind, packed):
         case = Case(280, batch=2, heads=4, kv_heads=2, packed=packed, **KINDS[kind])
@@ -183,7 +183,7 @@ class TestImplementation:
         for one, other in zip((slope * scales, *found), expected, strict=True):
             assert difference(one, np.asarray(other)) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     def test_what_is_not_there_is_not_read(self, implementation):
         case = Case(140, packed=True, floor=0.0, decay=True)
         expected = case.run(implementation)
@@ -202,7 +202,7 @@ class TestImplementation:
         for gradient in jax.jit(jax.grad(loss, range(3)))(*case.narrow()[:3]):
             assert np.isfinite(np.asarray(gradient)[case.there]).all()
 
-    @pytest.mark.parametrize("implementation", FEWER)
+    @pytest.mark.parametrize("implementation", ONE_KERNEL)
     def test_two_pieces_are_the_whole(self, implementation):
         case = Case(150, floor=0.0, decay=True)
         outputs, after = case.run(implementation)
@@ -213,7 +213,7 @@ class TestImplementation:
         for one, other in zip(last, after, strict=True):
             assert difference(one, np.asarray(other)) < TOLERANCE
 
-    @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("implementation", KERNELS_FIRST)
     def test_half_precision(self, implementation):
         """Bfloat16 in and out; sums are not rounded on the way."""
         case = Case(300, floor=0.0, decay=True)

@@ -168,6 +168,7 @@ def test_what_is_wrong_is_said(change, message, adapted_run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough
 def test_a_frozen_model_may_be_narrower_than_what_learns(adapted_run, tmp_path, base_run):
     """A bfloat16 base from a folder: adapters and norms learn in float32, and the merged model is bfloat16 again."""
     assert main(["export", str(base_run), str(tmp_path / "hub")]) == 0

@@ -96,6 +96,7 @@ def test_a_teacher_of_another_attention_is_not_taken(teacher):
     assert not fitted_start(with_attention(teacher, AttentionConfig()), teacher, BATCH, None, 0).shares
 
 
+@pytest.mark.thorough
 def test_bfloat16_keeps_its_type(teacher):
     student = with_attention(teacher, WINDOW)
     low = Llama(replace(student.config, dtype="bfloat16", param_dtype="bfloat16"), rngs=nnx.Rngs(0))

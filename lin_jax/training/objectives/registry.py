@@ -220,6 +220,15 @@ def _check_teacher(config: RunConfig) -> None:
         raise UserError(
             f"distillation.weight {weight} is for objective language_model, not '{config.objective}'; leave it out"
         )
+    if (learns := config.distillation.learns) is not None and config.adapters is not None:
+        raise UserError(
+            f"distillation.learns {list(learns)} is for runs without adapters, which say what learns beside them in "
+            "adapters.modules_to_save; leave one of them out"
+        )
+    if learns is not None and config.init_from is None:
+        raise UserError(
+            f"distillation.learns {list(learns)} leaves parts of the model as they are; give init_from, which has them"
+        )
     if weight and config.init_from is None and config.teacher is None:
         raise UserError(f"distillation.weight {weight} needs a teacher; give one, or init_from")
     if config.teacher is not None and not has_teacher(config):
@@ -241,9 +250,10 @@ def objective_of(config: RunConfig) -> Objective:
 def trainable_filter(config: RunConfig) -> TrainableFilter | None:
     """The trained parameters of the model; None is all, or heads on a frozen model."""
     transfers = config.objective == "attention_transfer"
-    if config.adapters is None and not transfers:
+    own = config.transfer.learns if transfers else config.distillation.learns
+    parts = own if config.adapters is None else config.adapters.modules_to_save
+    if parts is None:
         return None
-    parts = config.transfer.learns if config.adapters is None else config.adapters.modules_to_save
     return TrainableFilter(parts, "attention" if transfers else None, config.transfer.layers if transfers else None)
 
 

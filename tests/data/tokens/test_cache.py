@@ -93,7 +93,7 @@ def damage(path, kind):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", some_of(["changed", "truncated", "longer", "header changed"], 2))
+@pytest.mark.parametrize("kind", some_of(["changed", "truncated", "longer", "header changed"], 1))
 def test_a_damaged_file_is_noticed_and_made_anew(tmp_path, caplog, kind):
     cached_tokens(str(tmp_path), DOCUMENTS, TOKENIZER)
     (path,) = tmp_path.glob("*.tokens")

@@ -76,6 +76,7 @@ def test_earlier_texts_are_followed_to_their_end() -> None:
     assert accepted == [0] * 12 + [7] * 7 + [1] + [0] * 9
 
 
+@pytest.mark.thorough
 def test_it_foretells_what_the_suffix_drafter_gives() -> None:
     model, memory = build_model("augmented", dtype="float32"), TextMemory(1024)
     prompts = [np.random.default_rng(seed).integers(0, VOCABULARY, 12).tolist() for seed in (1, 2)]

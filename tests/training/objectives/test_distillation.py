@@ -6,16 +6,18 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from scipy.special import log_softmax
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.errors import UserError
 from lin_jax.models import Llama, LlamaConfig
+from lin_jax.models.adapters import AdapterConfig
 from lin_jax.models.params import params_of
 from lin_jax.training import RunConfig
 from lin_jax.training.objective_configs import DistillationConfig
-from lin_jax.training.objectives import Distillation, distillation
-from lin_jax.training.objectives.registry import check_run
+from lin_jax.training.objectives import Distillation, PartialTraining, distillation
+from lin_jax.training.objectives.registry import check_run, keeps_base, objective_of
 
 CONFIG = LlamaConfig(
     vocab_size=11,
@@ -83,6 +85,27 @@ def test_gradients_are_the_same_in_pieces(models, x64, monkeypatch):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12), whole, pieces)
 
 
+def test_only_the_parts_that_it_names_learn(models, x64):
+    student, teacher = models
+    run = RunConfig(
+        output="x",
+        init_from="y",
+        model=CONFIG,
+        distillation=DistillationConfig(1.0, text_weight=0.0, learns=("mixer",)),
+    )
+    objective = objective_of(run)
+    assert isinstance(objective, PartialTraining)
+    params, frozen = objective.start(jax.random.key(0), student), objective.frozen(student)
+    paths = flatten_dict(params)
+    assert paths
+    assert all("mixer" in path for path in paths)
+    whole = Distillation(CONFIG, None, DistillationConfig(1.0, text_weight=0.0))
+    expected = jax.jit(whole.sums)(params_of(student), {"teacher": teacher}, BATCH)
+    found = jax.jit(objective.sums)(params, {**frozen, "teacher": teacher}, BATCH)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-12)
+    assert keeps_base(run)
+
+
 @pytest.mark.parametrize(
     ("distillation", "options", "message"),
     [
@@ -91,6 +114,15 @@ def test_gradients_are_the_same_in_pieces(models, x64, monkeypatch):
         ({"weight": 1.0, "text_weight": -1.0}, {}, "distillation.text_weight is -1.0; give 0 or more"),
         ({"text_weight": 0.0}, {}, "distillation.text_weight is 0.0 and there is no teacher; give distillation.weight"),
         ({"weight": 1.0}, {}, "distillation.weight 1.0 needs a teacher"),
+        ({"weight": 1.0, "learns": ()}, {}, "distillation.learns is empty; name some of embeddings"),
+        ({"weight": 1.0, "learns": ("tail",)}, {}, "distillation.learns names 'tail'; choose among embeddings"),
+        ({"learns": ("mixer",)}, {}, r"distillation.learns is \['mixer'\] and there is no teacher; give"),
+        ({"weight": 1.0, "learns": ("mixer",)}, {"teacher": "x"}, "leaves parts of the model as they are; give init_"),
+        (
+            {"weight": 1.0, "learns": ("mixer",)},
+            {"init_from": "x", "adapters": AdapterConfig()},
+            "is for runs without adapters, which say what learns beside them",
+        ),
         ({"weight": 1.0}, {"objective": "medusa", "init_from": "x"}, "is for objective language_model, not 'medusa'"),
         ({}, {"teacher": "x"}, "teacher x has nothing to teach"),
     ],
