@@ -179,7 +179,8 @@ def _coloured_html(session: Session, prompt: Sequence[int], generation: Generati
         text = escape(stream.push([token for token, _ in run]))
         parts.append(f'<mark style="background:{_ACCEPTED}">{text}</mark>' if origin == TokenOrigin.DRAFT else text)
     parts.append(escape(stream.flush()))
-    return f'<pre style="white-space:pre-wrap"><b>{escape(session.decode(prompt))}</b>{"".join(parts)}</pre>'
+    text = f"<b>{escape(session.decode(prompt))}</b>{''.join(parts)}"
+    return f'<pre style="white-space:pre-wrap;font-family:monospace">{text}</pre>'
 
 
 def _places(step: TracedStep) -> tuple[dict[int, int], dict[int, int]]:

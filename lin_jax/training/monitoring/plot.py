@@ -132,6 +132,9 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
 
 def _fill(axes: "Axes", panel: Panel, curves: Sequence[Curves]) -> None:
     """One diagram, with a line for each run."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     positive = True
     for each, colour in zip(curves, _colours(len(curves)), strict=True):
         steps, values = each.points(panel.figure)
