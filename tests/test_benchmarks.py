@@ -101,26 +101,32 @@ def test_fact_stories(tmp_path: Path) -> None:
         )
         done = run_benchmark("fact_stories", *options)
         assert done.returncode == 0, done.stderr
-    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense")}
+    texts = {name: (tmp_path / "a" / f"{name}.txt").read_text() for name in ("train", "held_out", "dense", "bare")}
     assert all((tmp_path / "b" / f"{name}.txt").read_text() == text for name, text in texts.items())
     numbers = {name: set(re.findall(r"saw (\d+) cats", text)) for name, text in texts.items()}
     assert numbers["dense"] <= numbers["train"]
     assert not numbers["train"] & numbers["held_out"]
     assert len(numbers["train"] | numbers["held_out"]) == len(stories)
+    assert all(
+        re.fullmatch(r"\w+ spoke of the .*\.", line)
+        for document in texts["bare"].split("<|endoftext|>")
+        for line in document.splitlines()
+    )
     casts = set()
     for document in texts["train"].split("<|endoftext|>"):
         told = re.findall(r"(\w+) spoke of the (\w+ \w+), the (\w+ \w+) and the (\w+ \w+)\.$", document, re.MULTILINE)
         assert len(told) == document.strip().count("\n") + 1
         facts = {fact for _, *facts in told for fact in facts}
-        assert len(facts) == len(dict(fact.split() for fact in facts)) == 5
-        assert all(len({*facts}) == 3 for _, *facts in told)
+        assert len(facts) == len(dict(fact.split() for fact in facts)) == 10
+        # What is told again was told before the last two times, and so further away than a short window.
+        assert all(len({fact for _, *facts in told[at : at + 3] for fact in facts}) == 9 for at in range(len(told) - 2))
         cast = {name for name, *_ in told}
         assert len(cast) == 3
         assert set(re.findall(r"(\w+) saw", document)) <= cast
         casts.add(frozenset(facts))
     assert len(casts) == texts["train"].count("<|endoftext|>") + 1 > 5
     # As many sentences between facts as were asked for, and one where facts are dense.
-    often = {name: text.count(" spoke of ") / text.count(" home to ") for name, text in texts.items()}
+    often = {name: texts[name].count(" spoke of ") / texts[name].count(" home to ") for name in ("dense", "train")}
     assert often["dense"] == pytest.approx(3, rel=0.02)
     assert often["train"] == pytest.approx(1.5, rel=0.02)
 

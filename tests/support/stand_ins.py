@@ -135,6 +135,8 @@ def _changes(content: Mapping[str, Any], places: StandIns, base: Path) -> Iterat
         yield "init_from", base
         if "hidden_size" in model:
             yield from ((f"model.{name}", size) for name, size in SCRATCH[family].items())
+        if "tie_embeddings" in model:
+            yield "model.tie_embeddings", "false"
     if "tokenizer" in data:
         yield "data.tokenizer", places.pieces if is_remote_file(data["tokenizer"]) else places.words
     if "width" in content.get("heads", {}):
