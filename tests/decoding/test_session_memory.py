@@ -128,8 +128,12 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("kind", cells(["copy"], ["suffix"]))
-def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]], kind: str) -> None:
+def test_what_is_chosen_while_decoding_finds_the_memory(
+    prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
+    # As in a model with weights that take longer to read than a sync with the host.
+    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.MOST_VISIT", 1.5)
     model, memory = build_model(), TextMemory(2048)
     reader = CopyDrafter(memory) if kind == "copy" else SuffixDrafter(memory, lookback=64)
     drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)

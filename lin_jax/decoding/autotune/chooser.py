@@ -39,8 +39,8 @@ NO_ALERT = 2**30
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.1
 # Steps of a trial, of an arm that pays, and of copies, whose match grows, between two choices; and of plain decoding:
-# few at first, then ever more.
-TRIAL_STEPS, ARM_STEPS, COPY_STEPS, FEWEST_PLAIN, MOST_PLAIN = 4, 32, 4, 16, 128
+# few at first, then ever more, and many where a sync is more than the account has: in very small models.
+TRIAL_STEPS, ARM_STEPS, COPY_STEPS, FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 4, 32, 4, 16, 128, 512
 # Plain steps in the account above which plain decoding comes back to the host often, and at least now and then, where
 # copies could begin at any token.
 HIGH, LOW = 2.0, 0.5
@@ -216,6 +216,11 @@ class Chooser:
         """Plain steps that may be lost from now on."""
         return ALLOWANCE + RATE * self.tokens - self.lost
 
+    @property
+    def affords_sync(self) -> bool:
+        """True where the account has more than a sync with the host costs; else nothing can be drafted."""
+        return self.visit_cost <= self.balance
+
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
         self.by_row.tries[row] = self.by_row.hits[row] = 0
@@ -339,6 +344,8 @@ class Chooser:
 
     def _plain_steps(self) -> int:
         """Steps of plain decoding between two choices: few as long as the account can pay for the syncs."""
+        if not self.affords_sync:
+            return UNPAID_PLAIN
         if not self.copies:
             return max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN))
         balance, blind = self.balance, sorted(self.copies - self.alerting)

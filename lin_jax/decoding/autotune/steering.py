@@ -123,6 +123,8 @@ class AdaptiveShape:
             visit_cost=costs.visit,
         )
         self.followed: list[dict[int, Hindsight]] = [{} for _ in range(rows)]
+        # Tokens that nothing was learned from yet, because nothing could be drafted anyway.
+        self.unread: list[list[int]] = [[] for _ in range(rows)]
 
     @property
     def needed(self) -> int:
@@ -133,8 +135,8 @@ class AdaptiveShape:
         """Follows a new text, beginning with its prompt and its first token."""
         self.chooser.begin_row(row)
         self.followed[row] = {family: begin() for family, begin in self.shapes.hindsight.items()}
-        for family, hindsight in self.followed[row].items():
-            self._follow(row, family, hindsight, text)
+        self.unread[row] = []
+        self._follow(row, text)
 
     def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
@@ -164,17 +166,20 @@ class AdaptiveShape:
         self.costs.record(choice.arm, steps, seconds)
         self.chooser.update(choice, steps, histogram)
         for row, followed in enumerate(self.followed):
-            new = tokens(row) if followed else []
-            for family, hindsight in followed.items():
-                self._follow(row, family, hindsight, new)
+            if followed:
+                self._follow(row, tokens(row))
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
 
-    def _follow(self, row: int, family: int, hindsight: Hindsight, tokens: Sequence[int]) -> None:
+    def _follow(self, row: int, tokens: Sequence[int]) -> None:
         """Reads on in a row, and learns from what copies would have given."""
-        if tokens:
-            hindsight.push(tokens)
+        self.unread[row] += tokens
+        if not self.unread[row] or not self.chooser.affords_sync:
+            return
+        new, self.unread[row] = self.unread[row], []
+        for family, hindsight in self.followed[row].items():
+            hindsight.push(new)
             self.chooser.observe_copies(row, family, hindsight.matched, hindsight.trials)
 
 

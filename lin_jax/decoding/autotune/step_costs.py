@@ -32,7 +32,7 @@ KEPT, ENOUGH = 15, 5
 TIMED, TIMED_STEPS, LONG_STEP, LONGEST_TIMING = 3, 4, 0.02, 0.5
 # Bytes of weights that are read while the host looks at the loop, and bounds of this cost in plain steps.
 VISIT_BYTES = {"cpu": 2e7, "other": 3e8}
-LEAST_VISIT, MOST_VISIT = 0.02, 1.5
+LEAST_VISIT, MOST_VISIT = 0.02, 16.0
 # How much more or less than assumed unmeasured shapes may cost, beyond a plain step, going by the measured ones.
 MOST_FACTOR = 4.0
 # Fewer steps between two syncs than this say little about the cost of one.
