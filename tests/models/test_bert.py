@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,8 +34,6 @@ SIZES = {
     "attn_implementation": "eager",
 }
 MASK = np.arange(LENGTH) < LENGTHS[:, None]
-# Compilation is what takes time here, so the compiler is told to optimise little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture
@@ -68,7 +65,7 @@ def our_model(kind: Any, theirs: Any, dtype: str = "float64") -> Any:
     return model
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def loss_and_logits(
     model: Any, tokens: jax.Array, mask: jax.Array, types: jax.Array, labels: jax.Array
@@ -108,7 +105,7 @@ def test_logits_loss_and_gradients(ours: Any, theirs: Any, labels: np.ndarray, d
         assert_close(found[name], gradient, "float64")
 
 
-@jit
+@jax.jit
 def embed(model: Bert, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hidden vectors, pooled ones, and sentence embeddings: means over present tokens, of length one."""
     hidden = model.hidden(tokens, mask)
@@ -151,7 +148,7 @@ def random_model(config: BertConfig, kind: Any) -> Any:
 def test_padding_is_not_read(attention: str, x64: None) -> None:
     """What padding holds changes nothing, and a row without its padding gives the same."""
     model = random_model(config(attention, dtype="float64", param_dtype="float64"), BertMaskedLM)
-    run = jit(lambda model, tokens, mask: model(tokens, mask))
+    run = jax.jit(lambda model, tokens, mask: model(tokens, mask))
     tokens = draw(VOCABULARY, 3, LENGTH)
     other = np.where(MASK, tokens, draw(VOCABULARY, 3, LENGTH, seed=9))
     logits = run(model, jnp.asarray(tokens), jnp.asarray(MASK))

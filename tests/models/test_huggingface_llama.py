@@ -6,7 +6,6 @@ and its softmax name float32 outright. So its own formulas are what is compared,
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -186,7 +185,7 @@ def their_results(model: PreTrainedModel, tokens: np.ndarray, segment_ids: np.nd
 
 
 # Compilation is what takes time here, so the compiler is told to optimise little.
-@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def loss_and_logits(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     logits = model(tokens, segment_ids)

@@ -1,7 +1,6 @@
 """The LLaMA around its token mixers: packing, the loop over layers, types of numbers, and sizes that do not fit."""
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,8 +20,6 @@ from lin_jax.models.rotary import rotary_table, rotate
 VOCABULARY = 19
 SINGLE = {"dtype": "float32", "param_dtype": "float32"}
 ATTENTIONS = ("augmented", "softmax")
-# Compilation is what takes time here, so the compiler is told to optimise little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def config(attention: str, **options: Any) -> LlamaConfig:
@@ -55,13 +52,13 @@ def loss_sum(model: Llama, tokens: jax.Array, segment_ids: jax.Array | None = No
     return losses.sum(where=where), logits
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def packed_loss(model: Llama, tokens: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     return loss_sum(model, tokens, segment_ids)
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def separate_loss(model: Llama, batches: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     losses, logits = zip(*(loss_sum(model, tokens) for tokens in batches), strict=True)
@@ -115,7 +112,7 @@ def test_bfloat16_activations(attention: str) -> None:
     """Parameters, memory, logits and gradients stay float32; the numbers stay near those of float32."""
     tokens, lengths = jnp.asarray(draw_tokens(2, 13)), jnp.asarray([13, 10])
 
-    @jit
+    @jax.jit
     def run(model: Llama) -> tuple[jax.Array, Any, Any]:
         (_, logits), gradients = nnx.value_and_grad(loss_sum, has_aux=True)(model, tokens)
         _, state = model.prefill(tokens, lengths, model.init_state(2, 16))

@@ -5,7 +5,6 @@ For float64, transformers runs with a `torch` in which single precision means do
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -53,8 +52,6 @@ ATTENTIONS = {
     "augmented": ("augmented", "augmented", "augmented"),
     "mixed": ("linformer", "performer+local+convolution", "performer"),
 }
-# Compilation is what takes time here, so the compiler is told to optimise little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class DoubleTorch:
@@ -114,7 +111,7 @@ def assert_gradients(gradients: nnx.State, model: Any, theirs: Any) -> None:
         assert_close(found[name], gradient, "float64")
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def loss_and_logits(model: T5, tokens: jax.Array, mask: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = model(tokens, model.decoder_inputs(labels), mask)
@@ -138,7 +135,7 @@ def test_logits_loss_and_gradients(name: str, double: None) -> None:
     assert_gradients(gradients, ours, theirs)
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def class_loss(
     model: T5Classifier, tokens: jax.Array, mask: jax.Array, labels: jax.Array
@@ -170,7 +167,7 @@ def test_classifier_without_end_tokens() -> None:
     tokens[np.arange(3), SOURCE - 1] = 1
     softmax = {f"{part}_attention": AttentionConfig("softmax") for part in ("encoder", "decoder", "cross")}
     some, none = (
-        jit(lambda model: model(jnp.asarray(tokens), jnp.asarray(mask)))(
+        jax.jit(lambda model: model(jnp.asarray(tokens), jnp.asarray(mask)))(
             random_model(
                 config("augmented", end_token=end, dtype="float32", param_dtype="float32", **softmax), T5Classifier
             )
@@ -213,22 +210,22 @@ def random_model(config: T5Config, kind: Any = T5) -> Any:
     return model
 
 
-@jit
+@jax.jit
 def condition(model: T5, tokens: jax.Array, mask: jax.Array | None) -> Any:
     return model.condition(tokens, mask)
 
 
-@jit
+@jax.jit
 def forward(decoder: Any, tokens: jax.Array) -> jax.Array:
     return decoder(tokens)
 
 
-@jit
+@jax.jit
 def prefill(decoder: Any, tokens: jax.Array, lengths: jax.Array) -> Any:
     return decoder.prefill(tokens, lengths, decoder.init_state(tokens.shape[0], 32))[1]
 
 
-@jit
+@jax.jit
 def token_by_token(decoder: Any, tokens: jax.Array) -> jax.Array:
     batch = tokens.shape[0]
 
@@ -240,7 +237,7 @@ def token_by_token(decoder: Any, tokens: jax.Array) -> jax.Array:
     return decoder.logits(jnp.moveaxis(hidden, 0, 1))
 
 
-@jit
+@jax.jit
 def verify(decoder: Any, nodes: jax.Array, state: Any) -> jax.Array:
     return decoder.logits(decoder.verify(nodes, tree_arrays((-1, 0, 0, 1)), state)[0])
 
@@ -295,7 +292,7 @@ def test_padding_is_not_read(name: str, x64: None) -> None:
     rows = jnp.asarray(draw_tokens(3, 6, seed=4))
     tokens, mask = sources()
     other = np.where(mask, tokens, draw_tokens(*tokens.shape, seed=9))
-    run = jit(lambda model, tokens, mask, rows: (model.encode(tokens, mask), model(tokens, rows, mask)))
+    run = jax.jit(lambda model, tokens, mask, rows: (model.encode(tokens, mask), model(tokens, rows, mask)))
     encoded, logits = run(model, jnp.asarray(tokens), jnp.asarray(mask), rows)
     encoded_other, logits_other = run(model, jnp.asarray(other), jnp.asarray(mask), rows)
     assert_close(encoded_other[mask], np.asarray(encoded[mask]), "float64")
@@ -306,7 +303,7 @@ def test_padding_is_not_read(name: str, x64: None) -> None:
     assert_close(logits[alone], np.asarray(logits_alone), "float64")
     if name == "augmented":
         published = config(name, encoder_attention=AttentionConfig("augmented", GROUP, 5, convolve_padding=True))
-        encoded_published = jit(lambda model: model.encode(tokens, mask))(random_model(published))
+        encoded_published = jax.jit(lambda model: model.encode(tokens, mask))(random_model(published))
         assert np.abs(encoded_published - encoded)[mask].max() > 1e-3
 
 
@@ -315,7 +312,7 @@ def test_bfloat16_activations() -> None:
     tokens, mask = (jnp.asarray(part) for part in sources())
     rows = jnp.asarray(draw_tokens(3, 6, seed=4))
     wide, narrow = (
-        jit(lambda model: model(tokens, rows, mask))(
+        jax.jit(lambda model: model(tokens, rows, mask))(
             random_model(
                 replace(
                     config("augmented", dtype=dtype, param_dtype="float32"),

@@ -1,7 +1,6 @@
 """What every causal model must show, whatever it is built of: its forms agree, and drafts change no token."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,9 +11,6 @@ from flax import nnx
 from lin_jax.attention import TreeArrays, tree_arrays
 from lin_jax.decoding import Generator, NgramDrafter
 from lin_jax.models.causal import CausalModel
-
-# Compilation is what takes time in these tests, so the compiler is told to optimise little.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 PARENTS = (-1, 0, 0, 1, 1, 3, 2)
 LENGTHS = (3, 6, 11)
@@ -37,12 +33,12 @@ def draw_tokens(*shape: int, vocabulary: int = 19) -> np.ndarray:
     return np.random.default_rng(2).integers(0, vocabulary, shape)
 
 
-@jit
+@jax.jit
 def forward(model: Any, tokens: jax.Array, segment_ids: jax.Array | None = None, mask: Any = None) -> jax.Array:
     return model(tokens, segment_ids, mask=mask)
 
 
-@jit
+@jax.jit
 def tree_then_step(
     model: CausalModel, prompts: jax.Array, tree_tokens: jax.Array, tree: TreeArrays, after: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
