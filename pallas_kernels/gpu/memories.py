@@ -97,6 +97,7 @@ def scan_memories(
     outputs = shapes if summed else (shapes[0], (1,))
     off = dict.fromkeys(("UNIT", "FACTORS", "WEIGHTS", "AGED", "SUMMED", "ADDED", "EXTRAS", "STARTED"), False)
     flags = off | constants
+    assert not flags["WEIGHTS"] or rows.keep.shape[0] == batch, "every row of the batch reads its own"
     nothing = jnp.zeros((1,))
     extras, scales = (nothing if each is None else each for each in (rows.extras, rows.scales))
     sums, left_sums = launch(

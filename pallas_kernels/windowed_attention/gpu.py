@@ -208,7 +208,7 @@ class _Call(NamedTuple):
     @classmethod
     def of(cls, problem: WindowedProblem, plan: WindowedPlan, interpret: bool) -> "_Call":
         packed = packed_windows(problem, plan)
-        whole, index = plan.before + plan.length, jnp.arange(plan.before + plan.length)
+        index = jnp.arange(plan.before + plan.length)
         joins = jnp.minimum(index // plan.block, plan.blocks - 1)
         if packed is None:
             places = carried = jnp.zeros((1,), jnp.int32)
@@ -229,7 +229,8 @@ class _Call(NamedTuple):
         asked = _mapped_heads(problem.queries, weights.queries, weights.query_bias, plan, queries=True)
         held = _mapped_heads(keys, weights.keys, weights.key_bias, plan, queries=False)
         scales = (asked.log_scale[..., 0] + problem.balance).transpose(0, 2, 1)
-        folds = jnp.broadcast_to(folds, (problem.keys.shape[0], problem.keys.shape[2], whole))
+        of_heads = problem.keys.shape[0], problem.keys.shape[2]
+        folds, keep = (jnp.broadcast_to(each, (*of_heads, each.shape[2])) for each in (folds, keep))
         return cls(
             *(problem, plan, interpret, keys, asked, held, scales),
             *(places, carried, clock, folds, folded, reads, keep),
@@ -295,7 +296,7 @@ class _Call(NamedTuple):
         _, first_values, own, first = self._first
         nothing = jnp.zeros((1,))
         rows = SummedRows(own, problem.values, first, first_values, nothing, self.folds, self.keep)
-        weighed = problem.packed is not None or problem.log_decays is not None
+        weighed = problem.packed is not None or problem.log_decays is not None or self.plan.window.sinks > 0
         flags = {"WEIGHTS": weighed, "AGED": weighed, "STARTED": prior is not None}
         return self._scan(rows, initial, self.plan.before, reverse=False, **flags)
 
