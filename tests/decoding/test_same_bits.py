@@ -94,7 +94,7 @@ def test_nodes_and_rows_have_the_bits_of_plain_decoding(attention, dtype):
 CHAIN, TREE = ("chain:5", 1), ("0;1;0,0;0,1;0,0,0;0,0,0,0;0,0,0,1;1,0;1,0,0", 2)
 
 
-@pytest.mark.parametrize("drafts", cells([[TREE]], [[[CHAIN]]]), ids=["tree", "chain"])
+@pytest.mark.parametrize("drafts", cells([[TREE]], [[CHAIN]]), ids=["tree", "chain"])
 @pytest.mark.parametrize(("attention", "dtype"), CELLS)
 def test_drafts_and_batches_change_no_token(attention, dtype, drafts):
     model = target(attention, dtype)
