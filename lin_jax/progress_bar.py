@@ -9,7 +9,9 @@ from tqdm import tqdm
 
 def in_notebook() -> bool:
     """True in a process that a notebook's cells run in."""
-    return "ipykernel" in sys.modules
+    # That `ipykernel` was imported says little: whoever starts a notebook imports it, too.
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def is_interactive() -> bool:

@@ -18,7 +18,6 @@ from support.model_forms import (
     assert_forms_agree,
     draw_tokens,
     forward,
-    jit,
     random_model,
 )
 
@@ -78,7 +77,7 @@ def filled(kind: type[Gpt2] | type[Gpt2Classifier], other: Any) -> Any:
     return found
 
 
-@jit
+@jax.jit
 @nnx.value_and_grad(has_aux=True)
 def value_and_grad(model: Gpt2, tokens: jax.Array, mask: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = model(tokens, mask=mask)
@@ -122,7 +121,7 @@ def test_transformers_classifier(mask: str, x64: None) -> None:
     tokens = tokens if real is None else np.where(real, tokens, 0)
     attention_mask = None if real is None else torch.from_numpy(real.astype(int))
     expected = other(torch.from_numpy(tokens), attention_mask=attention_mask).logits
-    logits = jit(Gpt2Classifier.__call__)(own, tokens, real)
+    logits = jax.jit(Gpt2Classifier.__call__)(own, tokens, real)
     assert_close(logits, expected.detach().numpy(), "float64")
 
 
