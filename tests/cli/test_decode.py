@@ -194,7 +194,7 @@ def test_a_saved_state_goes_on(
     run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A prompt that takes long to read is told."""
-    monkeypatch.setattr(command, "_LONG_PROMPT", 3)
+    monkeypatch.setattr(command, "_LONG_PROMPT", 5)
     state = str(tmp_path / "state.safetensors")
     words = ("--drafter", "ngram", "--tree", "chain:2", "--max-new-tokens", "20")
     _, said = output(capsys, str(run_folder), "import os\nimport", *words, "--save-state", state)
