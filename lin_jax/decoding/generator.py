@@ -19,7 +19,7 @@ from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 from lin_jax.decoding.engine.decode_loop import DecodeOptions
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
 from lin_jax.decoding.engine.prefix_cache import TAIL, Prefix
-from lin_jax.decoding.engine.programs import ProgramCompiler
+from lin_jax.decoding.engine.programs import Flat, ProgramCompiler
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
@@ -205,7 +205,7 @@ class Generator:
         capacity = bucket(len(tokens) + room, 64) + self.tree_for(slots).depth + 1
         drafter = self.drafter_for(self.tree_for(slots))
         blank = init_decode_state(self.model, drafter, 1, capacity, seen=sampling.repetition_penalty != 1)
-        decode_state = prefill(self.model, drafter, blank, [tokens], self.prefill_chunk_size)
+        decode_state = prefill(Flat.of(self.model, drafter), blank, [tokens], self.prefill_chunk_size)
         return Prefix(decode_state, len(tokens), capacity, self.identity, tuple(map(int, tokens[-TAIL:])))
 
     def load_prefix(self, path: str | Path, *, sampling: Sampling = GREEDY, slots: int = 1) -> Prefix:

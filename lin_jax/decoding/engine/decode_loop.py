@@ -112,7 +112,7 @@ class LoopState:
     donate_argnames="decode_state",
 )
 def start(
-    model: CausalModel,
+    modules: Flat,
     decode_state: DecodeState,
     limit: Int[Array, " B"],
     rows: Int[Array, " B"],
@@ -128,7 +128,7 @@ def start(
     """Chooses the first token of every row from its prompt; rows with a limit of 0 are empty.
 
     Args:
-        model: the target.
+        modules: the target.
         decode_state: state after the prompts; its buffers are donated.
         limit: `[B]` largest number of output tokens.
         rows: `[B]` index of each sequence among all that are decoded.
@@ -140,6 +140,7 @@ def start(
         capacity: size M of a row's output.
         log_probs: whether to keep log-probabilities.
     """
+    (model,) = modules.whole()
     batch = limit.shape[0]
     logits = model.logits(decode_state.hidden[:, None])
     positions = model.position(decode_state.model)[:, None]
