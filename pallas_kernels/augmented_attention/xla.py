@@ -1,7 +1,6 @@
 """Augmented linear attention in plain XLA: all blocks side by side, the memories before them by a scan."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from pallas_kernels.augmented_attention.problem import (
     convolution_matrix,
 )
 from pallas_kernels.precision import accumulation_dtype
-from pallas_kernels.row_parts import by_row_parts, row_parts
 
 
 def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) -> AugmentedPlan:
@@ -32,18 +30,7 @@ def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) 
 
 
 def forward(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
-    """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients."""
-    rows, length = problem.queries.shape[:2]
-
-    def part(of_rows: Any) -> tuple[Array, Array]:
-        queries, keys, values, packed, prior = of_rows
-        return _forward(AugmentedProblem(queries, keys, values, problem.alpha, problem.taps, packed, prior), plan)
-
-    of_rows = problem.queries, problem.keys, problem.values, problem.packed, problem.prior
-    return by_row_parts(part, of_rows, row_parts(rows, length))
-
-
-def _forward(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
+    """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients, but on CPUs."""
     batch, length, heads, key_size = problem.queries.shape
     kv_heads, value_size = problem.values.shape[2:]
     prior, packed = problem.prior, problem.packed

@@ -1,7 +1,7 @@
 """Models of the study: softmax teachers, students linearized from them, and what both are measured on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,16 @@ def train_student(
         seed=seed,
     )
     return Model(model, teacher.tokenizer, teacher.ends), folder
+
+
+def train_on_text(setup: Setup, student: Model, folder: Path) -> Model:
+    """Trains a student on the next token of stories for as many steps as a model from scratch, or goes on with it."""
+    sizes = setup.sizes
+    data = setup.places["stories"].data(sizes.length, max(sizes.held_out // 4, 1), most=sizes.text_bytes)
+    options: dict[str, Any] = {"output": folder, "batch_size": sizes.batch, "seed": 0}
+    return replace(
+        student, model=lin_jax.train(student.model, student.tokenizer, data, steps=sizes.scratch_steps, **options)
+    )
 
 
 def compared(setup: Setup, teacher: Model, student: Model) -> dict[str, Any]:
