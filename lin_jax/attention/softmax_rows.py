@@ -131,10 +131,12 @@ _rows.defvjp(_forward, _backward)
 
 
 def _over_queries(pairs: Float[Array, "B K R t s"], rows: Float[Array, "B K R t D"]) -> Float[Array, "B K s D"]:
-    """Sums over all queries of a key's heads, along one axis: for a sum over two, XLA copies pairs transposed."""
+    """Sums over the queries of all heads that share a key's."""
     batch, heads, _, _, keys = pairs.shape
     pairs, rows = pairs.reshape(batch, heads, -1, keys), rows.reshape(batch, heads, -1, rows.shape[4])
-    return jnp.einsum("bkqs,bkqd->bksd", pairs, rows)
+    # Behind the barrier pairs are copied as they are; before it, XLA computes them once more in the other order.
+    pairs = jax.lax.optimization_barrier(jnp.swapaxes(pairs, 2, 3))
+    return jnp.einsum("bksq,bkqd->bksd", pairs, rows)
 
 
 def _blocks(length: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:

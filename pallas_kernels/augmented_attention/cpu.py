@@ -144,7 +144,7 @@ def _attention_forward(inputs: Inputs, masks: WindowMasks, plan: AugmentedPlan) 
 
 
 def _attention_backward(plan: AugmentedPlan, kept: _Kept, cotangents: tuple[Array, Array]) -> tuple[Inputs, None]:
-    queries, keys, values, alpha, matrix, initial = kept.inputs
+    queries, keys, values, alpha, matrix, _ = kept.inputs
     masks, (cotangent, to_after) = kept.masks, cotangents
     to_weights = _shared("bknqe,bknme->bknqm", cotangent, values)
     to_values = _over_queries("bknqm,bknqe->bknme", kept.weights, cotangent)
