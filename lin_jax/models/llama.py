@@ -5,7 +5,6 @@ Mistral, Qwen2 and Qwen3 are the same model with other options.
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
