@@ -55,8 +55,8 @@ def keep_freed_memory() -> None:
 
     A step's program has its intermediate results in one block of some hundred megabytes. The C library gives blocks of
     this size back to the system and gets new ones, page by page, at every step: a fifth of the time of a small model's
-    step. The memory is asked for in huge pages, too. Call it before JAX has begun to run anything; it does nothing where there is an accelerator, or another C
-    library than glibc.
+    step. The memory is asked for in huge pages, too. Call it before JAX has begun to run anything; it does nothing
+    where there is an accelerator, or another C library than glibc.
     """
     accelerator = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "accel*", "kfd", "vfio"))
     if platform.libc_ver()[0] != "glibc" or (accelerator and os.environ.get("JAX_PLATFORMS") != "cpu"):
