@@ -107,8 +107,8 @@ def _windows(rows: Float[Array, "B K T D"], first: Float[Array, "B P K D"] | Non
 def _over_heads(masks: WindowMasks) -> WindowMasks:
     """Masks with axes of rows and heads: of pairs and rows `[B | 1, 1, n, 1, ...]`, `keep` `[B | 1, n]`."""
     rows = masks.keep.reshape(-1, masks.keep.shape[-1]).shape[0]
-    wide = (mask.reshape(rows, 1, -1, 1, *mask.shape[-2:]) for mask in masks[:-1])
-    return WindowMasks(*wide, masks.keep.reshape(rows, -1))
+    wide = [mask.reshape(rows, 1, -1, 1, *mask.shape[-2:]) for mask in masks[:-1]]
+    return WindowMasks._make([*wide, masks.keep.reshape(rows, -1)])
 
 
 class _Kept(NamedTuple):
@@ -179,10 +179,10 @@ def _memories(updates: Float[Array, "B K n D E"], keep: Array, initial: Float[Ar
 
         after, before = jax.lax.scan(step, initial, (jnp.moveaxis(updates, 2, 0), keep.T))
         return jnp.moveaxis(before, 0, 2), after
-    before = [initial]
+    memories = [initial]
     for block in range(updates.shape[2]):
-        before.append(_if_kept(keep[:, block], before[-1]) + updates[:, :, block])
-    return jnp.stack(before[:-1], axis=2), before[-1]
+        memories.append(_if_kept(keep[:, block], memories[-1]) + updates[:, :, block])
+    return jnp.stack(memories[:-1], axis=2), memories[-1]
 
 
 def _memories_backward(
