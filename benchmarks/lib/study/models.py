@@ -175,13 +175,16 @@ def train_student(
 
 
 def train_on_text(setup: Setup, student: Model, folder: Path) -> Model:
-    """Trains a student on the next token of stories for as many steps as a model from scratch, or goes on with it."""
+    """Trains a student on the next token of stories, or goes on with it.
+
+    It takes twice the steps of a model from scratch, at four times the rate of the recipe: filters that were of no use
+    to the student so far are to find what they can read.
+    """
     sizes = setup.sizes
     data = setup.places["stories"].data(sizes.length, max(sizes.held_out // 4, 1), most=sizes.text_bytes)
-    options: dict[str, Any] = {"output": folder, "batch_size": sizes.batch, "seed": 0}
-    return replace(
-        student, model=lin_jax.train(student.model, student.tokenizer, data, steps=sizes.scratch_steps, **options)
-    )
+    options: dict[str, Any] = {"output": folder, "batch_size": sizes.batch, "learning_rate": 4.0, "seed": 0}
+    steps = 2 * sizes.scratch_steps
+    return replace(student, model=lin_jax.train(student.model, student.tokenizer, data, steps=steps, **options))
 
 
 def compared(setup: Setup, teacher: Model, student: Model) -> dict[str, Any]:
