@@ -33,7 +33,7 @@ def suits(problem: AugmentedProblem) -> bool:
     return kinds <= {jnp.dtype("float32"), jnp.dtype("float64")}
 
 
-class AugmentedInputs(NamedTuple):
+class HeadsFirst(NamedTuple):
     """Arrays that the gradient is of: blocks of queries and their windows, heads first.
 
     Attributes:
@@ -78,7 +78,7 @@ def forward(
     end = plan.blocks * plan.block - length
     queries = jnp.pad(queries, (*((0, 0),) * 3, (0, end), (0, 0)))
     queries = queries.reshape(batch, kv_heads, -1, plan.blocks, plan.block, size)
-    inputs = AugmentedInputs(
+    inputs = HeadsFirst(
         jnp.swapaxes(queries, 2, 3),
         _windows(keys, None if prior is None else prior.keys, plan),
         _windows(jnp.swapaxes(problem.values, 1, 2), None if prior is None else prior.values, plan),
@@ -114,7 +114,7 @@ def _over_heads(masks: WindowMasks) -> WindowMasks:
 class _Kept(NamedTuple):
     """Residuals of the gradient."""
 
-    inputs: AugmentedInputs
+    inputs: HeadsFirst
     masks: WindowMasks
     scores: Float[Array, "B K n R C M"]
     weights: Float[Array, "B K n R C M"]
@@ -124,14 +124,14 @@ class _Kept(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attention(
-    inputs: AugmentedInputs, masks: WindowMasks, plan: AugmentedPlan
+    inputs: HeadsFirst, masks: WindowMasks, plan: AugmentedPlan
 ) -> tuple[Float[Array, "B K n R C E"], Float[Array, "B K D E"]]:
     """Outputs of all blocks, and the memory after the last."""
     return _attention_forward(inputs, masks, plan)[0]
 
 
 def _attention_forward(
-    inputs: AugmentedInputs, masks: WindowMasks, plan: AugmentedPlan
+    inputs: HeadsFirst, masks: WindowMasks, plan: AugmentedPlan
 ) -> tuple[tuple[Array, Array], _Kept]:
     queries, keys, values, alpha, matrix, initial = inputs
     updates = _product("bknmd,bknme->bknde", jnp.where(masks.folded[:, :, :, 0], keys, 0), values)
@@ -145,9 +145,7 @@ def _attention_forward(
     return (outputs, after), _Kept(inputs, masks, scores, weights, before, read)
 
 
-def _attention_backward(
-    plan: AugmentedPlan, kept: _Kept, cotangents: tuple[Array, Array]
-) -> tuple[AugmentedInputs, None]:
+def _attention_backward(plan: AugmentedPlan, kept: _Kept, cotangents: tuple[Array, Array]) -> tuple[HeadsFirst, None]:
     queries, keys, values, alpha, matrix, _ = kept.inputs
     masks, (cotangent, to_after) = kept.masks, cotangents
     to_weights = _shared("bknqe,bknme->bknqm", cotangent, values)
@@ -168,7 +166,7 @@ def _attention_backward(
     folded = masks.folded[:, :, :, 0]
     to_keys += jnp.where(folded, _product("bknme,bknde->bknmd", values, to_updates), 0)
     to_values += _product("bknmd,bknde->bknme", jnp.where(folded, keys, 0), to_updates)
-    return AugmentedInputs(to_queries, to_keys, to_values, to_alpha, to_matrix, to_initial), None
+    return HeadsFirst(to_queries, to_keys, to_values, to_alpha, to_matrix, to_initial), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
