@@ -1,7 +1,7 @@
 """Speculative output against plain decoding's, token for token: real prompts, every drafter, tree and batch size.
 
     python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16]
-        [--prompts N] [--new-tokens N] [--configurations NAME ...] --data FOLDER
+        [--prompts N] [--new-tokens N] [--short | --configurations NAME ...] --data FOLDER
 
 Without `--model` it is the pretrained stories260K with augmented attention in groups of 16 on its weights, or with
 `--attention`, whose factor, taps, balance and decay are drawn at random so that every branch matters. What plain
@@ -10,7 +10,8 @@ then every configuration must say the same. The configurations pair each drafter
 are chosen while decoding ("adaptive"); batch sizes, ways of sampling and endings are laid over them as Latin squares,
 so that every pair of values occurs. All of them decode all prompts, but those of batch size 1 a tenth; drafters with a
 memory of what was written do so twice, and of two passes that differ the worse is reported. The recurrent states of a
-few configurations are compared with plain decoding's after as many tokens, step by step.
+few configurations are compared with plain decoding's after as many tokens, step by step. `--short` takes ten
+configurations: most of the time goes into compiling, which `JAX_DISABLE_MOST_OPTIMIZATIONS=1` makes twice as quick.
 
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
 than rounding. In bfloat16 the report says how far texts agree. Medusa and path heads that a run lacks begin as copies
@@ -30,6 +31,7 @@ from lib.lossless_subject import (
     MODES,
     PIECE,
     SEED,
+    SHORT,
     Configuration,
     Ending,
     Subject,
@@ -65,9 +67,12 @@ def cut(text: Sequence[int], ending: Ending, pieces: Sequence[bytes]) -> list[in
 
 
 def group_of(attention: AttentionConfig) -> int | None:
-    """Tokens of a group, at whose ends states change by more than a token; None for attention that knows no groups."""
-    in_groups = parse_name(attention.name).window and attention.window is None
-    return attention.group_size if in_groups or max_draft_depth(attention) is not None else None
+    """Tokens of the smallest group, at whose ends states change by more than a token; None where none knows groups."""
+
+    def in_groups(each: AttentionConfig) -> bool:
+        return (parse_name(each.name).window and each.window is None) or max_draft_depth(each) is not None
+
+    return min((each.group_size for each in attention.kinds if in_groups(each)), default=None)
 
 
 def boundaries_crossed(prompt: int, origins: Sequence[int], group: int) -> int:
@@ -233,13 +238,16 @@ def parse() -> argparse.Namespace:
         "--attention",
         default="augmented",
         metavar="NAME",
-        help="of stories260K, with options behind it, such as exponential+window/window=16/decay=token",
+        help="of stories260K, with options behind it, such as exponential+window/window=16/decay=token, or five with "
+        "commas, one a layer",
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of prompts: see lib/prompts.py")
     parser.add_argument("--dtype", choices=STATE_ROUNDING, default="float64")
     parser.add_argument("--prompts", type=int, metavar="N", help="how many; default: 564")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--short", action="store_true", help="ten configurations, with every kind of drafter")
+    which.add_argument(
         "--configurations",
         nargs="+",
         metavar="NAME",
@@ -252,7 +260,7 @@ def main() -> int:
     """Measures, prints and writes; 1 if something differs that must not."""
     options = parse()
     jax.config.update("jax_enable_x64", options.dtype == "float64")
-    wanted = options.configurations or [""]
+    wanted = SHORT if options.short else options.configurations or [""]
     chosen = [each for each in configurations() if each.name.startswith(tuple(wanted))]
     if not chosen:
         raise UserError(f"no configuration begins with {' or '.join(wanted)}; try ngram, or {configurations()[0].name}")
@@ -263,6 +271,8 @@ def main() -> int:
             if results and results[-1]["drafter"] != each.drafter:
                 jax.clear_caches()
             results.append(try_one(each, subject))
+            if options.json != "-":
+                write({**describe(options, subject), "results": results}, options.json)
             bar.set_postfix_str(f"{each.name}: {results[-1]['tokens_per_second']:,.0f} tokens/s")
     report = {**describe(options, subject), "pairs": pairs(chosen), "results": results}
     report["state_equality"] = state_equality(subject, chosen)
@@ -280,7 +290,8 @@ def describe(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         **header("lossless"),
         "model": options.model or "stories260K",
         "attention": config.attention.label if options.model else options.attention,
-        "group_size": config.attention.group_size,
+        "group_size": group_of(config.attention),
+        "compiled_as_for_users": not jax.config.values["jax_disable_most_optimizations"],
         "dtype": options.dtype,
         "prompts": by_source(subject.prompts),
         "prompt_tokens": {"shortest": min(lengths), "mean": sum(lengths) / len(lengths), "longest": max(lengths)},

@@ -37,6 +37,7 @@ ATTENTIONS = (
     "augmented",
     "elu",
     "hedgehog+window",
+    "clustered+window",
     "exponential+window",
     "exponential+window+convolution",
 )
@@ -104,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", choices=tuple(TASKS), default="pairs")
     parser.add_argument("--attention", nargs="+", default=ATTENTIONS, metavar="NAME")
     parser.add_argument("--window", type=int, default=16, help="tokens of windows, and of groups")
-    parser.add_argument("--features", type=int, default=64, help="of exponential")
+    parser.add_argument("--features", type=int, default=64, help="of exponential and clustered")
     parser.add_argument("--length", type=int, default=256, help="of rows")
     parser.add_argument("--pairs", type=int, default=8, help="of a row")
     parser.add_argument("--steps", type=int, default=1000)

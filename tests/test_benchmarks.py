@@ -395,6 +395,25 @@ def test_lossless(tmp_path: Path, shared_data: Path) -> None:
     assert report["results"][1]["mean_accepted_tokens"] > 1
     assert report["results"][1]["boundaries_crossed"] > 0
     assert 0 <= report["state_equality"][0]["largest_difference"] < 1e-12
+    mix = "augmented,softmax,clustered+window/window=8,exponential/decay=constant,softmax/window=12"
+    options = ("--prompts", "4", "--new-tokens", "16", "--data", str(shared_data), "--json", str(file))
+    done = run_benchmark("lossless", *options, "--attention", mix, "--configurations", "ngram:chain")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["lossless"] is True
+    assert report["results"][0]["tokens"] > 0
+    assert report["group_size"] == 16
+
+
+def test_attentions_of_a_command_line_are_patterns_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry of a pattern has its own options."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    attention_of = importlib.import_module("lib.attention_names").attention_of
+    found = attention_of("augmented,softmax/window=24", group_size=16)
+    assert [(each.name, each.window, each.group_size) for each in found.of_layers(4)] == [
+        ("augmented", None, 16),
+        ("softmax", 24, 16),
+    ] * 2
 
 
 @pytest.mark.thorough

@@ -1,4 +1,7 @@
-"""Attentions on a command line: a name, with options behind it, as in `exponential+window/window=16/decay=token`."""
+"""Attentions on a command line: a name, with options behind it, as in `exponential+window/window=16/decay=token`.
+
+Several with commas, as in `augmented,softmax/window=64`, are a pattern over layers.
+"""
 
 from dataclasses import fields
 from typing import Any
@@ -8,15 +11,17 @@ from lin_jax.errors import UserError
 
 
 def attention_of(text: str, **sizes: Any) -> AttentionConfig:
-    """Reads a name with options.
+    """Reads a name with options, or several as a pattern over layers.
 
     Args:
-        text: the name, and `/OPTION=VALUE` for each option.
+        text: the name, and `/OPTION=VALUE` for each option; a comma between the attentions of a pattern.
         sizes: other values than the defaults for options that are not given.
 
     Raises:
         UserError: the name is unknown, or an option.
     """
+    if "," in text:
+        return AttentionConfig(pattern=[attention_of(each, **sizes) for each in text.split(",")])
     name, *options = text.split("/")
     parse_name(name)
     plain = {each.name: each.default for each in fields(AttentionConfig) if each.name != "name"}

@@ -34,7 +34,8 @@ from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
 from lin_jax.session import Session
 
 SEED = 11
-PIECE = 64
+# Of a prompt at a time: no multiple of a group, and so short that all pieces share a program.
+PIECE = 40
 HEADS = 4
 # Where the data folder does not hold it.
 STORIES260K = "hub:karpathy/tinyllamas/stories260K"
@@ -59,6 +60,20 @@ TREES: dict[str, AnyTree] = {
 }
 # Shapes chosen while decoding, instead of a tree.
 ADAPTIVE = "adaptive"
+# Every kind of drafter, chains, dynamic trees and shapes chosen while decoding, every batch size, mode and ending: what
+# takes long is to compile, and this is a fifth of it.
+SHORT = (
+    "ngram:adaptive",
+    "ngram:dynamic",
+    "medusa+ngram:adaptive",
+    "path+ngram:chain",
+    "model:chain",
+    "self:dynamic",
+    "suffix:dynamic",
+    "suffix:adaptive",
+    "path/suffix:chain",
+    "copy:chain",
+)
 BATCHES = (16, 3, 1)
 MODES = {
     "greedy": Sampling(),
