@@ -178,7 +178,8 @@ PART = Part(
     NAME,
     "Ablations",
     "Pieces of augmented attention are left out or changed, each trained on the budget of the first part; branches are "
-    "also left out of a trained student.",
+    "also left out of a trained student. The filter without a mask learns the next token from the text after it was "
+    "linearized: a teacher does not tell that to look ahead is worth anything.",
     cells,
     table,
     plot,
