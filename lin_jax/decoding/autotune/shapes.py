@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from lin_jax.decoding.autotune.chooser import Arm
+from lin_jax.decoding.autotune.choice import Arm
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
 from lin_jax.decoding.drafting.drafters.copy import CopyDrafter
 from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter

@@ -6,7 +6,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lin_jax.decoding.autotune.chooser import Choice, Chooser, Evidence, evidence_shape
+from lin_jax.decoding.autotune.choice import Choice
+from lin_jax.decoding.autotune.chooser import Chooser
+from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
