@@ -10,7 +10,7 @@ plain decoding's speed or more. Copies alone may overdraw the account, by at mos
 
 ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
 # Tokens per cost that copies must promise for the account to be overdrawn, and by how many plain steps at most.
-SURE_VALUE, CREDIT = 2.0, 10.0
+SURE_VALUE, CREDIT = 2.0, 5.0
 
 
 class LossAccount:

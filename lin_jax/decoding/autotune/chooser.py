@@ -25,9 +25,11 @@ MIN_VALUE, MIN_COPY_VALUE, MIN_ALERT_VALUE = 1.02, 1.1, 1.3
 SYNC_SHARE = 1.0
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.1
-# Steps of a trial, of an arm that pays, and of copies, whose match grows, between two choices; and of plain decoding:
-# few at first, then ever more, and many where a sync is more than the account has: in very small models.
-TRIAL_STEPS, ARM_STEPS, COPY_STEPS, FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 4, 32, 4, 16, 128, 512
+# Steps of a trial, of an arm that pays, and of copies, whose match grows, or can hardly be told from a longer one,
+# between two choices; and of plain decoding: few at first, then ever more, and many where a sync is more than the account
+# has: in very small models.
+TRIAL_STEPS, ARM_STEPS, COPY_STEPS, LONG_COPY_STEPS = 4, 32, 4, 8
+FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 16, 128, 512
 # Plain steps in the account above which plain decoding comes back to the host often, and at least now and then, where
 # copies could begin at any token.
 HIGH, LOW = 2.0, 0.5
@@ -147,7 +149,9 @@ class Chooser:
         if best and values[best] >= self._least(best):
             cost, steps = self.cost(best), ARM_STEPS
             if self.arms[best].family in self.copies:
-                allowance, steps = PATIENCE * (cost - 1), COPY_STEPS
+                known = np.min(self.evidence.matched[running, self.arms[best].family], initial=MATCHES[-1])
+                steps = LONG_COPY_STEPS if known >= MATCHES[-1] else COPY_STEPS
+                allowance = PATIENCE * (cost - 1)
             return Choice(best, min(steps, max_steps), cost, allowance)
         steps = min(self._plain_steps(), max_steps)
         if self.alerted:
