@@ -4,13 +4,15 @@ A step of cost c that gives each row t tokens on average takes c - t longer than
 is not plain decoding is paid from an allowance of `ALLOWANCE` plain steps and `RATE` more with each token; what drafts
 gain flows back, up to `LARGEST_GAIN`. Syncs with the host are paid from the account too. Whatever the text, decoding T
 tokens so takes at most T + ALLOWANCE + RATE * T plain steps, as far as the costs are right: for 200 tokens 0.97 of
-plain decoding's speed or more. Copies alone may overdraw the account, by at most `CREDIT`, where a long match promises
-`SURE_VALUE` tokens per cost: a text that repeats itself for long, and then does not, can lose as much more.
+plain decoding's speed or more. Copies alone may overdraw the account, by at most `CREDIT`, after a match of
+`SURE_MATCH` tokens that promises `SURE_VALUE` tokens per cost: a text that repeats itself for long, and then does not,
+can lose as much more.
 """
 
 ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
-# Tokens per cost that copies must promise for the account to be overdrawn, and by how many plain steps at most.
-SURE_VALUE, CREDIT = 2.0, 5.0
+# Tokens per cost that copies must promise for the account to be overdrawn, tokens that must agree with the place that
+# they copy from, and by how many plain steps at most.
+SURE_VALUE, SURE_MATCH, CREDIT = 2.0, 16, 5.0
 
 
 class LossAccount:
@@ -42,6 +44,11 @@ class LossAccount:
     def affords_sync(self) -> bool:
         """True where the account has more than a sync with the host costs; else nothing can be drafted."""
         return self.allowance >= 0
+
+    @property
+    def affords_sure_copies(self) -> bool:
+        """True where at least copies after a long match could be drafted after a sync with the host."""
+        return self.allowance + CREDIT >= 0
 
     def add_plain(self, tokens: float, share: float) -> None:
         """Takes in plain steps.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.decoding.autotune.account import CREDIT, SURE_VALUE, LossAccount
+from lin_jax.decoding.autotune.account import CREDIT, SURE_MATCH, SURE_VALUE, LossAccount
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
 from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
@@ -26,8 +26,8 @@ SYNC_SHARE = 1.0
 # How much better than what is compiled an arm must promise to be to be compiled too.
 MIN_GAIN = 1.1
 # Steps of a trial, of an arm that pays, and of copies, whose match grows, or can hardly be told from a longer one,
-# between two choices; and of plain decoding: few at first, then ever more, and many where a sync is more than the account
-# has: in very small models.
+# between two choices; and of plain decoding: few at first, then ever more, and many where a sync is more than the
+# account has: in very small models.
 TRIAL_STEPS, ARM_STEPS, COPY_STEPS, LONG_COPY_STEPS = 4, 32, 4, 8
 FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 16, 128, 512
 # Plain steps in the account above which plain decoding comes back to the host often, and at least now and then, where
@@ -97,8 +97,13 @@ class Chooser:
 
     @property
     def affords_sync(self) -> bool:
-        """True where the account has more than a sync with the host costs; else nothing can be drafted."""
+        """True where the account has more than a sync with the host costs."""
         return self.account.affords_sync
+
+    @property
+    def follows(self) -> bool:
+        """True where something could be drafted, so that it is of use to know what copies would give."""
+        return self.account.affords_sure_copies
 
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
@@ -138,7 +143,7 @@ class Chooser:
         self.most_steps = max_steps
         values, allowance = self.values(running), self.account.allowance
         # A step that gives nothing but the target's own token must be affordable.
-        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance + self._credit(arm, values)]
+        affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance + self._credit(arm, values, running)]
         best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
         trial = self._due(values, values[best])
         self.trial = False
@@ -160,7 +165,7 @@ class Chooser:
         return Choice(0, steps, alert=self._alert(running))
 
     def _alert(self, running: Bool[np.ndarray, " B"]) -> int:
-        """Length of a match from which on some copy would pay, by what all running rows have shown."""
+        """Length of a match from which on some copy would pay and may be paid, by what all running rows have shown."""
         allowance, visit_cost = self.account.allowance, self.account.visit_cost
         # Those that are not compiled too, which then are wanted.
         copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
@@ -169,18 +174,20 @@ class Chooser:
             return NO_ALERT
         lengths = [length for length in MATCHES if length <= LONGEST_ALERT]
         tokens = self.evidence.expected_copies(running, lengths, max(self.arms[arm].depth for arm in arms))
-        values = [tokens[self.arms[arm].family, :, self.arms[arm].depth - 1] / self.cost(arm) for arm in arms]
-        least = [
-            (MIN_ALERT_VALUE if self.cost(arm) - 1 <= allowance else SURE_VALUE)
-            + SYNC_SHARE * visit_cost / self.cost(arm)
-            for arm in arms
-        ]
-        pay = np.flatnonzero(np.max([found >= need for found, need in zip(values, least, strict=True)], axis=0))
-        return lengths[pay[0]] if len(pay) else NO_ALERT
+        pays = np.zeros(len(lengths), bool)
+        for arm in arms:
+            paid = self.cost(arm) - 1 <= allowance
+            least = (MIN_ALERT_VALUE if paid else SURE_VALUE) + SYNC_SHARE * visit_cost / self.cost(arm)
+            found = tokens[self.arms[arm].family, :, self.arms[arm].depth - 1] / self.cost(arm)
+            pays |= (found >= least) & (paid | (np.array(lengths) >= SURE_MATCH))
+        return lengths[int(np.argmax(pays))] if pays.any() else NO_ALERT
 
-    def _credit(self, arm: int, values: Sequence[float]) -> float:
+    def _credit(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"]) -> float:
         """Plain steps by which the account may be overdrawn for an arm."""
-        return CREDIT if self.arms[arm].family in self.copies and values[arm] >= SURE_VALUE else 0.0
+        family = self.arms[arm].family
+        if family not in self.copies or values[arm] < SURE_VALUE or not running.any():
+            return 0.0
+        return CREDIT if np.median(self.evidence.matched[running, family]) >= SURE_MATCH else 0.0
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""

@@ -177,7 +177,7 @@ class AdaptiveShape:
     def _follow(self, row: int, tokens: Sequence[int]) -> None:
         """Reads on in a row, and learns from what copies would have given."""
         self.unread[row] += tokens
-        if not self.unread[row] or not self.chooser.affords_sync:
+        if not self.unread[row] or not self.chooser.follows:
             return
         new, self.unread[row] = self.unread[row], []
         for family, hindsight in self.followed[row].items():
