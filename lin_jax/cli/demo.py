@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lin_jax.data import read_documents
 from lin_jax.decoding.autotune.prompts import held_out_prompts
 from lin_jax.demo.context import measure_context
 from lin_jax.demo.decoding import measure_decoding
@@ -18,7 +19,7 @@ from lin_jax.demo.ledger import Ledger, TrainingStoppedError
 from lin_jax.demo.progress import say
 from lin_jax.demo.quality import measure_quality
 from lin_jax.demo.report import write_report
-from lin_jax.demo.runs import BEST, STUDENTS, DemoRuns, described_text, find_model, run_all
+from lin_jax.demo.runs import BEST, STUDENTS, DemoRuns, find_model, run_all
 from lin_jax.devices import devices_shown, keep_freed_memory
 from lin_jax.errors import OptionParser, UserError
 from lin_jax.files import write_durably
@@ -98,12 +99,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _runs(options: argparse.Namespace, folder: Path) -> DemoRuns:
     given = None if options.model is None else find_model(options.model, options.tokenizer)
-    data = None if options.data is None else described_text(options.data)
     files = (options.config, options.students_config, options.heads_config)
-    runs = DemoRuns.load(folder, files, data, given)
+    runs = DemoRuns.load(folder, files, options.data, given)
     if given is not None:
         # A wrong one is found out at once, and one that lacks a tokenizer.
         runs.source.tokenizer(runs.tokenizer)
+    if options.data is not None and not runs.data.is_remote:
+        read_documents(replace(runs.data, max_bytes=1))
     return runs
 
 

@@ -76,7 +76,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--teacher", required=True, metavar="PLACE", help="run, Hugging Face folder or llama2.c file")
     parser.add_argument("--text", metavar="PLACE", help="file or folder of text (default: the student's held-out text)")
-    parser.add_argument("--document-separator", metavar="MARK", help="what separates documents inside a file of --text")
+    parser.add_argument(
+        "--document-separator",
+        default=DataConfig.document_separator,
+        metavar="MARK",
+        help="what separates documents inside a file of --text (default: <|endoftext|>, where a file holds that)",
+    )
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer of a file of llama2.c")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the report (default: report)")
     parser.add_argument(

@@ -9,6 +9,8 @@ from lin_jax.data.tokenizers.tokenizer import SMALLEST_BPE
 from lin_jax.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
+# The value of `document_separator` that has text files cut at <|endoftext|> where they hold it.
+AUTO = "auto"
 # Formats of rows: a text, a prompt with its completion, or the messages of a conversation.
 TEXT, PROMPT_COMPLETION, MESSAGES = "text", "prompt_completion", "messages"
 FORMATS = (TEXT, PROMPT_COMPLETION, MESSAGES)
@@ -25,7 +27,7 @@ class MixturePart:
         subset: configuration name of a hub data set.
         split: split of a hub data set.
         text_field: column that holds the text, in tables and hub data sets.
-        document_separator: marker between documents inside a text file; None makes a file one document.
+        document_separator: marker between documents inside a text file, "auto", or None for a document a file.
         format: of the rows: text, prompt_completion or messages.
 
     Raises:
@@ -37,7 +39,7 @@ class MixturePart:
     subset: str | None = None
     split: str = "train"
     text_field: str = "text"
-    document_separator: str | None = None
+    document_separator: str | None = AUTO
     format: str = TEXT
 
     def __post_init__(self) -> None:
@@ -78,8 +80,8 @@ class DataConfig:
             a task no more than its longest example.
         validation_fraction: share of the documents held out, above 0 and below 1.
         validation_batches: batches of held-out text to validate on, at most.
-        document_separator: marker between documents inside a text file, such as "<|endoftext|>"; None
-            makes a file one document.
+        document_separator: marker between documents inside a text file; "auto" takes "<|endoftext|>" for one in files
+            that hold it, but for places where it stands in quotes, and says so; None makes a file one document.
         max_bytes: bytes of text (UTF-8) after which reading a source stops; of a remote file of text only so many are
             fetched, up to the last line break. None reads all.
         shards: number of shards that the documents are distributed over, each of which gives the same number of rows
@@ -109,7 +111,7 @@ class DataConfig:
     sequence_length: int = 256
     validation_fraction: float = 0.05
     validation_batches: int = 16
-    document_separator: str | None = None
+    document_separator: str | None = AUTO
     max_bytes: int | None = None
     shards: int = 1
     cache: str | None = None
@@ -144,7 +146,7 @@ class DataConfig:
         if self.document_separator is not None and not self.document_separator.strip():
             raise UserError(
                 f"document_separator {self.document_separator!r} is blank; give a marker such as "
-                "'<|endoftext|>', or null to keep each file one document"
+                "'<|endoftext|>', 'auto' to have that one found, or null to keep each file one document"
             )
         if self.cache is not None and not self.cache.strip():
             raise UserError("cache is blank; give a folder, such as ~/.cache/lin_jax/tokens, or null to keep no tokens")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.data import DataConfig, read_documents
+from lin_jax.data import DataConfig
 from lin_jax.demo.ledger import TrainingStoppedError
 from lin_jax.errors import UserError
 from lin_jax.hub.config_json import attentions_of, is_softmax
@@ -29,10 +29,6 @@ TEACHER_FOLDER, HEAD_FOLDER = "teacher", "path"
 # Learning rate with a window, as a multiple of the others': it begins near the teacher. Of 2.8% of the attention's
 # square missed, 60 steps at their rate (0.005 at a width of 256) left 2.5%, after 5% on the way, and at this one 2.2%.
 WINDOW_RATE = 0.2
-# What separates stories and web pages in files of text.
-SEPARATOR = "<|endoftext|>"
-# Bytes of a text that are looked at for it.
-LOOKED_AT = 2_000_000
 # Layers of a small model that a program has one after the other, not in a loop.
 MOST_UNROLLED = 8
 
@@ -70,14 +66,14 @@ class DemoRuns:
 
     @classmethod
     def load(
-        cls, folder: Path, files: Sequence[str | Path], data: DataConfig | None, given: GivenModel | None = None
+        cls, folder: Path, files: Sequence[str | Path], data: str | None, given: GivenModel | None = None
     ) -> "DemoRuns":
         """Reads the configurations of teacher, students (one run, or stages) and heads.
 
         Args:
             folder: of the demo.
             files: the three YAML files.
-            data: text in place of the teacher's; its source and separator are taken.
+            data: name of a text in place of the teacher's: a file or folder, or `hub:OWNER/NAME`.
             given: a pretrained model.
 
         Raises:
@@ -86,7 +82,7 @@ class DemoRuns:
         teacher, heads = load_run_config(files[0]), load_run_config(files[2])
         read = teacher.data
         if data is not None:
-            read = replace(read, source=data.source, document_separator=data.document_separator)
+            read = replace(read, source=data, document_separator=DataConfig.document_separator)
         if given is not None:
             read = replace(read, tokenizer=given.tokenizer)
         teacher = replace(teacher, data=read, output=str(folder / TEACHER_FOLDER))
@@ -216,20 +212,6 @@ def find_model(place: str, tokenizer: str | None) -> GivenModel:
             raise UserError(f"{place} holds {said} that may be the tokenizer of {models[0].name}; name it (TOKENIZER=)")
         tokenizer = str(others[0])
     return GivenModel(str(models[0]), tokenizer)
-
-
-def described_text(place: str) -> DataConfig:
-    """Describes a text: a file or folder, or `hub:OWNER/NAME`; a marker that separates stories in it is found.
-
-    Raises:
-        UserError: there is no such text.
-    """
-    data = DataConfig(place)
-    if data.is_hub:
-        return data
-    beginning = read_documents(replace(data, max_bytes=LOOKED_AT))
-    marked = any(SEPARATOR in document.text for document in beginning)
-    return replace(data, document_separator=SEPARATOR if marked else None)
 
 
 def _is_llama2c(path: Path) -> bool:

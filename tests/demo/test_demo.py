@@ -11,12 +11,13 @@ from support.interrupted import stopping_after
 from support.llama2c_files import HEADER, write_file
 
 from lin_jax.cli.demo import main
+from lin_jax.data import read_documents
 from lin_jax.decoding.autotune.shapes import draft_shapes
 from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
 from lin_jax.decoding.drafting.drafters.path import PathDrafter
 from lin_jax.decoding.drafting.drafters.union import UnionDrafter
 from lin_jax.demo.decoding import few_shapes, measure_decoding, part_of
-from lin_jax.demo.runs import BARE, BEST, SEPARATOR, STUDENTS, described_text, find_model
+from lin_jax.demo.runs import BARE, BEST, STUDENTS, find_model
 from lin_jax.errors import UserError
 from lin_jax.hub import save_pretrained
 from lin_jax.models import PathHead
@@ -188,7 +189,7 @@ def model_folder(folder, tmp_path_factory):
 def test_a_given_model_is_the_teacher(model_folder, words, tmp_path, monkeypatch, capsys):
     """Nothing trains a teacher; students begin from the model, on the given text, cut at its markers."""
     text = tmp_path / "stories.txt"
-    text.write_text(SEPARATOR.join(f"story {number}: " + "some words " * 30 for number in range(40)))
+    text.write_text("<|endoftext|>".join(f"story {number}: " + "some words " * 30 for number in range(40)))
     output = tmp_path / "out"
     given = [*words, "--model", str(model_folder), "--data", str(text), "--output", str(output)]
     with stopping_after(1, monkeypatch):
@@ -197,7 +198,8 @@ def test_a_given_model_is_the_teacher(model_folder, words, tmp_path, monkeypatch
     run = load_run_config(output / BARE)
     assert (run.init_from, run.teacher) == (str(model_folder), str(model_folder))
     assert (run.model.attention.name, run.model.attention.window, run.model.hidden_size) == (BARE, None, 16)
-    assert (run.data.source, run.data.document_separator) == (str(text), SEPARATOR)
+    assert (run.data.source, run.data.document_separator) == (str(text), "auto")
+    assert len(read_documents(run.data)) == 40
     assert saved_steps(output / BARE) == [1]
     assert not (output / "teacher").exists()
 
@@ -228,14 +230,9 @@ def test_models_are_found(tmp_path, model_folder):
         find_model(str(tmp_path), None)
 
 
-def test_texts_are_described(tmp_path):
-    (tmp_path / "plain.txt").write_text("no markers here\n" * 20)
-    assert described_text(str(tmp_path)).document_separator is None
-    (tmp_path / "stories.txt").write_text(f"one\n{SEPARATOR}\ntwo\n")
-    assert described_text(str(tmp_path)).document_separator == SEPARATOR
-    assert described_text("hub:owner/name").is_hub
+def test_a_missing_text_is_found_out_before_anything_else(model_folder, words, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
-        described_text(str(tmp_path / "missing"))
+        main([*words, "--model", str(model_folder), "--data", str(tmp_path / "missing"), "--output", str(tmp_path)])
 
 
 @pytest.mark.parametrize("option", ["--prompts", "--new-tokens", "--rounds"])

@@ -1,13 +1,15 @@
 """Documents from the standard library's sources, from text files and folders, from tables, or from the Hub."""
 
 import logging
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lin_jax.data.config import PYTHON_STDLIB, TEXT, DataConfig
+from lin_jax.data.config import AUTO, PYTHON_STDLIB, TEXT, DataConfig
 from lin_jax.data.sources.files import PACKED, UNREADABLE, list_files, read_text
 from lin_jax.data.sources.remote import DATA_SET, RemoteName, fetch_file, is_remote
 from lin_jax.data.sources.rows import EmptyTableError
@@ -22,6 +24,9 @@ log = logging.getLogger(__name__)
 # Installed packages, tests (bulky and repetitive) and character tables: not the library's own prose and code.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _LARGEST_STDLIB_FILE = 200_000
+END_OF_TEXT = "<|endoftext|>"
+# Source code and papers that write about the marker put it in quotes on both sides.
+_END_OF_TEXT = re.compile(r"""(?<!["'`])<\|endoftext\|>|<\|endoftext\|>(?!["'`])""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,39 @@ class Document:
 
     name: str
     text: str
+
+
+@dataclass
+class _Notes:
+    """Files of a source that are not read as they stand.
+
+    Attributes:
+        skipped: names of those that are not UTF-8 text.
+        cut: names of those that are cut at a marker nobody named.
+    """
+
+    skipped: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
+
+    def log(self, config: DataConfig) -> None:
+        """Logs a line for each kind."""
+        if self.skipped:
+            first = self.skipped[0]
+            log.warning(
+                "%s: left out %d files that are not UTF-8 text, %s first", config.source, len(self.skipped), first
+            )
+        if self.cut:
+            which = self.cut[0] if len(self.cut) == 1 else f"{len(self.cut)} files ({self.cut[0]} first)"
+            _warn_once(
+                f"{which} of {config.name} cut into documents at {END_OF_TEXT}; "
+                "data.document_separator null keeps each file whole"
+            )
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Logs what is the same each time that a source is read."""
+    log.warning(message)
 
 
 def open_documents(config: DataConfig) -> "Sequence[Document] | IterableDataset":
@@ -53,10 +91,9 @@ def read_documents(config: DataConfig) -> tuple[Document, ...]:
     """
     if config.mixture:
         return tuple(document for part in config.parts for document in read_documents(part))
-    skipped: list[str] = []
-    documents = tuple(_capped(_each_document(config, skipped), config.max_bytes, cut=config.format == TEXT))
-    if skipped:
-        log.warning("%s: left out %d files that are not UTF-8 text, %s first", config.source, len(skipped), skipped[0])
+    notes = _Notes()
+    documents = tuple(_capped(_each_document(config, notes), config.max_bytes, cut=config.format == TEXT))
+    notes.log(config)
     if not documents:
         raise UserError(f"data source {config.source!r} holds no text; give a file or folder with text in it")
     return documents
@@ -84,18 +121,18 @@ def stream_documents(config: DataConfig) -> "IterableDataset":
     return open_tables(tables, config.text_field, config.format)
 
 
-def _each_document(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+def _each_document(config: DataConfig, notes: _Notes) -> Iterator[Document]:
     if config.is_hub:
         yield from _numbered(config.sources[0], read_rows(open_hub(config), config.sources[0]))
     elif config.source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        yield from _text_documents(root, _stdlib_files(root), config.document_separator, skipped)
+        yield from _text_documents(root, _stdlib_files(root), None, notes)
     else:
         for root in [_local(source, config) for source in config.sources]:
-            yield from _under(root, config, skipped)
+            yield from _under(root, config, notes)
 
 
-def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+def _under(root: Path, config: DataConfig, notes: _Notes) -> Iterator[Document]:
     files = list_files(root)
     tables = [path for path in files if is_table(path, in_folder=root.is_dir())]
     texts = [path for path in files if path not in set(tables)]
@@ -103,7 +140,7 @@ def _under(root: Path, config: DataConfig, skipped: list[str]) -> Iterator[Docum
         if root in texts:
             raise UserError(f"{root} is no table, and format {config.format} is for tables: {', '.join(TABLES)}")
         texts = []
-    yield from _text_documents(root, texts, config.document_separator, skipped)
+    yield from _text_documents(root, texts, config.document_separator, notes)
     for path in tables:
         try:
             rows = read_rows(open_tables([path], config.text_field, config.format), str(path))
@@ -140,8 +177,8 @@ def _stdlib_files(root: Path) -> list[Path]:
     ]
 
 
-def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, skipped: list[str]) -> Iterator[Document]:
-    """Yields each text file, split at the separator; lists others in `skipped`, or raises for a file named itself."""
+def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, notes: _Notes) -> Iterator[Document]:
+    """Yields each text file, cut at the separator; notes others, or raises for a file named itself."""
     for path in paths:
         try:
             text = read_text(path)
@@ -151,15 +188,17 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, sk
                     f"{path} is not readable as UTF-8 text; give a text file, optionally {', '.join(PACKED)}, "
                     f"or a table: {', '.join(TABLES)}"
                 ) from error
-            skipped.append(_name(path, root))
+            notes.skipped.append(_name(path, root))
             continue
         name = _name(path, root)
-        if separator is None:
-            if text.strip():
-                yield Document(name, text)
-        else:
+        pieces = _END_OF_TEXT.split(text) if separator == AUTO else text.split(separator) if separator else [text]
+        if separator == AUTO and len(pieces) > 1:
+            notes.cut.append(name)
+        if len(pieces) > 1 or separator not in (AUTO, None):
             # The line breaks beside a marker belong to the marker's own line.
-            yield from _numbered(name, (piece.strip("\r\n") for piece in text.split(separator)))
+            yield from _numbered(name, (piece.strip("\r\n") for piece in pieces))
+        elif text.strip():
+            yield Document(name, text)
 
 
 def _name(path: Path, root: Path) -> str:

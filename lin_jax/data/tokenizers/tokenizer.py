@@ -204,11 +204,10 @@ class Tokenizer:
     def _document_begin(self) -> tuple[int, ...]:
         return () if self.bos_id is None or self.eos_id in self.begin_ids else self.begin_ids
 
-    def marked(self, ids: np.ndarray, *, begins: bool = True, ends: bool = True) -> np.ndarray:
-        """Adds beginning and end to the ids `[N]` of a part of a document, where it begins and ends that."""
-        begin = self._document_begin if begins else ()
+    def marked(self, ids: np.ndarray, *, ends: bool = True) -> np.ndarray:
+        """Adds a document's beginning to the ids `[N]` of a part of one, and its end where the part ends it."""
         eos = [self.eos_id] if ends and self.eos_id is not None else []
-        return self.check(np.concatenate([begin, ids, eos]).astype(np.int32))
+        return self.check(np.concatenate([self._document_begin, ids, eos]).astype(np.int32))
 
     @property
     def chat_template(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from lin_jax.data.sources.text import Document
 from lin_jax.data.tokenizers.tokenizer import Tokenizer
 from lin_jax.data.tokens.file import DamagedError, read_tokens, write_tokens
-from lin_jax.data.tokens.pieces import LONGEST_PIECE, pieces_of, texts_fingerprint, token_dtype
+from lin_jax.data.tokens.pieces import LAYOUT, pieces_of, texts_fingerprint, token_dtype
 from lin_jax.data.tokens.progress import TokenizingProgress
 from lin_jax.errors import UserError
 
@@ -62,7 +62,7 @@ def cached_tokens(folder: str, documents: Sequence[Document], tokenizer: Tokeniz
         UserError: the folder cannot be written or locked.
     """
     texts = texts_fingerprint(documents)
-    path = Path(folder).expanduser() / f"{tokenizer.encoding_fingerprint}-{texts}-{LONGEST_PIECE}.tokens"
+    path = Path(folder).expanduser() / f"{tokenizer.encoding_fingerprint}-{texts}-{LAYOUT}.tokens"
     try:
         with suppress(FileNotFoundError, DamagedError):
             return CachedTokens(texts, *read_tokens(path), tokenizer.check)

@@ -12,6 +12,9 @@ from lin_jax.data.tokenizers.tokenizer import Tokenizer
 
 # Characters of a document that are tokenized at once: some thousand tokens.
 LONGEST_PIECE = 16384
+# Names how documents become tokens, so that files kept by other versions are not taken for these: each piece begins as
+# a document does.
+LAYOUT = f"{LONGEST_PIECE}-begun"
 
 
 class DocumentPiece(NamedTuple):
@@ -34,8 +37,12 @@ class DocumentPiece(NamedTuple):
         return documents[self.document].text[self.begin : self.end]
 
     def marked(self, ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-        """Adds the document's beginning and end tokens to the ids of its first and last piece."""
-        return tokenizer.marked(ids, begins=self.begin == 0, ends=self.last)
+        """Adds a document's beginning to the ids of each piece, and its end to those of the last.
+
+        Pieces are shuffled and see nothing of one another. Without the token that a prompt begins with, a model would
+        hardly meet it in a book.
+        """
+        return tokenizer.marked(ids, ends=self.last)
 
 
 def pieces_of(documents: Sequence[Document]) -> list[DocumentPiece]:

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from lin_jax.data import (
     Corpus,
@@ -260,6 +262,12 @@ def test_long_documents_come_in_pieces():
     for begin, end, document in ((0, 4, documents[0]), (4, 7, documents[1]), (7, 8, documents[2])):
         assert np.array_equal(np.concatenate(tokens[begin:end]), tokenizer.encode_document(document.text))
     assert all(tokenizer.decode(piece).endswith("\n") for piece in tokens[:3])
+    # Each piece begins as a prompt does, where that has a token of its own.
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.post_processor = TemplateProcessing(single="a $A", special_tokens=[("a", backend.token_to_id("a"))])
+    begun = Tokenizer(backend, bos_token="a", eos_token="<|endoftext|>")
+    for unmarked, marked in zip(tokens, map(TokenizedDocuments(documents, begun).__getitem__, range(8)), strict=True):
+        np.testing.assert_array_equal(marked["tokens"], [begun.bos_id, *unmarked])
 
 
 def test_rows_without_documents_are_the_same_tokens(documents, tokenizer):

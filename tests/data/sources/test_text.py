@@ -86,6 +86,26 @@ def test_separator_cuts_text_files_into_documents(tmp_path):
     assert [document.text for document in documents] == ["one", " two\nlines", "three"]
 
 
+def test_end_of_text_is_found(tmp_path, caplog):
+    """Files that hold the marker are cut unless nobody is to; code that quotes it, and others, stay whole."""
+    stories, quoted, both = tmp_path / "stories.txt", tmp_path / "code.py", tmp_path / "said.txt"
+    stories.write_text("one\n<|endoftext|>\ntwo")
+    quoted.write_text("end = '<|endoftext|>'\nother = \"<|endoftext|>\"\n")
+    both.write_text('"Bye!"<|endoftext|>He said "no" <|endoftext|>"Yes."')
+    (tmp_path / "plain.txt").write_text("no marker")
+    documents = read_documents(DataConfig(str(tmp_path)))
+    assert [each.text for each in documents if each.name.startswith("stories")] == ["one", "two"]
+    assert [each.text for each in documents if each.name.startswith("said")] == ['"Bye!"', 'He said "no" ', '"Yes."']
+    assert [each.name for each in documents if "<|" in each.text or "no marker" in each.text] == [
+        "code.py",
+        "plain.txt",
+    ]
+    assert caplog.text.count(f"2 files (said.txt first) of {tmp_path} cut into documents at <|endoftext|>") == 1
+    assert len(read_documents(DataConfig(str(stories), document_separator=None))) == 1
+    read_documents(DataConfig(str(tmp_path)))
+    assert caplog.text.count("cut into documents") == 1
+
+
 @pytest.mark.parametrize("limit", [1, 2, 5, 8, 100])
 def test_max_bytes_caps_the_text_between_characters(tmp_path, limit):
     (tmp_path / "a.txt").write_text("aéi", encoding="utf-8")
