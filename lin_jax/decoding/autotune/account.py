@@ -15,6 +15,11 @@ ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
 SURE_VALUE, SURE_MATCH, CREDIT = 2.0, 16, 5.0
 
 
+def most_allowed(tokens: int) -> float:
+    """Plain steps that may be lost in a text of some tokens, gains left out."""
+    return ALLOWANCE + CREDIT + RATE * tokens
+
+
 class LossAccount:
     """Plain steps that may be lost from now on.
 
