@@ -170,9 +170,11 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
             )
         )
         print(f"{told}  {each['prompt']!r}")
+    together = "" if report["rows"] == 1 else f" times {report['rows']}"
     print(
         f"on {device}: {report['drafter']}{', all written before' if report['again'] else ''}, "
-        f"{len(report['prompts'])} times {report['rows']} prompts of {report['tokens']} new tokens: "
+        f"{len(report['prompts'])}{together} prompts of "
+        f"{report['tokens']} new tokens: "
         f"{report['speedup']:.2f}x plain together, lowest {report['lowest']:.3f}, "
         f"{report['below_least']} below {LEAST}; plain against itself {report['plain_against_itself']:.3f} together, "
         f"lowest {report['lowest_against_itself']:.3f}"
