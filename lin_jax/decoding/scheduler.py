@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.decoding.autotune.chooser import NO_ALERT, Choice
+from lin_jax.decoding.autotune.choice import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
