@@ -35,6 +35,7 @@ from lin_jax.decoding import Generation, Generator, Prefix, Sampling, parse_tree
 from lin_jax.decoding.drafting.drafters import DraftParts, build_drafter
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
 from lin_jax.decoding.engine.prefill import init_decode_state, prefill
+from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.equivalence import ROUNDING, is_rounding_tie
 from lin_jax.errors import UserError, exit_cleanly
 from lin_jax.models import CausalModel, Llama, LlamaConfig
@@ -360,12 +361,11 @@ def read_along(generator: Generator, text: "array[int]", room: int) -> Prefix:
     """Reads a prefix as `Generator.prefix` does, with a progress bar."""
     capacity = len(text) + room
     decode_state = init_decode_state(generator.model, generator.drafter, 1, capacity, seen=False)
+    modules = Flat.of(generator.model, generator.drafter)
     with tqdm(total=len(text), desc="reading", unit="tokens", unit_scale=True, file=sys.stderr) as bar:
         for begin in range(0, len(text), STRIDE):
             part = text[begin : begin + STRIDE]
-            decode_state = prefill(
-                generator.model, generator.drafter, decode_state, [part], generator.prefill_chunk_size
-            )
+            decode_state = prefill(modules, decode_state, [part], generator.prefill_chunk_size)
             jax.block_until_ready(decode_state)
             bar.update(len(part))
     return Prefix(decode_state, len(text), capacity, generator.identity)

@@ -86,7 +86,11 @@ def adaptive(session: Session, options: argparse.Namespace) -> int:
     if options.hardest is not None:
         prompts = hardest(session, prompts, options.new_tokens, options.hardest)
     report = header("speculation") | {"model": options.model, "hardest_of": options.hardest and options.prompts}
-    report |= {"adaptive": adaptive_report(session, prompts, options.new_tokens, options.rounds, again=options.again)}
+    report |= {
+        "adaptive": adaptive_report(
+            session, prompts, options.new_tokens, options.rounds, again=options.again, rows=options.rows
+        )
+    }
     print_adaptive(report["adaptive"], report["device"])
     if options.json is not None:
         write(report, options.json)
@@ -136,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--hardest", type=int, metavar="N", help="with --adaptive: only the N of --prompts on which drafts lose most"
     )
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="with --adaptive: prompts at a time")
     parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --adaptive: folder of prompts")
     parser.add_argument("--prompts", type=int, default=20)
@@ -146,8 +151,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to a file, or print it")
     parser.add_argument("--plot", metavar="FILE", help="write a plot (PNG)")
     options = parser.parse_args()
-    if min(options.prompts, options.rounds, options.hardest or 1, *options.batches) < 1:
-        raise UserError("--prompts, --rounds, --hardest and --batches must be 1 or more")
+    if min(options.prompts, options.rounds, options.rows, options.hardest or 1, *options.batches) < 1:
+        raise UserError("--prompts, --rounds, --rows, --hardest and --batches must be 1 or more")
     if options.new_tokens < 16:
         raise UserError(f"--new-tokens is {options.new_tokens}; give at least 16, to choose trees by")
     return options

@@ -27,6 +27,8 @@ _COMPILED_FOR = re.compile(r"(avx|amx|fma|f16c|bmi|sse4|sve|asimd|bf16|i8mm|sme\
 # Options of glibc's mallopt: free memory at the end of the heap that is kept (M_TRIM_THRESHOLD, two gigabytes), no
 # blocks outside the heap (M_MMAP_MAX), and one heap, as those of threads are too small for such blocks (M_ARENA_MAX).
 _KEPT_MEMORY = ((-1, 2**31 - 1), (-4, 0), (-8, 1))
+# Bytes of the heap that are asked to lie in huge pages (MADV_HUGEPAGE): less than what is kept at its end.
+_HUGE_PAGES, _ADVICE, _PAGE = 3 * 2**29, 14, 2**21
 
 
 def device_kind() -> str:
@@ -53,8 +55,8 @@ def keep_freed_memory() -> None:
 
     A step's program has its intermediate results in one block of some hundred megabytes. The C library gives blocks of
     this size back to the system and gets new ones, page by page, at every step: a fifth of the time of a small model's
-    step. Call it before JAX has begun to run anything; it does nothing where there is an accelerator, or another C
-    library than glibc.
+    step. The memory is asked for in huge pages, too. Call it before JAX has begun to run anything; it does nothing
+    where there is an accelerator, or another C library than glibc.
     """
     accelerator = any(next(Path("/dev").glob(pattern), None) for pattern in ("nvidia[0-9]*", "accel*", "kfd", "vfio"))
     if platform.libc_ver()[0] != "glibc" or (accelerator and os.environ.get("JAX_PLATFORMS") != "cpu"):
@@ -62,6 +64,23 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     for option, value in _KEPT_MEMORY:
         library.mallopt(option, value)
+    _ask_for_huge_pages(library)
+
+
+def _ask_for_huge_pages(library: ctypes.CDLL) -> None:
+    """Lets the system give the heap's memory out in pages of two megabytes, from the first use of each on.
+
+    A step reads some hundred megabytes; looking their small pages up takes about 5% of its time.
+    """
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+    library.free.argtypes = (ctypes.c_void_p,)
+    library.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    # Memory that is not written to is not there yet: this only extends the heap.
+    if (begin := library.malloc(_HUGE_PAGES)) is None:
+        return
+    first = -(-begin // _PAGE) * _PAGE
+    library.madvise(first, (begin + _HUGE_PAGES - first) // _PAGE * _PAGE, _ADVICE)
+    library.free(begin)
 
 
 def machine_flags() -> str:

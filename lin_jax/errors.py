@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -47,9 +48,12 @@ class OptionParser(argparse.ArgumentParser):
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Runs a script's `main` and exits with its status, 2 with one line on a `UserError`, or 130 on Ctrl-C.
 
-    A closed pipe, as `| head` leaves it, ends the script without a word, with 141 like other programs.
+    Warnings are single lines, too. A closed pipe, as `| head` leaves it, ends the script without a word, with 141 like
+    other programs.
     """
     _prepare_streams()
+    # Some library would set a form with names of modules in it.
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         status = _run(main)
         sys.stdout.flush()

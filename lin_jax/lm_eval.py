@@ -9,6 +9,7 @@ written with lossless speculation.
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,8 @@ log = logging.getLogger(__name__)
 DEFAULT_LENGTH, DEFAULT_NEW_TOKENS = 2048, 256
 # Texts that are read at a time where the batch size is "auto", at the most; and answers of a group, at the least.
 LARGEST_BATCH, SMALLEST_GROUP = 64, 4
+# Prompts that are tokenized at once: each keeps more than its ids meanwhile.
+ENCODED_AT_ONCE = 256
 # Names by which tasks limit the tokens of an answer, the first that is there counts; and what chooses tokens.
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -126,6 +129,8 @@ class LinJaxLM(TemplateLM):
         self.add_bos_token = add_bos_token
         self._prefix_token_id = prefix_token_id
         self.seed = seed
+        # A tokenizer looks through its whole vocabulary for its size: once is enough.
+        self._limited = self.session.tokenizer.within(self.session.model.config.vocab_size)
         self._generators: dict[tuple[tuple[str, ...], int], Generator] = {}
         self._scorer = ContinuationScorer(
             self.session.model,
@@ -174,13 +179,41 @@ class LinJaxLM(TemplateLM):
             options: of other models, which are not needed here.
         """
         if add_special_tokens is None:
-            begins = (self._prefix_token_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
-            begin = next((token for token in begins if token is not None), None)
-            spelled = begin is not None and string.startswith(self.tok_decode([begin], skip_special_tokens=False))
-            add_special_tokens = not spelled and self.add_bos_token is not False
-        found = self.tokenizer.backend.encode(whole_characters(string), add_special_tokens=add_special_tokens).ids
-        self.tokenizer.within(self.session.model.config.vocab_size).check(np.asarray(found, np.int32))
-        return list(found)
+            add_special_tokens = self._begins(string)
+        return self._ids(
+            [self.tokenizer.backend.encode(whole_characters(string), add_special_tokens=add_special_tokens)]
+        )[0]
+
+    def _encoded(self, strings: Sequence[str]) -> list[list[int]]:
+        """Token ids of some texts, as `tok_encode` has them, on all processor cores."""
+        found: list[list[int]] = [[]] * len(strings)
+        for begins in (True, False):
+            numbers = [number for number, each in enumerate(strings) if self._begins(each) is begins]
+            for first in range(0, len(numbers), ENCODED_AT_ONCE):
+                some = numbers[first : first + ENCODED_AT_ONCE]
+                texts = [whole_characters(strings[number]) for number in some]
+                encoded = self._ids(self.tokenizer.backend.encode_batch(texts, add_special_tokens=begins))
+                for number, ids in zip(some, encoded, strict=True):
+                    found[number] = ids
+        return found
+
+    def _begins(self, string: str) -> bool:
+        """True if a text gets the tokens that the tokenizer puts before it, which it does not spell out itself."""
+        spelled = self._begin_text is not None and string.startswith(self._begin_text)
+        return not spelled and self.add_bos_token is not False
+
+    @cached_property
+    def _begin_text(self) -> str | None:
+        begins = (self._prefix_token_id, self.tokenizer.bos_id, self.tokenizer.eos_id)
+        begin = next((token for token in begins if token is not None), None)
+        return None if begin is None else self.tok_decode([begin], skip_special_tokens=False)
+
+    def _ids(self, encoded: Sequence[Any]) -> list[list[int]]:
+        """Ids of encoded texts; refuses those beyond what the model knows."""
+        found = [list(each.ids) for each in encoded]
+        for ids in found:
+            self._limited.check(np.asarray(ids, np.int32))
+        return found
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
@@ -264,7 +297,7 @@ class LinJaxLM(TemplateLM):
     def _written(self, prompts: Sequence[str], writing: _Writing) -> Iterator[tuple[int, str]]:
         """Yields number and answer of each prompt; those that begin alike are written together."""
         room = self.max_length - writing.new_tokens
-        whole = [self.tok_encode(prompt) or [self.prefix_token_id] for prompt in prompts]
+        whole = [ids or [self.prefix_token_id] for ids in self._encoded(prompts)]
         _say_cut(sum(len(each) > room for each in whole), room)
         encoded = [each[-room:] for each in whole]
         smallest = min(self.batch_size, SMALLEST_GROUP)

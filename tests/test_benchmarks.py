@@ -283,7 +283,7 @@ def test_adaptive_speculation(tmp_path: Path, shared_data: Path) -> None:
         assert not each["wrong"]
         assert each["ratio"] > 0
         assert sum(each["steps_by_nodes"].values()) <= 23
-    assert f"on {device_kind()}: ngram, 2 prompts of 24 new tokens" in done.stdout
+    assert f"on {device_kind()}: ngram+copy, 2 prompts of 24 new tokens" in done.stdout
 
 
 @pytest.mark.thorough

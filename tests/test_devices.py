@@ -1,6 +1,7 @@
 """Devices by name, and platforms that are not there."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,26 @@ from lin_jax.devices import devices_shown
 from lin_jax.errors import exit_cleanly
 
 exit_cleanly(devices_shown)
+"""
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Kilobytes of memory before and after, and of huge pages.
+KEEPS = """
+import ctypes
+from lin_jax.devices import keep_freed_memory
+
+def kilobytes(name):
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name)))
+
+keep_freed_memory()
+library, size = ctypes.CDLL(None), 64 * 2**20
+library.malloc.restype, library.free.argtypes = ctypes.c_void_p, (ctypes.c_void_p,)
+before = kilobytes("Rss")
+block = library.malloc(ctypes.c_size_t(size))
+ctypes.memset(block, 1, size)
+library.free(block)
+print(before, kilobytes("Rss"), kilobytes("AnonHugePages"))
 """
 
 
@@ -97,3 +118,18 @@ def test_a_platform_that_is_not_there(platform: str) -> None:
     assert lines[-1].startswith(f"error: JAX cannot use the platform {platform} here (")
     assert "Traceback" not in done.stderr
     assert len(lines) == 1
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text() or platform.libc_ver()[0] != "glibc",
+    reason="no huge pages here",
+)
+def test_freed_memory_is_kept_and_lies_in_huge_pages() -> None:
+    """Sixty megabytes that are written to and freed stay with the process, most of them in large pages."""
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert done.returncode == 0, done.stderr
+    small, kept, huge = map(int, done.stdout.split())
+    assert kept - small > 60_000
+    assert huge > 30_000 or "[madvise]" not in HUGE_PAGES.read_text()

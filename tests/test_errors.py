@@ -49,6 +49,7 @@ def test_a_closed_pipe_is_silent(body: str, reader: str) -> None:
         ("return 3", 3, ""),
         ("return None", 0, ""),
         ("raise SystemExit(4)", 4, ""),
+        ("import logging; logging.getLogger('lin_jax.data').warning('it was cut')", 0, "WARNING: it was cut\n"),
     ],
 )
 def test_statuses(body: str, code: int, said: str) -> None:

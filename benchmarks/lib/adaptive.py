@@ -23,16 +23,16 @@ LEAST = 0.97
 
 @dataclass
 class Pair:
-    """A prompt decoded both ways, in turns.
+    """Prompts decoded both ways, in turns.
 
     Attributes:
-        prompt: its tokens.
+        prompts: tokens of each; they are decoded at a time.
         seconds: `[turns, 3]` time of the loop: plain, adaptive, and plain again.
         cpu_seconds: the same in seconds of the process on any processor, which other programs disturb less.
         last: the last generation of each way.
     """
 
-    prompt: Sequence[int]
+    prompts: list[Sequence[int]]
     seconds: list[tuple[float, ...]]
     cpu_seconds: list[tuple[float, ...]]
     last: list[Generation]
@@ -43,7 +43,7 @@ class Pair:
 
 
 def adaptive_report(
-    session: Session, prompts: Sequence[Sequence[int]], tokens: int, rounds: int, *, again: bool = False
+    session: Session, prompts: Sequence[Sequence[int]], tokens: int, rounds: int, *, again: bool = False, rows: int = 1
 ) -> dict[str, Any]:
     """Decodes every prompt plainly and adaptively in turns, and lists each prompt's ratio.
 
@@ -56,16 +56,18 @@ def adaptive_report(
         tokens: new tokens per prompt; end tokens stop nobody.
         rounds: timed turns of each prompt.
         again: write all texts once before, so that the session's memory has them; nothing is added to it afterwards.
+        rows: prompts that are decoded at a time; what is listed is the ratio of each batch of them.
     """
-    found = session.adaptive_generator(background=False)
+    found = session.adaptive_generator(slots=rows, background=False)
     if again:
         for prompt in tqdm(prompts, desc="first pass", file=sys.stderr):
             found.generate([prompt], tokens)
         session.parts.memory.refresh()
     plain = Generator(session.model)
     pairs = []
-    for prompt in tqdm(prompts, desc="adaptive", file=sys.stderr):
-        pair = Pair(prompt, [], [], [])
+    batches = [list(prompts[at : at + rows]) for at in range(0, len(prompts) - len(prompts) % rows, rows)]
+    for batch in tqdm(batches, desc="adaptive", file=sys.stderr):
+        pair = Pair(batch, [], [], [])
         for turn in range(-1, rounds):
             adaptive = Generator(
                 session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
@@ -74,7 +76,7 @@ def adaptive_report(
             done, spent = {}, {}
             for index in (0, 1, 2) if turn % 2 else (2, 1, 0):
                 began = time.process_time()
-                done[index] = ways[index].generate([prompt], tokens)
+                done[index] = ways[index].generate(batch, tokens, slots=rows)
                 spent[index] = time.process_time() - began
             pair.last = [done[0], done[1]]
             if turn >= 0:
@@ -89,6 +91,7 @@ def adaptive_report(
         "drafter": session.adaptive_drafter()[0],
         "tokens": tokens,
         "rounds": rounds,
+        "rows": rows,
         "again": again,
         "step_costs": session.step_costs,
         "prompts": results,
@@ -103,11 +106,14 @@ def adaptive_report(
 
 def _result(session: Session, pair: Pair) -> dict[str, Any]:
     plain, adaptive = pair.last
-    same = plain.tokens == adaptive.tokens
-    tie = not same and is_rounding_tie(session.model, pair.prompt, plain.tokens[0], adaptive.tokens[0], Sampling(), 0)
+    different = [row for row in range(len(pair.prompts)) if plain.tokens[row] != adaptive.tokens[row]]
+    ties = sum(
+        is_rounding_tie(session.model, pair.prompts[row], plain.tokens[row], adaptive.tokens[row], Sampling(), 0, row)
+        for row in different
+    )
     sizes = {str(parse_tree(tree).size): count for tree, count in adaptive.steps_by_tree.items()}
     return {
-        "prompt": session.decode(pair.prompt)[:60],
+        "prompt": session.decode(pair.prompts[0])[:60],
         "plain_tokens_per_second": plain.decoded / float(np.median([each[0] for each in pair.seconds])),
         "adaptive_tokens_per_second": adaptive.decoded / float(np.median([each[1] for each in pair.seconds])),
         "ratio": pair.ratio(pair.seconds),
@@ -115,8 +121,8 @@ def _result(session: Session, pair: Pair) -> dict[str, Any]:
         "plain_against_itself": pair.ratio(pair.seconds, 2),
         "mean_accepted_tokens": adaptive.mean_accepted_tokens,
         "steps_by_nodes": sizes,
-        "rounding_tie": tie,
-        "wrong": not same and not tie,
+        "rounding_ties": ties,
+        "wrong": len(different) - ties,
     }
 
 
@@ -164,9 +170,11 @@ def print_adaptive(report: dict[str, Any], device: str) -> None:
             )
         )
         print(f"{told}  {each['prompt']!r}")
+    together = "" if report["rows"] == 1 else f" times {report['rows']}"
     print(
         f"on {device}: {report['drafter']}{', all written before' if report['again'] else ''}, "
-        f"{len(report['prompts'])} prompts of {report['tokens']} new tokens: "
+        f"{len(report['prompts'])}{together} prompts of "
+        f"{report['tokens']} new tokens: "
         f"{report['speedup']:.2f}x plain together, lowest {report['lowest']:.3f}, "
         f"{report['below_least']} below {LEAST}; plain against itself {report['plain_against_itself']:.3f} together, "
         f"lowest {report['lowest_against_itself']:.3f}"

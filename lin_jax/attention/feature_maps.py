@@ -192,13 +192,10 @@ class Hedgehog(FeatureMap):
         return hedgehog_keys(keys, self.key_map[...])
 
 
-class Exponential(FeatureMap):
-    """Learnt positive features: `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5`, with `x' = x scale^0.5`.
+class LearntFeatures(FeatureMap):
+    """Features of projections that each head learns: `W x' + b` of keys and `U x' + c` of queries, `x' = x scale^0.5`.
 
-    They start as FAVOR+ (Choromanski et al. 2021), each head with projections of its own, so that `phi(q)·phi(k)`
-    starts as an estimate of `exp(scale q·k)`; W and b of queries and of keys are learnt apart (as the maps of Zhang et
-    al. 2024 are). Queries' features are divided by the largest, keys' exponents are capped, as in
-    `PositiveRandomFeatures`.
+    W and U start as the same random directions, orthogonal in blocks of D, b and c as zeros.
 
     Args:
         head_dim: size D of queries and keys.
@@ -229,6 +226,16 @@ class Exponential(FeatureMap):
         self.key_bias = nnx.Param(jnp.zeros((kv_heads, size), param_dtype))
         self.query_map = nnx.Param(jnp.repeat(start[:, None], share, axis=1))
         self.query_bias = nnx.Param(jnp.zeros((kv_heads, share, size), param_dtype))
+
+
+class Exponential(LearntFeatures):
+    """Learnt positive features: `phi(x) = exp(W x' + b - |x'|^2 / 2) / M^0.5`, with `x' = x scale^0.5`.
+
+    They start as FAVOR+ (Choromanski et al. 2021), each head with projections of its own, so that `phi(q)·phi(k)`
+    starts as an estimate of `exp(scale q·k)`; W and b of queries and of keys are learnt apart (as the maps of Zhang et
+    al. 2024 are). Queries' features are divided by the largest, keys' exponents are capped, as in
+    `PositiveRandomFeatures`.
+    """
 
     def log_scale(self, queries: Array) -> Array:
         """The largest exponent of each query, less that of `M^0.5`."""
@@ -243,7 +250,7 @@ class Exponential(FeatureMap):
         return exponential_keys(keys, self.key_map[...], self.key_bias[...], self.scale)
 
 
-class Clustered(FeatureMap):
+class Clustered(LearntFeatures):
     """Learnt clusters: `phi(k) = softmax(W k' + b)`, `phi(q) = exp(U q' + c)`, with `x' = x scale^0.5`.
 
     Each of M features stands for a cluster of keys, and says how much a key belongs to it; a query reads a cluster with
@@ -253,36 +260,7 @@ class Clustered(FeatureMap):
     of Peng et al. 2022 do). A key counts as one, however long it is. W, b, U and c are learnt for each head; centres
     start at random, and come from a teacher's keys where there is one (`memory_start`). Queries' features are divided
     by the largest, as in `Exponential`.
-
-    Args:
-        head_dim: size D of queries and keys.
-        size: features M.
-        heads: query heads H.
-        kv_heads: key/value heads K.
-        scale: factor of q·k.
-        param_dtype: type of the parameters.
-        rngs: random keys.
     """
-
-    def __init__(
-        self,
-        head_dim: int,
-        size: int,
-        heads: int,
-        kv_heads: int,
-        *,
-        scale: float,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.size, self.scale = size, scale
-        share = heads // kv_heads
-        draw = partial(OrthogonalProjection.draw, count=size, size=head_dim)
-        start = jax.vmap(draw)(jax.random.split(rngs.params(), kv_heads)).astype(param_dtype)
-        self.key_map = nnx.Param(start)
-        self.key_bias = nnx.Param(jnp.zeros((kv_heads, size), param_dtype))
-        self.query_map = nnx.Param(jnp.repeat(start[:, None], share, axis=1))
-        self.query_bias = nnx.Param(jnp.zeros((kv_heads, share, size), param_dtype))
 
     def centred_at(self, centres: Float[Array, "K M D"], temperature: Float[Array, "K R"]) -> "Clustered":
         """The same map of clusters around some centres (of `k'`), whose scores queries multiply by a temperature."""

@@ -21,6 +21,7 @@ from lin_jax.attention.feature_maps import (
     HashCollisions,
     Hedgehog,
     Identity,
+    LearntFeatures,
     PositiveRandomFeatures,
     RandomFourierFeatures,
     Relu,
@@ -382,7 +383,7 @@ def _clustered(config: AttentionConfig, sizes: Sizes) -> FeatureMap:
     return _learnt(Clustered, config, sizes)
 
 
-def _learnt(kind: type[Exponential] | type[Clustered], config: AttentionConfig, sizes: Sizes) -> FeatureMap:
+def _learnt(kind: type[LearntFeatures], config: AttentionConfig, sizes: Sizes) -> FeatureMap:
     return kind(
         sizes.head_dim,
         _random_features(config, sizes),

@@ -115,8 +115,8 @@ def _backward(causal: bool, kept: _Kept, cotangent: Float[Array, "B K R T E"]) -
             # Of a query without any pair all weights are one, and do not depend on its scores.
             scores = jnp.where(allowed, scores, 0)
         to_queries.append(jnp.einsum("bkrts,bksd->bkrtd", scores, keys[:, :, :seen]))
-        to_keys.append(jnp.einsum("bkrts,bkrtd->bksd", scores, queries[:, :, :, begin:end]))
-        to_values.append(jnp.einsum("bkrts,bkrte->bkse", weights, outer))
+        to_keys.append(_over_queries(scores, queries[:, :, :, begin:end]))
+        to_values.append(_over_queries(weights, outer))
         to_scores.append(scores)
     to_bias = (
         None
@@ -128,6 +128,15 @@ def _backward(causal: bool, kept: _Kept, cotangent: Float[Array, "B K R T E"]) -
 
 
 _rows.defvjp(_forward, _backward)
+
+
+def _over_queries(pairs: Float[Array, "B K R t s"], rows: Float[Array, "B K R t D"]) -> Float[Array, "B K s D"]:
+    """Sums over the queries of all heads that share a key's."""
+    batch, heads, _, _, keys = pairs.shape
+    pairs, rows = pairs.reshape(batch, heads, -1, keys), rows.reshape(batch, heads, -1, rows.shape[4])
+    # Behind the barrier pairs are copied as they are; before it, XLA computes them once more in the other order.
+    pairs = jax.lax.optimization_barrier(jnp.swapaxes(pairs, 2, 3))
+    return jnp.einsum("bksq,bkqd->bksd", pairs, rows)
 
 
 def _blocks(length: int, keys: int, causal: bool) -> list[tuple[int, int, int]]:

@@ -281,7 +281,12 @@ class WindowedAttention(nnx.Module):
         between_positions = None
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
-        outputs = self._outputs(queries, Pairs(tokens, masks, factors, between_positions), read)
+        pairs = Pairs(tokens, masks, factors, between_positions)
+        if 1 < positions.shape[1] <= (self.window.tokens or 0) and not self._counts_near:
+            # No node lies before the window of one below it, and few tokens of the ring do.
+            read = read + self._far_sums(queries, self._leaving(state, pairs, positions.shape[1] - 1))
+            pairs = pairs._replace(masks=masks._replace(far=None), factors=None)
+        outputs = self._outputs(queries, pairs, read)
         if self.convolution is not None and state.convolved is not None:
             outputs = outputs + self.convolution.verify(qkv.values, tree.depth, tree.ancestors, state.convolved)
         return merge_heads(outputs).astype(qkv.values.dtype), nodes
@@ -367,11 +372,7 @@ class WindowedAttention(nnx.Module):
         self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, read: Float[Array, "*#batch T K R E"]
     ) -> Float[Array, "*batch T K R E"]:
         """Outputs from pairs and from what was read from the memory."""
-        far = read
-        if pairs.masks.far is not None:
-            weights = self.linear.weights(queries, pairs.tokens.keys, pairs.masks.far)
-            weights = weights if pairs.factors is None else weights * pairs.factors.astype(weights.dtype)
-            far = far + weighted_values(weights, self._extended(pairs.tokens.values))
+        far = read if pairs.masks.far is None else read + self._far_sums(queries, pairs)
         if self.balance is not None:
             return self._normalised(queries, pairs, far)
         outputs = self._finished(far)
@@ -380,6 +381,26 @@ class WindowedAttention(nnx.Module):
         near = self.near.weights(queries, pairs.tokens.keys, pairs.masks.near, pairs.bias)
         outputs = outputs if self.alpha is None else self.alpha[...].astype(outputs.dtype) * outputs
         return weighted_values(near, pairs.tokens.values) + outputs
+
+    def _far_sums(self, queries: Float[Array, "*batch T K R D"], pairs: Pairs) -> Float[Array, "*batch T K R E"]:
+        """Sums over the far ones of some pairs, as the memory would have them."""
+        assert pairs.masks.far is not None, "checked by the caller"
+        weights = self.linear.weights(queries, pairs.tokens.keys, pairs.masks.far)
+        weights = weights if pairs.factors is None else weights * pairs.factors.astype(weights.dtype)
+        return weighted_values(weights, self._extended(pairs.tokens.values))
+
+    def _leaving(self, state: WindowedState, pairs: Pairs, count: int) -> Pairs:
+        """Those of a tree's pairs whose token is one of the `count` oldest of the ring, of a sliding window."""
+        slots = (state.position[:, None] + jnp.arange(count)) % self.window.capacity
+        index = slots[:, :, None, None]
+        keys, values = (jnp.take_along_axis(part, index, axis=1) for part in (state.keys, state.values))
+        places, factors = slots[:, None] + self.window.sinks, pairs.factors
+        if factors is not None:
+            factors = jnp.take_along_axis(factors, places[:, None, None], axis=-1)
+        near, far = (None if mask is None else jnp.take_along_axis(mask, places, axis=-1) for mask in pairs.masks)
+        assert near is not None, "there is a window"
+        tokens = WindowNodes(keys.astype(pairs.tokens.keys.dtype), values.astype(pairs.tokens.values.dtype), None)
+        return Pairs(tokens, NearFarMasks(near, far), factors, None)
 
     def _normalised(
         self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, far: Float[Array, "*batch T K R E_1"]

@@ -107,6 +107,9 @@ def commit_path(
     if window.tokens is None and not window.sinks and path.keys.shape[1] <= window.group_size:
         return replace(_commit_within_groups(window, state, path, length, fold), convolved=convolved)
 
+    if window.tokens is not None:
+        return replace(_commit_sliding(window, state, path, length, fold), convolved=convolved)
+
     def step(state: WindowedState, node: tuple[Array, WindowNodes]) -> tuple[WindowedState, None]:
         number, token = node
         return _commit_token(window, state, token, number < length, fold), None
@@ -118,6 +121,32 @@ def commit_path(
         nodes = jax.tree.map(lambda part: jnp.moveaxis(part, 1, 0), path)
         state = jax.lax.scan(step, state, (jnp.arange(count), nodes))[0]
     return replace(state, convolved=convolved)
+
+
+def _commit_sliding(
+    window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
+) -> WindowedState:
+    """The state of a sliding window after a path: what leaves it is folded token by token, the rest is one write."""
+    position, size, order = state.position, window.capacity, jnp.arange(path.keys.shape[1])
+    own, taken = position[:, None] + order, order < length[:, None]
+    # A token takes the slot of the one that leaves, which may be one of the path.
+    held = WindowNodes(state.keys, state.values, state.decays)
+    index, every = jnp.where(order < size, own % max(size, 1), order), path
+    if order.size <= size:
+        every = held
+    elif size:
+        every = jax.tree.map(lambda ring, new: jnp.concatenate([ring, new.astype(ring.dtype)], axis=1), held, path)
+    rows = jnp.arange(position.shape[0])[:, None]
+    leaving = jax.tree.map(lambda part: part[rows, index], every)
+    # Sinks are no part of the memory.
+    memory = _folded_tokens(state.memory, leaving, taken & (own >= size + window.sinks), fold)
+    # Without the barrier, the compiler may keep a copy of the ring for what is read of it above.
+    after = jax.lax.optimization_barrier(replace(state, memory=memory))
+    if window.sinks:
+        after = _with_sinks(after, path, own, taken)
+    if size:
+        after = _written(after, path, own, taken & (order >= length[:, None] - size))
+    return replace(after, position=position + length.astype(position.dtype))
 
 
 def _commit_within_groups(
@@ -158,47 +187,54 @@ def _written(
 def _commit_token(
     window: AttentionWindow, state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold
 ) -> WindowedState:
-    """The state after one token `[B, ...]`, in the rows that take it."""
-    size, position = window.capacity, state.position
+    """The state of a window of groups after one token `[B, ...]`, in the rows that take it."""
+    position = state.position
     after = position + taken.astype(position.dtype)
-    if window.sinks:
-        state = _with_sink(state, token, taken)
-    # The token that leaves the window is in the memory from then on, unless it is a sink.
-    leaves = taken & (position >= size + window.sinks)
-    if not size:
-        return replace(state, memory=_folded_token(state.memory, token, leaves, fold), position=after)
-    if window.tokens is not None:
-        # The oldest token leaves, and the new one takes its slot.
-        rows, slot = jnp.arange(position.shape[0]), position % size
-        oldest = jax.tree.map(lambda part: part[rows, slot], WindowNodes(state.keys, state.values, state.decays))
-        state = replace(state, memory=_folded_token(state.memory, oldest, leaves, fold))
     one = jax.tree.map(lambda part: part[:, None], token)
+    if window.sinks:
+        state = _with_sinks(state, one, position[:, None], taken[:, None])
     state = replace(_written(state, one, position[:, None], taken[:, None]), position=after)
-    if window.tokens is None:
-        finished = taken & (after % window.group_size == 0) & (after >= size)
-        state = replace(state, memory=_folded_groups(window, state, finished, fold))
-    return state
+    finished = taken & (after % window.group_size == 0) & (after >= window.capacity)
+    return replace(state, memory=_folded_groups(window, state, finished, fold))
 
 
-def _with_sink(state: WindowedState, token: WindowNodes, taken: Bool[Array, " B"]) -> WindowedState:
-    """The state with a token among its sinks, in the rows where it is one."""
+def _with_sinks(
+    state: WindowedState, tokens: WindowNodes, positions: Int[Array, "B P"], taken: Bool[Array, "B P"]
+) -> WindowedState:
+    """The state with tokens among its sinks, where they are taken and are sinks."""
     assert state.sink_keys is not None
     assert state.sink_values is not None
-    rows, size = jnp.arange(state.position.shape[0]), state.sink_keys.shape[1]
-    slot = jnp.where(taken, state.position, size)
+    rows, size = jnp.arange(positions.shape[0])[:, None], state.sink_keys.shape[1]
+    slots = jnp.where(taken, positions, size)
     keys, values = (
-        old.at[rows, slot].set(new.astype(old.dtype), mode="drop")
-        for old, new in ((state.sink_keys, token.keys), (state.sink_values, token.values))
+        old.at[rows, slots].set(new.astype(old.dtype), mode="drop")
+        for old, new in ((state.sink_keys, tokens.keys), (state.sink_values, tokens.values))
     )
     return replace(state, sink_keys=keys, sink_values=values)
 
 
-def _folded_token(memory: Array, token: WindowNodes, taken: Bool[Array, " B"], fold: Fold) -> Array:
+def _folded_tokens(memory: Array, tokens: WindowNodes, leaves: Bool[Array, "B P"], fold: Fold) -> Array:
+    """The memory with some tokens `[B, P, ...]`, one after the other, in the rows that they leave the window of."""
+
+    def add(number: Array, memory: Array) -> Array:
+        token = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, number, axis=1, keepdims=False), tokens)
+        leaving = jax.lax.dynamic_index_in_dim(leaves, number, axis=1, keepdims=False)
+        return _folded_token(memory, token, leaving, fold)
+
+    if leaves.shape[1] == 1:
+        return add(jnp.zeros((), jnp.int32), memory)
+    # None does before the window is full, or behind the accepted ones.
+    some = jnp.any(leaves, axis=0)
+    begin, end = jnp.argmax(some), leaves.shape[1] - jnp.argmax(some[::-1])
+    return jax.lax.fori_loop(begin, jnp.where(some[begin], end, begin), add, memory)
+
+
+def _folded_token(memory: Array, token: WindowNodes, leaves: Bool[Array, " B"], fold: Fold) -> Array:
     decayed = memory
     if token.decays is not None:
         decayed = memory * jnp.exp(token.decays)[..., None, None].astype(memory.dtype)
     added = fold(token.keys[:, None], token.values[:, None], None)
-    return jnp.where(taken[:, None, None, None], decayed + added, memory)
+    return jnp.where(leaves[:, None, None, None], decayed + added, memory)
 
 
 def _folded_groups(window: AttentionWindow, state: WindowedState, finished: Bool[Array, " B"], fold: Fold) -> Array:

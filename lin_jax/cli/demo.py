@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line; None takes the process's own.
     """
     options = _parse(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     keep_freed_memory()
     # A part that is begun again, the demo on another text, and decode.py afterwards compile less.
     keep_programs()

@@ -1,6 +1,5 @@
 """Command `train`: `train.py CONFIG.yaml [--resume] [--section.field VALUE ...]`."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +20,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lin_jax.training.run import train
     from lin_jax.training.stages.run import run_stages
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     runs = [run for stage in plan.stages for run in stage.runs] if isinstance(plan, Pipeline) else [plan]
     if any("float64" in (run.model.dtype, run.model.param_dtype) for run in runs):
         jax.config.update("jax_enable_x64", True)

@@ -1,6 +1,7 @@
 """Generation from Python: prompts in, tokens out, for one model, drafter and set of draft trees."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 
 from lin_jax.attention import has_growing_state, max_draft_depth
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
+from lin_jax.decoding.autotune.account import most_allowed
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.steering import AdaptiveShape, FixedShape, Steering, no_evidence
 from lin_jax.decoding.autotune.step_costs import StepCosts, visit_cost
@@ -19,7 +21,7 @@ from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 from lin_jax.decoding.engine.decode_loop import DecodeOptions
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
 from lin_jax.decoding.engine.prefix_cache import TAIL, Prefix
-from lin_jax.decoding.engine.programs import ProgramCompiler
+from lin_jax.decoding.engine.programs import Flat, ProgramCompiler
 from lin_jax.decoding.engine.sampling import Sampling
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
@@ -181,9 +183,11 @@ class Generator:
         longest = max(len(prompt) for prompt in prompts) + (0 if prefix is None else prefix.length)
         _check_positions(self.model, longest, max_new_tokens)
         _check_room(self.model, prefix, longest + max_new_tokens)
+        # In a very small model, a look of the host alone costs more than may be lost in the whole text.
+        plainly = self.shapes is not None and prefix is None and self.costs(size).visit > most_allowed(max_new_tokens)
         return Scheduler(
-            self._spec(size, sampling),
-            self._steering(size),
+            self._plain_spec(size, sampling) if plainly else self._spec(size, sampling),
+            FixedShape(0, None) if plainly else self._steering(size),
             prompts,
             max_new_tokens,
             seed=seed,
@@ -205,7 +209,7 @@ class Generator:
         capacity = bucket(len(tokens) + room, 64) + self.tree_for(slots).depth + 1
         drafter = self.drafter_for(self.tree_for(slots))
         blank = init_decode_state(self.model, drafter, 1, capacity, seen=sampling.repetition_penalty != 1)
-        decode_state = prefill(self.model, drafter, blank, [tokens], self.prefill_chunk_size)
+        decode_state = prefill(Flat.of(self.model, drafter), blank, [tokens], self.prefill_chunk_size)
         return Prefix(decode_state, len(tokens), capacity, self.identity, tuple(map(int, tokens[-TAIL:])))
 
     def load_prefix(self, path: str | Path, *, sampling: Sampling = GREEDY, slots: int = 1) -> Prefix:
@@ -258,6 +262,16 @@ class Generator:
             compiler=self.compiler,
             adaptive=self.shapes is not None,
             memory=self.memory,
+        )
+
+    def _plain_spec(self, slots: int, sampling: Sampling) -> SchedulerSpec:
+        """Plain decoding without any of what drafts need, memory of earlier texts included."""
+        return replace(
+            self._spec(slots, sampling),
+            drafter=NoDrafter(),
+            options=(DecodeOptions(DraftTree(), sampling, self.acceptance, self.end_tokens),),
+            adaptive=False,
+            memory=None,
         )
 
     def _steering(self, slots: int) -> Steering:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.decoding.autotune.chooser import NO_ALERT, Choice
+from lin_jax.decoding.autotune.choice import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
@@ -116,7 +116,7 @@ class Scheduler:
         self.steering = steering
         if spec.memory is not None:
             spec.memory.refresh(cheaply=spec.adaptive)
-        self.modules = Flat.of(spec.model, spec.drafter)
+        self.model, self.modules = Flat.of(spec.model), Flat.of(spec.model, spec.drafter)
         self.seed = np.uint32(seed)
         self.first_row = first_row
         self.prefix = prefix
@@ -338,7 +338,7 @@ class Scheduler:
         limit[: len(indices)] = self.max_new_tokens
         rows[: len(indices)] = np.asarray(indices, np.int32) + self.first_row
         return start(
-            self.spec.model,
+            self.model,
             self._prefill([self.prompts[index] for index in indices], count),
             limit,
             rows,
@@ -358,4 +358,4 @@ class Scheduler:
         else:
             seen = self.spec.options[0].sampling.repetition_penalty != 1
             decode_state = init_decode_state(self.spec.model, self.spec.drafter, count, self.capacity, seen=seen)
-        return prefill(self.spec.model, self.spec.drafter, decode_state, prompts, self.spec.prefill_chunk_size)
+        return prefill(self.modules, decode_state, prompts, self.spec.prefill_chunk_size)

@@ -55,9 +55,10 @@ def traced_steps(generator: Generator, prompt: Sequence[int], max_new_tokens: in
     options = DecodeOptions(tree, Sampling(), end_tokens=generator.end_tokens)
     capacity = bucket(len(prompt) + max_new_tokens, 64) + tree.depth + 1
     blank = init_decode_state(model, drafter, 1, capacity, seen=False)
+    modules = Flat.of(model, drafter)
     state = start(
-        model,
-        prefill(model, drafter, blank, [prompt], generator.prefill_chunk_size),
+        Flat.of(model),
+        prefill(modules, blank, [prompt], generator.prefill_chunk_size),
         np.full(1, max_new_tokens, np.int32),
         np.zeros(1, np.int32),
         np.uint32(0),
@@ -68,7 +69,6 @@ def traced_steps(generator: Generator, prompt: Sequence[int], max_new_tokens: in
         capacity=bucket(max_new_tokens, 16),
         log_probs=False,
     )
-    modules = Flat.of(model, drafter)
     while not bool(state.finished[0]):
         before, drafted = int(state.written[0]), _drafted(modules, state, options=options)
         state, _ = run(modules, state, None, np.int32(1), np.bool_(False), options=options)

@@ -22,7 +22,7 @@ from lin_jax.training.run import train
 from lin_jax.training.stages.config import Pipeline, parse_command
 
 # The students: a plain linear attention, the paper's, and the one that is closest to softmax at a constant state.
-BARE, AUGMENTED, BEST = "hedgehog", "augmented", "exponential+window"
+BARE, AUGMENTED, BEST = "hedgehog", "augmented", "clustered+window"
 STUDENTS = (BARE, AUGMENTED, BEST)
 # A path head lies where sessions look for it, and exports, which have no form for it, do not.
 TEACHER_FOLDER, HEAD_FOLDER = "teacher", "path"

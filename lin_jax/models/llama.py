@@ -5,7 +5,6 @@ Mistral, Qwen2 and Qwen3 are the same model with other options.
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -14,7 +13,7 @@ from lin_jax.attention import QKV, AttentionConfig, build_mixer
 from lin_jax.errors import UserError
 from lin_jax.models.causal import CausalModel
 from lin_jax.models.compute import ComputeConfig
-from lin_jax.models.layers import RMSNorm, embedding, linear
+from lin_jax.models.layers import RMSNorm, embedding, linear, silu_product
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
 from lin_jax.models.mixed_stack import layer_stack
 from lin_jax.models.prenorm_block import PreNormBlock
@@ -139,7 +138,7 @@ class LlamaFeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """Applies the layer to every token."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(silu_product(self.gate(x), self.up(x)))
 
 
 class LlamaBlock(PreNormBlock):

@@ -14,8 +14,8 @@ from lin_jax.models.products import truth
 from pallas_kernels.implementations import target_platform
 from pallas_kernels.precision import accumulation_dtype
 
-# Tokens of a row from which on their table is kept: more than a draft tree has.
-_MANY_TOKENS = 128
+# Tokens of a row from which on their table is kept: of fewer, the table takes no longer than keeping it.
+_MANY_TOKENS = 8
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from lin_jax.attention import max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
 from lin_jax.data.tokenizers.token_bytes import token_bytes
-from lin_jax.decoding.autotune.chooser import Evidence
+from lin_jax.decoding.autotune.evidence import Evidence
 from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes

@@ -139,7 +139,7 @@ def _train(run: ResolvedRun, resume: bool, how_to_go_on: str) -> Outcome:
         trackers = open_trackers(run.folder, run.config, start)
         stack.callback(trackers.close)
         progress = stack.enter_context(Progress(training.steps, start or 0))
-        for line in (f"training on {devices_shown()}", *run.notes):
+        for line in (f"training {run.folder} on {devices_shown()}", _planned(run), *run.notes):
             progress.on_note(line)
         if start is not None:
             for line in [f"step {start}: going on from {checkpoints.path(start)}", *changed]:
@@ -203,6 +203,15 @@ def _trainer(run: ResolvedRun, state: Any, hooks: list[Hook], step: int) -> Trai
 
 def _source(run: ResolvedRun) -> str:
     return getattr(run.batches, "source_name", None) or ", ".join(run.config.data.sources)
+
+
+def _planned(run: ResolvedRun) -> str:
+    """Size of the run in words: what takes long, before the first step shows how long."""
+    training, length = run.config.training, run.config.data.sequence_length
+    return (
+        f"{training.steps:,} steps, each of {training.batch_size:,} rows of {length:,} tokens; "
+        "nothing is shown while the first is compiled"
+    )
 
 
 def _tokens(run: ResolvedRun) -> int:

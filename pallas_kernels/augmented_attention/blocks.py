@@ -108,18 +108,19 @@ def _group(positions: Array, plan: AugmentedPlan) -> Array:
 def unit_rows(rows: Float[Array, "n D"]) -> Float[Array, "n D"]:
     """Rows scaled to length one; a zero row stays zero."""
     wide = upcast(rows)
-    return (wide * _scale(wide)).astype(rows.dtype)
+    return (wide * unit_factor(wide)).astype(rows.dtype)
 
 
 def unit_rows_gradient(rows: Float[Array, "n D"], gradient: Float[Array, "n D"]) -> Float[Array, "n D"]:
     """Gradient of rows, given that of their unit vectors."""
     wide = rows.astype(gradient.dtype)
-    scale = _scale(wide)
+    scale = unit_factor(wide)
     direction = wide * scale
     return scale * (gradient - direction * jnp.sum(direction * gradient, axis=-1, keepdims=True))
 
 
-def _scale(wide: Array) -> Array:
+def unit_factor(wide: Float[Array, "*batch D"]) -> Float[Array, "*batch 1"]:
+    """One over each row's length, zero for a zero row."""
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 

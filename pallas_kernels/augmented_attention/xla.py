@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.augmented_attention import cpu
 from pallas_kernels.augmented_attention.blocks import (
     WindowMasks,
     block_outputs,
@@ -29,7 +30,7 @@ def plan_for(problem: AugmentedProblem, *, group: int, unit: bool, local: bool) 
 
 
 def forward(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[Float[Array, "B T H E"], Float[Array, "B K D E"]]:
-    """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients."""
+    """Outputs, and the memory after the rows in float32 or better; autodiff gives the gradients, but on CPUs."""
     batch, length, heads, key_size = problem.queries.shape
     kv_heads, value_size = problem.values.shape[2:]
     prior, packed = problem.prior, problem.packed
@@ -37,17 +38,19 @@ def forward(problem: AugmentedProblem, plan: AugmentedPlan) -> tuple[Float[Array
     if packed is not None:
         there = (packed.segment_ids > 0)[:, :, None, None]
         keys, values = (jnp.where(there, each, 0) for each in (keys, values))
+    masks, by_row = _masks(problem, plan)
+    initial = jnp.zeros((batch, kv_heads, key_size, value_size), accumulation_dtype(values.dtype))
+    if prior is not None:
+        initial = prior.memory.astype(initial.dtype)
+    if cpu.suits(problem):
+        present = problem._replace(keys=keys, values=values)
+        return cpu.forward(present, plan, masks, _matrices(problem, plan), initial)
     first_keys, first_values = (None, None) if prior is None else (prior.keys, prior.values)
     if plan.unit:
         queries, keys = unit_rows(queries), unit_rows(keys)
     windows = _windows(keys, first_keys, plan), _windows(values, first_values, plan)
-    masks, by_row = _masks(problem, plan)
-
     over_heads = jax.vmap(joining, in_axes=(1, 1, None))
     updates = jax.vmap(jax.vmap(over_heads), in_axes=(0, 0, by_row))(*windows, masks)
-    initial = jnp.zeros(updates.shape[:1] + updates.shape[2:], accumulation_dtype(values.dtype))
-    if prior is not None:
-        initial = prior.memory.astype(initial.dtype)
     before, after = _memories(updates, jnp.broadcast_to(masks.keep, updates.shape[:2]), initial)
 
     over_share = jax.vmap(partial(block_outputs, plan=plan), in_axes=(1, None, None, 0, 0, None, None), out_axes=1)

@@ -11,6 +11,7 @@ import pytest
 from support.cells import cells
 from support.processes import ROOT
 
+from lin_jax.cli.decode import command
 from lin_jax.cli.decode.command import decode
 from lin_jax.cli.decode.options import parse
 from lin_jax.data import Tokenizer
@@ -189,13 +190,19 @@ def test_a_batch_with_stops_and_chances(run_folder: Path, tmp_path: Path, capsys
     assert shown == f"import os\n{stopped[0]['text']}\n"
 
 
-def test_a_saved_state_goes_on(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_state_goes_on(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt that takes long to read is told."""
+    monkeypatch.setattr(command, "_LONG_PROMPT", 5)
     state = str(tmp_path / "state.safetensors")
     words = ("--drafter", "ngram", "--tree", "chain:2", "--max-new-tokens", "20")
     _, said = output(capsys, str(run_folder), "import os\nimport", *words, "--save-state", state)
     assert "tokens; the state after them is in" in said
     whole, _ = output(capsys, str(run_folder), "import os\nimport sys", *words)
-    rest, _ = output(capsys, str(run_folder), " sys", *words, "--state", state)
+    rest, more = output(capsys, str(run_folder), " sys", *words, "--state", state)
+    assert "reading a prompt of" in said
+    assert "reading a prompt of" not in more
     assert f"import os\nimport{rest}" == whole
 
 

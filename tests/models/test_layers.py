@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lin_jax.models.layers import product_of_tokens
+from lin_jax.models.layers import RMSNorm, product_of_tokens, silu_product
 from lin_jax.models.rotary import RotaryConfig, computed_once, rotary_table
 from pallas_kernels.implementations import compiling_for
 
@@ -48,3 +48,45 @@ def test_a_rotary_table_is_computed_once_for_many_tokens_on_a_cpu():
     assert "cond" not in text(64)
     with compiling_for("gpu"):
         assert "cond" not in text(128)
+
+
+def gradients(run, *inputs):
+    """Outputs, and the gradient of a sum of them with weights of their own."""
+    outputs, back = jax.vjp(run, *inputs)
+    return outputs, *back(jnp.asarray(np.random.default_rng(1).standard_normal(outputs.shape), outputs.dtype))
+
+
+def test_gradients_by_hand_are_those_that_jax_derives():
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, other = (jnp.asarray(3 * rng.standard_normal((2, 5, 6))) for _ in range(2))
+        scale = jnp.asarray(rng.standard_normal(6))
+
+        def ours(x, scale):
+            norm = RMSNorm(6, 1e-2, jnp.float64)
+            norm.scale[...] = scale
+            return norm(x)
+
+        def plain(x, scale):
+            return x * (jnp.mean(x**2, axis=-1, keepdims=True) + 1e-2) ** -0.5 * scale
+
+        pairs = (
+            (gradients(ours, x, scale), gradients(plain, x, scale)),
+            (gradients(silu_product, x, other), gradients(lambda x, y: x / (1 + jnp.exp(-x)) * y, x, other)),
+        )
+        for found, wanted in pairs:
+            for one, another in zip(found, wanted, strict=True):
+                assert one.dtype == jnp.float64
+                np.testing.assert_allclose(one, another, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_jax_s_on_accelerators():
+    x = jax.ShapeDtypeStruct((2, 3, 4), jnp.float32)
+
+    def text():
+        norm = RMSNorm(4, 1e-5, jnp.float32)
+        return str(jax.make_jaxpr(lambda x, y: silu_product(norm(x), y))(x, x))
+
+    assert text().count("custom_vjp_call") == 2
+    with compiling_for("tpu"):
+        assert "custom_vjp_call" not in text()

@@ -12,6 +12,7 @@ from pallas_kernels.augmented_attention import (
     PriorContext,
     augmented_attention,
     augmented_attention_reference,
+    cpu,
 )
 from pallas_kernels.implementations import UnsupportedError, choose_implementation, compiling_for
 
@@ -220,6 +221,31 @@ class TestImplementation:
         assert outputs.dtype == jnp.bfloat16
         assert memory.dtype == jnp.float32
         assert difference(outputs, case.expected()) < 2**-7
+
+
+@pytest.mark.parametrize(
+    "options", cells([{"packed": True, "group": 64}, {"width": 40}], [{}, {"packed": True, "kv_heads": 4}])
+)
+def test_on_cpus_as_elsewhere(options, monkeypatch):
+    """XLA's program for CPUs, with few blocks and with many: numbers and gradients of the one for all platforms."""
+    case = Case(300, **{"batch": 2, "heads": 4, "kv_heads": 2, **options})
+    weights = np.random.default_rng(1).normal(size=(2, case.keys.shape[2], 32, 16)).astype(np.float32)
+
+    def total(*arrays):
+        outputs, memory = case.run("xla", arrays)
+        # Whole rows give no memory.
+        return jnp.sum(outputs * case.cotangents) + (jnp.sum(memory * weights) if case.packed else 0)
+
+    def run():
+        return jax.jit(jax.value_and_grad(lambda *arrays: total(*arrays), range(5)))(*arrays)
+
+    arrays = [np.asarray(each, np.float32) for each in case.arrays]
+    value, found = run()
+    monkeypatch.setattr(cpu, "suits", lambda problem: False)
+    expected, wanted = run()
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name, one, other in zip(("queries", "keys", "values", "alpha", "taps"), found, wanted, strict=True):
+        assert difference(one, np.asarray(other)) < TOLERANCE, name
 
 
 def test_choice_by_platform_and_by_name(caplog):

@@ -77,6 +77,8 @@ def test_a_stopped_run_continues_exactly(tmp_path, corpus):
 
     said = finish(launch(broken, corpus, "--resume"))
     assert f"step {last}: going on from {broken / 'checkpoints'}/{last}" in said
+    assert f"training {broken} on" in said
+    assert f"{STEPS} steps, each of" in said
     finish(uninterrupted)
     assert saved_steps(broken)[-1] == saved_steps(whole)[-1] == STEPS
 

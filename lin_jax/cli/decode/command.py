@@ -30,8 +30,8 @@ from lin_jax.session import Session, check_length
 INTERRUPTED = 130
 # Guesses of a chain where the acceptance rule needs a tree that stays and none is named.
 FIXED_LENGTH = 3
-# Waits that need no explanation.
-_UNNOTICED_SECONDS = 1.0
+# Waits that need no explanation; and tokens of a prompt whose reading may take longer.
+_UNNOTICED_SECONDS, _LONG_PROMPT = 1.0, 4096
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -62,6 +62,8 @@ def decode(options: argparse.Namespace) -> int:
     slots = options.batch or min(bucket(len(texts)), MAX_SLOTS)
     check_new_tokens(options.max_new_tokens, slots)
     kind, generator = _generator(session, options, slots)
+    if (longest := max(map(len, prompts), default=0)) >= _LONG_PROMPT:
+        _note(f"reading a prompt of {longest:,} tokens")
     if options.save_state:
         return _save_state(generator, prompts[0], options, sampling, slots)
     prefix = None

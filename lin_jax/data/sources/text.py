@@ -14,6 +14,7 @@ from lin_jax.data.sources.files import PACKED, UNREADABLE, list_files, read_text
 from lin_jax.data.sources.remote import DATA_SET, RemoteName, fetch_file, is_remote
 from lin_jax.data.sources.rows import EmptyTableError
 from lin_jax.data.sources.tables import TABLES, concatenated, is_table, open_hub, open_tables, read_rows
+from lin_jax.data.tokenizers.tokenizer import END_OF_TEXT
 from lin_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ log = logging.getLogger(__name__)
 # Installed packages, tests (bulky and repetitive) and character tables: not the library's own prose and code.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _LARGEST_STDLIB_FILE = 200_000
-END_OF_TEXT = "<|endoftext|>"
 # Source code and papers that write about the marker put it in quotes on both sides.
 _END_OF_TEXT = re.compile(r"""(?<!["'`])<\|endoftext\|>|<\|endoftext\|>(?!["'`])""")
 
@@ -62,10 +62,11 @@ class _Notes:
                 "%s: left out %d files that are not UTF-8 text, %s first", config.source, len(self.skipped), first
             )
         if self.cut:
-            which = self.cut[0] if len(self.cut) == 1 else f"{len(self.cut)} files ({self.cut[0]} first)"
+            files = self.cut[0] if len(self.cut) == 1 else f"{len(self.cut)} files ({self.cut[0]} first)"
+            # A source that is one file is that file.
+            which = config.name if config.name.endswith(files) else f"{files} of {config.name}"
             _warn_once(
-                f"{which} of {config.name} cut into documents at {END_OF_TEXT}; "
-                "data.document_separator null keeps each file whole"
+                f"{which} cut into documents at {END_OF_TEXT}; data.document_separator null keeps each file whole"
             )
 
 

@@ -13,6 +13,7 @@ from lin_jax.attention import tree_arrays
 from lin_jax.decoding.drafting.api import DraftContext, Drafter, TreeLevel
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
 from lin_jax.decoding.engine.prefill import DecodeState, append_recent, init_decode_state, prefill
+from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.engine.slots import bucket
 from lin_jax.errors import UserError
 from lin_jax.models import CausalModel
@@ -74,7 +75,7 @@ def _replayed(
     truth = jnp.asarray([list(text[:length]) for text in texts], jnp.int32)
     capacity = bucket(max(len(prompt) for prompt in prompts) + length, 64)
     decode_state = init_decode_state(model, drafter, len(prompts), capacity, seen=False)
-    decode_state = prefill(model, drafter, decode_state, prompts, 256)
+    decode_state = prefill(Flat.of(model, drafter), decode_state, prompts, 256)
     return np.moveaxis(np.asarray(_scan(model, drafter, decode_state, truth, depth=depth, tree=tree)), 0, 1)
 
 

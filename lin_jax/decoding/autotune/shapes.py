@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from lin_jax.decoding.autotune.chooser import Arm
+from lin_jax.decoding.autotune.choice import Arm
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
 from lin_jax.decoding.drafting.drafters.copy import CopyDrafter
 from lin_jax.decoding.drafting.drafters.ngram import NgramDrafter
 from lin_jax.decoding.drafting.drafters.suffix import SuffixDrafter
 from lin_jax.decoding.drafting.drafters.union import UnionDrafter
 from lin_jax.decoding.drafting.hindsight import Hindsight, MemoryHindsight, Retrospective
+from lin_jax.decoding.drafting.ngram_lookup import LOOKED_UP
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
@@ -18,8 +19,6 @@ from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 LENGTHS = (1, 3, 7)
 # More, of 16 and 32 nodes, for drafters that copy whole passages.
 LONG_COPIES = (15, 31)
-# Longest n-gram of the text itself that is looked up in hindsight, where no other drafter copies from it.
-LOOKED_UP = 3
 # A tree of 8 nodes for heads, whose second guesses are often right: ranks below the root.
 BUSHY = ((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 0, 0))
 

@@ -6,7 +6,9 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Int
 
-from lin_jax.decoding.autotune.chooser import Choice, Chooser, Evidence, evidence_shape
+from lin_jax.decoding.autotune.choice import Choice
+from lin_jax.decoding.autotune.chooser import Chooser
+from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
@@ -175,7 +177,7 @@ class AdaptiveShape:
     def _follow(self, row: int, tokens: Sequence[int]) -> None:
         """Reads on in a row, and learns from what copies would have given."""
         self.unread[row] += tokens
-        if not self.unread[row] or not self.chooser.affords_sync:
+        if not self.unread[row] or not self.chooser.follows:
             return
         new, self.unread[row] = self.unread[row], []
         for family, hindsight in self.followed[row].items():

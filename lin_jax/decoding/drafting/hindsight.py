@@ -8,6 +8,9 @@ from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import LONG, SHORT, TextMemory
 
+# Tokens that follow a passage of a memory without a gap, as many as come at a time: more than between two syncs.
+_READ_AT_ONCE = 2048
+
 
 class CopyTrial(NamedTuple):
     """One copied token and the one that the text has.
@@ -132,7 +135,8 @@ class MemoryHindsight(LookupHindsight):
     """
 
     def __init__(self, depth: int, memory: TextMemory, longest: int, lookback: int) -> None:
-        super().__init__(depth, longest, lookback)
+        # A passage is followed token by token: none may be left out, however few the drafter looks at.
+        super().__init__(depth, longest, max(lookback, _READ_AT_ONCE))
         self.memory = memory
         # Place in the memory of the token before the guesses, and the texts that it is a place of.
         self.followed = -1

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+# Longest n-gram that is looked up in the text itself.
+LOOKED_UP = 3
 # Longest match at which the loop of plain steps can be told to return.
 LONGEST_ALERT = 16
 
@@ -51,22 +53,32 @@ def find_matches(recent: Int[Array, "B W"], depth: int, max_match: int, count: i
     return Matches(followers, best // width)
 
 
-def longest_match(recent: Int[Array, "B W"], most: int) -> Int[Array, " B"]:
-    """Number of last tokens of each row that an earlier place has too, the longest of all places, at most `most`.
+def longest_match(recent: Int[Array, "B W"], most: int, looked_up: int | None = None) -> Int[Array, " B"]:
+    """Number of last tokens of each row that an earlier place has too, at most `most`.
 
     Args:
         recent: `[B, W]` the end of each text, -1 before its beginning.
         most: largest number of tokens to compare.
+        looked_up: take the place where a lookup of the longest known n-gram up to this length ends: the latest of those
+            that agree as far. None takes the place that agrees longest.
     """
     width = recent.shape[1]
-    padded = jnp.pad(recent, ((0, 0), (most, 0)), constant_values=-1)
-    agree = (jnp.arange(width, dtype=jnp.int32) < width - 1) & (recent >= 0)
-    sizes = jnp.zeros(recent.shape, jnp.int32)
-    for back in range(most):
-        shifted = padded[:, most - back :][:, :width]
-        agree = agree & (shifted == shifted[:, -1:]) & (shifted >= 0)
-        sizes = sizes + agree
-    return jnp.max(sizes, axis=1, initial=0)
+    first = min(most, width) - 1
+    # Only the first places reach back beyond the text: a loop over padded tokens asks for each whether it does.
+    padded = jnp.pad(recent[:, :first], ((0, 0), (most, 0)), constant_values=-1)
+    best = jnp.zeros(recent.shape[0], jnp.int32)
+    for text, begin, place, count in ((padded, most, 0, first), (recent, first, first, width - 1 - first)):
+        agree = jnp.ones((recent.shape[0], count), bool)
+        sizes = jnp.zeros((recent.shape[0], count), jnp.int32)
+        for back in range(min(most, width)):
+            token = text[:, begin - back : begin - back + count]
+            agree = agree & (token == recent[:, width - 1 - back, None]) & (token >= 0)
+            sizes = sizes + agree
+        if looked_up is not None:
+            order = place + jnp.arange(count, dtype=jnp.int32)
+            sizes = sizes + (most + 1) * (jnp.minimum(sizes, looked_up) * width + order)
+        best = jnp.maximum(best, jnp.max(sizes, axis=1, initial=0))
+    return best % (most + 1)
 
 
 def _largest(keys: Int[Array, "B W"], count: int) -> Int[Array, "B M"]:

@@ -37,10 +37,12 @@ class SuffixMatches(NamedTuple):
     Attributes:
         followers: `[B, M, D]` the tokens that followed each of them; -1 after the end of its text.
         sizes: `[B, M]` number of last tokens that agree, 0 where there is no such place.
+        places: `[B, M]` place in the index's tokens of the last of those tokens.
     """
 
     followers: Int[Array, "B M D"]
     sizes: Int[Array, "B M"]
+    places: Int[Array, "B M"]
 
 
 def build_index(texts: list[np.ndarray], capacity: int) -> SuffixIndex:
@@ -110,7 +112,7 @@ def search(index: SuffixIndex, recent: Int[Array, "B W"], depth: int, count: int
     after = ends[:, :, None] + 1 + jnp.arange(depth, dtype=jnp.int32)
     followers = index.tokens.at[after].get(mode="fill", fill_value=-1)
     inside = jnp.cumprod(followers >= 0, axis=2, dtype=jnp.int32) > 0
-    return SuffixMatches(jnp.where(inside, followers, -1), best // index.tokens.shape[0])
+    return SuffixMatches(jnp.where(inside, followers, -1), best // index.tokens.shape[0], ends)
 
 
 def _last_tokens(recent: Int[Array, "B W"]) -> Int[Array, "B L"]:

@@ -11,10 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.engine.programs import Flat
 from lin_jax.models import CausalModel
 
 # Smaller chunks than this cost about as much.
-_MIN_CHUNK = 16
+_MIN_CHUNK = 32
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +55,10 @@ def init_decode_state(model: CausalModel, drafter: Drafter, batch: int, capacity
 
 @partial(jax.jit, donate_argnames="decode_state")
 def prefill_chunk(
-    model: CausalModel,
-    drafter: Drafter,
-    decode_state: DecodeState,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
+    modules: Flat, decode_state: DecodeState, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> DecodeState:
-    """Reads one chunk of every text, `lengths` tokens of each row."""
+    """Reads one chunk of every text, `lengths` tokens of each row; the modules are model and drafter."""
+    model, drafter = modules.whole()
     outputs, state = model.prefill(tokens, lengths, decode_state.model)
     last = jnp.take_along_axis(outputs, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     included = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -92,10 +90,8 @@ def mark_seen(
     return seen.at[rows, jnp.where(included, tokens, seen.shape[1])].set(True, mode="drop")
 
 
-def prefill(
-    model: CausalModel, drafter: Drafter, decode_state: DecodeState, texts: Sequence[Sequence[int]], chunk_size: int
-) -> DecodeState:
-    """Reads texts, one for each of the first rows, at most `chunk_size` tokens at a time."""
+def prefill(modules: Flat, decode_state: DecodeState, texts: Sequence[Sequence[int]], chunk_size: int) -> DecodeState:
+    """Reads texts, one for each of the first rows, at most `chunk_size` tokens at a time, with model and drafter."""
     batch = decode_state.hidden.shape[0]
     longest = max((len(text) for text in texts), default=0)
     for begin, size in chunk_sizes(longest, chunk_size):
@@ -104,13 +100,17 @@ def prefill(
             chunk = text[begin : begin + size]
             lengths[row] = len(chunk)
             tokens[row, : len(chunk)] = chunk
-        decode_state = prefill_chunk(model, drafter, decode_state, tokens, lengths)
+        decode_state = prefill_chunk(modules, decode_state, tokens, lengths)
     return decode_state
 
 
 def chunk_sizes(length: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Yields begin and size of each chunk of a text: a few sizes only, so that all lengths share compiled programs."""
-    sizes = [size for size in (largest // 16, largest // 4, largest) if size >= _MIN_CHUNK or size == largest]
+    """Yields begin and size of each chunk of a text: a few sizes only, so that all lengths share compiled programs.
+
+    Each is half the next, so that the end of a text is not read with more padding than tokens, unless it is short.
+    """
+    halves = [largest // 8, largest // 4, largest // 2]
+    sizes = [*(size for size in halves if size >= _MIN_CHUNK), largest]
     begin = 0
     while begin < length:
         size = next((size for size in sizes if size >= length - begin), largest)

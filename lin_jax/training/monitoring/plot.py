@@ -1,5 +1,6 @@
 """The curves of one run, or of several in one picture: `python -m lin_jax plot RUN [RUN ...]`."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ def draw(curves: Sequence[Curves], path: Path) -> None:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
     # Imported here because it takes its time, and is not among the packages that training needs.
+    # The first picture on a machine would warn that fonts are being looked for.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     matplotlib = require("matplotlib", "drawing curves")
     figures = require("matplotlib.figure", "drawing curves")
     with matplotlib.rc_context(_STYLE):

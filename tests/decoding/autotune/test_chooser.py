@@ -5,16 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lin_jax.decoding.autotune.chooser import (
-    ALLOWANCE,
-    FIRST_PAUSE,
-    RATE,
-    Arm,
-    Choice,
-    Chooser,
-    Evidence,
-    evidence_shape,
-)
+from lin_jax.decoding.autotune.account import ALLOWANCE, RATE
+from lin_jax.decoding.autotune.choice import Arm, Choice
+from lin_jax.decoding.autotune.chooser import FIRST_PAUSE, Chooser
+from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
 
 # Plain decoding, chains of 1, 3 and 7 guesses of one drafter, and a tree 4 deep of another.
 ARMS = (Arm(0, 0), Arm(0, 1), Arm(0, 3), Arm(0, 7), Arm(1, 4))

@@ -5,17 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lin_jax.decoding.autotune.chooser import (
-    ALLOWANCE,
-    CREDIT,
-    MATCHES,
-    NO_ALERT,
-    RATE,
-    Arm,
-    Chooser,
-    Evidence,
-    evidence_shape,
-)
+from lin_jax.decoding.autotune.account import ALLOWANCE, CREDIT, RATE
+from lin_jax.decoding.autotune.choice import NO_ALERT, Arm
+from lin_jax.decoding.autotune.chooser import Chooser
+from lin_jax.decoding.autotune.evidence import MATCHES, Evidence, evidence_shape
 from lin_jax.decoding.drafting.hindsight import LookupHindsight
 
 # Plain decoding, chains of 1, 3 and 7 guesses of heads that are never right, and copies in chains of 3 to 31.

@@ -8,6 +8,7 @@ from support.samples import GROUP, VOCABULARY, KnowingDrafter, build_model, padd
 from lin_jax.decoding import Generation, Generator, NgramDrafter, Sampling, UnionDrafter
 from lin_jax.decoding.autotune.shapes import draft_shapes
 from lin_jax.decoding.autotune.step_costs import ENOUGH, TIMED, StepCosts
+from lin_jax.decoding.drafting.drafters.none import NoDrafter
 from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.errors import UserError
@@ -93,6 +94,23 @@ def test_shapes_are_timed_before_they_are_used() -> None:
     dear = StepCosts([tree.size for tree in shapes.trees], [[], [9.0] * ENOUGH], timed=True)
     generator.costs = lambda slots: dear
     assert steps(generator.generate(PROMPTS[:1], NEW)) == {"none": NEW - 1}
+
+
+def test_where_a_look_of_the_host_costs_too_much_nothing_is_made_ready_for_drafts() -> None:
+    """As in very small models: the loop is that of plain decoding, but for texts so long that drafts could pay."""
+    model, drafter = build_model("augmented"), NgramDrafter(depth=3, matches=2, lookback=64)
+    shapes = draft_shapes(drafter, GROUP - 1)
+    costs = StepCosts([tree.size for tree in shapes.trees], visit=16.0)
+    generator = Generator(
+        model, drafter=drafter, shapes=shapes, costs=lambda slots: costs, compiler=ProgramCompiler(background=False)
+    )
+    scheduler = generator.stream(PROMPTS[:1], 40)
+    assert isinstance(scheduler.spec.drafter, NoDrafter)
+    for _ in scheduler:
+        pass
+    assert scheduler.generation.tokens == Generator(model).generate(PROMPTS[:1], 40).tokens
+    assert steps(scheduler.generation) == {"none": 39}
+    assert generator.stream(PROMPTS[:1], 2000).spec.adaptive
 
 
 @pytest.mark.thorough

@@ -50,6 +50,22 @@ def test_the_best_place_is_copied() -> None:
     assert np.array_equal(tree.tokens, draft.tokens)
 
 
+def test_a_long_match_tells_the_round_of_a_circle() -> None:
+    """A text that leaves a circle after some rounds is copied to its end, and not into one more round."""
+    rng, memory = np.random.default_rng(1), TextMemory(512)
+    begin, after = rng.integers(20, 40, 30).tolist(), rng.integers(40, 60, 30).tolist()
+    text = [*begin, *[7, 8, 9, 10, 11, 12, 13] * 8, *after]
+    for each in (text, rng.integers(0, 20, 60).tolist()):
+        memory.add(each)
+    memory.refresh()
+    drafter = CopyDrafter(memory, depth=DEPTH)
+    known = [text[: 30 + 7 * 8], text[: 30 + 7 * 6 + 3]]
+    rows = jnp.asarray([[-1] * (drafter.lookback - len(each)) + each for each in known], jnp.int32)
+    context = DraftContext(rows[:, -1], jnp.zeros((len(known), 1)), rows)
+    draft = jax.jit(lambda context: chain(DEPTH).grow(drafter, context, None))(context)
+    assert np.asarray(draft.tokens[:, 1:]).tolist() == [after[:DEPTH], [10, 11, 12, 13, 7]]
+
+
 def test_it_is_known_by_name() -> None:
     assert isinstance(DRAFTERS["copy"](DraftParts(build_model("augmented", dtype="float32"))), CopyDrafter)
     assert reads_memory("path+copy")

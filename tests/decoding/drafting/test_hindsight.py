@@ -128,6 +128,19 @@ def test_a_known_beginning_is_followed_at_once() -> None:
     assert hindsight.guesses[hindsight.accepted :][:2] == [101, 102]
 
 
+def test_a_passage_is_followed_however_much_comes_at_a_time() -> None:
+    """More tokens than the drafter looks at: all of them were copied, and the match is as long as that."""
+    text, memory = np.random.default_rng(6).integers(0, 40, 300).tolist(), TextMemory(512)
+    memory.add(text)
+    memory.refresh()
+    hindsight = MemoryHindsight(31, memory, 0, MAX_MATCH)
+    hindsight.push(text[:20])
+    hindsight.push(text[20:200])
+    assert all(each.right for each in hindsight.trials)
+    assert hindsight.matched >= 180
+    assert hindsight.guesses[hindsight.accepted] == text[200]
+
+
 @pytest.mark.thorough
 def test_it_foretells_what_the_suffix_drafter_gives() -> None:
     model, memory = build_model("augmented", dtype="float32"), TextMemory(1024)

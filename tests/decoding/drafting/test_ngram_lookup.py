@@ -92,4 +92,12 @@ def test_the_longest_match_is_that_of_a_search() -> None:
         sizes = [next(n for n in range(9) if n == min(end, 8) or text[end - 1 - n] != text[-1 - n]) for end in ends]
         return max(sizes, default=0)
 
+    def looked_up(text: list[int]) -> int:
+        for size in (3, 2, 1):
+            ends = [end for end in range(size, len(text)) if text[end - size : end] == text[-size:]]
+            if ends:
+                return next(n for n in range(9) if n == min(ends[-1], 8) or text[ends[-1] - 1 - n] != text[-1 - n])
+        return 0
+
     assert longest_match(jnp.asarray(recent), 8).tolist() == [slow(text) for text in texts]
+    assert longest_match(jnp.asarray(recent), 8, 3).tolist() == [looked_up(text) for text in texts]
