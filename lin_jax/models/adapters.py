@@ -72,7 +72,8 @@ class TrainableFilter:
 
     Attributes:
         parts: names in PARTS of what learns in full.
-        inside: learn only what has this name on the way to it; None is no such limit.
+        inside: learn only what has this name on the way to it, of `attention` the mixers of a mix, too; None is no such
+            limit.
         layers: the first layer that learns and the one after the last; None is all. A mixer's parameters count as
             learning in every layer: a base model may lack them, so that they belong into checkpoints.
     """
@@ -85,7 +86,8 @@ class TrainableFilter:
         """True for a parameter that learns, at least in some layers; draft heads beside a model always do."""
         if path[0] == "heads":
             return True
-        if self.inside is not None and self.inside not in path:
+        # Layers of a mix have their mixers beside them, kind by kind, and not inside of their attention.
+        if self.inside is not None and self.inside not in path and not (self.inside == "attention" and "mixer" in path):
             return False
         return is_adapter(path) or (("base" not in path[-2:-1] or "mixer" in path) and self._named(path))
 

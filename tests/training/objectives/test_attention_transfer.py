@@ -172,6 +172,17 @@ def test_only_what_is_named_learns(models, x64):
         np.testing.assert_allclose(slope, expected, rtol=1e-9, atol=1e-14)
 
 
+def test_mixers_of_a_mix_learn():
+    """They stand beside the layers, kind by kind, and learn as those inside of a layer's attention do."""
+    mix = AttentionConfig("clustered+window", window=4, features=3, layers={1: "softmax"})
+    config = replace(CONFIG, attention=mix, dtype="float32", param_dtype="float32")
+    learning = TrainableFilter(("mixer", "projections"), "attention")
+    learnt = PartialTraining(AttentionTransfer(config), learning, 0).shapes()
+    names = {path[-1] for path in flatten_dict(learnt) if "mixer" in path}
+    assert {"balance", "key_map", "query_map"} <= names
+    assert all("mixer" in path or "attention" in path for path in flatten_dict(learnt))
+
+
 def test_a_student_that_is_the_teacher_misses_nothing(models, x64):
     _, teacher = models
     objective = AttentionTransfer(teacher.config)
