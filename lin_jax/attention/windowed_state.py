@@ -230,6 +230,17 @@ def _folded_tokens(memory: Array, tokens: WindowNodes, leaves: Bool[Array, "B P"
 
 
 def _folded_token(memory: Array, token: WindowNodes, leaves: Bool[Array, " B"], fold: Fold) -> Array:
+    if token.decays is None:
+        return _with_token(memory, token, leaves, fold)
+    # Behind the condition it is compiled alone: within a larger program multiplication and addition would round as one
+    # in some programs, and in others not.
+    return jax.lax.cond(
+        jnp.any(leaves), lambda memory: _with_token(memory, token, leaves, fold), lambda memory: memory, memory
+    )
+
+
+def _with_token(memory: Array, token: WindowNodes, leaves: Bool[Array, " B"], fold: Fold) -> Array:
+    """The memory, decayed and with a token, in the rows that it leaves the window of."""
     decayed = memory
     if token.decays is not None:
         decayed = memory * jnp.exp(token.decays)[..., None, None].astype(memory.dtype)
