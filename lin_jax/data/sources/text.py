@@ -1,7 +1,6 @@
 """Documents from the standard library's sources, from text files and folders, from tables, or from the Hub."""
 
 import logging
-import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ log = logging.getLogger(__name__)
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 _LARGEST_STDLIB_FILE = 200_000
 # Source code and papers that write about the marker put it in quotes on both sides.
-_END_OF_TEXT = re.compile(r"""(?<!["'`])<\|endoftext\|>|<\|endoftext\|>(?!["'`])""")
+_QUOTES = ('"', "'", "`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,7 @@ def _each_document(config: DataConfig, notes: _Notes) -> Iterator[Document]:
         yield from _numbered(config.sources[0], read_rows(open_hub(config), config.sources[0]))
     elif config.source == PYTHON_STDLIB:
         root = Path(sysconfig.get_path("stdlib"))
-        yield from _text_documents(root, _stdlib_files(root), None, notes)
+        yield from _text_documents(root, _stdlib_files(root), config.document_separator, notes)
     else:
         for root in [_local(source, config) for source in config.sources]:
             yield from _under(root, config, notes)
@@ -192,7 +191,7 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, no
             notes.skipped.append(_name(path, root))
             continue
         name = _name(path, root)
-        pieces = _END_OF_TEXT.split(text) if separator == AUTO else text.split(separator) if separator else [text]
+        pieces = _cut(text) if separator == AUTO else text.split(separator) if separator else [text]
         if separator == AUTO and len(pieces) > 1:
             notes.cut.append(name)
         if len(pieces) > 1 or separator not in (AUTO, None):
@@ -200,6 +199,18 @@ def _text_documents(root: Path, paths: Sequence[Path], separator: str | None, no
             yield from _numbered(name, (piece.strip("\r\n") for piece in pieces))
         elif text.strip():
             yield Document(name, text)
+
+
+def _cut(text: str) -> list[str]:
+    """Splits a text at its markers of an end, but for quoted ones."""
+    first, *others = text.split(END_OF_TEXT)
+    pieces = [first]
+    for other in others:
+        if pieces[-1].endswith(_QUOTES) and other.startswith(_QUOTES):
+            pieces[-1] += END_OF_TEXT + other
+        else:
+            pieces.append(other)
+    return pieces
 
 
 def _name(path: Path, root: Path) -> str:
