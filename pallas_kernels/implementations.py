@@ -58,8 +58,8 @@ def target_platform() -> str:
 
 
 def targets_single_cpu() -> bool:
-    """True where programs are compiled for one CPU: without a mesh, or along a mesh of one device, as training has it."""
-    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
+    """True where programs are compiled for one CPU: without a mesh, or along one of one device, as in training."""
+    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def choose_implementation(
