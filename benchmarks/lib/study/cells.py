@@ -8,6 +8,9 @@ from typing import Any
 
 from lib.study.places import TextPlace, places_of
 
+# Turns in which cells are run, so that every claim has evidence early: some of it for each claim; every attention of
+# the paper; more seeds, teachers and tasks; and what only the full study has.
+FIRST, BROAD, DEEP, LAST = 1, 2, 3, 4
 # Results of cells by their names, of those that are there.
 Results = Mapping[str, Mapping[str, Any]]
 HOLDS, FAILS, NOT_RUN = "holds here", "does not hold here", "not yet run"
@@ -95,7 +98,7 @@ class Setup:
 
     scratch: Path
     quick: bool = False
-    data: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict, hash=False)
     short: bool = False
 
     @property
@@ -119,17 +122,17 @@ class Cell:
 
     Attributes:
         name: in its part, such as `stories260K/performer/0`.
-        run: measures it in a process of its own and returns the result, as JSON has it.
-        minutes: that it is expected to take on two cores.
+        run: measures it and returns the result, as JSON has it.
+        minutes: that it is expected to take on one core.
         needs: other cells whose models it uses, by part and name.
-        short: whether the short study has it too.
+        turn: in which it is run: cells of an earlier one come first, in all parts; the last is the full study's alone.
     """
 
     name: str
     run: "partial[dict[str, Any]]"
     minutes: float
     needs: tuple[str, ...] = ()
-    short: bool = False
+    turn: int = LAST
 
     @property
     def settings(self) -> dict[str, Any]:
