@@ -13,7 +13,7 @@ from lib.study.places import TextPlace, places_of
 FIRST, BROAD, DEEP, LAST = 1, 2, 3, 4
 # Results of cells by their names, of those that are there.
 Results = Mapping[str, Mapping[str, Any]]
-HOLDS, FAILS, NOT_RUN = "holds here", "does not hold here", "not yet run"
+HOLDS, FAILS, NOT_RUN, UNCLEAR = "holds here", "does not hold here", "not yet run", "not decided here"
 
 
 @dataclass(frozen=True)
@@ -146,16 +146,18 @@ class Claim:
 
     Attributes:
         text: the claim.
-        check: says from the results whether it holds, None where they do not suffice, and the figures in words.
+        check: says from the results whether it holds, None where they do not suffice, and the figures in words if there
+            are any.
     """
 
     text: str
     check: Callable[[Results], tuple[bool | None, str]]
 
     def verdict(self, results: Results) -> tuple[str, str]:
-        """One of `holds here`, `does not hold here` and `not yet run`, and the figures."""
+        """One of `holds here`, `does not hold here`, `not decided here` and `not yet run`, and the figures."""
         holds, figures = self.check(results)
-        return (NOT_RUN if holds is None else HOLDS if holds else FAILS), figures
+        unknown = UNCLEAR if figures else NOT_RUN
+        return (unknown if holds is None else HOLDS if holds else FAILS), figures
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class Part:
         table: lines of Markdown that show its results.
         plot: draws the results to a file; False if there are too few.
         claims: what is said beside the results.
+        timed: whether its results are speeds, which other work on the machine spoils.
     """
 
     name: str
@@ -179,3 +182,4 @@ class Part:
     table: Callable[[Results], list[str]]
     plot: Callable[[Results, Path], bool]
     claims: tuple[Claim, ...] = ()
+    timed: bool = False

@@ -1,10 +1,10 @@
 """Part 3: the same attentions in an encoder, a decoder, and a model that is both, on tasks of GLUE."""
 
 import json
-from collections.abc import Mapping
+import math
 from functools import cache, partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import tokenizers
@@ -60,9 +60,12 @@ def _cell(family: str, task: str, attention: str, seed: int) -> Cell:
 def _turn(family: str, task: str, attention: str, seed: int) -> int:
     if task != TASKS[0] or attention not in ("softmax", *PAPER, AUGMENTED):
         return LAST
-    if family == "t5" or seed:
-        return LAST if family == "t5" and seed else DEEP
-    return FIRST if attention in ("softmax", "flash_global", "relu") else BROAD
+    early = attention in ("softmax", "flash_global", "relu")
+    if family == "t5":
+        return DEEP if early and not seed else LAST
+    if seed:
+        return DEEP if seed == 1 and attention != AUGMENTED else LAST
+    return FIRST if early else BROAD
 
 
 def classified(setup: Setup, *, family: str, task: str, attention: str, seed: int) -> dict[str, Any]:
@@ -183,18 +186,24 @@ def plot(results: Results, file: Path) -> bool:
     return draw_bars(bars, "accuracy", file, line=0.5)
 
 
-def _lost(losses: Mapping[str, Mapping[str, float]], family: str) -> float | None:
-    bare = [value for name, value in losses.get(family, {}).items() if name in PAPER]
-    return mean(bare) if bare else None
-
-
 def decoders_lose_more(results: Results) -> tuple[bool | None, str]:
-    """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT."""
+    """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT, those that were tried in both.
+
+    A difference that chance explains decides nothing: twice the standard error of the difference of two means over
+    attentions, taken as if each attention were one draw.
+    """
     found = losses(results)
-    encoder, decoder = _lost(found, "bert"), _lost(found, "gpt2")
-    if encoder is None or decoder is None:
+    common = [name for name in PAPER if name in found.get("bert", {}) and name in found.get("gpt2", {})]
+    if not common:
         return None, ""
-    return decoder > encoder, f"mean loss of accuracy: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+    pairs = [(found["bert"][name], found["gpt2"][name]) for name in common]
+    encoder, decoder = (mean(each) for each in zip(*pairs, strict=True))
+    apart = [after - before for before, after in pairs]
+    chance = 2 * stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else math.inf
+    figures = f"mean loss of accuracy of {len(common)} attentions: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+    if abs(decoder - encoder) < chance:
+        return None, f"{figures}; chance alone explains a difference of {chance:.1f}"
+    return decoder > encoder, figures
 
 
 PART = Part(

@@ -48,9 +48,10 @@ def _cell(model: str, attention: str, seed: int) -> Cell:
 def _turn(model: str, attention: str, seed: int) -> int:
     if attention not in main_rows() or model not in IN_SHORT:
         return LAST
-    if model != WHOLE or seed:
-        return DEEP
-    return FIRST if attention in {name for base in EARLY for name in (base, both(base))} else BROAD
+    early = attention in {name for base in EARLY for name in (base, both(base))}
+    if seed:
+        return DEEP if early else LAST
+    return DEEP if model != WHOLE else FIRST if early else BROAD
 
 
 def table(results: Results) -> list[str]:

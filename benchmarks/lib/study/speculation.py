@@ -57,7 +57,7 @@ def cells(setup: Setup) -> list[Cell]:
 def _turn(attention: str, drafter: str, tree: str) -> int:
     if attention == AUGMENTED:
         return FIRST if drafter == DRAFTERS[-1] and tree == MIDDLE else BROAD
-    return DEEP if attention in IN_SHORT and drafter == DRAFTERS[-1] else LAST
+    return DEEP if attention in IN_SHORT and drafter == DRAFTERS[-1] and tree == MIDDLE else LAST
 
 
 def _needs(model: str, attention: str) -> tuple[str, ...]:
@@ -225,4 +225,5 @@ PART = Part(
         Claim("Speculation changes no text (this package's claim).", lossless),
         Claim("The published group boundary changes texts (this package's claim).", published_changes),
     ),
+    timed=True,
 )
