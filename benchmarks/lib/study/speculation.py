@@ -1,7 +1,7 @@
 """Part 5: speculation by attention, drafter and tree, and what an inexact group boundary changes."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -65,12 +65,19 @@ def _needs(model: str, attention: str) -> tuple[str, ...]:
     return (*own, f"{LINEARIZE}/{cell_name(model, attention, 0)}")
 
 
+@lru_cache(maxsize=1)
+def _subject(setup: Setup, model: str, attention: str) -> tuple[Session, Generator]:
+    """A student and its plain decoding, which cells of the same attention compile once."""
+    name = cell_name(model, attention, 0)
+    student = load_student(setup, LINEARIZE, name, load_teacher(setup, model), attention)
+    session = Session.of(student.model, student.tokenizer, ())
+    return session, Generator(session.model)
+
+
 def decoded(setup: Setup, *, model: str, attention: str, drafter: str, tree: str) -> dict[str, Any]:
     """Tokens a second of plain decoding and of speculation, in turns, and tokens a step."""
-    student = load_student(setup, LINEARIZE, cell_name(model, attention, 0), load_teacher(setup, model), attention)
-    session = Session.of(student.model, student.tokenizer, ())
-    texts = prompts(setup, model)
-    plain, drafted = Generator(session.model), _drafting(session, drafter, tree)
+    session, plain = _subject(setup, model, attention)
+    texts, drafted = prompts(setup, model), _drafting(session, drafter, tree)
     ratios, rates = [], []
     for turn in range(setup.sizes.rounds + 1):
         pair = [_each(way, texts, setup.sizes.new_tokens) for way in (plain, drafted)]
@@ -95,16 +102,17 @@ def decoded(setup: Setup, *, model: str, attention: str, drafter: str, tree: str
 def boundary(setup: Setup, *, model: str, drafter: str, tree: str) -> dict[str, Any]:
     """Tokens that change, and tokens a step, with the published boundary and with ours."""
     register()
-    student = load_student(setup, LINEARIZE, cell_name(model, AUGMENTED, 0), load_teacher(setup, model), AUGMENTED)
-    published = with_attention(student.model, sized(PUBLISHED, setup))
+    teacher, name = load_teacher(setup, model), cell_name(model, AUGMENTED, 0)
+    student = load_student(setup, LINEARIZE, name, teacher, AUGMENTED)
+    published = Session.of(with_attention(student.model, sized(PUBLISHED, setup)), student.tokenizer, ())
+    subjects = {"ours": _subject(setup, model, AUGMENTED), "published": (published, Generator(published.model))}
     texts, new = prompts(setup, model), setup.sizes.new_tokens
     found: dict[str, Any] = {"model": model, "drafter": drafter, "boundary_tree": tree, "tokens": len(texts) * new}
-    for name, chosen in (("ours", student.model), ("published", published)):
-        session = Session.of(chosen, student.tokenizer, ())
-        plain = _each(Generator(session.model), texts, new)
+    for kind, (session, decoding) in subjects.items():
+        plain = _each(decoding, texts, new)
         drafted = _each(_drafting(session, drafter, tree), texts, new)
         same = agreement([each.tokens[0] for each in plain], [each.tokens[0] for each in drafted])
-        found[name] = {
+        found[kind] = {
             "equal": same.equal,
             "identical": same.identical,
             "wrong": _wrong(session, texts, plain, drafted),
