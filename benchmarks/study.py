@@ -1,16 +1,17 @@
 """The paper's study: every attention as a student, from scratch, in encoders, on long texts, with drafts, and ablated.
 
-    python benchmarks/study.py                                  # all of it; hours, or days on two cores
+    python benchmarks/study.py                                  # all of it: many hours
     python benchmarks/study.py --parts linearize ablations      # some parts, and what they need
-    python benchmarks/study.py --short                          # the main rows on a small budget: an hour of one core
+    python benchmarks/study.py --short                          # every claim on a small budget: 1.5 hours of one core
     python benchmarks/study.py --quick                          # tiny models, to see that everything runs
     python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
 
-Each cell is one training or evaluation in a process of its own, and its result is kept when it is finished: after
-Ctrl-C, or when a part is added, the same command goes on where it was. The report is written between cells and at the
-end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by public names, once; --data
-puts local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER stories260K=FILE
-stories260K-tokenizer=FILE.
+Each cell is one training or evaluation, and its result is kept when it is finished: after Ctrl-C, or when a part is
+added, the same command goes on with the cell that it was at. First come some cells for every claim, then every
+attention of the paper, then more seeds, teachers and tasks, and last what --short leaves out. The report is written
+between cells and at the end: README.md, results.json and plots in --output. Texts, models and tasks are fetched by
+public names, once; --data puts local copies in their stead: --data stories=FILE books=FOLDER glue=FOLDER
+stories260K=FILE stories260K-tokenizer=FILE.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from lib.study.cells import Cell, Setup
 from lib.study.pages import write_study
 from lib.study.registry import PARTS, all_cells, chosen_cells
-from lib.study.runner import Start, Store, duration, note, process, run_cell, run_cells, shown_places
+from lib.study.runner import Start, Store, Worker, duration, note, run_cells, serve, shown_places
 
 from lin_jax.devices import keep_freed_memory
 from lin_jax.errors import OptionParser, UserError, exit_cleanly
@@ -31,7 +32,7 @@ from lin_jax.user_cache import keep_programs
 
 FULL, QUICK = "docs/study", "runs/study-quick/report"
 # Plots take seconds: between cells, the report is not written more often.
-REPORT_SECONDS = 120.0
+REPORT_SECONDS = 300.0
 
 
 def main() -> int:
@@ -39,19 +40,22 @@ def main() -> int:
     options = parse(sys.argv[1:])
     setup = setup_of(options)
     store, output = Store(setup), Path(options.output or (QUICK if options.quick else FULL))
-    if options.cell is not None:
-        # Cells that are alike compile once.
+    if options.worker:
+        # Programs that are alike are compiled once, by whichever process.
         keep_programs()
         keep_freed_memory()
-        run_cell(store, options.cell, all_cells(setup)[options.cell])
-        return 0
+        return serve(store, all_cells(setup))
     chosen = chosen_cells(setup, options.parts, options.only)
     if options.list:
         for name, cell in chosen.items():
             done = "finished" if store.record(name, cell) is not None else duration(60 * cell.minutes)
             print(f"{name:70} {done}")
         return 0
-    return study(store, chosen, process(cell_command(options)), output, shown_command(options))
+    worker = Worker(worker_command(options))
+    try:
+        return study(store, chosen, worker, output, shown_command(options))
+    finally:
+        worker.close()
 
 
 def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str) -> int:
@@ -79,7 +83,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="tiny models and few steps; its figures say nothing")
-    sizes.add_argument("--short", action="store_true", help="the main rows with a seventh of the training each")
+    sizes.add_argument("--short", action="store_true", help="every claim, with a seventh of the training")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="WORD", help="cells alone with such a word in their name"
@@ -92,7 +96,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--scratch", metavar="FOLDER", help="of models and results (runs/study; also with -short or -quick)"
     )
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
@@ -130,14 +134,14 @@ def shown_command(options: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def cell_command(options: argparse.Namespace) -> list[str]:
-    """The command that runs one cell, but for the cell's name."""
+def worker_command(options: argparse.Namespace) -> list[str]:
+    """The command of a process that runs cells."""
     words = [__file__, *(f"--{each}" for each in _chosen_sizes(options))]
     if options.data:
         words += ["--data", *options.data]
     if options.scratch:
         words += ["--scratch", options.scratch]
-    return [*words, "--cell"]
+    return [*words, "--worker"]
 
 
 if __name__ == "__main__":

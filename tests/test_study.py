@@ -1,6 +1,7 @@
 """The study: its registry, what it runs again, its report from made-up results, and attentions of its own."""
 
 import importlib
+import io
 import json
 import resource
 import subprocess
@@ -64,18 +65,36 @@ def test_registry(study: Any, quick: bool, tmp_path: Path) -> None:
 
 
 def test_short_study(study: Any, tmp_path: Path) -> None:
-    """It has all cells of the study, of which it runs the main rows, and others only if they are named."""
+    """It has the cells of the study, of which it runs the main ones, and others only if they are named."""
     registry, cells = study("registry"), study("cells")
     setup = cells.Setup(tmp_path, short=True)
-    assert set(registry.all_cells(setup)) == set(registry.all_cells(cells.Setup(tmp_path)))
+    everything = registry.all_cells(setup)
+    assert set(everything) == set(registry.all_cells(cells.Setup(tmp_path)))
     chosen = registry.chosen_cells(setup, list(registry.PARTS))
     seven = study("attentions").PAPER
     wanted = {f"linearize/stories260K/{name}/0" for base in seven for name in (base, study("attentions").both(base))}
     assert wanted < set(chosen)
-    assert {name.split("/")[0] for name in chosen} == {"linearize", "ablations"}
-    assert {name for name in registry.all_cells(setup) if name.startswith("ablations/")} < set(chosen)
-    assert list(registry.chosen_cells(setup, ["linearize"], ["relu/2"])) == ["linearize/stories260K/relu/2"]
+    assert {name for name, cell in everything.items() if cell.turn < cells.LAST} <= set(chosen)
+    assert {name for name in everything if name.startswith("ablations/")} < set(chosen)
+    assert sum(cell.minutes for cell in chosen.values()) <= 100
+    last = "linearize/stories260K/elu/0"
+    assert last not in chosen
+    assert list(registry.chosen_cells(setup, ["linearize"], ["stories260K/elu/0"])) == [last]
     assert setup.sizes.steps < cells.Sizes().steps
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_order(study: Any, short: bool, tmp_path: Path) -> None:
+    """Every part begins in the first turn, what is needed comes before, and no cell waits for one of a later turn."""
+    registry, cells = study("registry"), study("cells")
+    chosen = registry.chosen_cells(cells.Setup(tmp_path, short=short), list(registry.PARTS))
+    names = list(chosen)
+    turns = [cell.turn for cell in chosen.values()]
+    for number, name in enumerate(names):
+        assert all(each in names[:number] for each in chosen[name].needs), name
+        assert min(turns[number:]) >= turns[number] or any(name in cell.needs for cell in chosen.values()), name
+    first = {name.partition("/")[0] for name, cell in chosen.items() if cell.turn == cells.FIRST}
+    assert first == set(registry.PARTS)
 
 
 def test_paper_is_covered(study: Any, tmp_path: Path) -> None:
@@ -104,6 +123,57 @@ def test_unknown_place(study: Any, tmp_path: Path) -> None:
     given = {"stories": "/somewhere/one.txt,two/three.txt", "glue": "hub:nyu-mll/glue"}
     shown = {"stories": "one.txt,three.txt", "glue": "hub:nyu-mll/glue"}
     assert study("runner").shown_places(given) == shown
+
+
+ANSWERS = """
+import os, signal, sys
+for line in sys.stdin:
+    name = line.strip()
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "left":
+        sys.exit(0)
+    last = name in ("fails", "big")
+    print(int(name == "fails"), *(["last"] if last else []), flush=True)
+    print(os.getpid(), name, file=open(sys.argv[1], "a"))
+    if last:
+        break
+"""
+
+
+def test_worker(study: Any, tmp_path: Path) -> None:
+    """One process runs cell after cell; a new one takes its place after one that failed, ended or grew too large."""
+    log = tmp_path / "log"
+    worker = study("runner").Worker(["-c", ANSWERS, str(log)])
+    names = ("one", "two", "fails", "three", "killed", "left", "big", "four")
+    assert [worker(name) for name in names] == [0, 0, 1, 0, -9, 130, 0, 0]
+    worker.close()
+    ran = dict(reversed(line.split()) for line in log.read_text().splitlines())
+    assert ran["one"] == ran["two"] == ran["fails"]
+    assert len({ran["fails"], ran["three"], ran["big"], ran["four"]}) == 4
+
+
+def test_serve(study: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A worker keeps results of the cells it is given, answers nothing but statuses, and ends after a failure."""
+    cells, runner = study("cells"), study("runner")
+    store = runner.Store(cells.Setup(tmp_path))
+
+    def speaking(setup: Any) -> dict[str, int]:
+        print("a word of a cell")
+        return {"found": 1}
+
+    known = {
+        "a/good": cells.Cell("good", partial(speaking), 1.0),
+        "a/bad": cells.Cell("bad", partial(measured, value=-1.0), 1.0),
+    }
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a/good\na/bad\na/good\n"))
+    monkeypatch.setattr(sys, "stdout", answers := io.StringIO())
+    assert runner.serve(store, known) == 0
+    assert answers.getvalue() == "0\n2 last\n"
+    assert "the value is negative" in capsys.readouterr().err
+    record = json.loads(store.file("a/good").read_text())
+    assert record["result"] == {"found": 1}
+    assert 0 <= record["processor_seconds"] <= record["seconds"] + 1
 
 
 def test_resume(study: Any, tmp_path: Path) -> None:
@@ -219,7 +289,18 @@ def made_up(both: str) -> dict[str, dict[str, Any]]:
         "ablations/trained/all of it": student(both, 4.4, change="all of it"),
         "ablations/trained/no convolution": student("flash_global+local", 4.8, change="no convolution"),
         "ablations/left out": {"whole": ratio_of(1.1), "without": {"local": ratio_of(9.0)}},
+        "ablations/with a mask": {
+            "masked": True,
+            "teacher_perplexity": 4.0,
+            "perplexity_with_future": 5.5,
+            "perplexity_as_it_decodes": 5.5,
+            "equal": 0.4,
+            "repeated": 0.1,
+            "repeated_by_teacher": 0.1,
+            "text": "a good text",
+        },
         "ablations/no mask": {
+            "masked": False,
             "teacher_perplexity": 4.0,
             "perplexity_with_future": 1.2,
             "perplexity_as_it_decodes": 400.0,
@@ -237,7 +318,7 @@ def test_report(study: Any, tmp_path: Path) -> None:
     store = runner.Store(study("cells").Setup(tmp_path / "scratch"))
     cells = study("registry").all_cells(store.setup)
     for name, result in made_up(study("attentions").AUGMENTED).items():
-        store.write(name, cells[name], result, 60.0)
+        store.write(name, cells[name], result, 60.0, 30.0)
     out = tmp_path / "study"
     pages.write_study(store, cells, out, "python benchmarks/study.py")
     text = (out / "README.md").read_text()
@@ -247,11 +328,14 @@ def test_report(study: Any, tmp_path: Path) -> None:
         "| The augmentation lowers perplexity in every family. | **does not hold here** | lower in 0 of 1 pairs |"
         in text
     )
-    assert "mean loss of accuracy: 1.0 points in BERT, 20.0 in GPT-2" in text
+    # One attention tells nothing: chance may be anything.
+    assert "| **not decided here** | mean loss of accuracy of 1 attentions: 1.0 points in BERT, 20.0 in GPT-2" in text
     assert "| stories260K | `relu` | 2 | 2.750 ± 0.354 |" in text
     assert "| attention, by context | 256 | 4,096 |" in text
-    assert "1.20 with the future in sight, 400.00 as it decodes" in text
-    assert "It writes: `the the the`" in text
+    assert "**holds here** | 1.20 with the future in sight, 400.00 as it decodes; with a mask 5.50 both ways" in text
+    assert "Without a mask it writes: `the the the`" in text
+    assert "| perplexity as it decodes, a token after the other | 400.00 | 5.50 |" in text
+    assert "50 % of the time that its cells took" in text
     assert "| chain:4 | 10.00 %, 3 texts | 0.00 %, 0 texts |" in text
     assert "Not yet run: `teacher`" in text
     assert "quick trial" not in text

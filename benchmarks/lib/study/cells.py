@@ -8,9 +8,12 @@ from typing import Any
 
 from lib.study.places import TextPlace, places_of
 
+# Turns in which cells are run, so that every claim has evidence early: some of it for each claim; every attention of
+# the paper; more seeds, teachers and tasks; and what only the full study has.
+FIRST, BROAD, DEEP, LAST = 1, 2, 3, 4
 # Results of cells by their names, of those that are there.
 Results = Mapping[str, Mapping[str, Any]]
-HOLDS, FAILS, NOT_RUN = "holds here", "does not hold here", "not yet run"
+HOLDS, FAILS, NOT_RUN, UNCLEAR = "holds here", "does not hold here", "not yet run", "not decided here"
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Setup:
 
     scratch: Path
     quick: bool = False
-    data: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict, hash=False)
     short: bool = False
 
     @property
@@ -119,17 +122,17 @@ class Cell:
 
     Attributes:
         name: in its part, such as `stories260K/performer/0`.
-        run: measures it in a process of its own and returns the result, as JSON has it.
-        minutes: that it is expected to take on two cores.
+        run: measures it and returns the result, as JSON has it.
+        minutes: that it is expected to take on one core.
         needs: other cells whose models it uses, by part and name.
-        short: whether the short study has it too.
+        turn: in which it is run: cells of an earlier one come first, in all parts; the last is the full study's alone.
     """
 
     name: str
     run: "partial[dict[str, Any]]"
     minutes: float
     needs: tuple[str, ...] = ()
-    short: bool = False
+    turn: int = LAST
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -143,16 +146,18 @@ class Claim:
 
     Attributes:
         text: the claim.
-        check: says from the results whether it holds, None where they do not suffice, and the figures in words.
+        check: says from the results whether it holds, None where they do not suffice, and the figures in words if there
+            are any.
     """
 
     text: str
     check: Callable[[Results], tuple[bool | None, str]]
 
     def verdict(self, results: Results) -> tuple[str, str]:
-        """One of `holds here`, `does not hold here` and `not yet run`, and the figures."""
+        """One of `holds here`, `does not hold here`, `not decided here` and `not yet run`, and the figures."""
         holds, figures = self.check(results)
-        return (NOT_RUN if holds is None else HOLDS if holds else FAILS), figures
+        unknown = UNCLEAR if figures else NOT_RUN
+        return (unknown if holds is None else HOLDS if holds else FAILS), figures
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class Part:
         table: lines of Markdown that show its results.
         plot: draws the results to a file; False if there are too few.
         claims: what is said beside the results.
+        timed: whether its results are speeds, which other work on the machine spoils.
     """
 
     name: str
@@ -176,3 +182,4 @@ class Part:
     table: Callable[[Results], list[str]]
     plot: Callable[[Results, Path], bool]
     claims: tuple[Claim, ...] = ()
+    timed: bool = False

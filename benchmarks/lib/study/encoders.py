@@ -1,30 +1,33 @@
 """Part 3: the same attentions in an encoder, a decoder, and a model that is both, on tasks of GLUE."""
 
 import json
-from collections.abc import Mapping
-from functools import partial
+import math
+from functools import cache, partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import tokenizers
 from lib.study.attentions import AUGMENTED, PAPER, both, sized
-from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
 from lib.study.drawing import draw_bars, grouped, markdown_table, spread
-from lib.study.models import run_to_end, seconds_of
+from lib.study.training import resolve_from_scratch, save_tokenizer, train_resolved
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.data import DataConfig, Tokenizer
+from lin_jax.data import DataConfig, Tokenizer, load_tokenizer
 from lin_jax.data.glue.files import read_examples
 from lin_jax.data.glue.tasks import TRAIN, glue_task
 from lin_jax.models import T5Config
 from lin_jax.models.bert import BertConfig
 from lin_jax.models.gpt2 import Gpt2Config
+from lin_jax.recipe import IN_MEMORY
 from lin_jax.training import OptimizerConfig, RunConfig, TrainingConfig
+from lin_jax.training.objectives.classification import REPORT_FILE
 
 NAME = "encoders"
 FAMILIES, TASKS = ("bert", "gpt2", "t5"), ("sst2", "mrpc", "rte")
-MINUTES = 6.0
+SEEDS = (0, 1, 2)
+MINUTES = 1.5
 # In this order: T5's padding is 0 and its end 1.
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "</s>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 LENGTH = 128
@@ -36,43 +39,55 @@ GOOD, BAD = (
 
 
 def cells(setup: Setup) -> list[Cell]:
-    """Each family and task with softmax and every attention, bare and augmented."""
+    """Each family and task with softmax and every attention, bare and augmented; the phrases with three seeds."""
     if setup.quick:
-        return [_cell("t5", "sst2", AUGMENTED)]
+        return [_cell("t5", "sst2", AUGMENTED, 0)]
     attentions = ("softmax", *dict.fromkeys(name for base in PAPER for name in (base, both(base))))
-    return [_cell(family, task, each) for family in FAMILIES for task in TASKS for each in attentions]
+    return [
+        _cell(family, task, each, seed)
+        for family in FAMILIES
+        for task in TASKS
+        for each in attentions
+        for seed in (SEEDS if task == TASKS[0] else SEEDS[:1])
+    ]
 
 
-def _cell(family: str, task: str, attention: str) -> Cell:
-    run = partial(classified, family=family, task=task, attention=attention, seed=0)
-    return Cell(f"{family}/{task}/{attention}/0", run, MINUTES)
+def _cell(family: str, task: str, attention: str, seed: int) -> Cell:
+    run = partial(classified, family=family, task=task, attention=attention, seed=seed)
+    return Cell(f"{family}/{task}/{attention}/{seed}", run, MINUTES, (), _turn(family, task, attention, seed))
+
+
+def _turn(family: str, task: str, attention: str, seed: int) -> int:
+    if task != TASKS[0] or attention not in ("softmax", *PAPER, AUGMENTED):
+        return LAST
+    early = attention in ("softmax", "flash_global", "relu")
+    if family == "t5":
+        return DEEP if early and not seed else LAST
+    if seed:
+        return DEEP if seed == 1 and attention != AUGMENTED else LAST
+    return FIRST if early else BROAD
 
 
 def classified(setup: Setup, *, family: str, task: str, attention: str, seed: int) -> dict[str, Any]:
     """Trains a classifier from scratch, and scores it on the task's held-out examples."""
     sizes, folder = setup.sizes, setup.folder(NAME, f"{family}/{task}/{attention}/{seed}")
     source = str(_quick_examples(setup)) if setup.quick else setup.places["glue"].source
-    words = _tokenizer(setup, source, task)
     config = RunConfig(
-        output=str(folder),
+        output=IN_MEMORY,
         objective="classification",
         family=family,
         model=_model(setup, family, sized(attention, setup)),
-        data=DataConfig(source, task=task, tokenizer=str(words), sequence_length=min(LENGTH, sizes.length)),
+        data=DataConfig(source, task=task, sequence_length=min(LENGTH, sizes.length)),
         optimizer=OptimizerConfig(
             learning_rate=0.001, warmup_steps=max(sizes.task_steps // 10, 1), min_lr_ratio=0.0, weight_decay=0.05
         ),
-        training=TrainingConfig(
-            steps=sizes.task_steps,
-            batch_size=4 * sizes.batch,
-            seed=seed,
-            evaluate_every=sizes.task_steps,
-            checkpoint_every=max(sizes.task_steps // 4, 1),
-            plot=False,
-        ),
+        training=TrainingConfig(steps=sizes.task_steps, batch_size=4 * sizes.batch, seed=seed),
     )
-    run_to_end(config)
-    found = next(iter(json.loads((folder / "glue.json").read_text())["sets"].values()))
+    run = resolve_from_scratch(config, _tokenizer(setup, source, task))
+    params, seconds = train_resolved(run, "a task")
+    folder.mkdir(parents=True, exist_ok=True)
+    run.objective.report(params, run.frozen, run.validation, folder)
+    found = next(iter(json.loads((folder / REPORT_FILE).read_text())["sets"].values()))
     return {
         "family": family,
         "task": task,
@@ -82,7 +97,7 @@ def classified(setup: Setup, *, family: str, task: str, attention: str, seed: in
         "metrics": found["metrics"],
         "majority": found["majority"],
         "texts": found["texts"],
-        "seconds_of_training": seconds_of(folder),
+        "seconds_of_training": seconds,
     }
 
 
@@ -103,11 +118,12 @@ def _model(setup: Setup, family: str, attention: AttentionConfig) -> Any:
     return Gpt2Config(**shared, attention=attention, max_positions=LENGTH)
 
 
-def _tokenizer(setup: Setup, source: str, task: str) -> Path:
+@cache
+def _tokenizer(setup: Setup, source: str, task: str) -> Tokenizer:
     """Bytes and merges learnt on the task's training examples, with the special tokens of all families."""
-    folder = setup.folder(NAME, f"tokenizer-{task}")
+    folder = setup.folder("tokenizers", task)
     if folder.is_dir():
-        return folder
+        return load_tokenizer(folder)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -119,8 +135,8 @@ def _tokenizer(setup: Setup, source: str, task: str) -> Path:
     )
     examples = read_examples(source, glue_task(task), TRAIN)
     backend.train_from_iterator((text for each in examples for text in each.sentences), trainer)
-    Tokenizer(backend, **SPECIAL).save(folder)
-    return folder
+    save_tokenizer(Tokenizer(backend, **SPECIAL), folder)
+    return load_tokenizer(folder)
 
 
 def _quick_examples(setup: Setup) -> Path:
@@ -170,18 +186,24 @@ def plot(results: Results, file: Path) -> bool:
     return draw_bars(bars, "accuracy", file, line=0.5)
 
 
-def _lost(losses: Mapping[str, Mapping[str, float]], family: str) -> float | None:
-    bare = [value for name, value in losses.get(family, {}).items() if name in PAPER]
-    return mean(bare) if bare else None
-
-
 def decoders_lose_more(results: Results) -> tuple[bool | None, str]:
-    """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT."""
+    """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT, those that were tried in both.
+
+    A difference that chance explains decides nothing: twice the standard error of the difference of two means over
+    attentions, taken as if each attention were one draw.
+    """
     found = losses(results)
-    encoder, decoder = _lost(found, "bert"), _lost(found, "gpt2")
-    if encoder is None or decoder is None:
+    common = [name for name in PAPER if name in found.get("bert", {}) and name in found.get("gpt2", {})]
+    if not common:
         return None, ""
-    return decoder > encoder, f"mean loss of accuracy: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+    pairs = [(found["bert"][name], found["gpt2"][name]) for name in common]
+    encoder, decoder = (mean(each) for each in zip(*pairs, strict=True))
+    apart = [after - before for before, after in pairs]
+    chance = 2 * stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else math.inf
+    figures = f"mean loss of accuracy of {len(common)} attentions: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+    if abs(decoder - encoder) < chance:
+        return None, f"{figures}; chance alone explains a difference of {chance:.1f}"
+    return decoder > encoder, figures
 
 
 PART = Part(

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 from lib.study.attentions import AUGMENTED, PAPER, both, grid, main_rows
-from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
 from lib.study.drawing import MOST, draw_bars, grouped, markdown_table, spread
 from lib.study.models import OWN, linearized, teachers, train_teacher
 
@@ -14,7 +14,10 @@ NAME = "linearize"
 TEACHER = f"{NAME}/teacher"
 # The teacher on which all variants are tried, and the minutes that a student of each takes.
 WHOLE = "stories260K"
-MINUTES = {"stories260K": 4.0, "babyllama105": 6.0, "babyllama361": 6.0, OWN: 15.0}
+MINUTES = {"stories260K": 0.6, "babyllama105": 1.0, "babyllama361": 1.0, OWN: 5.0}
+# Teachers of the short study, and the attentions that are tried first, bare and augmented.
+IN_SHORT = ("stories260K", "babyllama105")
+EARLY = ("flash_global", "relu")
 SEEDS = (0, 1, 2)
 QUICK = (AUGMENTED,)
 
@@ -26,7 +29,7 @@ def cell_name(model: str, attention: str, seed: int) -> str:
 
 def cells(setup: Setup) -> list[Cell]:
     """The teacher that is trained here, then all students, those of the main rows with three seeds."""
-    found = [Cell("teacher", partial(train_teacher), 20.0)]
+    found = [Cell("teacher", partial(train_teacher), 10.0)]
     for model in teachers(setup):
         main = QUICK if setup.quick else main_rows()
         names = grid() if model == WHOLE else main
@@ -39,8 +42,16 @@ def cells(setup: Setup) -> list[Cell]:
 def _cell(model: str, attention: str, seed: int) -> Cell:
     name = cell_name(model, attention, seed)
     run = partial(linearized, part=NAME, name=name, model=model, attention=attention, seed=seed)
-    short = model == WHOLE and attention in main_rows() and seed == SEEDS[0]
-    return Cell(name, run, MINUTES[model], (TEACHER,) if model == OWN else (), short)
+    return Cell(name, run, MINUTES[model], (TEACHER,) if model == OWN else (), _turn(model, attention, seed))
+
+
+def _turn(model: str, attention: str, seed: int) -> int:
+    if attention not in main_rows() or model not in IN_SHORT:
+        return LAST
+    early = attention in {name for base in EARLY for name in (base, both(base))}
+    if seed:
+        return DEEP if early else LAST
+    return DEEP if model != WHOLE else FIRST if early else BROAD
 
 
 def table(results: Results) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from lib.study.attentions import AUGMENTED
-from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
 from lib.study.drawing import draw_lines, markdown_table
 from lib.study.linearize import NAME as LINEARIZE
 from lib.study.linearize import TEACHER, WHOLE, cell_name
@@ -27,6 +27,7 @@ NAME = "long"
 # Softmax over all of a text, and over a window of it, are the teacher's.
 SOFTMAX, WINDOW = "softmax", "softmax of a window"
 LINEAR = (AUGMENTED, "elu", "hedgehog", "exponential+window")
+TURNS = {AUGMENTED: FIRST, SOFTMAX: BROAD, WINDOW: BROAD, "exponential+window": DEEP}
 # Softmax reads no longer text than this: its time grows with the square.
 SOFTMAX_TOKENS = 16384
 # Losses of position compared, and how much better the later may be said to be for no reason.
@@ -44,15 +45,16 @@ def cells(setup: Setup) -> list[Cell]:
         needs = [TEACHER] if model == OWN else []
         if attention not in (SOFTMAX, WINDOW):
             needs.append(f"{LINEARIZE}/{cell_name(model, attention, 0)}")
-        for what, run, minutes in (("perplexity", by_position, 10.0), ("latency", latency, 5.0)):
+        for what, run, minutes in (("perplexity", by_position, 3.0), ("latency", latency, 1.5)):
             cell = partial(run, model=model, attention=attention)
-            found.append(Cell(f"{what}/{model}/{attention}", cell, minutes, tuple(needs)))
+            turn = TURNS.get(attention, LAST)
+            found.append(Cell(f"{what}/{model}/{attention}", cell, minutes, tuple(needs), turn))
     return found
 
 
 def _load(setup: Setup, model: str, attention: str) -> Model:
     if attention not in (SOFTMAX, WINDOW):
-        return load_student(setup, LINEARIZE, cell_name(model, attention, 0))
+        return load_student(setup, LINEARIZE, cell_name(model, attention, 0), load_teacher(setup, model), attention)
     teacher = load_teacher(setup, model)
     if attention == SOFTMAX:
         return teacher
@@ -188,4 +190,5 @@ PART = Part(
         Claim("Augmented attention stays as good far beyond its training length.", stays_good),
         Claim("A token takes as long, and the state is as large, after any text.", constant_time),
     ),
+    timed=True,
 )

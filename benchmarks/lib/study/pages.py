@@ -1,11 +1,11 @@
 """The study's report: claims beside what was found, a chapter for each part, and all results as JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.study.cells import Cell, Part
+from lib.study.cells import LAST, Cell, Part
 from lib.study.drawing import markdown_table
 from lib.study.registry import PARTS
 from lib.study.runner import Store, duration, records
@@ -14,8 +14,8 @@ WARNING = (
     "**This is a quick trial with tiny models and few steps. It shows that everything runs; its figures say nothing.**"
 )
 SHORT = (
-    "**This is the short study: a seventh of the training, short continuations, one seed. Students are still far from "
-    "their teacher; what is compared is how far each attention comes on the same budget.**"
+    "**This is the short study: a seventh of the training, short continuations, fewer seeds and tasks. Students are "
+    "still far from their teacher; what is compared is how far each attention comes on the same budget.**"
 )
 
 
@@ -31,7 +31,7 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
     folder.mkdir(parents=True, exist_ok=True)
     found = dict(records(store, cells))
     results = {name: record["result"] for name, record in found.items()}
-    chapters = [_chapter(part, cells, found, folder) for part in PARTS.values()]
+    chapters = [_chapter(part, store, cells, found, folder) for part in PARTS.values()]
     lines = [
         "# The study: linear attention in autoregressive decoders",
         "",
@@ -82,7 +82,7 @@ def _about(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], co
         ["machine", f"{every('cpu')}; cores: {every('cores')}; device: {every('device')}"],
         ["versions", f"lin_jax {every('lin_jax')}, JAX {every('jax')}, Python {every('python')}"],
         ["seed", "0 where no other is named; of three seeds 0, 1 and 2"],
-        ["finished", f"{len(found)} of {len(cells)} cells, in {duration(seconds)}"],
+        ["finished", f"{_counted(store, cells, found)}, in {duration(seconds)}{_processor(found)}"],
         [
             "budget of a student",
             f"{sizes.steps} steps of {sizes.batch} x {sizes.length} tokens; from scratch {sizes.scratch_steps} steps; "
@@ -92,15 +92,47 @@ def _about(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], co
     return markdown_table(["", ""], rows)
 
 
-def _chapter(part: Part, cells: Mapping[str, Cell], found: Mapping[str, Any], folder: Path) -> list[str]:
+def _counted(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any]) -> str:
+    """How many cells are finished, those of the short study apart where it is one."""
+    if not store.setup.short:
+        return f"{len(found)} of {len(cells)} cells"
+    own = [name for name, cell in cells.items() if cell.turn < LAST]
+    more = len(found.keys() - set(own))
+    beside = f" and {more} others" if more else ""
+    return f"{len(found) - more} of {len(own)} cells of the short study{beside} ({len(cells)} in the full one)"
+
+
+def _processor(found: Mapping[str, Any]) -> str:
+    spent = [record.get("processor_seconds") for record in found.values()]
+    if not spent or None in spent:
+        return ""
+    return f", of which processors have worked {duration(sum(spent))}"
+
+
+def share_of_time(records: Iterable[Mapping[str, Any]]) -> float | None:
+    """Share of the passed time in which the process had its processor; 1 where nothing else ran."""
+    timed = [record for record in records if record.get("processor_seconds") is not None]
+    passed = sum(record["seconds"] for record in timed)
+    return min(sum(record["processor_seconds"] for record in timed) / passed, 1.0) if passed else None
+
+
+def _chapter(part: Part, store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], folder: Path) -> list[str]:
     own = of_part({name: record["result"] for name, record in found.items()}, part.name)
     lines = [f"## {part.title}", "", part.about]
     if table := part.table(own):
         lines += ["", *table]
+    share = share_of_time(of_part(found, part.name).values()) if part.timed else None
+    if share is not None:
+        quiet = f"{100 * share:.0f} % of the time that its cells took, one of its processors worked for this part"
+        lines += ["", f"Other work slows what is measured here: {quiet}; on a quiet machine it is nearly all."]
     if own and part.plot(own, folder / f"{part.name}.svg"):
         lines += ["", f"![{part.title}]({part.name}.svg)"]
-    if missing := list(of_part(dict.fromkeys(_missing(cells, found)), part.name)):
-        shown = ", ".join(f"`{name}`" for name in missing[:8])
-        more = f" and {len(missing) - 8} more (`missing` in results.json)" if len(missing) > 8 else ""
+    missing = of_part({name: cells[name] for name in _missing(cells, found)}, part.name)
+    asked = [name for name, cell in missing.items() if cell.turn < LAST or not store.setup.short]
+    if asked:
+        shown = ", ".join(f"`{name}`" for name in asked[:8])
+        more = f" and {len(asked) - 8} more (`missing` in results.json)" if len(asked) > 8 else ""
         lines += ["", f"Not yet run: {shown}{more}."]
+    if others := len(missing) - len(asked):
+        lines += ["", f"The full study has {others} more cells of this part."]
     return lines

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from lib.study import ablations, encoders, linearize, long_context, scratch, speculation
-from lib.study.cells import Cell, Part, Setup
+from lib.study.cells import LAST, Cell, Part, Setup
 
 PARTS: dict[str, Part] = {
     part.name: part
@@ -26,17 +26,17 @@ def all_cells(setup: Setup) -> dict[str, Cell]:
 def chosen_cells(setup: Setup, parts: Sequence[str], words: Sequence[str] = ()) -> dict[str, Cell]:
     """The cells of some parts, those alone whose name has one of some words if any are given, and what they need.
 
-    The short study has few of them, unless words name others.
+    They stand in the order in which they are run: by their turns, and what a cell needs before it. The short study has
+    no cells of the last turn, unless words name them.
     """
     cells = all_cells(setup)
-    wanted = [
-        name
+    turns = {
+        name: cell.turn
         for name, cell in cells.items()
         if name.split("/")[0] in parts
-        and (any(word in name for word in words) if words else cell.short or not setup.short)
-    ]
-    needed = set(wanted)
+        and (any(word in name for word in words) if words else cell.turn < LAST or not setup.short)
+    }
     for name in reversed(cells):
-        if name in needed:
-            needed |= set(cells[name].needs)
-    return {name: cell for name, cell in cells.items() if name in needed}
+        for each in cells[name].needs if name in turns else ():
+            turns[each] = min(turns[name], turns.get(each, LAST))
+    return {name: cells[name] for name in sorted(cells, key=lambda name: turns.get(name, 0)) if name in turns}

@@ -1,12 +1,16 @@
-"""Runs cells one after the other, each in a process of its own, and keeps each result when it is finished."""
+"""Runs cells one after the other in a worker process, and keeps each result when it is finished."""
 
+import gc
 import json
+import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +22,15 @@ from tqdm import tqdm
 
 from lin_jax.cli.json_line import json_line
 from lin_jax.data.sources.remote import is_remote
+from lin_jax.errors import UserError
 
-# Runs a cell by its name, and returns the exit status of its process.
+# Runs a cell by its name, and returns its status.
 Start = Callable[[str], int]
 STOPPED = 130
+# Said behind the status by a process that takes no more cells.
+LAST_ANSWER = "last"
+# Kilobytes that a worker may have taken before another takes its place.
+MOST_MEMORY = 5 * 2**20
 
 
 @dataclass(frozen=True)
@@ -63,8 +72,10 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(own, encoding="utf-8")
 
-    def write(self, name: str, cell: Cell, result: Mapping[str, Any], seconds: float) -> None:
-        """Keeps a result; the file appears whole."""
+    def write(
+        self, name: str, cell: Cell, result: Mapping[str, Any], seconds: float, processor_seconds: float = math.nan
+    ) -> None:
+        """Keeps a result, with the time that has passed and that of all processors; the file appears whole."""
         record = {
             **header("study"),
             "cell": name,
@@ -72,6 +83,7 @@ class Store:
             "cpu": cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "seconds": seconds,
+            "processor_seconds": processor_seconds,
             "data": shown_places(self.setup.data),
             "identity": self.identity(cell),
             "result": result,
@@ -104,9 +116,9 @@ def cpu() -> str:
 def run_cell(store: Store, name: str, cell: Cell) -> None:
     """Runs a cell in this process, and keeps its result."""
     store.begin(name, cell)
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), time.process_time()
     result = cell.run(store.setup)
-    store.write(name, cell, result, time.perf_counter() - began)
+    store.write(name, cell, result, time.perf_counter() - began, time.process_time() - spent)
 
 
 def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Callable[[str], None]) -> list[str]:
@@ -117,7 +129,7 @@ def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Calla
     Args:
         store: of results.
         cells: by name, what a cell needs before it.
-        start: runs one of them in a process of its own.
+        start: runs one of them.
         note: told before each, and at the end.
 
     Returns:
@@ -167,19 +179,72 @@ class _Pace:
         return factor * sum(60 * cell.minutes for cell in cells)
 
 
-def process(command: Sequence[str]) -> Start:
-    """Starts cells in processes of their own: the command with the cell's name behind it."""
+class Worker:
+    """A process that runs cells one after the other; where it has ended, the next cell has a new one.
 
-    def start(name: str) -> int:
-        child = subprocess.Popen([sys.executable, *command, name])
+    What cells share is imported, read and compiled once.
+
+    Args:
+        command: of the process, which reads names of cells and answers each with its status.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, name: str) -> int:
+        """Runs a cell; where the process ends without an answer, its own status is the cell's."""
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            return child.wait()
+            process.stdin.write(f"{name}\n")
+            process.stdin.flush()
+            status, *last = process.stdout.readline().split() or [str(STOPPED), LAST_ANSWER]
+            if last:
+                # An answer or not: this process has ended, perhaps by a signal.
+                return int(status) if process.wait() == 0 else process.returncode
+            return int(status)
         except KeyboardInterrupt:
-            # The cell has had the same signal; it saves where it is.
-            child.wait()
+            self.close()
             raise
 
-    return start
+    def close(self) -> None:
+        """Ends the process, also in the midst of a cell."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._process = subprocess.Popen([sys.executable, *self._command], **pipes)
+        return self._process
+
+
+def serve(store: Store, cells: Mapping[str, Cell]) -> int:
+    """Runs the cells whose names are read, and answers each with its status: 0, or 1 or 2 for one that failed.
+
+    It ends after a cell that failed, and where it has come to take much memory.
+    """
+    # What cells print is no answer.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        name, status = line.strip(), 0
+        try:
+            run_cell(store, name, cells[name])
+        except UserError as error:
+            status = 2
+            print(f"error: {error}", file=sys.stderr)
+        except Exception:
+            status = 1
+            traceback.print_exc()
+        gc.collect()
+        last = status or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MOST_MEMORY
+        print(status, *([LAST_ANSWER] if last else []), file=answers, flush=True)
+        if last:
+            break
+    return 0
 
 
 def duration(seconds: float) -> str:

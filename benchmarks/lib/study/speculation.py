@@ -1,17 +1,17 @@
 """Part 5: speculation by attention, drafter and tree, and what an inexact group boundary changes."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from lib.study.attentions import AUGMENTED, sized
-from lib.study.cells import Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
 from lib.study.drawing import draw_bars, grouped, markdown_table
 from lib.study.linearize import NAME as LINEARIZE
 from lib.study.linearize import TEACHER, WHOLE, cell_name
-from lib.study.models import OWN, held_out, load_student, prompts
+from lib.study.models import OWN, load_student, load_teacher, prompts
 from lib.study.variants import PUBLISHED, register
 
 from lin_jax.decoding import Generation, Generator, Sampling
@@ -26,6 +26,8 @@ NAME = "speculation"
 ATTENTIONS = (AUGMENTED, "flash_global", "relu", "elu", "exponential+window")
 DRAFTERS = ("ngram", "suffix", "self")
 TREES = ("chain:2", "chain:4", "chain:7", "dynamic:16:4")
+# Of these trees the one that is tried first, and attentions of the short study beside the augmented one.
+MIDDLE, IN_SHORT = "chain:4", ("flash_global", "relu", "exponential+window")
 BOUNDARY = "boundary"
 
 
@@ -42,12 +44,20 @@ def cells(setup: Setup) -> list[Cell]:
                 if tree.startswith("dynamic") and drafter != "self":
                     continue
                 run = partial(decoded, model=model, attention=attention, drafter=drafter, tree=tree)
-                found.append(Cell(f"{attention}/{drafter}/{tree}", run, 3.0, needs))
+                turn = _turn(attention, drafter, tree)
+                found.append(Cell(f"{attention}/{drafter}/{tree}", run, 0.7, needs, turn))
     for tree in trees:
         run = partial(boundary, model=model, drafter=drafters[-1], tree=tree)
         if not tree.startswith("dynamic"):
-            found.append(Cell(f"{BOUNDARY}/{tree}", run, 3.0, _needs(model, AUGMENTED)))
+            turn = FIRST if tree == MIDDLE else BROAD
+            found.append(Cell(f"{BOUNDARY}/{tree}", run, 0.7, _needs(model, AUGMENTED), turn))
     return found
+
+
+def _turn(attention: str, drafter: str, tree: str) -> int:
+    if attention == AUGMENTED:
+        return FIRST if drafter == DRAFTERS[-1] and tree == MIDDLE else BROAD
+    return DEEP if attention in IN_SHORT and drafter == DRAFTERS[-1] and tree == MIDDLE else LAST
 
 
 def _needs(model: str, attention: str) -> tuple[str, ...]:
@@ -55,12 +65,19 @@ def _needs(model: str, attention: str) -> tuple[str, ...]:
     return (*own, f"{LINEARIZE}/{cell_name(model, attention, 0)}")
 
 
+@lru_cache(maxsize=1)
+def _subject(setup: Setup, model: str, attention: str) -> tuple[Session, Generator]:
+    """A student and its plain decoding, which cells of the same attention compile once."""
+    name = cell_name(model, attention, 0)
+    student = load_student(setup, LINEARIZE, name, load_teacher(setup, model), attention)
+    session = Session.of(student.model, student.tokenizer, ())
+    return session, Generator(session.model)
+
+
 def decoded(setup: Setup, *, model: str, attention: str, drafter: str, tree: str) -> dict[str, Any]:
     """Tokens a second of plain decoding and of speculation, in turns, and tokens a step."""
-    student = load_student(setup, LINEARIZE, cell_name(model, attention, 0))
-    session = Session.of(student.model, student.tokenizer, ())
-    texts = prompts(setup, held_out(setup, student.tokenizer))
-    plain, drafted = Generator(session.model), _drafting(session, drafter, tree)
+    session, plain = _subject(setup, model, attention)
+    texts, drafted = prompts(setup, model), _drafting(session, drafter, tree)
     ratios, rates = [], []
     for turn in range(setup.sizes.rounds + 1):
         pair = [_each(way, texts, setup.sizes.new_tokens) for way in (plain, drafted)]
@@ -85,16 +102,17 @@ def decoded(setup: Setup, *, model: str, attention: str, drafter: str, tree: str
 def boundary(setup: Setup, *, model: str, drafter: str, tree: str) -> dict[str, Any]:
     """Tokens that change, and tokens a step, with the published boundary and with ours."""
     register()
-    student = load_student(setup, LINEARIZE, cell_name(model, AUGMENTED, 0))
-    published = with_attention(student.model, sized(PUBLISHED, setup))
-    texts, new = prompts(setup, held_out(setup, student.tokenizer)), setup.sizes.new_tokens
+    teacher, name = load_teacher(setup, model), cell_name(model, AUGMENTED, 0)
+    student = load_student(setup, LINEARIZE, name, teacher, AUGMENTED)
+    published = Session.of(with_attention(student.model, sized(PUBLISHED, setup)), student.tokenizer, ())
+    subjects = {"ours": _subject(setup, model, AUGMENTED), "published": (published, Generator(published.model))}
+    texts, new = prompts(setup, model), setup.sizes.new_tokens
     found: dict[str, Any] = {"model": model, "drafter": drafter, "boundary_tree": tree, "tokens": len(texts) * new}
-    for name, chosen in (("ours", student.model), ("published", published)):
-        session = Session.of(chosen, student.tokenizer, ())
-        plain = _each(Generator(session.model), texts, new)
+    for kind, (session, decoding) in subjects.items():
+        plain = _each(decoding, texts, new)
         drafted = _each(_drafting(session, drafter, tree), texts, new)
         same = agreement([each.tokens[0] for each in plain], [each.tokens[0] for each in drafted])
-        found[name] = {
+        found[kind] = {
             "equal": same.equal,
             "identical": same.identical,
             "wrong": _wrong(session, texts, plain, drafted),
@@ -215,4 +233,5 @@ PART = Part(
         Claim("Speculation changes no text (this package's claim).", lossless),
         Claim("The published group boundary changes texts (this package's claim).", published_changes),
     ),
+    timed=True,
 )
