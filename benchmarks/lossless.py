@@ -15,8 +15,9 @@ configurations: most of the time goes into compiling, which `JAX_DISABLE_MOST_OP
 
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
 than rounding, or an adaptive configuration accepted no draft: it would show nothing. Such configurations are told that
-drafts cost next to nothing, so that shapes are tried and changed all the time, on any machine alike. In bfloat16 the report says how far texts agree. Medusa and path heads that a run lacks begin as copies
-of the model's and are fitted to its plain texts for a moment.
+drafts cost next to nothing, so that shapes are tried and changed all the time, on any machine alike. In bfloat16 the
+report says how far texts agree. Medusa and path heads that a run lacks begin as copies of the model's and are fitted to
+its plain texts for a moment.
 """
 
 import argparse

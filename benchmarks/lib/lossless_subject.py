@@ -84,8 +84,8 @@ MODES = {
     "penalised": Sampling(0.9, min_p=0.05, repetition_penalty=1.2),
 }
 ENDINGS = ("free", "end tokens", "stop string")
-# Plain steps that each node of a draft, and a look of the host, are said to cost where shapes are chosen while decoding:
-# so little that drafts are tried often and kept where they give anything, whatever they cost in this small model.
+# Plain steps that each node of a draft, and a look of the host, are said to cost where shapes are chosen while
+# decoding: so little that drafts are tried often and kept where they give anything, whatever they cost in this model.
 NODE_COST, VISIT_COST = 0.01, 0.05
 
 
