@@ -14,12 +14,15 @@ few configurations are compared with plain decoding's after as many tokens, step
 configurations: most of the time goes into compiling, which `JAX_DISABLE_MOST_OPTIMIZATIONS=1` makes twice as quick.
 
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
-than rounding. In bfloat16 the report says how far texts agree. Medusa and path heads that a run lacks begin as copies
-of the model's and are fitted to its plain texts for a moment.
+than rounding, or an adaptive configuration accepted no draft: it would show nothing. Such configurations are told that
+drafts cost next to nothing, so that shapes are tried and changed all the time, on any machine alike. In bfloat16 the
+report says how far texts agree. Medusa and path heads that a run lacks begin as copies of the model's and are fitted to
+its plain texts for a moment.
 """
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -28,10 +31,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from lib.lossless_subject import (
+    ADAPTIVE,
     MODES,
     PIECE,
     SEED,
     SHORT,
+    SILENT,
     Configuration,
     Ending,
     Subject,
@@ -47,6 +52,7 @@ from lin_jax.attention.state import AugmentedState
 from lin_jax.attention.windowed_state import WindowedState
 from lin_jax.decoding import Generator, TokenOrigin
 from lin_jax.decoding.drafting.drafters import reads_memory
+from lin_jax.decoding.drafting.tree import parse_tree
 from lin_jax.decoding.equivalence import first_difference, is_rounding_tie, state_difference
 from lin_jax.decoding.results import Generation
 from lin_jax.errors import UserError, exit_cleanly
@@ -137,7 +143,22 @@ def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
     compared = [compare(chosen, subject, expected, found) for found in passes]
     worst = min(compared, key=lambda each: each["share_before_divergence"])
     accepted = [each["mean_accepted_tokens"] for each in compared]
-    return {**chosen._asdict(), **worst, "accepted_tokens_by_pass": accepted, "seconds": seconds}
+    steps: Counter[str] = Counter()
+    for found in passes:
+        for tree, taken in found.steps_by_tree.items():
+            steps[str(parse_tree(tree).size)] += taken
+    told = {"accepted_tokens_by_pass": accepted, "steps_by_nodes": dict(steps), "seconds": seconds}
+    return {**chosen._asdict(), **worst, **told}
+
+
+def without_drafts(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Configurations that were to choose among shapes and accepted no draft: they show nothing."""
+    fields = Configuration._fields
+    return [
+        Configuration(*(each[name] for name in fields)).name
+        for each in results
+        if each["tree"] == ADAPTIVE and each["drafter"] != SILENT and max(each["accepted_tokens_by_pass"]) <= 1
+    ]
 
 
 class Record(NamedTuple):
@@ -194,16 +215,16 @@ def pairs(results: Sequence[Configuration]) -> dict[str, str]:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """True if something differs that must not."""
+    """True if something differs that must not, or a configuration shows nothing."""
     dtype = report["dtype"]
     divergences = [each for result in report["results"] for each in result["divergences"]]
     if dtype == "bfloat16":
         divergences = []
     elif dtype == "float32":
         divergences = [each for each in divergences if not each["rounding_tie"]]
-    return bool(divergences) or any(
-        each["largest_difference"] > STATE_ROUNDING[dtype] for each in report["state_equality"]
-    )
+    if any(each["largest_difference"] > STATE_ROUNDING[dtype] for each in report["state_equality"]):
+        return True
+    return bool(divergences) or bool(report["adaptive_without_drafts"])
 
 
 def accepted_shown(result: dict[str, Any]) -> str:
@@ -227,6 +248,8 @@ def show(report: dict[str, Any]) -> None:
         difference = each["largest_difference"]
         equal = "to the bit" if difference == 0 else f"within {difference:.1e}"
         print(f"{each['states']:,} states of {each['drafter']}, {each['tree']}, {each['mode']}: equal {equal}")
+    for name in report["adaptive_without_drafts"]:
+        print(f"{name} accepted no draft, and shows nothing")
 
 
 def parse() -> argparse.Namespace:
@@ -257,7 +280,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measures, prints and writes; 1 if something differs that must not."""
+    """Measures, prints and writes; 1 if something differs that must not, or a configuration shows nothing."""
     options = parse()
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     wanted = SHORT if options.short else options.configurations or [""]
@@ -276,6 +299,7 @@ def main() -> int:
             bar.set_postfix_str(f"{each.name}: {results[-1]['tokens_per_second']:,.0f} tokens/s")
     report = {**describe(options, subject), "pairs": pairs(chosen), "results": results}
     report["state_equality"] = state_equality(subject, chosen)
+    report["adaptive_without_drafts"] = without_drafts(results)
     report["lossless"] = not failed(report)
     show(report)
     write(report, options.json)

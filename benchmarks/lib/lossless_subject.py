@@ -2,7 +2,7 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -22,7 +22,8 @@ from lin_jax.data.tokenizers.sentencepiece import read_sentencepiece
 from lin_jax.data.tokenizers.token_bytes import token_bytes
 from lin_jax.decoding import DraftTree, Generator, Sampling, TextMemory, chain
 from lin_jax.decoding.autotune.costs import NullDrafter
-from lin_jax.decoding.autotune.shapes import draft_shapes
+from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
+from lin_jax.decoding.autotune.step_costs import ENOUGH, StepCosts
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.drafters import DraftParts, UnionDrafter, build_drafter, reads_memory
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
@@ -39,8 +40,10 @@ PIECE = 40
 HEADS = 4
 # Where the data folder does not hold it.
 STORIES260K = "hub:karpathy/tinyllamas/stories260K"
+# Guesses nothing.
+SILENT = "silent"
 DRAFTERS = (
-    "silent",
+    SILENT,
     "ngram",
     "medusa",
     "path",
@@ -81,6 +84,9 @@ MODES = {
     "penalised": Sampling(0.9, min_p=0.05, repetition_penalty=1.2),
 }
 ENDINGS = ("free", "end tokens", "stop string")
+# Plain steps that each node of a draft, and a look of the host, are said to cost where shapes are chosen while
+# decoding: so little that drafts are tried often and kept where they give anything, whatever they cost in this model.
+NODE_COST, VISIT_COST = 0.01, 0.05
 
 
 class Configuration(NamedTuple):
@@ -128,20 +134,34 @@ class Subject(NamedTuple):
         """Generator with the given drafter, tree and ending, and an empty memory."""
         ending = ending or Ending()
         parts = replace(self.parts, memory=TextMemory())
-        built = NullDrafter(width=10, depth=4) if drafter == "silent" else build_drafter(drafter, parts)
+        built = NullDrafter(width=10, depth=4) if drafter == SILENT else build_drafter(drafter, parts)
         stops = stop_automaton(ending.stops, self.pieces) if ending.stops else None
-        adaptive = tree == ADAPTIVE
+        known = parts.memory if reads_memory(drafter) else None
+        shapes = None
+        if tree == ADAPTIVE:
+            shapes = draft_shapes(built, max_draft_depth(self.parts.target.config.attention), memory=known)
         return Generator(
             self.parts.target,
             drafter=built,
-            tree=None if adaptive else fitting(TREES[tree], built),
-            shapes=draft_shapes(built, max_draft_depth(self.parts.target.config.attention)) if adaptive else None,
+            tree=None if shapes else fitting(TREES[tree], built),
+            shapes=shapes,
+            costs=None if shapes is None else paying_costs(shapes),
             compiler=ProgramCompiler(background=False),
             end_tokens=ending.tokens,
             stops=stops,
             prefill_chunk_size=PIECE,
-            memory=parts.memory if reads_memory(drafter) else None,
+            memory=known,
         )
+
+
+def paying_costs(shapes: DraftShapes) -> Callable[[int], StepCosts]:
+    """Costs under which drafts pay, the same for every batch size: choices follow from counts alone, not from a clock.
+
+    Args:
+        shapes: the shapes to choose among.
+    """
+    measured = [[1 + NODE_COST * (tree.size - 1)] * ENOUGH for tree in shapes.trees]
+    return lambda slots: StepCosts([tree.size for tree in shapes.trees], measured, visit=VISIT_COST)
 
 
 def configurations() -> list[Configuration]:

@@ -16,6 +16,8 @@ from lin_jax.losses.cross_entropy import Batch, inputs_of, path_ahead
 from lin_jax.models import CausalModel
 
 RANKS = 10
+# Where a run of heads keeps theirs.
+ACCURACY_FILE = "head_accuracy.json"
 
 
 class DraftHeads(Protocol):

@@ -2,16 +2,20 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Float
 
 from lin_jax.attention import AttentionConfig
 from lin_jax.data import Tokenizer
 from lin_jax.decoding.drafting.drafters import DraftParts
 from lin_jax.errors import UserError
+from lin_jax.evaluation.head_accuracy import ACCURACY_FILE, HeadAccuracy
 from lin_jax.hub.medusa import has_heads, load_medusa_heads
 from lin_jax.models import CausalModel, LayerStack, MedusaHeads, PathHead, SeparateLayers
 from lin_jax.models.params import abstract_model
@@ -121,14 +125,41 @@ def check_entries(source: ModelSource, tokenizer: Tokenizer, model: CausalModel)
         )
 
 
-def load_heads(places: Sequence[str | Path], source: ModelSource, model: Any) -> list[MedusaHeads | PathHead]:
-    """Reads heads from the given places first, then those that lie in the model's own folder."""
+def head_sources(places: Sequence[str | Path], source: ModelSource) -> list[ModelSource]:
+    """Places of heads: the given ones first, then those that lie in the model's own folder."""
     folder = source.place
     inside = [ModelSource(folder / name) for name in HEAD_FOLDERS if (folder / name).is_dir()]
     if _beside(folder):
         inside.insert(0, source)
-    sources = [*(ModelSource(Path(place)) for place in places), *inside]
+    return [*(ModelSource(Path(place)) for place in places), *inside]
+
+
+def load_heads(sources: Sequence[ModelSource], model: Any) -> list[MedusaHeads | PathHead]:
+    """Reads the heads of some places."""
     return [load_medusa_heads(each.place, model) if has_heads(each.place) else each.heads(model) for each in sources]
+
+
+def recorded_accuracy(
+    sources: Sequence[ModelSource], heads: Sequence[MedusaHeads | PathHead]
+) -> dict[str, Float[np.ndarray, "K R"]]:
+    """Shares of right guesses by depth and rank that training recorded, by the name of the drafter that uses the heads.
+
+    Args:
+        sources: places of heads.
+        heads: the heads of each; of several of a kind the first count.
+    """
+    found: dict[str, Float[np.ndarray, "K R"]] = {}
+    for source, each in zip(sources, heads, strict=True):
+        name = "path" if isinstance(each, PathHead) else "medusa"
+        if name in found:
+            continue
+        found[name] = np.zeros((0, 0))
+        # Without the file, as beside published heads, or with a damaged one, nothing is known.
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            table = HeadAccuracy.load(source.place / ACCURACY_FILE).table.astype(float)
+            if table.ndim == 2 and np.all((table >= 0) & (table <= 1)):
+                found[name] = table
+    return {name: table for name, table in found.items() if table.size}
 
 
 def _beside(folder: Path) -> bool:

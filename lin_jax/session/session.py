@@ -1,6 +1,6 @@
 """Session: a model with tokenizer and drafters, and generators made of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from lin_jax.attention import max_draft_depth
 from lin_jax.data import DataConfig, Tokenizer
@@ -16,7 +17,7 @@ from lin_jax.decoding.autotune.evidence import Evidence
 from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
-from lin_jax.decoding.autotune.steering import no_evidence
+from lin_jax.decoding.autotune.steering import recorded_evidence
 from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key, visit_cost
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
@@ -31,9 +32,11 @@ from lin_jax.session.loading import (
     check_causal,
     check_entries,
     draft_parts,
+    head_sources,
     heads_are_near,
     load_for_decoding,
     load_heads,
+    recorded_accuracy,
     storage_of,
 )
 from lin_jax.session.plan_search import PLAN_FILE, PlanSearch, fits
@@ -61,6 +64,7 @@ class Session:
         end_tokens: tokens that end a text.
         folder: where plans are kept; None keeps none.
         data: the text that a run was trained on, whose held-out part drafters are chosen by; None if it is not known.
+        accuracy: shares of right guesses `[K, R]` by depth and rank that training recorded of heads, by drafter.
     """
 
     parts: DraftParts
@@ -68,6 +72,7 @@ class Session:
     end_tokens: tuple[int, ...]
     folder: Path | None = None
     data: DataConfig | None = None
+    accuracy: Mapping[str, Float[np.ndarray, "K R"]] = field(default_factory=dict, compare=False)
     _costs: dict[tuple[str, int], tuple[list[str], StepCosts]] = field(default_factory=dict, repr=False, compare=False)
     _shared: dict[Any, tuple[ProgramCompiler, Evidence]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -117,7 +122,8 @@ class Session:
         model = load_for_decoding(source, dtype, storage, whole=bool(places) or heads_are_near(source.place))
         known = source.tokenizer(tokenizer)
         check_entries(source, known, model)
-        found = load_heads(places, source, model)
+        beside = head_sources(places, source)
+        found = load_heads(beside, model)
         small = None
         if draft_model is not None:
             own = ModelSource.open(draft_model)
@@ -132,6 +138,7 @@ class Session:
             source.end_tokens(known),
             source.place if source.place.is_dir() else None,
             source.run.data if source.is_run else None,
+            recorded_accuracy(beside, found),
         )
 
     @classmethod
@@ -300,8 +307,11 @@ class Session:
         )
         # What was compiled and learned serves later calls of the session, too.
         key = (kind, shapes.trees, tuple(stops), background)
-        shared = self._shared.setdefault(key, (ProgramCompiler(background=background), no_evidence(shapes)))
-        generator.compiler, generator.learned = shared
+        if key not in self._shared:
+            names = enumerate(kind.split("+"))
+            known = {index: self.accuracy[name] for index, name in names if name in self.accuracy}
+            self._shared[key] = ProgramCompiler(background=background), recorded_evidence(shapes, known)
+        generator.compiler, generator.learned = self._shared[key]
         return generator
 
     def adaptive_drafter(self, kind: str | None = None, slots: int = 1) -> tuple[str, SpeculationPlan | None]:

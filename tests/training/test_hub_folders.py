@@ -74,7 +74,11 @@ def test_export_in_another_type(base_run, tmp_path):
 def test_heads_from_another_place(exported, base_run, heads_run):
     """Heads of a run stand on an exported model, and exported heads on a run."""
     for model, heads in ((exported, heads_run), (base_run, exported)):
-        assert_equal(Session.load(model, heads).parts.medusa, load_heads(heads_run))
+        session = Session.load(model, heads)
+        assert_equal(session.parts.medusa, load_heads(heads_run))
+        # What training recorded of them lies beside the heads of a run, and not in a published folder.
+        recorded = (heads_run / ACCURACY_FILE).is_file() and heads == heads_run
+        assert set(session.accuracy) == ({"medusa"} if recorded else set())
 
 
 def test_a_folder_without_steps(exported):

@@ -35,6 +35,8 @@ FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 16, 128, 512
 HIGH, LOW = 2.0, 0.5
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
+# Steps of a text before such a trial where at least so many steps of earlier texts, or training, tell what to expect.
+KNOWN_PAUSE, KNOWN_STEPS = 256, 16
 # Share of accepted guesses that makes an arm worth a trial.
 HOPE = 0.8
 # Tokens per cost that such a share would give, for a trial; and plain steps that trials leave for copies.
@@ -80,7 +82,8 @@ class Chooser:
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
         families = max(arm.family for arm in arms) + 1
-        self.due = [0] * families
+        known = self.evidence.shared.tries[0, :, 0] >= KNOWN_STEPS
+        self.due = [KNOWN_PAUSE if each else 0 for each in known]
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
         # Whether the loop has just returned for a match.

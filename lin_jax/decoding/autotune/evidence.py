@@ -50,15 +50,22 @@ class Evidence:
             counts[row, family] *= fade
             counts[row, family, :depth] += new
 
-    def add_copies(self, row: int, family: int, matched: Int[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> None:
-        """Adds copied tokens, after matches of some lengths; of each length all count as `COPY_MEMORY` at most."""
-        level = _level(matched)
-        for counts, which in ((self.tries, level), (self.hits, level[right])):
-            counts[row, family, : len(MATCHES)] += np.bincount(which, minlength=len(MATCHES))
-        # Counts that exceed the memory are scaled down to it.
-        limit = np.minimum(1, COPY_MEMORY / np.maximum(self.tries[row, family], 1))
-        self.tries[row, family] *= limit
-        self.hits[row, family] *= limit
+    def add_copies(self, row: int, family: int, tries: Sequence[int], hits: Sequence[int]) -> None:
+        """Adds copied tokens after matches of each of `MATCHES`, of which all count as `COPY_MEMORY` at most.
+
+        Args:
+            row: the row.
+            family: the family.
+            tries: number of tokens.
+            hits: how many of them were right.
+        """
+        tried, right = self.tries[row, family], self.hits[row, family]
+        tried[: len(MATCHES)] += tries
+        right[: len(MATCHES)] += hits
+        if tried.max() > COPY_MEMORY:
+            limit = np.minimum(1, COPY_MEMORY / np.maximum(tried, 1))
+            tried *= limit
+            right *= limit
 
     def copy_shares(self, prior: Float[np.ndarray, "F L"] | None, weight: float) -> Float[np.ndarray, "R F L"]:
         """Estimated share of right tokens after a match of each of `MATCHES`.
@@ -137,9 +144,13 @@ class BatchEvidence:
         """
         self.matched[row, family] = matched
         if trials:
-            lengths, right = (np.array(each) for each in zip(*trials, strict=True))
-            self.by_row.add_copies(row, family, lengths, right)
-            self.shared.add_copies(0, family, lengths, right)
+            tries, hits = [0] * len(MATCHES), [0] * len(MATCHES)
+            for length, right in trials:
+                level = _LEVELS[min(length, MATCHES[-1])]
+                tries[level] += 1
+                hits[level] += right
+            self.by_row.add_copies(row, family, tries, hits)
+            self.shared.add_copies(0, family, tries, hits)
 
     def has_matched(self, families: Sequence[int]) -> bool:
         """True if a family of some that copy has had anything to copy from, in a text of the batch."""
@@ -192,3 +203,7 @@ def _tokens(shares: Float[np.ndarray, "*any D"]) -> Float[np.ndarray, "*any D"]:
 def _level(matched: Int[np.ndarray, "*any"]) -> Int[np.ndarray, "*any"]:
     """Index in `MATCHES` of the largest length that a match has; matches of nothing count as those of one token."""
     return np.maximum(np.searchsorted(MATCHES, matched, side="right") - 1, 0)
+
+
+# Of every length up to the longest.
+_LEVELS: list[int] = _level(np.arange(MATCHES[-1] + 1)).tolist()

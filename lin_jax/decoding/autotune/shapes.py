@@ -1,7 +1,7 @@
 """Draft shapes that the loop chooses among while it decodes: chains of a few lengths and a tree, for any drafter."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from lin_jax.decoding.autotune.choice import Arm
@@ -31,11 +31,13 @@ class DraftShapes:
         trees: the shapes.
         arms: family and depth of each.
         hindsight: for families whose guesses the host can follow, what does so.
+        origins: for families whose trees one drafter fills, its index in a union (0 alone), and its first rank there.
     """
 
     trees: tuple[AnyTree, ...]
     arms: tuple[Arm, ...]
     hindsight: dict[int, Callable[[], Hindsight]]
+    origins: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -60,10 +62,11 @@ def draft_shapes(
     trees: list[AnyTree] = [DraftTree()]
     arms = [Arm(0, 0)]
     hindsight: dict[int, Callable[[], Hindsight]] = {}
+    origins: dict[int, tuple[int, int]] = {}
     family = first = 0
     sides = list(drafter.drafters) if isinstance(drafter, UnionDrafter) else [drafter]
     copied = any(isinstance(each, NgramDrafter) for each in sides)
-    for each in sides:
+    for index, each in enumerate(sides):
         depth = each.depth if deepest is None else min(each.depth, deepest)
         chains = sorted({min(length, depth) for length in LENGTHS} - {0})
         if isinstance(each, NgramDrafter | SuffixDrafter | CopyDrafter):
@@ -77,14 +80,16 @@ def draft_shapes(
                 # What the text itself gives is told by another drafter beside it.
                 longest = 0 if copied or isinstance(each, CopyDrafter) else LOOKED_UP
                 hindsight[family] = partial(MemoryHindsight, chains[-1], memory, longest, each.lookback)
+            origins[family] = index, first
             family += 1
         bushy = DraftTree(tuple(tuple(first + rank for rank in path) for path in BUSHY if len(path) <= depth))
         if isinstance(each, ScoringDrafter) and each.width > 1 and depth > 1:
             trees.append(bushy)
             arms.append(Arm(family, bushy.depth))
+            origins[family] = index, first
             family += 1
         first += each.width
     if extra is not None and extra not in trees:
         trees.append(extra)
         arms.append(Arm(family, extra.depth))
-    return DraftShapes(tuple(trees), tuple(arms), hindsight)
+    return DraftShapes(tuple(trees), tuple(arms), hindsight, origins)

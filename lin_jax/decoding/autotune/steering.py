@@ -1,10 +1,10 @@
 """Steering of the decode loop: which shape the next steps use, fixed with a fallback, or chosen while decoding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from lin_jax.decoding.autotune.choice import Choice
 from lin_jax.decoding.autotune.chooser import Chooser
@@ -13,6 +13,10 @@ from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
+from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
+
+# Steps that a recorded share of right guesses counts as.
+RECORDED_STEPS = 32.0
 
 
 class Steering(Protocol):
@@ -188,3 +192,39 @@ class AdaptiveShape:
 def no_evidence(shapes: DraftShapes) -> Evidence:
     """Evidence to begin with, shared by all texts of a generator."""
     return Evidence.none(1, *evidence_shape(shapes.arms))
+
+
+def recorded_evidence(shapes: DraftShapes, recorded: Mapping[int, Float[np.ndarray, "K R"]]) -> Evidence:
+    """Evidence to begin with where it is known how often a drafter's guesses are right, as after training heads.
+
+    Args:
+        shapes: the shapes.
+        recorded: of some drafters of a union, by index, the share of right guesses at each depth and rank, given that
+            those above are right.
+    """
+    evidence = no_evidence(shapes)
+    for tree, arm in zip(shapes.trees, shapes.arms, strict=True):
+        index, first = shapes.origins.get(arm.family, (-1, 0))
+        if arm.depth and index in recorded and arm.family not in shapes.hindsight:
+            shares = accepted_shares(tree, recorded[index], first)
+            evidence.tries[0, arm.family, : len(shares)] = RECORDED_STEPS
+            evidence.hits[0, arm.family, : len(shares)] = RECORDED_STEPS * shares
+    return evidence
+
+
+def accepted_shares(tree: AnyTree, right: Float[np.ndarray, "K R"], first: int = 0) -> Float[np.ndarray, " D"]:
+    """Share of steps in which a guess of each depth is accepted, of those in which one of the depth above was.
+
+    Args:
+        tree: a static tree; of another one nothing is told.
+        right: share of right guesses at each depth and rank, given that those above are right.
+        first: rank of the tree that is the table's rank 0.
+    """
+    reached = np.zeros(min(tree.depth, len(right)) + 1)
+    for path in tree.paths if isinstance(tree, DraftTree) else ():
+        ranks = [rank - first for rank in path]
+        if len(path) < len(reached) and max(ranks) < right.shape[1]:
+            reached[len(path)] += np.prod([right[depth, rank] for depth, rank in enumerate(ranks)])
+    reached[0] = 1
+    known = reached[:-1] > 0
+    return (reached[1:] / np.where(known, reached[:-1], 1))[known]

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from lin_jax.decoding.drafting.api import Drafter
@@ -64,49 +65,70 @@ class LookupHindsight:
         self.depth, self.longest, self.lookback = depth, longest, lookback
         self.text: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}
-        self.guesses: list[int] = []
         self.accepted = 0
         self.trials: list[CopyTrial] = []
         # Tokens before the guesses that agree with those before the place that they are copied from.
         self.agreeing = 0
+        # What is copied, the place of the first guess, after how many guesses they begin again (0: never), and how
+        # many there are at most: each is looked up when its token comes, as most never do.
+        self._copied: list[int] = []
+        self._begin = self._period = self._most = 0
 
     @property
     def matched(self) -> int:
         """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
-        goes_on = self.accepted < len(self.guesses) or len(self.guesses) == self.depth > 0
+        goes_on = self._most > 0 and (self.accepted == self._most or self._guess(self.accepted) >= 0)
         return self.agreeing + self.accepted if goes_on else 0
+
+    @property
+    def guesses(self) -> list[int]:
+        """Guesses of the step that is not complete yet, those that were right included."""
+        return list(takewhile(lambda token: token >= 0, map(self._guess, range(self._most))))
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
         done = []
         self.trials = []
         for token in tokens[-self.lookback :]:
-            if self.accepted < len(self.guesses):
-                right = self.guesses[self.accepted] == token
-                self.trials.append(CopyTrial(self.agreeing + self.accepted, right))
-                if right:
+            guess = self._guess(self.accepted)
+            if guess >= 0:
+                self.trials.append(CopyTrial(self.agreeing + self.accepted, guess == token))
+                if guess == token:
                     self.accepted += 1
                     self._append(token)
+                    self._note_end()
                     continue
             # The target's own token ends a step, and is the root of the next one.
             if self.text:
                 done.append(self.accepted)
-            self.text.append(token)
-            self.guesses, self.accepted = self._copy(), 0
-            self.text.pop()
             self._append(token)
+            self._copied, self._begin, self._period, self._most = self._copy()
+            self.accepted = 0
+            self._note_end()
         return done
+
+    def _guess(self, number: int) -> int:
+        """Guess of a number, counted from 0; -1 for none."""
+        if number >= self._most:
+            return -1
+        place = self._begin + (number % self._period if self._period else number)
+        return self._copied[place] if place < len(self._copied) else -1
 
     def _append(self, token: int) -> None:
         if len(self.text) >= 2 * self.lookback:
             kept, self.text, self.ends = self.text[-self.lookback :], [], {}
             for each in kept:
-                self._append(each)
+                self.text.append(each)
+                self._note_end()
         self.text.append(token)
-        for size in range(1, min(self.longest, len(self.text)) + 1):
-            self.ends[tuple(self.text[-size:])] = len(self.text) - 1
 
-    def _copy(self) -> list[int]:
+    def _note_end(self) -> None:
+        """Notes that the last n-grams of the text end at its end."""
+        last = len(self.text) - 1
+        for size in range(1, min(self.longest, last + 1) + 1):
+            self.ends[tuple(self.text[-size:])] = last
+
+    def _copy(self) -> tuple[list[int], int, int, int]:
         """Tokens that followed the last occurrence of the end of the text, over and over if they lead up to it."""
         last = len(self.text) - 1
         for size in range(min(self.longest, len(self.text)), 0, -1):
@@ -117,8 +139,8 @@ class LookupHindsight:
                     self.text[end - self.agreeing] == self.text[last - self.agreeing]
                 ):
                     self.agreeing += 1
-                return [self.text[end + 1 + place % (last - end)] for place in range(self.depth)]
-        return []
+                return self.text, end + 1, last - end, self.depth
+        return [], 0, 0, 0
 
 
 class MemoryHindsight(LookupHindsight):
@@ -142,21 +164,21 @@ class MemoryHindsight(LookupHindsight):
         self.followed = -1
         self.texts: list[int] = []
 
-    def _copy(self) -> list[int]:
+    def _copy(self) -> tuple[list[int], int, int, int]:
         """Tokens that followed in the memory, or else in the text itself."""
         tokens = self.memory.contexts.tokens
         on = self.followed + self.accepted + 1
         goes_on = self.followed >= 0 and self.texts is tokens and on < len(tokens) and tokens[on] == self.text[-1]
         self.agreeing = self.agreeing + self.accepted + 1 if goes_on else 0
         self.followed, self.texts = on if goes_on else -1, tokens
-        if self.agreeing < LONG:
+        if tokens and self.agreeing < LONG:
             self._look_up()
         if self.followed >= 0:
-            guesses = tokens[self.followed + 1 : self.followed + 1 + self.depth]
-            if guesses and guesses[0] >= 0:
-                return guesses[: guesses.index(-1)] if -1 in guesses else guesses
+            begin = self.followed + 1
+            if begin < len(tokens) and tokens[begin] >= 0:
+                return tokens, begin, 0, self.depth
             self.followed = -1
-        return super()._copy() if self.longest else []
+        return super()._copy() if self.longest else ([], 0, 0, 0)
 
     def _look_up(self) -> None:
         """Finds another place with a long context, or, where none is followed, with a short one."""

@@ -131,7 +131,8 @@ class TextMemory:
     @property
     def contexts(self) -> Contexts:
         """The sorted texts on the host, where a single context is found sooner than on the device."""
-        if self._listed != self._sorted:
+        # Asked for with every token of a text: the same list is not compared text by text.
+        if self._listed is not self._sorted and self._listed != self._sorted:
             # Mostly there are only new ones.
             if self._listed != self._sorted[: len(self._listed)]:
                 self._contexts, self._listed = Contexts([], {}, {}, {}), []

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from lin_jax.decoding.acceptance.longest_path import Accepted
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES, Verified
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing
-from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, LOOKED_UP, longest_match
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, MatchWatch
 from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.decoding.engine.prefill import DecodeState, append_recent, mark_seen
 from lin_jax.decoding.engine.programs import Flat
@@ -179,8 +179,8 @@ class LossLimit(NamedTuple):
     allowance: Float[Array, ""] | np.float32
 
 
-# Plain steps that the loop takes at least before it returns for a match.
-STEPS_BEFORE_ALERT = 4
+# Plain steps that the loop takes at least before it returns for a match, and at most where it watches for one.
+STEPS_BEFORE_ALERT, MOST_WATCHED = 4, 512
 
 
 @partial(jax.jit, static_argnames="options", donate_argnames="state")
@@ -205,56 +205,82 @@ def run(
         waiting: whether prompts wait for a free row.
         loss_limit: limit on what may be lost against plain decoding; None sets none.
         alert: last tokens at which the loop returns, when of half the rows that run so many occurred earlier in the
-            text, as far back as the drafter looks: copies may pay from there. None never returns for that.
+            text, as far back as the drafter looks: copies may pay from there; at most `MOST_WATCHED` steps are taken
+            then. None never returns for that.
         options: static options.
 
     Returns:
         The new state, and the number of steps taken.
     """
     model, drafter = modules.whole()
+    begun, recent = state, state.decode_state.recent
+    watch = None
+    if alert is not None:
+        # The output's room bounds the number of tokens to come.
+        room = min(state.output.shape[1], MOST_WATCHED)
+        max_steps = jnp.minimum(max_steps, room)
+        watch = MatchWatch.begin(recent, room, alert <= LONGEST_ALERT)
+    drafts = options.tree.size > 1
+    if not drafts:
+        # Nobody looks back in plain steps: of many rows, to move the last tokens on at every step would take long.
+        state = _with_recent(state, recent[:, :0])
 
-    def unfinished(carry: tuple[Array, LoopState, Array]) -> Array:
-        count, state, lost = carry
-        finished = state.finished
-        goes_on = (count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
-        if alert is not None:
-            goes_on &= ~_is_alerted(state, count, alert)
+    def unfinished(carry: _Carry) -> Array:
+        finished = carry.state.finished
+        goes_on = (carry.count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+        if alert is not None and carry.watch is not None:
+            repeated = (carry.watch.found >= alert) & ~finished
+            alerted = 2 * jnp.sum(repeated) >= jnp.maximum(jnp.sum(~finished), 1)
+            goes_on &= ~(alerted & (carry.count >= STEPS_BEFORE_ALERT))
         if loss_limit is None:
             return goes_on
         # The first step is allowed by the caller, who may round in another way.
-        return goes_on & ((count == 0) | (lost + loss_limit.cost - 1 <= loss_limit.allowance))
+        return goes_on & ((carry.count == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
 
-    def body(carry: tuple[Array, LoopState, Array]) -> tuple[Array, LoopState, Array]:
-        count, before, lost = carry
+    def body(carry: _Carry) -> _Carry:
+        before, lost = carry.state, carry.lost
         after = _step(model, drafter, before, stops, options)
         if loss_limit is not None:
             tokens = after.written - before.written
             lost = lost + loss_limit.cost - jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
             # What steps gain does not pay for later ones: the host is to look at what has changed.
             lost = jnp.maximum(lost, 0)
-        return count + 1, after, lost.astype(jnp.float32)
+        watch = None if carry.watch is None else carry.watch.follow(carry.count, after.root)
+        return _Carry(carry.count + 1, after, lost.astype(jnp.float32), watch)
 
-    begin = (jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32))
-    steps, state, _ = jax.lax.while_loop(unfinished, body, begin)
+    begin = _Carry(jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32), watch)
+    steps, state, _, _ = jax.lax.while_loop(unfinished, body, begin)
+    if not drafts:
+        state = _with_recent(state, _recent_after(recent, state.output, begun.written, state.written))
     finite = state.finite & jnp.all(jnp.isfinite(state.decode_state.hidden), axis=1)
     return replace(state, finite=finite), steps
 
 
-def _is_alerted(state: LoopState, count: Int[Array, ""], alert: Int[Array, ""]) -> Bool[Array, ""]:
-    """True where of half the rows that run the last `alert` tokens occurred earlier; not before some steps are done.
+class _Carry(NamedTuple):
+    """What the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
 
-    What counts is the place that a lookup would copy from, as the host will judge it, not one that agrees longer.
-    """
+    count: Int[Array, ""]
+    state: LoopState
+    lost: Float[Array, ""]
+    watch: MatchWatch | None
 
-    def repeats() -> Bool[Array, ""]:
-        running = ~state.finished
-        found = longest_match(state.decode_state.recent, LONGEST_ALERT, LOOKED_UP)
-        repeated = (found >= alert) & running
-        return 2 * jnp.sum(repeated) >= jnp.maximum(jnp.sum(running), 1)
 
-    # In small models the search takes as long as half a step: it is left out where nobody waits for what it finds.
-    waits = (count >= STEPS_BEFORE_ALERT) & (alert <= LONGEST_ALERT)
-    return jax.lax.cond(waits, repeats, lambda: jnp.zeros((), bool))
+def _with_recent(state: LoopState, recent: Int[Array, "B W"]) -> LoopState:
+    """State with other last tokens."""
+    return replace(state, decode_state=replace(state.decode_state, recent=recent))
+
+
+def _recent_after(
+    recent: Int[Array, "B W"], output: Int[Array, "B M"], begin: Int[Array, " B"], end: Int[Array, " B"]
+) -> Int[Array, "B W"]:
+    """Last tokens of each row after those of its output from `begin` to `end`."""
+    width = recent.shape[1]
+    if not width:
+        return recent
+    place = jnp.arange(width, dtype=jnp.int32) + (end - begin)[:, None]
+    old = jnp.take_along_axis(recent, jnp.minimum(place, width - 1), axis=1)
+    index = jnp.clip(begin[:, None] + place - width, 0, output.shape[1] - 1)
+    return jnp.where(place < width, old, jnp.take_along_axis(output, index, axis=1))
 
 
 class DraftedStep(NamedTuple):

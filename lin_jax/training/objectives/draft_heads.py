@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from lin_jax.evaluation.head_accuracy import DraftHeads, head_accuracy
+from lin_jax.evaluation.head_accuracy import ACCURACY_FILE, DraftHeads, head_accuracy
 from lin_jax.losses.cross_entropy import Batch, Sums, distillation_sums, inputs_of, path_ahead, token_sums
 from lin_jax.models import CausalModel, MedusaHeads, ModelConfig, PathHead
 from lin_jax.models.params import Params, abstract_model, filled, params_of
@@ -107,7 +107,7 @@ def report_heads(
     accuracy = head_accuracy(model, heads, batches, depth=depth)
     written = ""
     if folder is not None:
-        path = folder / "head_accuracy.json"
+        path = folder / ACCURACY_FILE
         accuracy.save(path)
         written = f" ({path})"
     return f"share of guesses that are the token that comes, in held-out text{written}:\n{accuracy}"
