@@ -32,6 +32,7 @@ from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.losses.cross_entropy import Targets, shifted_targets, token_sums
 from lin_jax.models import LlamaConfig
 from lin_jax.training.config import OptimizerConfig
+from lin_jax.training.distributed.mesh import MeshConfig, make_mesh
 from lin_jax.training.objectives.next_token import NextToken
 from lin_jax.training.optimizer import build_optimizer
 from lin_jax.training.train_step import TrainState, accumulate_gradients, make_step
@@ -54,7 +55,9 @@ def main() -> int:
     parts: dict[str, dict[str, Program]] = {}
     texts: dict[str, str] = {}
     for name in options.attention:
-        steps[name], parts[name], texts[name] = our_step(name, options)
+        # Along the mesh that a run has, since models know of it.
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+            steps[name], parts[name], texts[name] = our_step(name, options)
     report = header("train cpu") | {name: value for name, value in vars(options).items() if name != "json"}
     report["steps"] = in_turns(steps, options.turns, options.steps)
     tokens = options.rows * options.length

@@ -57,6 +57,11 @@ def target_platform() -> str:
     return _target.get() or jax.default_backend()
 
 
+def targets_single_cpu() -> bool:
+    """True where programs are compiled for one CPU: without a mesh, or along one of one device, as in training."""
+    return target_platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+
+
 def choose_implementation(
     operation: str,
     asked: str | Sequence[str] | None,

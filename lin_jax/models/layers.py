@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.errors import UserError
 from lin_jax.models.compute import ComputeConfig
 from lin_jax.models.logical_axes import EMBED, VOCABULARY, Axes, read_whole
-from pallas_kernels.implementations import target_platform
+from pallas_kernels.implementations import target_platform, targets_single_cpu
 from pallas_kernels.precision import upcast
 
 
@@ -57,7 +57,7 @@ def product_of_tokens(x: Array, weight: Array, dimensions: Any, **options: Any) 
     """`jax.lax.dot_general` of vectors `[..., I]` and a matrix, on a CPU with all tokens along one axis.
 
     There, the gradient of a matrix is a sum over rows and tokens; as one over two axes, XLA for CPUs makes transposed
-    copies of both factors for it, and takes twice as long. Along a mesh, tokens stay in their rows.
+    copies of both factors for it, and takes twice as long. Along a mesh of several devices, tokens stay in their rows.
 
     Args:
         x: the vectors.
@@ -66,8 +66,7 @@ def product_of_tokens(x: Array, weight: Array, dimensions: Any, **options: Any) 
         options: of `dot_general`.
     """
     last = (((x.ndim - 1,), (0,)), ((), ()))
-    joined = x.ndim > 2 and weight.ndim == 2 and dimensions == last and target_platform() == "cpu"
-    if not joined or jax.sharding.get_abstract_mesh().shape:
+    if x.ndim == 2 or weight.ndim != 2 or dimensions != last or not targets_single_cpu():
         return jax.lax.dot_general(x, weight, dimensions, **options)
     flat = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), weight, (((1,), (0,)), ((), ())), **options)
     return flat.reshape(*x.shape[:-1], weight.shape[1])
@@ -146,7 +145,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis."""
         exact = upcast(x)
         scale = self.scale[...].astype(exact.dtype)
-        if target_platform() == "cpu" and not jax.sharding.get_abstract_mesh().shape:
+        if targets_single_cpu():
             return _scaled_rows(exact, scale, self.eps).astype(x.dtype)
         normed = exact * jax.lax.rsqrt(jnp.mean(jnp.square(exact), axis=-1, keepdims=True) + self.eps)
         return (normed * scale).astype(x.dtype)

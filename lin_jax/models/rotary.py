@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
 from lin_jax.models.products import truth
-from pallas_kernels.implementations import target_platform
+from pallas_kernels.implementations import targets_single_cpu
 from pallas_kernels.precision import accumulation_dtype
 
 # Tokens of a row from which on their table is kept: of fewer, the table takes no longer than keeping it.
@@ -181,7 +181,7 @@ def computed_once(table: tuple[Array, Array], given: Float[Array, "B T E"]) -> t
         given: anything that depends on the batch, and so is not known when the program is compiled.
     """
     few = given.shape[1] < _MANY_TOKENS
-    if few or target_platform() != "cpu" or jax.sharding.get_abstract_mesh().shape:
+    if few or not targets_single_cpu():
         return table
     return jax.lax.cond(truth(given), lambda table: table, lambda table: jax.tree.map(jnp.zeros_like, table), table)
 

@@ -19,18 +19,16 @@ from pallas_kernels.augmented_attention.blocks import (
     window_weights,
 )
 from pallas_kernels.augmented_attention.problem import AugmentedPlan, AugmentedProblem
-from pallas_kernels.implementations import target_platform
+from pallas_kernels.implementations import targets_single_cpu
 
 # Blocks of a row up to which their memories are summed without a loop, which costs more than the sums.
 _FEW_BLOCKS = 16
 
 
 def suits(problem: AugmentedProblem) -> bool:
-    """True on a CPU and not along a mesh, in one type that needs no wider sums."""
+    """True on a single CPU, in one type that needs no wider sums."""
     kinds = {each.dtype for each in problem[:3]}
-    if target_platform() != "cpu" or jax.sharding.get_abstract_mesh().shape or len(kinds) > 1:
-        return False
-    return kinds <= {jnp.dtype("float32"), jnp.dtype("float64")}
+    return targets_single_cpu() and len(kinds) == 1 and kinds <= {jnp.dtype("float32"), jnp.dtype("float64")}
 
 
 class HeadsFirst(NamedTuple):

@@ -12,9 +12,11 @@ from lin_jax.attention import AttentionConfig
 from lin_jax.models import Llama, LlamaConfig, PathHead
 from lin_jax.models.params import params_of
 from lin_jax.training import OptimizerConfig
+from lin_jax.training.distributed.mesh import MeshConfig, make_mesh
 from lin_jax.training.objectives import Medusa, NextToken
 from lin_jax.training.optimizer import build_optimizer, decays, learning_rate
 from lin_jax.training.train_step import TrainState, accumulate_gradients, make_step
+from pallas_kernels.implementations import targets_single_cpu
 
 CONFIG = LlamaConfig(
     vocab_size=23,
@@ -71,6 +73,23 @@ def test_accumulation_weighs_every_head_by_its_own_targets():
     np.testing.assert_allclose(whole, np.dot([1.0, 0.8, 0.64], sums.loss / sums.tokens), rtol=1e-5)
     np.testing.assert_array_equal(part_sums.tokens, sums.tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), part_gradient, gradient)
+
+
+def test_a_run_on_one_device_computes_what_a_program_without_a_mesh_does():
+    # Runs lie along a mesh, of one device too: what is written for a single CPU counts there as well.
+    objective = NextToken(CONFIG)
+    params = jax.eval_shape(partial(objective.start, jax.random.key(0)), None)
+
+    def program():
+        traced = jax.make_jaxpr(partial(accumulate_gradients, objective, 1))(params, {}, batch())
+        return [str(each.primitive) for each in jax.tree.leaves(traced.jaxpr.eqns)]
+
+    alone = program()
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        assert targets_single_cpu() and program() == alone
+    if len(jax.devices()) > 1:
+        with jax.set_mesh(make_mesh(MeshConfig())):
+            assert not targets_single_cpu()
 
 
 @pytest.fixture(scope="module")
