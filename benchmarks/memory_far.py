@@ -1,4 +1,4 @@
-"""A student's memory at positions beyond those of its training: rows as long as in training, whose first position moves.
+"""A student's memory at positions beyond its training: rows as long as in training, whose first position moves.
 
     python benchmarks/memory_far.py STUDENT... --teacher PLACE [--text PLACE] [--shift N ...] [--json FILE]
 
@@ -70,7 +70,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--text", metavar="PLACE", help="text to measure on (default: the student's held-out text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer of a file of llama2.c")
     parser.add_argument("--shift", nargs="+", type=int, default=[0, 1024, 2048], metavar="N", help="first positions")
-    parser.add_argument("--beyond", type=int, metavar="N", help="first token of the second figure (default: the window)")
+    parser.add_argument(
+        "--beyond", type=int, metavar="N", help="first token of the second figure (default: the window)"
+    )
     parser.add_argument("--sequence-length", type=int, metavar="N", help="tokens of rows (default: as in training)")
     parser.add_argument("--batch", type=int, default=4, metavar="N", help="rows in a batch")
     parser.add_argument("--batches", type=int, default=4, metavar="N", help="batches of the text")

@@ -78,7 +78,7 @@ def fitted_start(
         hidden, qkv = _layer(teacher.layers.selected([number]), hidden, context, layout)
         if number in wanted and _is_softmax(teacher.layers, number):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            mixer, shares[number] = _fit(_mixer(student.layers, number), qkv, layout, key)
+            mixer, shares[number] = _fit(_mixer(student.layers, number), qkv, layout, key, positions)
             _put(student.layers, number, mixer)
     return FittedStart(student, shares)
 
@@ -108,8 +108,8 @@ def _layer(layer: LayerStack, x: Float[Array, "B T E"], context: Any, layout: La
 
 
 @jax.jit
-def _fit(mixer: Any, qkv: QKV, layout: Layout, key: Array) -> Any:
-    return _whole(fit_memory(mixer, qkv, layout, key))
+def _fit(mixer: Any, qkv: QKV, layout: Layout, key: Array, positions: Array) -> Any:
+    return _whole(fit_memory(mixer, qkv, layout, key, positions))
 
 
 def _whole(found: Any) -> Any:
