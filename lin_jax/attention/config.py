@@ -73,6 +73,8 @@ class AttentionConfig:
         decay: of the memory: none, constant (a learnt factor per head) or token (from each token, per head).
         sinks: tokens at the beginning of a document that stay visible beside a window for ever, and never enter the
             memory (Xiao et al. 2024).
+        rotary_memory: let a memory beside a window read queries and keys as rotary positions have turned them. Without,
+            it reads them as they were before, and says the same however far a text has come; the window is as ever.
         pattern: attentions of the layers in turn, repeated, such as `[augmented, augmented, softmax]`.
         layers: attentions of some layers by their number, from 0, such as `{3: softmax, 7: softmax}`.
     """
@@ -93,6 +95,7 @@ class AttentionConfig:
     window_groups: int = 1
     decay: str = "none"
     sinks: int = 0
+    rotary_memory: bool = True
     # Read from YAML as they stand there; afterwards tuples of configurations, and of pairs with numbers.
     pattern: Any = None
     layers: Any = None
@@ -226,6 +229,8 @@ class AttentionConfig:
         # A window that stands beside is of the attentions with `+window`, if there are any, else of softmax.
         if "window" not in added and (taken or base != "softmax"):
             unfit |= {"window": None, "sinks": 0}
+        if "window" not in added:
+            unfit["rotary_memory"] = True
         if base in ("softmax", "square"):
             unfit["decay"] = "none"
         fitting = replace(self, **{field: value for field, value in unfit.items() if field not in given})

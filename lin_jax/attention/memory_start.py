@@ -75,7 +75,11 @@ def can_fit(mixer: nnx.Module) -> bool:
 
 
 def fit_memory(
-    mixer: WindowedAttention, teacher: QKV, layout: Layout, key: Key[Array, ""]
+    mixer: WindowedAttention,
+    teacher: QKV,
+    layout: Layout,
+    key: Key[Array, ""],
+    positions: Int[Array, "#B T"] | None = None,
 ) -> tuple[WindowedAttention, MemoryShares]:
     """The attention with a memory that starts close to a teacher, and the shares of its heads.
 
@@ -84,18 +88,25 @@ def fit_memory(
         teacher: queries `[B, T, H, D]`, keys `[B, T, K, D]` and values `[B, T, K, E]` of a few rows.
         layout: of the rows.
         key: draws the first centres.
+        positions: those that queries and keys are turned by, for a memory that reads them as they were before; None
+            takes the layout's.
     """
     assert mixer.balance is not None, "window and memory are balanced"
     rows = _sampled(mixer, teacher, layout)
+    read = rows
+    if mixer.turn is not None:
+        at = layout.positions if positions is None else positions
+        queries, keys = mixer.turn.back(teacher.queries, at), mixer.turn.back(teacher.keys, at)
+        read = _sampled(mixer, QKV(queries, keys, teacher.values), layout)
     near, beyond = (_softmax_sums(rows, mask, mixer.scale) for mask in (rows.masks.near, _far(rows)))
     counted = jnp.any(_far(rows), axis=-1)[..., None, None]
     share = jnp.where(counted, jax.nn.sigmoid(beyond.total - near.total), 0)
     wanted = share[..., None] * beyond.mean + (1 - share)[..., None] * near.mean
-    graph, maps = _candidates(mixer, rows, layout, key)
+    graph, maps = _candidates(mixer, read, layout, key)
 
     def tried(state: nnx.State) -> tuple[Array, Array, Array]:
         """Errors, balances and mean shares of a feature map, by the part of the teacher's share `[P, K, R]`."""
-        far = _feature_sums(rows, nnx.merge(graph, state))
+        far = _feature_sums(read, nnx.merge(graph, state))
 
         def with_part(part: Array) -> tuple[Array, Array, Array]:
             balance = _balance(near.total, far.total, part * _mean(share, counted), counted)
@@ -113,7 +124,7 @@ def fit_memory(
     fitted.linear.features = _with_choice(nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], maps)), maps, best)
     own = mixer.balance[...]
     fitted.balance = nnx.Param(_chosen(balances, best).astype(own.dtype))
-    before = _share(near.total, _feature_sums(rows, mixer.linear.features).total, upcast(own), counted)
+    before = _share(near.total, _feature_sums(read, mixer.linear.features).total, upcast(own), counted)
     return fitted, MemoryShares(_mean(share, counted), _mean(before, counted), _chosen(shares, best))
 
 

@@ -11,13 +11,29 @@ Queries are `[B, T, H, D]`, keys `[B, T, K, D]`, values `[B, T, K, E]`, with H a
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lin_jax.attention.bias import RelativeBias
 from lin_jax.attention.layout import Layout
 from pallas_kernels.types import QKV, TreeArrays
 
 MixerState = Any
+
+
+class Turn(Protocol):
+    """Rotary positions, for mixers that turn queries and keys themselves. Hashable: it is a part of programs."""
+
+    def __call__(
+        self, vectors: Float[Array, "B *tokens_heads D"], positions: Int[Array, "#B *tokens"]
+    ) -> Float[Array, "B *tokens_heads D"]:
+        """Vectors turned by the positions of their tokens; axes behind those of positions are heads."""
+
+    def back(
+        self, vectors: Float[Array, "B *tokens_heads D"], positions: Int[Array, "#B *tokens"]
+    ) -> Float[Array, "B *tokens_heads D"]:
+        """Vectors as they were before they were turned."""
+
+
 Form = Literal["causal", "bidirectional", "cross"]
 
 

@@ -30,7 +30,7 @@ from lin_jax.attention.full import FullAttention
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.linformer import LinformerAttention
 from lin_jax.attention.local import LOCAL_SCORES, LocalBranch
-from lin_jax.attention.protocols import Form
+from lin_jax.attention.protocols import Form, Turn
 from lin_jax.attention.sliding import SlidingSoftmax
 from lin_jax.attention.transnormer import TransNormerAttention
 from lin_jax.attention.windowed_attention import WindowedAttention
@@ -91,6 +91,7 @@ class Sizes:
         layer: number of the layer.
         param_dtype: type of the parameters.
         rngs: random keys.
+        turn: the model's rotary positions, where the mixer gets queries and keys that are not turned; else None.
     """
 
     form: Form
@@ -102,6 +103,7 @@ class Sizes:
     layer: int | Array
     param_dtype: Any
     rngs: nnx.Rngs
+    turn: Turn | None = None
 
 
 Builder = Callable[[AttentionConfig, Name, Sizes], Any]
@@ -278,6 +280,7 @@ def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -
         decay=decay,
         convolution=_convolution(config, name, sizes),
         implementation=config.implementation,
+        turn=sizes.turn,
         param_dtype=sizes.param_dtype,
         **parts,
     )
@@ -492,6 +495,7 @@ def build_mixer(
     layer: int | Array = 0,
     param_dtype: Any = jnp.float32,
     rngs: nnx.Rngs,
+    turn: Turn | None = None,
 ) -> Any:
     """The token mixer that a configuration names: a `TokenMixer`, `BidirectionalMixer` or `CrossMixer` by its form.
 
@@ -506,6 +510,7 @@ def build_mixer(
         layer: number of the layer, from 0.
         param_dtype: type of the parameters.
         rngs: random keys.
+        turn: rotary positions of a model that has them, for mixers that turn queries and keys themselves.
 
     Raises:
         UserError: no attention or score function has the configured name, or it does not have this form.
@@ -537,11 +542,25 @@ def build_mixer(
             f"attention.sinks is {config.sinks}, and '{config.name}' has no window that they would stay beside; "
             "add +window to its name, or give softmax a window"
         )
+    own_turn = _turn(config, name, turn)
     value_dim = head_dim if value_dim is None else value_dim
     conventions = conventions or Conventions()
-    return entry.build(
-        config, name, Sizes(form, heads, kv_heads, head_dim, value_dim, conventions, layer, param_dtype, rngs)
-    )
+    sizes = Sizes(form, heads, kv_heads, head_dim, value_dim, conventions, layer, param_dtype, rngs, own_turn)
+    return entry.build(config, name, sizes)
+
+
+def _turn(config: AttentionConfig, name: Name, turn: Turn | None) -> Turn | None:
+    """Rotary positions for a window whose memory is to read what they have not turned; None where all is turned."""
+    if config.rotary_memory:
+        return None
+    if not name.window:
+        raise UserError(
+            f"attention.rotary_memory is false, and '{config.name}' has no memory beside a window; "
+            "add +window to its name"
+        )
+    if turn is None:
+        raise UserError("attention.rotary_memory is false, and this model has no rotary positions; leave it out")
+    return turn
 
 
 def max_draft_depth(config: AttentionConfig) -> int | None:

@@ -29,6 +29,7 @@ from lin_jax.attention.layout import Layout
 from lin_jax.attention.linear import LinearBranch
 from lin_jax.attention.local import LocalBranch
 from lin_jax.attention.pairs import per_head, unit
+from lin_jax.attention.protocols import Turn
 from lin_jax.attention.windowed_kernels import (
     verify_by_program,
     verify_program,
@@ -66,6 +67,8 @@ class WindowedAttention(nnx.Module):
         convolution: added to the outputs, or None.
         initial_alpha: start of the memory's learnt factor beside a near branch of its own; None is no factor.
         unit_inputs: scale queries and keys to length one before all else.
+        turn: rotary positions, where queries and keys come as they were before them: near pairs are scored turned, and
+            the memory reads what is not. None where they come turned, or have no such positions.
         implementation: of `pallas_kernels.windowed_attention`, where it computes this attention over whole rows.
         param_dtype: type of the parameters.
     """
@@ -86,6 +89,7 @@ class WindowedAttention(nnx.Module):
         convolution: Convolution | None = None,
         initial_alpha: float | None = None,
         unit_inputs: bool = False,
+        turn: Turn | None = None,
         implementation: str | None = None,
         param_dtype: Any = jnp.float32,
     ) -> None:
@@ -93,7 +97,7 @@ class WindowedAttention(nnx.Module):
         self.window, self.near, self.linear, self.decay = window, near, linear, decay
         self.scale = scale
         self.convolution = convolution
-        self.unit_inputs, self.implementation = unit_inputs, implementation
+        self.unit_inputs, self.implementation, self.turn = unit_inputs, implementation, turn
         self.alpha = None if initial_alpha is None else nnx.Param(jnp.full((1,), initial_alpha, param_dtype))
         self.softmax = softmax
         self.balance = nnx.Param(jnp.zeros((kv_heads, heads // kv_heads), param_dtype)) if softmax else None
@@ -171,7 +175,8 @@ class WindowedAttention(nnx.Module):
         if bias is not None:
             added = per_head(bias.between(rows.query_positions, rows.key_positions), self.kv_heads)
         pairs = rows.pairs(added, counts_near=self._counts_near)
-        outputs = rows.flatten(self._outputs(rows.queries, pairs, rows.read(before, self.linear.recall)))
+        turned = self._turned(rows.queries, rows.query_positions, pairs, rows.key_positions)
+        outputs = rows.flatten(self._outputs(rows.queries, pairs, rows.read(before, self.linear.recall), turned))
         if self.convolution is not None:
             kept = None if state is None else state.convolved
             outputs = outputs + self.convolution.parallel(qkv.values, layout, kept)
@@ -209,8 +214,8 @@ class WindowedAttention(nnx.Module):
         return verify_program(self.linear.features, self.window, qkv, state, self.implementation)
 
     def _has_kernels(self, bias: RelativeBias | None) -> bool:
-        """True where near pairs and the memory share a normaliser, and nothing is added to scores."""
-        return self.balance is not None and not self.unit_inputs and bias is None
+        """True where near pairs and the memory share a normaliser and their vectors, and nothing is added to scores."""
+        return self.balance is not None and not self.unit_inputs and self.turn is None and bias is None
 
     def _by_program(
         self, program: str, qkv: QKV, tokens: WindowNodes, layout: Layout, state: WindowedState | None
@@ -282,11 +287,12 @@ class WindowedAttention(nnx.Module):
         if bias is not None:
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
         pairs = Pairs(tokens, masks, factors, between_positions)
+        turned = self._turned(queries, positions, pairs, key_positions)
         if 1 < positions.shape[1] <= (self.window.tokens or 0) and not self._counts_near:
             # No node lies before the window of one below it, and few tokens of the ring do.
             read = read + self._far_sums(queries, self._leaving(state, pairs, positions.shape[1] - 1))
             pairs = pairs._replace(masks=masks._replace(far=None), factors=None)
-        outputs = self._outputs(queries, pairs, read)
+        outputs = self._outputs(queries, pairs, read, turned)
         if self.convolution is not None and state.convolved is not None:
             outputs = outputs + self.convolution.verify(qkv.values, tree.depth, tree.ancestors, state.convolved)
         return merge_heads(outputs).astype(qkv.values.dtype), nodes
@@ -369,18 +375,42 @@ class WindowedAttention(nnx.Module):
         return self.linear.extended(upcast(values))
 
     def _outputs(
-        self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, read: Float[Array, "*#batch T K R E"]
+        self,
+        queries: Float[Array, "*batch T K R D"],
+        pairs: Pairs,
+        read: Float[Array, "*#batch T K R E"],
+        turned: tuple[Array, Pairs] | None = None,
     ) -> Float[Array, "*batch T K R E"]:
-        """Outputs from pairs and from what was read from the memory."""
+        """Outputs from pairs and from what was read from the memory.
+
+        Args:
+            queries: as the memory reads them.
+            pairs: with keys as the memory reads them.
+            read: what was read.
+            turned: queries and pairs as near ones are scored, where they differ from these.
+        """
         far = read if pairs.masks.far is None else read + self._far_sums(queries, pairs)
         if self.balance is not None:
-            return self._normalised(queries, pairs, far)
+            return self._normalised(queries, far, *(turned or (queries, pairs)))
         outputs = self._finished(far)
         if self.near is None:
             return outputs
         near = self.near.weights(queries, pairs.tokens.keys, pairs.masks.near, pairs.bias)
         outputs = outputs if self.alpha is None else self.alpha[...].astype(outputs.dtype) * outputs
         return weighted_values(near, pairs.tokens.values) + outputs
+
+    def _turned(
+        self,
+        queries: Float[Array, "*batch T K R D"],
+        positions: Int[Array, "*#batch T"],
+        pairs: Pairs,
+        key_positions: Int[Array, "*#batch S"],
+    ) -> tuple[Array, Pairs] | None:
+        """Queries and pairs as near ones are scored, turned by their positions; None where they came so."""
+        if self.turn is None:
+            return None
+        keys = self.turn(pairs.tokens.keys, key_positions)
+        return self.turn(queries, positions), pairs._replace(tokens=pairs.tokens._replace(keys=keys))
 
     def _far_sums(self, queries: Float[Array, "*batch T K R D"], pairs: Pairs) -> Float[Array, "*batch T K R E"]:
         """Sums over the far ones of some pairs, as the memory would have them."""
@@ -403,12 +433,16 @@ class WindowedAttention(nnx.Module):
         return Pairs(tokens, NearFarMasks(near, far), factors, None)
 
     def _normalised(
-        self, queries: Float[Array, "*batch T K R D"], pairs: Pairs, far: Float[Array, "*batch T K R E_1"]
+        self,
+        queries: Float[Array, "*batch T K R D"],
+        far: Float[Array, "*batch T K R E_1"],
+        near_queries: Float[Array, "*batch T K R D"],
+        pairs: Pairs,
     ) -> Float[Array, "*batch T K R E"]:
         """Softmax of near pairs and the memory's sums, under one normaliser."""
         assert self.balance is not None, "near pairs and the memory are balanced"
         log_scale = self.linear.features.log_scale(queries) + self.balance[...].astype(far.dtype)
-        return normalised(queries, pairs, far, log_scale, self.scale)
+        return normalised(near_queries, pairs, far, log_scale, self.scale)
 
     def _finished(self, sums: Array) -> Array:
         return self.linear.finished(sums)

@@ -114,7 +114,7 @@ def _attention_fields(attention: AttentionConfig) -> dict[str, Any]:
     """All fields of one layer's attention but `implementation`, which is this machine's choice of kernels."""
     left = ("implementation", "pattern", "layers")
     # Readers of earlier versions know no window, or no sinks.
-    newer = {"window": None, "sinks": 0}
+    newer = {"window": None, "sinks": 0, "rotary_memory": True}
     return {
         name: value
         for name, value in asdict(attention).items()
@@ -127,7 +127,10 @@ def has_remote_code(model: nnx.Module, *, int8: bool = False) -> bool:
     family = family_of_model(model)
     if (is_known(family, model.config) and not int8) or not can_decode(model.config):
         return False
-    bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
+    kinds = [kind for each in attentions_of(model.config).values() for kind in each.kinds]
+    if not all(kind.rotary_memory for kind in kinds):
+        return False
+    bases = {parse_name(kind.name).base for kind in kinds}
     return has_source(family.name, type(model).__name__, bases)
 
 

@@ -17,7 +17,7 @@ from lin_jax.models.layers import RMSNorm, embedding, linear, silu_product
 from lin_jax.models.logical_axes import EMBED, HEADS, KV_HEADS, MLP, VOCABULARY, Axes
 from lin_jax.models.mixed_stack import layer_stack
 from lin_jax.models.prenorm_block import PreNormBlock
-from lin_jax.models.rotary import RotaryConfig, computed_once, rotary_table, rotate
+from lin_jax.models.rotary import RotaryConfig, RotaryTurn, computed_once, rotary_table, rotate
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,18 @@ class LlamaAttention(nnx.Module):
             layer=layer,
             param_dtype=jnp.dtype(config.param_dtype),
             rngs=rngs,
+            turn=RotaryTurn(config.rotary),
         )
 
     def project(self, x: Float[Array, "B T E"], table: tuple[Array, Array]) -> QKV:
-        """Queries `[B, T, H, D]` and keys `[B, T, K, D]`, rotated, and values `[B, T, K, D]`."""
+        """Queries `[B, T, H, D]` and keys `[B, T, K, D]`, rotated unless the mixer does, and values `[B, T, K, D]`."""
         queries, keys, values = (
             part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.query, self.key, self.value)
         )
         if self.query_norm is not None and self.key_norm is not None:
             queries, keys = self.query_norm(queries), self.key_norm(keys)
+        if getattr(self.mixer, "turn", None) is not None:
+            return QKV(queries, keys, values)
         return QKV(rotate(queries, table), rotate(keys, table), values)
 
     def merge(self, outputs: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:

@@ -170,6 +170,38 @@ def rotary_table(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
+@dataclass(frozen=True)
+class RotaryTurn:
+    """Rotary positions for mixers that turn queries and keys themselves (`attention.protocols.Turn`).
+
+    Attributes:
+        config: of the frequencies.
+    """
+
+    config: RotaryConfig
+
+    def __call__(
+        self, vectors: Float[Array, "B *tokens_heads D"], positions: Int[Array, "#B *tokens"]
+    ) -> Float[Array, "B *tokens_heads D"]:
+        """Vectors turned by the positions of their tokens; axes behind those of positions are heads."""
+        return self._turned(vectors, rotary_table(*self._places(vectors, positions), vectors.dtype), positions)
+
+    def back(
+        self, vectors: Float[Array, "B *tokens_heads D"], positions: Int[Array, "#B *tokens"]
+    ) -> Float[Array, "B *tokens_heads D"]:
+        """Vectors as they were before they were turned."""
+        cos, sin = rotary_table(*self._places(vectors, positions), vectors.dtype)
+        factor = SCALINGS[self.config.scaling](self.config, vectors.shape[-1])[1]
+        return self._turned(vectors, (cos / factor**2, -sin / factor**2), positions)
+
+    def _places(self, vectors: Array, positions: Array) -> tuple[Array, int, RotaryConfig]:
+        return positions.reshape(positions.shape[0], -1), vectors.shape[-1], self.config
+
+    def _turned(self, vectors: Array, table: tuple[Array, Array], positions: Array) -> Array:
+        tokens = math.prod(positions.shape[1:])
+        return rotate(vectors.reshape(vectors.shape[0], tokens, -1, vectors.shape[-1]), table).reshape(vectors.shape)
+
+
 def computed_once(table: tuple[Array, Array], given: Float[Array, "B T E"]) -> tuple[Array, Array]:
     """The rotary table of many tokens, kept as numbers by a program for CPUs.
 

@@ -49,6 +49,9 @@ class TransferConfig:
         fit_memory: before the first step, fit memories behind softmax windows to the teacher, from one batch: the
             centres of clustered features, and for every map the balance, so that memories start with as much of the
             attention as does best. Only where mixers are trained, and where nothing has been learnt yet.
+        context_length: tokens of the longest texts that memories shall serve, for models with rotary positions: in
+            training and in the fit, rows begin at positions drawn at random, so that they end up to there. The teacher
+            says the same wherever a row begins, and a memory only where it has learnt to. Null: rows begin at 0.
     """
 
     learns: tuple[str, ...] = ("mixer", "projections")
@@ -58,6 +61,7 @@ class TransferConfig:
     window_dropout: float = 0.0
     narrowed_window: int = 1
     fit_memory: bool = True
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         check_parts("transfer.learns", self.learns, TRANSFERRED_PARTS)
@@ -69,6 +73,8 @@ class TransferConfig:
             raise UserError(f"transfer.window_dropout is {self.window_dropout}; give a probability between 0 and 1")
         if self.narrowed_window < 1:
             raise UserError(f"transfer.narrowed_window is {self.narrowed_window}; give 1 or more tokens")
+        if self.context_length is not None and self.context_length < 1:
+            raise UserError(f"transfer.context_length is {self.context_length}; give 1 or more tokens, or null")
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,8 @@ def _fitted(
     batches.set_state(begin)
     with jax.set_mesh(shardings.mesh):
         student, _ = objective.unmerged(state.params, frozen)
-        found = fitted_start(student, frozen["teacher"], batch, config.transfer.layers, config.training.seed)
+        transfer, seed = config.transfer, config.training.seed
+        found = fitted_start(student, frozen["teacher"], batch, transfer.layers, seed, transfer.context_length)
         if not found.shares:
             return state, ()
         place = jax.jit(lambda params: params, out_shardings=shardings.tree(state.params))

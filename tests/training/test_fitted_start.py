@@ -67,6 +67,15 @@ def test_fitted_layers_miss_less_than_they_did(teacher):
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, params_of(student)))
 
 
+def test_a_memory_fitted_over_a_context_serves_rows_that_begin_further_on(teacher, monkeypatch):
+    student = with_attention(teacher, WINDOW)
+    near = fitted_start(student, teacher, BATCH, None, 0).model
+    far = fitted_start(student, teacher, BATCH, None, 0, context_length=300).model
+    begin = Llama.begin
+    monkeypatch.setattr(Llama, "begin", lambda self, tokens, positions: begin(self, tokens, positions + 268))
+    assert np.sum(transfer(far, teacher)[:3]) < np.sum(transfer(near, teacher)[:3])
+
+
 def test_what_has_learnt_and_what_does_not_learn_stays(teacher):
     student = with_attention(teacher, WINDOW)
     mixer = student.layers.layers.attention.mixer

@@ -37,7 +37,14 @@ class FittedStart(NamedTuple):
     shares: dict[int, MemoryShares]
 
 
-def fitted_start(student: Any, teacher: Any, batch: Batch, layers: tuple[int, int] | None, seed: int) -> FittedStart:
+def fitted_start(
+    student: Any,
+    teacher: Any,
+    batch: Batch,
+    layers: tuple[int, int] | None,
+    seed: int,
+    context_length: int | None = None,
+) -> FittedStart:
     """Fits the memories behind windows to a softmax teacher, layer by layer, from one batch.
 
     A layer is fitted where its balances are zero, as they are before any training, so that what has learnt stays; and
@@ -49,6 +56,7 @@ def fitted_start(student: Any, teacher: Any, batch: Batch, layers: tuple[int, in
         batch: a batch of text, of which a few rows are read.
         layers: the first layer and the one after the last; None is all.
         seed: draws first centres.
+        context_length: positions that rows are spread over, for models with rotary positions; None begins rows at 0.
     """
     first, end = layers or (0, student.layers.count)
     student = nnx.clone(student)
@@ -57,13 +65,20 @@ def fitted_start(student: Any, teacher: Any, batch: Batch, layers: tuple[int, in
     if not wanted:
         return FittedStart(student, shares)
     few = {name: rows[:ROWS] for name, rows in batch.items()}
+    if context_length is not None:
+        # The same rows at several places.
+        few = {name: jnp.concatenate([jnp.asarray(rows)] * -(-ROWS // len(rows)))[:ROWS] for name, rows in few.items()}
     layout = layout_of(few)
-    hidden, context = teacher.begin(jnp.asarray(inputs_of(few)[0]), layout.positions)
+    tokens, positions = jnp.asarray(inputs_of(few)[0]), layout.positions
+    if context_length is not None:
+        last = max(context_length - tokens.shape[1], 0)
+        positions = positions + jnp.linspace(0, last, tokens.shape[0]).astype(jnp.int32)[:, None]
+    hidden, context = teacher.begin(tokens, positions)
     for number in range(wanted[-1] + 1):
         hidden, qkv = _layer(teacher.layers.selected([number]), hidden, context, layout)
         if number in wanted and _is_softmax(teacher.layers, number):
             key = jax.random.fold_in(jax.random.key(seed), number)
-            mixer, shares[number] = _fit(_mixer(student.layers, number), qkv, layout, key)
+            mixer, shares[number] = _fit(_mixer(student.layers, number), qkv, layout, key, positions)
             _put(student.layers, number, mixer)
     return FittedStart(student, shares)
 
@@ -93,8 +108,8 @@ def _layer(layer: LayerStack, x: Float[Array, "B T E"], context: Any, layout: La
 
 
 @jax.jit
-def _fit(mixer: Any, qkv: QKV, layout: Layout, key: Array) -> Any:
-    return _whole(fit_memory(mixer, qkv, layout, key))
+def _fit(mixer: Any, qkv: QKV, layout: Layout, key: Array, positions: Array) -> Any:
+    return _whole(fit_memory(mixer, qkv, layout, key, positions))
 
 
 def _whole(found: Any) -> Any:

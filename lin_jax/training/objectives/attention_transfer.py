@@ -39,6 +39,10 @@ class AttentionTransfer(NextToken):
     to learn from. Window dropout narrows the window of a layer at random, in training alone: a mixer that has a method
     `narrowed(tokens)` gives itself with a window of so many tokens, over the same parameters.
 
+    Behind rotary positions, a softmax teacher says the same wherever a row begins, but a memory reads keys as their own
+    positions have turned them, and fails beyond the positions that it has learnt from. With a context length, rows
+    begin anywhere in it, in training alone.
+
     Args:
         config: the student's model.
         adapters: on the student, or None.
@@ -46,6 +50,7 @@ class AttentionTransfer(NextToken):
         progressive: whether the layers before them are the student's.
         window_dropout: probability with which a layer's window is narrowed in a step.
         narrowed_window: tokens of a narrowed window.
+        context_length: the positions that rows lie within, wherever they begin; None begins them at 0.
     """
 
     rates: Mapping[str, PartRate] = {}
@@ -59,6 +64,7 @@ class AttentionTransfer(NextToken):
         progressive: bool = False,
         window_dropout: float = 0.0,
         narrowed_window: int = 1,
+        context_length: int | None = None,
     ) -> None:
         super().__init__(config, adapters)
         stack = getattr(self._abstract, "layers", None)
@@ -73,6 +79,13 @@ class AttentionTransfer(NextToken):
                 f"'{config.attention.name}' has none; leave it out"
             )
         self._window_dropout, self._narrowed_window = window_dropout, narrowed_window
+        if context_length is not None and not hasattr(config, "rotary"):
+            kind = type(self._abstract).__name__
+            raise UserError(
+                f"transfer.context_length {context_length} is for models with rotary positions, and a {kind} has a "
+                "vector for each; leave it out"
+            )
+        self._context_length = context_length
         count = self._end - self._first
         self.coefficients = (1.0,) * count + (0.0,) * count
 
@@ -82,20 +95,32 @@ class AttentionTransfer(NextToken):
 
     def sums(self, params: Params, frozen: Params, batch: Batch) -> Sums:
         """Sums `[2 L]` over the tokens of a batch: squared errors, and squares of what the teacher says."""
-        return self._sums(params, frozen, batch, None)
+        return self._sums(params, frozen, batch, None, None)
 
     def training_sums(self, params: Params, frozen: Params, batch: Batch, key: Array) -> Sums:
-        """The same sums, with the windows narrowed that a key draws."""
-        narrow = None
+        """The same sums, with the windows narrowed, and the first positions of rows, that a key draws."""
+        narrow, begins = None, None
         if self._window_dropout:
             narrow = jax.random.bernoulli(key, self._window_dropout, (len(self.coefficients) // 2,))
-        return self._sums(params, frozen, batch, narrow)
+        if self._context_length is not None:
+            rows, length = inputs_of(batch)[0].shape
+            last = max(self._context_length - length, 0)
+            begins = jax.random.randint(jax.random.fold_in(key, 1), (rows, 1), 0, last + 1)
+        return self._sums(params, frozen, batch, narrow, begins)
 
-    def _sums(self, params: Params, frozen: Params, batch: Batch, narrow: Bool[Array, " L"] | None) -> Sums:
+    def _sums(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        narrow: Bool[Array, " L"] | None,
+        begins: Int[Array, "B 1"] | None,
+    ) -> Sums:
         student = filled(self._abstract, params)
         teacher = frozen["teacher"]
         layout = layout_of(batch)
-        hidden, contexts = self._entering(student, teacher, batch, layout)
+        positions = layout.positions if begins is None else layout.positions + begins
+        hidden, contexts = self._entering(student, teacher, batch, layout, positions)
         errors, squares = self._compared(student, teacher, hidden, contexts, layout, narrow)
         tokens = self.counts(batch)
         return Sums(jnp.concatenate([errors, squares]), jnp.zeros_like(tokens), tokens)
@@ -110,11 +135,13 @@ class AttentionTransfer(NextToken):
         layers = {f"missed_layer_{self._first + number}": share for number, share in enumerate(missed)}
         return {"missed": sum(missed) / count, **layers}
 
-    def _entering(self, student: Any, teacher: Any, batch: Batch, layout: Layout) -> tuple[Array, tuple[Any, Any]]:
+    def _entering(
+        self, student: Any, teacher: Any, batch: Batch, layout: Layout, positions: Int[Array, "#B T"]
+    ) -> tuple[Array, tuple[Any, Any]]:
         """Computes the input of the first layer that learns, and the positions of student's and teacher's layers."""
         tokens = jnp.asarray(inputs_of(batch)[0])
-        own, own_context = student.begin(tokens, layout.positions)
-        theirs, their_context = teacher.begin(tokens, layout.positions)
+        own, own_context = student.begin(tokens, positions)
+        theirs, their_context = teacher.begin(tokens, positions)
         model, hidden, context = teacher, theirs, their_context
         if self._progressive:
             model, hidden, context = student, own, own_context

@@ -108,6 +108,7 @@ def _transfer(config: RunConfig) -> AttentionTransfer:
         layers=transfer.layers,
         progressive=transfer.progressive,
         window_dropout=transfer.window_dropout,
+        context_length=transfer.context_length,
         narrowed_window=transfer.narrowed_window,
     )
 

@@ -13,7 +13,7 @@ from support.cells import some_of
 from lin_jax.attention import AttentionConfig, registry
 from lin_jax.attention.composition import ComposedAttention
 from lin_jax.errors import UserError
-from lin_jax.models import FlashConfig, Llama, LlamaConfig
+from lin_jax.models import FlashConfig, Gpt2Config, Llama, LlamaConfig
 from lin_jax.models.adapters import TrainableFilter
 from lin_jax.models.params import params_of
 from lin_jax.training import RunConfig
@@ -250,9 +250,40 @@ def test_window_dropout_needs_a_window():
         AttentionTransfer(CONFIG, window_dropout=0.5)
 
 
+@pytest.mark.parametrize("name", ["softmax", "clustered+window"])
+def test_rows_begin_anywhere_in_the_context(name, x64):
+    """A softmax teacher, and a window alone, say the same wherever a row begins; a memory of turned keys does not."""
+    teacher = Llama(replace(CONFIG, attention=AttentionConfig("softmax")), rngs=nnx.Rngs(1))
+    config = replace(CONFIG, attention=AttentionConfig(name, window=2, features=4))
+    params, frozen = params_of(Llama(config, rngs=nnx.Rngs(2))), {"teacher": teacher}
+    long = AttentionTransfer(config, context_length=64)
+    at_zero = np.asarray(jax.jit(long.sums)(params, frozen, BATCH).loss)
+    in_training = jax.jit(long.training_sums)
+    one, other = (np.asarray(in_training(params, frozen, BATCH, jax.random.key(number)).loss) for number in (0, 1))
+    for each in (one, other):
+        np.testing.assert_allclose(each[3:], at_zero[3:], rtol=1e-9)
+        assert np.allclose(each[:3], at_zero[:3], rtol=1e-9) == (name == "softmax")
+    assert np.allclose(one, other, rtol=1e-9) == (name == "softmax")
+
+
+def test_rows_as_long_as_the_context_begin_at_zero(models, x64):
+    student, teacher = models
+    short = AttentionTransfer(CONFIG, context_length=8)
+    given = params_of(student), {"teacher": teacher}, BATCH
+    drawn = jax.jit(short.training_sums)(*given, jax.random.key(0))
+    np.testing.assert_allclose(drawn.loss, jax.jit(short.sums)(*given).loss, rtol=1e-12)
+
+
+def test_a_context_is_for_rotary_positions():
+    config = Gpt2Config(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, max_positions=16)
+    with pytest.raises(UserError, match=r"transfer.context_length 64 is for models with rotary positions, and a Gpt2"):
+        AttentionTransfer(config, context_length=64)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"transfer": {"context_length": 0}}, "transfer.context_length is 0; give 1 or more tokens, or null"),
         ({"transfer": {"window_dropout": 1.5}}, "transfer.window_dropout is 1.5; give a probability between 0 and 1"),
         ({"transfer": {"narrowed_window": 0}}, "transfer.narrowed_window is 0; give 1 or more tokens"),
         ({"init_from": None}, "objective 'attention_transfer' needs init_from"),
