@@ -102,7 +102,7 @@ class AttentionOptions:
     @property
     def turns(self) -> bool:
         """True where the attention turns queries and keys by rotary positions itself, in its window alone."""
-        return not self.sizes.get("rotary_memory", True)
+        return self.window and not self.sizes.get("rotary_memory", True)
 
     @property
     def grouped(self) -> bool:
