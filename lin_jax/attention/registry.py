@@ -551,7 +551,7 @@ def build_mixer(
 
 def _turn(config: AttentionConfig, name: Name, turn: Turn | None) -> Turn | None:
     """Rotary positions for a window whose memory is to read what they have not turned; None where all is turned."""
-    if config.rotary_memory:
+    if config.rotary_memory or name.base == "softmax":
         return None
     if not name.window:
         raise UserError(

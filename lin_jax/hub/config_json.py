@@ -127,10 +127,7 @@ def has_remote_code(model: nnx.Module, *, int8: bool = False) -> bool:
     family = family_of_model(model)
     if (is_known(family, model.config) and not int8) or not can_decode(model.config):
         return False
-    kinds = [kind for each in attentions_of(model.config).values() for kind in each.kinds]
-    if not all(kind.rotary_memory for kind in kinds):
-        return False
-    bases = {parse_name(kind.name).base for kind in kinds}
+    bases = {parse_name(kind.name).base for each in attentions_of(model.config).values() for kind in each.kinds}
     return has_source(family.name, type(model).__name__, bases)
 
 

@@ -46,6 +46,15 @@ class ByKind:
         at = self.order[:number].count(kind)
         return jax.tree.map(lambda leaf: leaf[at], self.kinds[kind])
 
+    def selected(self, numbers: Sequence[int]) -> "ByKind":
+        """The values of some layers, in the given order, as a stack of these layers has them."""
+        kinds = [self.order[number] for number in numbers]
+        parts = []
+        for kind in dict.fromkeys(kinds):
+            own = [self.order[:number].count(kind) for number in numbers if self.order[number] == kind]
+            parts.append(_taken(self.kinds[kind], own))
+        return ByKind(tuple(parts), numbered(kinds))
+
     def in_order(self) -> Any:
         """Values of one structure for all kinds as one stack, in the order of the layers."""
         numbers = [number for each in layers_of_kinds(self.order) for number in each]
@@ -56,6 +65,13 @@ class ByKind:
 def layers_of_kinds(order: Sequence[int]) -> list[list[int]]:
     """Numbers of the layers of each kind."""
     return [[number for number, kind in enumerate(order) if kind == each] for each in range(max(order) + 1)]
+
+
+def _taken(values: Any, numbers: Sequence[int]) -> Any:
+    """Values of some layers of a stack; neighbours are a slice of it, which is no copy inside of a program."""
+    first, end = numbers[0], numbers[-1] + 1
+    index = slice(first, end) if [*numbers] == [*range(first, end)] else jnp.asarray(numbers)
+    return jax.tree.map(lambda leaf: leaf[index], values)
 
 
 def numbered(kinds: Sequence[Any]) -> tuple[int, ...]:

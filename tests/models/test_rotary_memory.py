@@ -11,7 +11,6 @@ from flax import nnx
 from lin_jax.attention import QKV, AttentionConfig, build_mixer, tree_arrays, whole_rows
 from lin_jax.attention.memory_start import fit_memory
 from lin_jax.errors import UserError
-from lin_jax.hub.config_json import has_remote_code
 from lin_jax.models import Gpt2, Gpt2Config, Llama, LlamaConfig
 from lin_jax.models.rotary import RotaryConfig, RotaryTurn
 
@@ -155,7 +154,6 @@ def test_where_it_is_not_for():
         Gpt2(config, rngs=nnx.Rngs(0))
 
 
-def test_there_is_no_source_for_transformers(model):
-    assert not has_remote_code(model)
+def test_layers_of_a_mix_that_have_no_window_have_nothing_to_say():
     mixed = replace(CONFIG, attention=replace(ATTENTION, layers={0: "softmax"}))
     assert [each.rotary_memory for each in mixed.attention.of_layers(2)] == [True, False]

@@ -64,6 +64,7 @@ CASES = [
     Case("exponential+window+convolution", "gpt2", sizes={"window": 5}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token"}),
     Case("hedgehog+window", sizes={"window": 6, "decay": "token", "sinks": 3, "pattern": BESIDE_SINKS}),
+    Case("clustered+window", sizes={"window": 6, "rotary_memory": False, "sinks": 2}),
 ]
 THOROUGH = [
     Case("flash_global"),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from lin_jax.attention import tree_arrays
 from lin_jax.decoding.drafting.api import DraftContext, Guesses, Stateless, TreeLevel, best_guesses
 from lin_jax.models import CausalModel
+from lin_jax.models.by_kind import ByKind
 
 
 class _ModelOverTree(nnx.Module):
@@ -87,6 +88,8 @@ class SelfDrafter(_ModelOverTree, Stateless):
     def begin(self, context: DraftContext, state: Any) -> tuple[Any, None]:
         """Shares the part of the target's state that belongs to the layers."""
         del state
+        if isinstance(context.target, ByKind):
+            return context.target.selected(self.layers), None
         first, last = self.layers[0], self.layers[-1] + 1
         if self.layers == tuple(range(first, last)):
             return jax.tree.map(lambda leaf: leaf[first:last], context.target), None

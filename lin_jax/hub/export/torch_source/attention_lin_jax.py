@@ -29,7 +29,7 @@ from .linear_attention_lin_jax import (
 )
 from .other_attention_lin_jax import LOCAL_SCORES, FullAttention, GroupSoftmax, Linformer, LocalBranch, SlidingSoftmax
 from .recurrence_lin_jax import Bias, Piece, Rows, State, empty_group, unit, wide
-from .windowed_attention_lin_jax import Window, WindowedMemory
+from .windowed_attention_lin_jax import Turn, Window, WindowedMemory
 
 # Attentions by groups, after FLASH; and those that a local branch stands beside without a relative bias.
 GROUPED = ("flash_local", "flash_global", "flash", "linear_angular")
@@ -98,6 +98,11 @@ class AttentionOptions:
         factor = "local" in added or base == "linear_angular"
         factor = factor and not (conventions.two_branches and base in GROUPED)
         return cls(base, local, factor, "convolution" in added, "window" in added, attention, conventions)
+
+    @property
+    def turns(self) -> bool:
+        """True where the attention turns queries and keys by rotary positions itself, in its window alone."""
+        return self.window and not self.sizes.get("rotary_memory", True)
 
     @property
     def grouped(self) -> bool:
@@ -236,7 +241,10 @@ class CausalConvolution(nn.Module):
 
 
 class Mixer(NamedTuple):
-    """What a layer mixes tokens with: options, what was built by them, and relative biases, if there are any."""
+    """What a layer mixes tokens with: options, what was built by them, and relative biases, if there are any.
+
+    Queries and keys that come before rotary positions have turned them come with these, as `turn`.
+    """
 
     options: AttentionOptions
     attention: nn.Module | None
@@ -244,6 +252,7 @@ class Mixer(NamedTuple):
     convolution: CausalConvolution | None
     windowed: WindowedMemory | None
     bias: Bias | None = None
+    turn: Turn | None = None
 
     @property
     def local_bias(self) -> Bias | None:
@@ -314,6 +323,7 @@ def _mix_windowed(
 ) -> tuple[Tensor, State]:
     """The same of an attention whose memory has a window before it, or decays."""
     near = {"local": mixer.options.local_branch(queries.shape[-1]), "factor": mixer.factor, "bias": mixer.bias}
+    near["turn"] = mixer.turn
     state, inputs = state.get("windowed", {}), (queries, keys, values)
     mixed, after = mixer.windowed(mixer.attention, inputs, rows, state, **near)
     return mixed, {"windowed": after}

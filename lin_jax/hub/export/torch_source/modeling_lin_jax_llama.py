@@ -1,5 +1,7 @@
 """LLaMA (and with other options Mistral, Qwen2, Qwen3) with linear attention, decoding on a recurrent state."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -49,6 +51,7 @@ class LinJaxLlamaAttention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
         self.options = AttentionOptions.of(config.attention, layer)
+        self.turn = partial(turned, config=config) if self.options.turns else None
         heads = {"heads": config.num_attention_heads, "kv_heads": config.num_key_value_heads}
         self.mixer = build_attention(self.options, self.head_dim, layer, **heads)
         self.windowed = build_window(self.options, self.head_dim, **heads)
@@ -64,8 +67,10 @@ class LinJaxLlamaAttention(nn.Module):
         queries, keys, values = (
             part(x).unflatten(2, (-1, self.head_dim)) for part in (self.q_proj, self.k_proj, self.v_proj)
         )
-        queries, keys = rotate(self.q_norm(queries), rotations), rotate(self.k_norm(keys), rotations)
-        mixer = Mixer(self.options, self.mixer, self.global_factor, self.dwconv, self.windowed)
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if self.turn is None:
+            queries, keys = rotate(queries, rotations), rotate(keys, rotations)
+        mixer = Mixer(self.options, self.mixer, self.global_factor, self.dwconv, self.windowed, turn=self.turn)
         mixed, state = mix_tokens(mixer, queries, keys, values, rows, state)
         return self.o_proj(mixed.flatten(2)), state
 
@@ -159,6 +164,12 @@ def rotations_at(positions: Tensor, config: LinJaxLlamaConfig, dtype: torch.dtyp
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=length)
     angles = positions[..., None, None].to(dtype) * frequencies.to(positions.device, dtype)
     return angles.cos() * scale, angles.sin() * scale
+
+
+def turned(vectors: Tensor, positions: Tensor, *, config: LinJaxLlamaConfig) -> Tensor:
+    """Vectors `[B, T, ..., D]` rotated by the positions `[B, T]` of their tokens."""
+    rotations = rotations_at(positions, config, wide(vectors).dtype)
+    return rotate(vectors.flatten(2, -2), rotations).reshape(vectors.shape)
 
 
 def rotate(vectors: Tensor, rotations: Rotations) -> Tensor:

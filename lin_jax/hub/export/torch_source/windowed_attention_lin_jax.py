@@ -4,7 +4,7 @@ Under one normaliser, `(sum_near e^{c q·k} v + e^b sum_far phi(q)·phi(k) d v) 
 branch beside a linear attention. A state is the memory, decayed up to its last token, and the tokens behind it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from .recurrence_lin_jax import (
     wide,
     with_sinks,
 )
+
+Turn = Callable[[Tensor, Tensor], Tensor]
+"""Rotary positions: vectors `[B, T, ..., D]` and positions `[B, T]` to vectors that are turned."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,14 @@ class Slots:
         return cls(first, positions, slots["keys"], slots["values"], decays, causal & near, causal & ~near)
 
     @property
+    def slot_positions(self) -> Tensor:
+        """`[B, C + N]` positions of the slots."""
+        return self.first[:, None] + torch.arange(self.keys.shape[1], device=self.first.device)
+
+    @property
     def distances(self) -> Tensor:
         """`[B, N, C + N]` how far a slot is before a token of the piece; negative behind it."""
-        slots = torch.arange(self.keys.shape[1], device=self.first.device)
-        return self.positions[..., None] - (self.first[:, None] + slots)[:, None]
+        return self.positions[..., None] - self.slot_positions[:, None]
 
     def sink_distances(self, sinks: int) -> Tensor:
         """`[B, N, sinks]` how far the first tokens of a text are before a token of the piece; negative behind it."""
@@ -184,6 +191,7 @@ class WindowedMemory(nn.Module):
         local: LocalBranch | None = None,
         factor: Tensor | None = None,
         bias: Bias | None = None,
+        turn: Turn | None = None,
     ) -> tuple[Tensor, State]:
         """Outputs `[B, T, K, R, E]` of whole rows, a piece at a time, and the state after them.
 
@@ -195,6 +203,7 @@ class WindowedMemory(nn.Module):
             local: a branch of the near pairs' own.
             factor: of the memory beside that branch.
             bias: of near pairs by their distance; None is none.
+            turn: rotary positions, for near pairs alone; None where queries and keys come turned, or have none.
         """
         queries, keys, values = inputs
         state, size, outputs = state or self.empty_state(linear, keys, values), self.window.piece, []
@@ -209,7 +218,7 @@ class WindowedMemory(nn.Module):
             sinks = with_sinks(state, first, piece.position, self.window.sinks)
             distances = torch.cat([slots.sink_distances(self.window.sinks), slots.distances], dim=2)
             between = None if bias is None else bias(distances)
-            outputs.append(self._outputs(linear, asking, slots, sinks, state["memory"], local, factor, between))
+            outputs.append(self._outputs(linear, asking, slots, sinks, state["memory"], local, factor, between, turn))
             state = {**self._after(linear, slots, part, piece, state), **sinks}
         return torch.cat(outputs, dim=1), state
 
@@ -223,6 +232,7 @@ class WindowedMemory(nn.Module):
         local: LocalBranch | None,
         factor: Tensor | None,
         bias: Tensor | None,
+        turn: Turn | None,
     ) -> Tensor:
         """Outputs `[B, N, K, R, E]` of a piece."""
         far = torch.einsum("btkrm,bkme->btkre", linear.query_features(queries), memory)
@@ -237,11 +247,16 @@ class WindowedMemory(nn.Module):
             far = far + weighted_values(weights, linear.extended(wide(slots.values)))
         if self.balance is not None:
             keys, values, near = wide(slots.keys), wide(slots.values), slots.near
+            scored, places = None, slots.slot_positions
             if sinks:
                 keys = torch.cat([wide(sinks["sink_keys"]), keys], dim=1)
                 values = torch.cat([wide(sinks["sink_values"]), values], dim=1)
                 near = torch.cat([slots.sink_distances(self.window.sinks) >= 0, near], dim=2)
-            return self.normalised(linear, queries, keys, values, near, far, bias)
+                first = torch.arange(self.window.sinks, device=places.device).expand(places.shape[0], -1)
+                places = torch.cat([first, places], dim=1)
+            if turn is not None:
+                scored, keys = turn(queries, slots.positions), turn(keys, places)
+            return self.normalised(linear, queries, keys, values, near, far, bias, scored)
         outputs = linear.finish(far)
         if local is None:
             return outputs
@@ -257,6 +272,7 @@ class WindowedMemory(nn.Module):
         near: Tensor,
         far: Tensor,
         bias: Tensor | None = None,
+        scored: Tensor | None = None,
     ) -> Tensor:
         """Softmax of near pairs and the memory's sums `[B, N, K, R, E + 1]`, under one normaliser.
 
@@ -268,8 +284,11 @@ class WindowedMemory(nn.Module):
             near: `[B, N, S]` the pairs.
             far: the sums.
             bias: `[B, K, R, N, S]` of the near pairs' scores, or None.
+            scored: queries as near pairs are scored; None is as the memory reads them.
         """
-        scores = pair_scores(queries, keys) * (queries.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        scores = pair_scores(queries if scored is None else scored, keys) * (
+            queries.shape[-1] ** -0.5 if self.scale is None else self.scale
+        )
         scores = scores if bias is None else scores + bias.to(scores.dtype)
         scores = scores.masked_fill(~near[:, None, None], -torch.inf)
         scale = linear.log_scale(queries) + self.balance.to(scores.dtype)
