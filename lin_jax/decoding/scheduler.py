@@ -177,8 +177,11 @@ class Scheduler:
             return False
         began = time.perf_counter()
         running = np.asarray(self.state.status) == RowStatus.RUNNING
-        compiling = self._compile(running)
-        self._run(self.steering.choose(running, self._is_ready, self.steps_per_sync if steps is None else steps))
+        # What each row may still be given decides where no prompts wait for its place.
+        left = None if self.waiting else np.asarray(self.state.limit) - np.asarray(self.state.written)
+        compiling = self._compile(running, left)
+        most = self.steps_per_sync if steps is None else steps
+        self._run(self.steering.choose(running, self._is_ready, most, left))
         self.decode_seconds += time.perf_counter() - began - compiling
         self.prefill_seconds += compiling
         return True
@@ -275,10 +278,10 @@ class Scheduler:
         count, waiting = np.int32(steps), np.bool_(bool(self.waiting))
         return run(self.modules, state, self.spec.stops, count, waiting, limit, alert, options=self.spec.options[shape])
 
-    def _compile(self, running: np.ndarray) -> float:
+    def _compile(self, running: np.ndarray, left: np.ndarray | None) -> float:
         """Compiles what is needed now, and has the tree compiled that is wanted next; gives the seconds of waiting."""
         needed = self.steering.needed
-        wanted = self.steering.wanted(running, self._is_ready)
+        wanted = self.steering.wanted(running, self._is_ready, left)
         began = time.perf_counter()
         if not self._is_ready(needed):
             # No step at all, so that the time of decoding is that of decoding.

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lin_jax.decoding.autotune.choice import Choice
-from lin_jax.decoding.autotune.chooser import Chooser
+from lin_jax.decoding.autotune.chooser import Chooser, Left
 from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
@@ -29,11 +29,20 @@ class Steering(Protocol):
     def begin_row(self, row: int, text: Sequence[int]) -> None:
         """A prompt, with the first token after it, takes a row of the batch."""
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
-        """Chooses the next steps; `ready` tells which shapes are compiled."""
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
+        """Chooses the next steps.
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
-        """Shape to compile next, or None."""
+        Args:
+            running: `[B]` mask of the rows that are not finished.
+            ready: tells which shapes are compiled.
+            max_steps: largest number of steps.
+            left: `[B]` tokens that each row may still be given, if no prompts wait for a place; None where some do.
+        """
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
+        """Shape to compile next, or None; arguments as in `choose`."""
 
     def is_unknown(self, shape: int) -> bool:
         """True for a compiled shape that is to be timed before it is used."""
@@ -80,11 +89,13 @@ class FixedShape:
     def begin_row(self, row: int, text: Sequence[int]) -> None:
         """Makes no difference."""
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
         """Takes the shape, or plain decoding during a pause."""
         return Choice(self.needed, self.fallback.steps_until_check(max_steps))
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
         """Wants no more than it needs."""
 
     def is_unknown(self, shape: int) -> bool:
@@ -144,13 +155,15 @@ class AdaptiveShape:
         self.unread[row] = []
         self._follow(row, text)
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
-        return self.chooser.choose(running, self._ready(ready), max_steps)
+        return self.chooser.choose(running, self._ready(ready), max_steps, left)
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
         """Wants what should be tried, or promises most."""
-        return self.chooser.wanted(running, [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)])
+        return self.chooser.wanted(running, [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)], left)
 
     def is_unknown(self, shape: int) -> bool:
         """True as long as too little was measured on this machine, now and in earlier calls."""
@@ -171,17 +184,20 @@ class AdaptiveShape:
         """Learns acceptance, cost, and what lookups would have given."""
         self.costs.record(choice.arm, steps, seconds)
         self.chooser.update(choice, steps, histogram)
+        # The loop itself tells of matches with the text: those of many rows are looked at when it has.
+        later = len(self.followed) > 1 and not choice.arm and not self.chooser.alerted
         for row, followed in enumerate(self.followed):
             if followed:
-                self._follow(row, tokens(row))
+                idle = later and all(each.idle for each in followed.values())
+                self._follow(row, tokens(row), later=idle)
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
 
-    def _follow(self, row: int, tokens: Sequence[int]) -> None:
-        """Reads on in a row, and learns from what copies would have given."""
+    def _follow(self, row: int, tokens: Sequence[int], *, later: bool = False) -> None:
+        """Reads on in a row, and learns from what copies would have given; all of it later where nobody asks now."""
         self.unread[row] += tokens
-        if not self.unread[row] or not self.chooser.follows:
+        if later or not self.unread[row] or not self.chooser.follows:
             return
         new, self.unread[row] = self.unread[row], []
         for family, hindsight in self.followed[row].items():

@@ -161,11 +161,17 @@ def size_key(model: CausalModel) -> str:
     return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
 
 
-def visit_cost(model: CausalModel) -> float:
-    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights."""
+def visit_cost(model: CausalModel, slots: int = 1) -> float:
+    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights.
+
+    Args:
+        model: the model.
+        slots: rows of the batch, whose steps take longer as those with as many nodes do.
+    """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
     while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
-    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
+    cost = while_reading / max(size, 1) / assumed_cost(slots)
+    return float(np.clip(cost, LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:

@@ -40,6 +40,10 @@ class Hindsight(Protocol):
     def matched(self) -> int:
         """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
 
+    @property
+    def idle(self) -> bool:
+        """True where there is nothing to copy from but the text itself, whose matches the loop on the device sees."""
+
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
 
@@ -79,6 +83,11 @@ class LookupHindsight:
         """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
         goes_on = self._most > 0 and (self.accepted == self._most or self._guess(self.accepted) >= 0)
         return self.agreeing + self.accepted if goes_on else 0
+
+    @property
+    def idle(self) -> bool:
+        """True: it copies from the text itself alone."""
+        return True
 
     @property
     def guesses(self) -> list[int]:
@@ -163,6 +172,11 @@ class MemoryHindsight(LookupHindsight):
         # Place in the memory of the token before the guesses, and the texts that it is a place of.
         self.followed = -1
         self.texts: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        """True as long as the memory is empty."""
+        return not self.memory.contexts.tokens
 
     def _copy(self) -> tuple[list[int], int, int, int]:
         """Tokens that followed in the memory, or else in the text itself."""

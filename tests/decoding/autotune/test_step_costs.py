@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.samples import build_model
 
@@ -102,6 +103,10 @@ def test_syncs_cost_small_models_most() -> None:
     small = build_model("augmented", dtype="float32")
     assert LEAST_VISIT <= visit_cost(small) <= MOST_VISIT
     assert visit_cost(small) == MOST_VISIT
+    # Twenty million bytes of weights; steps of sixteen rows take longer, the host hardly.
+    large = {"weights": np.zeros(5_000_000, np.float32)}
+    assert LEAST_VISIT < visit_cost(large) < MOST_VISIT
+    assert visit_cost(large, 16) == pytest.approx(visit_cost(large) / assumed_cost(16))
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"8": ["a"]}', '{"8": [-1]}', '{"8": 3}'])
