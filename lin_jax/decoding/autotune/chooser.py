@@ -18,7 +18,14 @@ from typing import TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.decoding.autotune.account import CREDIT, SURE_MATCH, SURE_VALUE, LossAccount
+from lin_jax.decoding.autotune.account import (
+    ALLOWANCE,
+    BATCH_ALLOWANCE,
+    CREDIT,
+    SURE_MATCH,
+    SURE_VALUE,
+    LossAccount,
+)
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
 from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
@@ -40,8 +47,6 @@ FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 16, 128, 512
 HIGH, LOW = 2.0, 0.5
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
-# Steps of a text before such a trial where at least so many steps of earlier texts, or training, tell what to expect.
-KNOWN_PAUSE, KNOWN_STEPS = 256, 16
 # Share of accepted guesses that makes an arm worth a trial.
 HOPE = 0.8
 # Tokens per cost that such a share would give, for a trial; and plain steps that trials leave for copies.
@@ -98,12 +103,11 @@ class Chooser:
         self.copies = copies
         self.alerting = alerting
         self.evidence = BatchEvidence(arms, rows, copies, learned)
-        self.account = LossAccount(visit_cost)
+        self.account = LossAccount(visit_cost, ALLOWANCE if rows == 1 else BATCH_ALLOWANCE)
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
         families = max(arm.family for arm in arms) + 1
-        known = self.evidence.shared.tries[0, :, 0] >= KNOWN_STEPS
-        self.due = [KNOWN_PAUSE if each else 0 for each in known]
+        self.due = [0] * families
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
         # Whether the loop has just returned for a match.

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 
 from lin_jax.decoding.autotune.choice import Choice
 from lin_jax.decoding.autotune.chooser import Chooser, Left
-from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
+from lin_jax.decoding.autotune.evidence import PRIOR, Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
@@ -211,7 +211,10 @@ def no_evidence(shapes: DraftShapes) -> Evidence:
 
 
 def recorded_evidence(shapes: DraftShapes, recorded: Mapping[int, Float[np.ndarray, "K R"]]) -> Evidence:
-    """Evidence to begin with where it is known how often a drafter's guesses are right, as after training heads.
+    """Evidence to begin with where training recorded how often a drafter's guesses are right.
+
+    It counts only where it promises something: the recorded text is harder to guess than what the model writes itself,
+    so that a low share says little.
 
     Args:
         shapes: the shapes.
@@ -223,6 +226,8 @@ def recorded_evidence(shapes: DraftShapes, recorded: Mapping[int, Float[np.ndarr
         index, first = shapes.origins.get(arm.family, (-1, 0))
         if arm.depth and index in recorded and arm.family not in shapes.hindsight:
             shares = accepted_shares(tree, recorded[index], first)
+            if not len(shares) or shares[0] <= PRIOR:
+                continue
             evidence.tries[0, arm.family, : len(shares)] = RECORDED_STEPS
             evidence.hits[0, arm.family, : len(shares)] = RECORDED_STEPS * shares
     return evidence

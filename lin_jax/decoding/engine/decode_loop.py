@@ -227,14 +227,14 @@ def run(
 
     def unfinished(carry: _Carry) -> Array:
         finished = carry.state.finished
-        goes_on = (carry.count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+        goes_on = (carry.steps < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
         if alert is not None and carry.watch is not None:
             alerted = _is_alerted(carry.state, carry.watch.found >= alert, waiting)
-            goes_on &= ~(alerted & (carry.count >= STEPS_BEFORE_ALERT))
+            goes_on &= ~(alerted & (carry.steps >= STEPS_BEFORE_ALERT))
         if loss_limit is None:
             return goes_on
         # The first step is allowed by the caller, who may round in another way.
-        return goes_on & ((carry.count == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
+        return goes_on & ((carry.steps == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
 
     def body(carry: _Carry) -> _Carry:
         before, lost = carry.state, carry.lost
@@ -243,8 +243,8 @@ def run(
             lost = lost + loss_limit.cost - _gained(before, after, waiting)
             # What steps gain does not pay for later ones: the host is to look at what has changed.
             lost = jnp.maximum(lost, 0)
-        watch = None if carry.watch is None else carry.watch.follow(carry.count, after.root)
-        return _Carry(carry.count + 1, after, lost.astype(jnp.float32), watch)
+        watch = None if carry.watch is None else carry.watch.follow(carry.steps, after.root)
+        return _Carry(carry.steps + 1, after, lost.astype(jnp.float32), watch)
 
     begin = _Carry(jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32), watch)
     steps, state, _, _ = jax.lax.while_loop(unfinished, body, begin)
@@ -279,7 +279,7 @@ def _gained(before: LoopState, after: LoopState, waiting: Bool[Array, ""]) -> Fl
 class _Carry(NamedTuple):
     """What the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     state: LoopState
     lost: Float[Array, ""]
     watch: MatchWatch | None
