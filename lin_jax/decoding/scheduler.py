@@ -13,6 +13,7 @@ from lin_jax.decoding.autotune.choice import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.ngram_lookup import MOST_WATCHED_ROWS
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import tree_text
@@ -269,7 +270,8 @@ class Scheduler:
     ) -> tuple[LoopState, jax.Array]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
         limit = alert = None
-        if not shape and self.spec.adaptive and self.spec.drafter.lookback:
+        watched = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
+        if not shape and watched:
             alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)

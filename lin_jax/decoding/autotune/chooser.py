@@ -28,7 +28,7 @@ from lin_jax.decoding.autotune.account import (
 )
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
-from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, MOST_WATCHED_ROWS
 
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
 # time, must also pay for the sync before them, the more so if plain decoding is interrupted for it.
@@ -98,7 +98,7 @@ class Chooser:
     ) -> None:
         assert arms[0].depth == 0, "plain decoding comes first"
         self.arms = tuple(arms)
-        self.cost = cost
+        self.cost, self.rows = cost, rows
         self.observed = observed | copies
         self.copies = copies
         self.alerting = alerting
@@ -133,6 +133,10 @@ class Chooser:
     def follows(self) -> bool:
         """True where something could be drafted, so that it is of use to know what copies would give."""
         return self.account.affords_sure_copies
+
+    def decisive(self, running: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Mask of those of the running rows on which it depends whether drafts pay, as of the last choice."""
+        return decisive(running, self._left)
 
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
@@ -213,7 +217,9 @@ class Chooser:
         # Those that are not compiled too, which then are wanted.
         copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
         arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + CREDIT]
-        if not arms or not running.any():
+        # A look at many rows that finds nothing costs more than the others have left to lose.
+        unpaid = self.rows > 1 and not self.affords_sync
+        if not arms or unpaid or self.rows > MOST_WATCHED_ROWS or not running.any():
             return NO_ALERT
         lengths = [length for length in MATCHES if length <= LONGEST_ALERT]
         tokens = self.evidence.expected_copies(running, lengths, max(self.arms[arm].depth for arm in arms))

@@ -184,25 +184,45 @@ class AdaptiveShape:
         """Learns acceptance, cost, and what lookups would have given."""
         self.costs.record(choice.arm, steps, seconds)
         self.chooser.update(choice, steps, histogram)
-        # The loop itself tells of matches with the text: those of many rows are looked at when it has.
-        later = len(self.followed) > 1 and not choice.arm and not self.chooser.alerted
         for row, followed in enumerate(self.followed):
             if followed:
-                idle = later and all(each.idle for each in followed.values())
-                self._follow(row, tokens(row), later=idle)
+                self.unread[row] += tokens(row)
+        if not self._waits(choice, histogram):
+            for row, followed in enumerate(self.followed):
+                if followed:
+                    self._follow(row, ())
+
+    def _waits(self, choice: Choice, histogram: Int[np.ndarray, "B P"]) -> bool:
+        """True where many rows need not be followed yet, since those on which it depends have nothing to copy."""
+        rows = [row for row, followed in enumerate(self.followed) if followed]
+        if len(self.followed) == 1 or choice.arm or self.chooser.alerted:
+            return False
+        if not all(each.idle for row in rows for each in self.followed[row].values()):
+            return False
+        deciding = self.chooser.decisive(histogram.any(axis=1))
+        return not all(repeats_itself(self.unread[row]) for row in np.flatnonzero(deciding))
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
 
-    def _follow(self, row: int, tokens: Sequence[int], *, later: bool = False) -> None:
-        """Reads on in a row, and learns from what copies would have given; all of it later where nobody asks now."""
+    def _follow(self, row: int, tokens: Sequence[int]) -> None:
+        """Reads on in a row, and learns from what copies would have given."""
         self.unread[row] += tokens
-        if later or not self.unread[row] or not self.chooser.follows:
+        if not self.unread[row] or not self.chooser.follows:
             return
         new, self.unread[row] = self.unread[row], []
         for family, hindsight in self.followed[row].items():
             hindsight.push(new)
             self.chooser.observe_copies(row, family, hindsight.matched, hindsight.trials)
+
+
+def repeats_itself(tokens: Sequence[int], last: int = 8) -> bool:
+    """True where the last tokens of a text occurred in it before."""
+    text = np.asarray(tokens, np.int32)
+    if text.size <= last:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(text[:-1], last)
+    return bool((windows == text[-last:]).all(axis=1).any())
 
 
 def no_evidence(shapes: DraftShapes) -> Evidence:

@@ -28,8 +28,9 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
 # Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
 KEPT, ENOUGH = 15, 5
 # Measurements of a shape that must be known before it is used: as many rounds of timing, each of some steps with the
-# shape and some plain ones. Rounds end early, and are of single steps, where a plain step takes long.
-TIMED, TIMED_STEPS, LONG_STEP, LONGEST_TIMING = 3, 4, 0.02, 0.5
+# shape and more plain ones, as they are taken at a time: of a few steps the first, which take longer, are a large part.
+# Rounds end early, and are of single steps, where a plain step takes long.
+TIMED, TIMED_STEPS, TIMED_PLAIN, LONG_STEP, LONGEST_TIMING = 3, 4, 16, 0.02, 0.5
 # Bytes of weights that are read while the host looks at the loop, and another program begins, whose first step takes
 # longer than its others; and bounds of this cost in plain steps.
 VISIT_BYTES = {"cpu": 3e7, "other": 3e8}
@@ -137,16 +138,16 @@ def time_shape(plain: Callable[[int], int], drafted: Callable[[int], int]) -> li
     Returns:
         The cost of a step in plain steps, as often as `TIMED` measurements must be known.
     """
-    steps, began = 1, time.perf_counter()
+    steps, plain_steps, began = 1, 1, time.perf_counter()
     _seconds_per_step(drafted, 1)
     if _seconds_per_step(plain, 1) < LONG_STEP:
-        steps = TIMED_STEPS
+        steps, plain_steps = TIMED_STEPS, TIMED_PLAIN
     rounds: list[tuple[float, float]] = []
     while len(rounds) < TIMED and not (rounds and time.perf_counter() - began > LONGEST_TIMING):
-        rounds.append((_seconds_per_step(plain, steps), _seconds_per_step(drafted, steps)))
-    # The fastest rounds were disturbed least.
-    best = min(each[1] for each in rounds) / min(each[0] for each in rounds)
-    return [best] * TIMED
+        rounds.append((_seconds_per_step(plain, plain_steps), _seconds_per_step(drafted, steps)))
+    # One disturbed round decides nothing.
+    cost = median(each[1] for each in rounds) / median(each[0] for each in rounds)
+    return [cost] * TIMED
 
 
 def _seconds_per_step(take_steps: Callable[[int], int], steps: int) -> float:
@@ -161,17 +162,14 @@ def size_key(model: CausalModel) -> str:
     return hashlib.sha256(f"{model.config}{parts}".encode()).hexdigest()[:12]
 
 
-def visit_cost(model: CausalModel, slots: int = 1) -> float:
+def visit_cost(model: CausalModel) -> float:
     """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights.
 
-    Args:
-        model: the model.
-        slots: rows of the batch, whose steps take longer as those with as many nodes do.
+    In a batch steps take longer, and so does what the host does for its rows.
     """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
     while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
-    cost = while_reading / max(size, 1) / assumed_cost(slots)
-    return float(np.clip(cost, LEAST_VISIT, MOST_VISIT))
+    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:

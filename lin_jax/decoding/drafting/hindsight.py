@@ -44,7 +44,7 @@ class Hindsight(Protocol):
 
     @property
     def idle(self) -> bool:
-        """True where there is nothing to copy from but the text itself, whose matches the loop on the device sees."""
+        """True where there is nothing to copy from but the text itself."""
 
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""

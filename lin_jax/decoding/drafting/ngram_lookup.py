@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Int
 LOOKED_UP = 3
 # Longest match at which the loop of plain steps can be told to return.
 LONGEST_ALERT = 16
+# Largest number of rows whose matches the loop watches: of more, that takes as long as a tenth of a small model's step.
+MOST_WATCHED_ROWS = 4
 
 
 class Matches(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.samples import build_model
 
@@ -82,7 +81,7 @@ def test_one_shape_tells_of_the_others() -> None:
 
 @pytest.mark.parametrize(("plain_step", "rounds"), [(0.001, 3), (LONG_STEP, 3), (1.0, 1)])
 def test_timing_is_short(monkeypatch: pytest.MonkeyPatch, plain_step: float, rounds: int) -> None:
-    """On a clock of its own: a few steps of a small model, two of a large one; the least disturbed round counts."""
+    """On a clock of its own: a few steps of a small model, two of a large one; a disturbed round does not count."""
     clock = [0.0]
     monkeypatch.setattr(step_costs.time, "perf_counter", lambda: clock[0])
     taken: list[tuple[str, int]] = []
@@ -96,17 +95,14 @@ def test_timing_is_short(monkeypatch: pytest.MonkeyPatch, plain_step: float, rou
     found = time_shape(lambda n: steps("plain", plain_step, n), lambda n: steps("drafted", 2.5 * plain_step, n))
     assert found == pytest.approx([2.5] * TIMED)
     assert len(taken) == 2 + 2 * rounds
-    assert {count for _, count in taken[2:]} == {4 if plain_step < LONG_STEP else 1}
+    small = plain_step < LONG_STEP
+    assert set(taken[2:]) == {("plain", 16 if small else 1), ("drafted", 4 if small else 1)}
 
 
 def test_syncs_cost_small_models_most() -> None:
     small = build_model("augmented", dtype="float32")
     assert LEAST_VISIT <= visit_cost(small) <= MOST_VISIT
     assert visit_cost(small) == MOST_VISIT
-    # Twenty million bytes of weights; steps of sixteen rows take longer, the host hardly.
-    large = {"weights": np.zeros(5_000_000, np.float32)}
-    assert LEAST_VISIT < visit_cost(large) < MOST_VISIT
-    assert visit_cost(large, 16) == pytest.approx(visit_cost(large) / assumed_cost(16))
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", "[" * 100_000, '{"8": ["a"]}', '{"8": [-1]}', '{"8": 3}'])
