@@ -7,13 +7,13 @@ tokens so takes at most T + ALLOWANCE + RATE * T plain steps, as far as the cost
 plain decoding's speed or more. Copies alone may overdraw the account, by at most `CREDIT`, after a match of
 `SURE_MATCH` tokens that promises `SURE_VALUE` tokens per cost: a text that repeats itself for long, and then does not,
 can lose as much more. Of several rows at a time drafts seldom gain anything, since all must gain: less is spent on
-trying, `BATCH_ALLOWANCE`.
+trying, `BATCH_ALLOWANCE` and `BATCH_CREDIT`.
 """
 
 ALLOWANCE, BATCH_ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 2.5, 0.005, 8.0
 # Tokens per cost that copies must promise for the account to be overdrawn, tokens that must agree with the place that
 # they copy from, and by how many plain steps at most.
-SURE_VALUE, SURE_MATCH, CREDIT = 2.0, 16, 5.0
+SURE_VALUE, SURE_MATCH, CREDIT, BATCH_CREDIT = 2.0, 16, 5.0, 2.5
 
 
 def most_allowed(tokens: int) -> float:

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from lin_jax.decoding.autotune.account import (
     ALLOWANCE,
     BATCH_ALLOWANCE,
+    BATCH_CREDIT,
     CREDIT,
     SURE_MATCH,
     SURE_VALUE,
@@ -104,6 +105,7 @@ class Chooser:
         self.alerting = alerting
         self.evidence = BatchEvidence(arms, rows, copies, learned)
         self.account = LossAccount(visit_cost, ALLOWANCE if rows == 1 else BATCH_ALLOWANCE)
+        self.credit = CREDIT if rows == 1 else BATCH_CREDIT
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
         families = max(arm.family for arm in arms) + 1
@@ -134,9 +136,14 @@ class Chooser:
         """True where something could be drafted, so that it is of use to know what copies would give."""
         return self.account.affords_sure_copies
 
-    def decisive(self, running: Bool[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
-        """Mask of those of the running rows on which it depends whether drafts pay, as of the last choice."""
-        return decisive(running, self._left)
+    def decisive(self, tokens: Int[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Mask of the rows on which it depends now whether drafts pay.
+
+        Args:
+            tokens: `[B]` what each row was given since the last choice.
+        """
+        left = None if self._left is None else self._left - tokens
+        return decisive((tokens > 0) & (True if left is None else left > 0), left)
 
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
@@ -216,7 +223,7 @@ class Chooser:
         allowance, visit_cost = self.account.allowance, self.account.visit_cost
         # Those that are not compiled too, which then are wanted.
         copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
-        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + CREDIT]
+        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + self.credit]
         # A look at many rows that finds nothing costs more than the others have left to lose.
         unpaid = self.rows > 1 and not self.affords_sync
         if not arms or unpaid or self.rows > MOST_WATCHED_ROWS or not running.any():
@@ -237,7 +244,7 @@ class Chooser:
         if family not in self.copies or values[arm] < SURE_VALUE or not running.any():
             return 0.0
         matched = self.evidence.matched[running, family]
-        return CREDIT if (np.median(matched) if self._left is None else matched.min()) >= SURE_MATCH else 0.0
+        return self.credit if (np.median(matched) if self._left is None else matched.min()) >= SURE_MATCH else 0.0
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""

@@ -199,8 +199,9 @@ class AdaptiveShape:
             return False
         if not all(each.idle for row in rows for each in self.followed[row].values()):
             return False
-        deciding = self.chooser.decisive(histogram.any(axis=1))
-        return not all(repeats_itself(self.unread[row]) for row in np.flatnonzero(deciding))
+        deciding = self.chooser.decisive(histogram @ np.arange(1, histogram.shape[1] + 1))
+        # None is left where all have ended.
+        return not deciding.any() or not all(repeats_itself(self.unread[row]) for row in np.flatnonzero(deciding))
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
