@@ -277,7 +277,7 @@ def _gained(before: LoopState, after: LoopState, waiting: Bool[Array, ""]) -> Fl
 
 
 class _Carry(NamedTuple):
-    """What the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
+    """Values that the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
 
     steps: Int[Array, ""]
     state: LoopState
