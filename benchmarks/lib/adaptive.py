@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def adaptive_report(
     """Decodes every prompt plainly and adaptively in turns, and lists each prompt's ratio.
 
     Shapes that the choice wants are compiled when it first wants them, before anything is timed. Every prompt begins
-    without evidence from others: what is measured is what a single call gets.
+    with what training recorded of heads, and without evidence from others: what is measured is what a single call gets.
 
     Args:
         session: the model.
@@ -59,6 +60,7 @@ def adaptive_report(
         rows: prompts that are decoded at a time; what is listed is the ratio of each batch of them.
     """
     found = session.adaptive_generator(slots=rows, background=False)
+    begun = deepcopy(found.learned)
     if again:
         for prompt in tqdm(prompts, desc="first pass", file=sys.stderr):
             found.generate([prompt], tokens)
@@ -72,6 +74,7 @@ def adaptive_report(
             adaptive = Generator(
                 session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
             )
+            adaptive.learned = deepcopy(begun)
             ways = [plain, adaptive, plain]
             done, spent = {}, {}
             for index in (0, 1, 2) if turn % 2 else (2, 1, 0):
@@ -142,6 +145,7 @@ def hardest(session: Session, prompts: Sequence[Sequence[int]], tokens: int, cou
     """
     found = session.adaptive_generator(background=False)
     assert found.shapes is not None
+    begun = deepcopy(found.learned)
     costs = found.costs(1)
     names = {tree_text(tree): number for number, tree in enumerate(found.shapes.trees)}
     told = []
@@ -150,6 +154,7 @@ def hardest(session: Session, prompts: Sequence[Sequence[int]], tokens: int, cou
         alone = Generator(
             session.model, drafter=found.drafter, shapes=found.shapes, costs=found.costs, compiler=found.compiler
         )
+        alone.learned = deepcopy(begun)
         done = alone.generate([prompt], tokens)
         spent = sum(steps * costs.cost(names[tree]) for tree, steps in done.steps_by_tree.items())
         told.append((done.decoded / max(spent, 1), done.mean_accepted_tokens))

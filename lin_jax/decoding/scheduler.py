@@ -13,6 +13,7 @@ from lin_jax.decoding.autotune.choice import NO_ALERT, Choice
 from lin_jax.decoding.autotune.steering import Steering
 from lin_jax.decoding.autotune.step_costs import time_shape
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.drafting.ngram_lookup import MOST_WATCHED_ROWS
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import tree_text
@@ -177,8 +178,11 @@ class Scheduler:
             return False
         began = time.perf_counter()
         running = np.asarray(self.state.status) == RowStatus.RUNNING
-        compiling = self._compile(running)
-        self._run(self.steering.choose(running, self._is_ready, self.steps_per_sync if steps is None else steps))
+        # What each row may still be given decides where no prompts wait for its place.
+        left = None if self.waiting else np.asarray(self.state.limit) - np.asarray(self.state.written)
+        compiling = self._compile(running, left)
+        most = self.steps_per_sync if steps is None else steps
+        self._run(self.steering.choose(running, self._is_ready, most, left))
         self.decode_seconds += time.perf_counter() - began - compiling
         self.prefill_seconds += compiling
         return True
@@ -266,7 +270,8 @@ class Scheduler:
     ) -> tuple[LoopState, jax.Array]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
         limit = alert = None
-        if not shape and self.spec.adaptive and self.spec.drafter.lookback:
+        watched = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
+        if not shape and watched:
             alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
@@ -275,10 +280,10 @@ class Scheduler:
         count, waiting = np.int32(steps), np.bool_(bool(self.waiting))
         return run(self.modules, state, self.spec.stops, count, waiting, limit, alert, options=self.spec.options[shape])
 
-    def _compile(self, running: np.ndarray) -> float:
+    def _compile(self, running: np.ndarray, left: np.ndarray | None) -> float:
         """Compiles what is needed now, and has the tree compiled that is wanted next; gives the seconds of waiting."""
         needed = self.steering.needed
-        wanted = self.steering.wanted(running, self._is_ready)
+        wanted = self.steering.wanted(running, self._is_ready, left)
         began = time.perf_counter()
         if not self._is_ready(needed):
             # No step at all, so that the time of decoding is that of decoding.

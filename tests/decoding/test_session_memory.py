@@ -22,6 +22,7 @@ from lin_jax.decoding import (
     chain,
 )
 from lin_jax.decoding.autotune.shapes import draft_shapes
+from lin_jax.decoding.autotune.step_costs import ENOUGH, StepCosts
 from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.tree import tree_text
@@ -128,21 +129,21 @@ def test_an_evicted_text_is_not_drafted(prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("kind", cells(["copy"], ["suffix"]))
-def test_what_is_chosen_while_decoding_finds_the_memory(
-    prompts: list[list[int]], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]], kind: str) -> None:
     """Chains from memory are left alone in new texts, and taken in known ones; the text is plain decoding's."""
-    # As in a model with weights that take longer to read than a sync with the host.
-    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.MOST_VISIT", 1.5)
     model, memory = build_model(), TextMemory(2048)
     reader = CopyDrafter(memory) if kind == "copy" else SuffixDrafter(memory, lookback=64)
     drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)
     shapes = draft_shapes(drafter, DEPTH, memory=memory)
     assert set(shapes.hindsight) == {0, 1}
+    # As in a model with weights that take longer to read than a sync with the host; no clock changes them.
+    sizes = [tree.size for tree in shapes.trees]
+    costs = StepCosts(sizes, [[1 + 0.2 * (size - 1)] * ENOUGH for size in sizes], visit=1.5)
     generator = Generator(
         model,
         drafter=drafter,
         shapes=shapes,
+        costs=lambda slots: costs,
         compiler=ProgramCompiler(background=False),
         memory=memory,
         prefill_chunk_size=32,

@@ -6,13 +6,14 @@ gain flows back, up to `LARGEST_GAIN`. Syncs with the host are paid from the acc
 tokens so takes at most T + ALLOWANCE + RATE * T plain steps, as far as the costs are right: for 200 tokens 0.97 of
 plain decoding's speed or more. Copies alone may overdraw the account, by at most `CREDIT`, after a match of
 `SURE_MATCH` tokens that promises `SURE_VALUE` tokens per cost: a text that repeats itself for long, and then does not,
-can lose as much more.
+can lose as much more. Of several rows at a time drafts seldom gain anything, since all must gain: less is spent on
+trying, `BATCH_ALLOWANCE` and `BATCH_CREDIT`.
 """
 
-ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 0.005, 8.0
+ALLOWANCE, BATCH_ALLOWANCE, RATE, LARGEST_GAIN = 5.0, 2.5, 0.005, 8.0
 # Tokens per cost that copies must promise for the account to be overdrawn, tokens that must agree with the place that
 # they copy from, and by how many plain steps at most.
-SURE_VALUE, SURE_MATCH, CREDIT = 2.0, 16, 5.0
+SURE_VALUE, SURE_MATCH, CREDIT, BATCH_CREDIT = 2.0, 16, 5.0, 2.5
 
 
 def most_allowed(tokens: int) -> float:
@@ -25,20 +26,21 @@ class LossAccount:
 
     Args:
         visit_cost: plain steps that a sync with the host costs.
+        begin: plain steps that may be lost at the beginning.
 
     Attributes:
         tokens: tokens decoded so far.
         lost: plain steps lost so far; negative where drafts have gained.
     """
 
-    def __init__(self, visit_cost: float) -> None:
-        self.visit_cost = visit_cost
+    def __init__(self, visit_cost: float, begin: float = ALLOWANCE) -> None:
+        self.visit_cost, self.begin = visit_cost, begin
         self.tokens = self.lost = 0.0
 
     @property
     def balance(self) -> float:
         """Plain steps that may be lost, the next sync included."""
-        return ALLOWANCE + RATE * self.tokens - self.lost
+        return self.begin + RATE * self.tokens - self.lost
 
     @property
     def allowance(self) -> float:

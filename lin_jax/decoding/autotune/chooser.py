@@ -4,19 +4,32 @@ The loop can decode plainly or with one of a few compiled draft shapes, its *arm
 of each arm gives, row by row; what it costs, in plain steps, is told. The chooser takes the arm with the most tokens
 per cost, and plain decoding where none has more than one.
 
+Of several rows all take the same steps. Where prompts wait for a place, the mean over the rows counts. Where none do,
+all is done when the last row is, and a row that has finished early gains nothing: what counts is how much sooner the
+row that takes longest is done.
+
 An account bounds what can be lost. The loop leaves an arm on the device, between two steps, as soon as the next one
 could exceed it, and leaves copies as soon as they lose.
 """
 
 from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.decoding.autotune.account import CREDIT, SURE_MATCH, SURE_VALUE, LossAccount
+from lin_jax.decoding.autotune.account import (
+    ALLOWANCE,
+    BATCH_ALLOWANCE,
+    BATCH_CREDIT,
+    CREDIT,
+    SURE_MATCH,
+    SURE_VALUE,
+    LossAccount,
+)
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
-from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, MOST_WATCHED_ROWS
 
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
 # time, must also pay for the sync before them, the more so if plain decoding is interrupted for it.
@@ -35,14 +48,27 @@ FEWEST_PLAIN, MOST_PLAIN, UNPAID_PLAIN = 16, 128, 512
 HIGH, LOW = 2.0, 0.5
 # Plain steps before what lost is tried again: at first, and at most; the pause doubles with each failure.
 FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
-# Steps of a text before such a trial where at least so many steps of earlier texts, or training, tell what to expect.
-KNOWN_PAUSE, KNOWN_STEPS = 256, 16
 # Share of accepted guesses that makes an arm worth a trial.
 HOPE = 0.8
 # Tokens per cost that such a share would give, for a trial; and plain steps that trials leave for copies.
 MIN_HOPE, RESERVE = 1.3, 2.5
 # Loss after which copies are left, in the extra cost of one step: any step that loses ends them.
 PATIENCE = 1.0
+
+
+# Tokens that each row of a batch may still be given, or None where prompts wait for a place.
+Left: TypeAlias = Int[np.ndarray, " B"] | None
+
+
+def decisive(running: Bool[np.ndarray, " B"], left: Left) -> Bool[np.ndarray, " B"]:
+    """Mask of the running rows on which it depends whether drafts pay: without them there would be no gain.
+
+    Where no prompts wait, these are the rows with more than half as many tokens left as the one with the most: drafts
+    that cost two plain steps gain nothing by the others.
+    """
+    if left is None or not running.any():
+        return running
+    return running & (2 * left > left[running].max())
 
 
 class Chooser:
@@ -73,17 +99,17 @@ class Chooser:
     ) -> None:
         assert arms[0].depth == 0, "plain decoding comes first"
         self.arms = tuple(arms)
-        self.cost = cost
+        self.cost, self.rows = cost, rows
         self.observed = observed | copies
         self.copies = copies
         self.alerting = alerting
         self.evidence = BatchEvidence(arms, rows, copies, learned)
-        self.account = LossAccount(visit_cost)
+        self.account = LossAccount(visit_cost, ALLOWANCE if rows == 1 else BATCH_ALLOWANCE)
+        self.credit = CREDIT if rows == 1 else BATCH_CREDIT
         self.steps = 0
         # For each family, the step at which it may be tried again, and the length of its next pause.
         families = max(arm.family for arm in arms) + 1
-        known = self.evidence.shared.tries[0, :, 0] >= KNOWN_STEPS
-        self.due = [KNOWN_PAUSE if each else 0 for each in known]
+        self.due = [0] * families
         self.pause = [FIRST_PAUSE] * families
         self.trial = False
         # Whether the loop has just returned for a match.
@@ -92,6 +118,8 @@ class Chooser:
         self.most_steps = MOST_PLAIN
         # Values of some running rows, until something is learned.
         self._known: tuple[bytes, list[float]] | None = None
+        # Tokens that each row could still be given when the last choice was made.
+        self._left: Left = None
 
     @property
     def balance(self) -> float:
@@ -108,6 +136,15 @@ class Chooser:
         """True where something could be drafted, so that it is of use to know what copies would give."""
         return self.account.affords_sure_copies
 
+    def decisive(self, tokens: Int[np.ndarray, " B"]) -> Bool[np.ndarray, " B"]:
+        """Mask of the rows on which it depends now whether drafts pay.
+
+        Args:
+            tokens: `[B]` what each row was given since the last choice.
+        """
+        left = None if self._left is None else self._left - tokens
+        return decisive((tokens > 0) & (True if left is None else left > 0), left)
+
     def begin_row(self, row: int) -> None:
         """Forgets what a row's last text has shown: another one takes its place."""
         self.evidence.begin_row(row)
@@ -123,28 +160,42 @@ class Chooser:
         self.evidence.observe_copies(row, family, matched, trials)
         self._known = None
 
-    def values(self, running: Bool[np.ndarray, " B"]) -> list[float]:
-        """Expected tokens of a step of each arm per cost, mean over the running rows; 1 for plain decoding."""
-        key = running.tobytes()
+    def values(self, running: Bool[np.ndarray, " B"], left: Left = None) -> list[float]:
+        """Expected speed of decoding with each arm from now on, 1 for plain decoding; arguments as in `choose`.
+
+        Of one row, or where prompts wait, that is a step's expected tokens per cost, mean over the running rows.
+        """
+        key = running.tobytes() + (b"" if left is None else left.tobytes())
         if self._known is not None and self._known[0] == key:
             return self._known[1]
-        tokens = self.evidence.expected_tokens(running if running.any() else np.ones_like(running))
+        rows = running if running.any() else np.ones_like(running)
+        tokens = self.evidence.expected_tokens(rows)
+        if left is None or not running.any():
+            speeds = tokens.mean(axis=0)
+        else:
+            rest = np.maximum(left[rows], 1)
+            speeds = rest.max() / (rest[:, None, None] / tokens).max(axis=0)
         costs = [self.cost(number) for number in range(1, len(self.arms))]
         drafted = zip(self.arms[1:], costs, strict=True)
-        values = [1.0, *(float(tokens[arm.family, arm.depth - 1]) / cost for arm, cost in drafted)]
+        values = [1.0, *(float(speeds[arm.family, arm.depth - 1]) / cost for arm, cost in drafted)]
         self._known = key, values
         return values
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Collection[int], max_steps: int) -> Choice:
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Collection[int], max_steps: int, left: Left = None
+    ) -> Choice:
         """Chooses the next steps.
 
         Args:
             running: `[B]` mask of the rows that are not finished.
             ready: indices of the arms that are compiled.
             max_steps: largest number of steps.
+            left: `[B]` tokens that each row may still be given, if no prompts wait; None where some do.
         """
-        self.most_steps = max_steps
-        values, allowance = self.values(running), self.account.allowance
+        self.most_steps, self._left = max_steps, left
+        values, allowance = self.values(running, left), self.account.allowance
+        # From here on what the rows have in common is asked of those that count.
+        running = decisive(running, left)
         # A step that gives nothing but the target's own token must be affordable.
         affordable = [arm for arm in ready if self.cost(arm) - 1 <= allowance + self._credit(arm, values, running)]
         best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
@@ -172,8 +223,10 @@ class Chooser:
         allowance, visit_cost = self.account.allowance, self.account.visit_cost
         # Those that are not compiled too, which then are wanted.
         copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
-        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + CREDIT]
-        if not arms or not running.any():
+        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + self.credit]
+        # A look at many rows that finds nothing costs more than the others have left to lose.
+        unpaid = self.rows > 1 and not self.affords_sync
+        if not arms or unpaid or self.rows > MOST_WATCHED_ROWS or not running.any():
             return NO_ALERT
         lengths = [length for length in MATCHES if length <= LONGEST_ALERT]
         tokens = self.evidence.expected_copies(running, lengths, max(self.arms[arm].depth for arm in arms))
@@ -190,7 +243,8 @@ class Chooser:
         family = self.arms[arm].family
         if family not in self.copies or values[arm] < SURE_VALUE or not running.any():
             return 0.0
-        return CREDIT if np.median(self.evidence.matched[running, family]) >= SURE_MATCH else 0.0
+        matched = self.evidence.matched[running, family]
+        return self.credit if (np.median(matched) if self._left is None else matched.min()) >= SURE_MATCH else 0.0
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
@@ -210,9 +264,9 @@ class Chooser:
         fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.alerting else FEWEST_PLAIN
         return fewest if balance > HIGH else 2 * fewest if balance > LOW else MOST_PLAIN
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int | None:
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
-        values = self.values(running)
+        values = self.values(running, left)
         best = max(values[arm] for arm in (0, *ready))
         missing = [arm for arm in range(1, len(self.arms)) if arm not in ready]
         trial = self._due(values, best)
@@ -233,7 +287,7 @@ class Chooser:
         self._known = None
         if not counts.any():
             return
-        gained = steps * float((counts @ np.arange(1, counts.shape[1] + 1)).sum() / counts.sum())
+        gained = self._gained(steps, counts)
         self.steps += steps
         self.alerted = not choice.arm and choice.alert < NO_ALERT and steps < choice.steps
         if not choice.arm:
@@ -249,6 +303,16 @@ class Chooser:
             pause = FIRST_PAUSE if gained >= spent else self.pause[arm.family]
             self.due[arm.family] = self.steps + pause
             self.pause[arm.family] = min(2 * pause, LONGEST_PAUSE)
+
+    def _gained(self, steps: int, counts: Float[np.ndarray, "B P"]) -> float:
+        """Plain steps that would have brought as much as some steps did."""
+        tokens, taken = counts @ np.arange(1, counts.shape[1] + 1), counts.sum(axis=1)
+        if self._left is None:
+            return steps * float(tokens.sum() / counts.sum())
+        # Rows that have ended wait for nobody, but that a text ends is no merit of drafts.
+        ran = taken > 0
+        rest = np.where(ran & (taken >= steps), self._left - tokens, 0)
+        return float(min(self._left[ran].max() - rest.max(), tokens.max()))
 
     def _due(self, values: Sequence[float], best: float) -> int | None:
         """Arm that should be tried although nothing speaks for it yet, or any more; None if there is none."""

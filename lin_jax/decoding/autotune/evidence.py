@@ -156,8 +156,8 @@ class BatchEvidence:
         """True if a family of some that copy has had anything to copy from, in a text of the batch."""
         return bool(self.by_row.tries[:, families].any())
 
-    def expected_tokens(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "F D"]:
-        """Expected tokens of a step with guesses up to each depth, of each family, mean over some rows."""
+    def expected_tokens(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "R F D"]:
+        """Expected tokens of a step with guesses up to each depth, of each family, for some rows."""
         depth = self.by_row.tries.shape[2]
         shares = np.zeros((int(rows.sum()), self.by_row.tries.shape[1], depth))
         if self.judged:
@@ -170,7 +170,7 @@ class BatchEvidence:
             matched = self.matched[:, self.copies][rows][:, :, None]
             right = np.take_along_axis(known, _level(matched + np.arange(depth)), axis=2)
             shares[:, self.copies] = np.where(matched > 0, right, 0)
-        return _tokens(shares).mean(axis=0)
+        return _tokens(shares)
 
     def expected_copies(
         self, rows: Bool[np.ndarray, " R"], lengths: Sequence[int], depth: int

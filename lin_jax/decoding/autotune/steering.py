@@ -7,16 +7,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lin_jax.decoding.autotune.choice import Choice
-from lin_jax.decoding.autotune.chooser import Chooser
-from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
+from lin_jax.decoding.autotune.chooser import Chooser, Left
+from lin_jax.decoding.autotune.evidence import PRIOR, Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
-# Steps that a recorded share of right guesses counts as.
-RECORDED_STEPS = 32.0
+# Steps that a recorded share of right guesses counts as: few, since in what a model writes itself it is larger.
+RECORDED_STEPS = 4.0
 
 
 class Steering(Protocol):
@@ -29,11 +29,20 @@ class Steering(Protocol):
     def begin_row(self, row: int, text: Sequence[int]) -> None:
         """A prompt, with the first token after it, takes a row of the batch."""
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
-        """Chooses the next steps; `ready` tells which shapes are compiled."""
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
+        """Chooses the next steps.
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
-        """Shape to compile next, or None."""
+        Args:
+            running: `[B]` mask of the rows that are not finished.
+            ready: tells which shapes are compiled.
+            max_steps: largest number of steps.
+            left: `[B]` tokens that each row may still be given, if no prompts wait for a place; None where some do.
+        """
+
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
+        """Shape to compile next, or None; arguments as in `choose`."""
 
     def is_unknown(self, shape: int) -> bool:
         """True for a compiled shape that is to be timed before it is used."""
@@ -80,11 +89,13 @@ class FixedShape:
     def begin_row(self, row: int, text: Sequence[int]) -> None:
         """Makes no difference."""
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
         """Takes the shape, or plain decoding during a pause."""
         return Choice(self.needed, self.fallback.steps_until_check(max_steps))
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
         """Wants no more than it needs."""
 
     def is_unknown(self, shape: int) -> bool:
@@ -144,13 +155,15 @@ class AdaptiveShape:
         self.unread[row] = []
         self._follow(row, text)
 
-    def choose(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int) -> Choice:
+    def choose(
+        self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
+    ) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
-        return self.chooser.choose(running, self._ready(ready), max_steps)
+        return self.chooser.choose(running, self._ready(ready), max_steps, left)
 
-    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool]) -> int | None:
+    def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
         """Wants what should be tried, or promises most."""
-        return self.chooser.wanted(running, [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)])
+        return self.chooser.wanted(running, [shape for shape in range(1, len(self.shapes.arms)) if ready(shape)], left)
 
     def is_unknown(self, shape: int) -> bool:
         """True as long as too little was measured on this machine, now and in earlier calls."""
@@ -173,7 +186,22 @@ class AdaptiveShape:
         self.chooser.update(choice, steps, histogram)
         for row, followed in enumerate(self.followed):
             if followed:
-                self._follow(row, tokens(row))
+                self.unread[row] += tokens(row)
+        if not self._waits(choice, histogram):
+            for row, followed in enumerate(self.followed):
+                if followed:
+                    self._follow(row, ())
+
+    def _waits(self, choice: Choice, histogram: Int[np.ndarray, "B P"]) -> bool:
+        """True where many rows need not be followed yet, since those on which it depends have nothing to copy."""
+        rows = [row for row, followed in enumerate(self.followed) if followed]
+        if len(self.followed) == 1 or choice.arm or self.chooser.alerted:
+            return False
+        if not all(each.idle for row in rows for each in self.followed[row].values()):
+            return False
+        deciding = self.chooser.decisive(histogram @ np.arange(1, histogram.shape[1] + 1))
+        # None is left where all have ended.
+        return not deciding.any() or not all(repeats_itself(self.unread[row]) for row in np.flatnonzero(deciding))
 
     def _ready(self, ready: Callable[[int], bool]) -> list[int]:
         return [shape for shape in range(1, len(self.shapes.arms)) if ready(shape) and not self.is_unknown(shape)]
@@ -189,13 +217,25 @@ class AdaptiveShape:
             self.chooser.observe_copies(row, family, hindsight.matched, hindsight.trials)
 
 
+def repeats_itself(tokens: Sequence[int], last: int = 8) -> bool:
+    """True where the last tokens of a text occurred in it before."""
+    text = np.asarray(tokens, np.int32)
+    if text.size <= last:
+        return False
+    windows = np.lib.stride_tricks.sliding_window_view(text[:-1], last)
+    return bool((windows == text[-last:]).all(axis=1).any())
+
+
 def no_evidence(shapes: DraftShapes) -> Evidence:
     """Evidence to begin with, shared by all texts of a generator."""
     return Evidence.none(1, *evidence_shape(shapes.arms))
 
 
 def recorded_evidence(shapes: DraftShapes, recorded: Mapping[int, Float[np.ndarray, "K R"]]) -> Evidence:
-    """Evidence to begin with where it is known how often a drafter's guesses are right, as after training heads.
+    """Evidence to begin with where training recorded how often a drafter's guesses are right.
+
+    It counts only where it promises something: the recorded text is harder to guess than what the model writes itself,
+    so that a low share says little.
 
     Args:
         shapes: the shapes.
@@ -207,6 +247,8 @@ def recorded_evidence(shapes: DraftShapes, recorded: Mapping[int, Float[np.ndarr
         index, first = shapes.origins.get(arm.family, (-1, 0))
         if arm.depth and index in recorded and arm.family not in shapes.hindsight:
             shares = accepted_shares(tree, recorded[index], first)
+            if not len(shares) or shares[0] <= PRIOR:
+                continue
             evidence.tries[0, arm.family, : len(shares)] = RECORDED_STEPS
             evidence.hits[0, arm.family, : len(shares)] = RECORDED_STEPS * shares
     return evidence

@@ -28,8 +28,9 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
 # Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
 KEPT, ENOUGH = 15, 5
 # Measurements of a shape that must be known before it is used: as many rounds of timing, each of some steps with the
-# shape and some plain ones. Rounds end early, and are of single steps, where a plain step takes long.
-TIMED, TIMED_STEPS, LONG_STEP, LONGEST_TIMING = 3, 4, 0.02, 0.5
+# shape and more plain ones, as they are taken at a time: of a few steps the first, which take longer, are a large part.
+# Rounds end early, and are of single steps, where a plain step takes long.
+TIMED, ROUNDS, TIMED_STEPS, TIMED_PLAIN, LONG_STEP, LONGEST_TIMING = 3, 5, 4, 8, 0.02, 0.5
 # Bytes of weights that are read while the host looks at the loop, and another program begins, whose first step takes
 # longer than its others; and bounds of this cost in plain steps.
 VISIT_BYTES = {"cpu": 3e7, "other": 3e8}
@@ -46,8 +47,8 @@ class StepCosts:
 
     The cost of a shape is the median of its measurements and, as long as there are fewer than `ENOUGH`, of the
     assumption as often as is missing: one disturbed measurement decides nothing. What was timed before a shape was
-    first used takes the place of the assumption, and tells of the other shapes whether they cost more or less than
-    assumed, too.
+    first used counts as `TIMED` measurements, each of which gives way to one of steps in use; it tells of the other
+    shapes whether they cost more or less than assumed, too.
 
     Args:
         sizes: numbers of nodes of the shapes, plain decoding (1) first.
@@ -81,8 +82,9 @@ class StepCosts:
         if shape not in self._known:
             earlier = self.earlier[shape]
             known = earlier if len(earlier) >= ENOUGH else [*earlier, *self.found[shape]]
-            assumed = self._assumed(shape)
-            self._known[shape] = max(median([*known, *[assumed] * (ENOUGH - len(known))]), 1.0)
+            if shape not in self.timings:
+                known = [*known, *[self._assumed(shape)] * (ENOUGH - len(known))]
+            self._known[shape] = max(median(known), 1.0)
         return self._known[shape]
 
     def is_unknown(self, shape: int) -> bool:
@@ -118,7 +120,9 @@ class StepCosts:
             self.plain_seconds = [*self.plain_seconds[-8:], seconds / steps]
         elif self.plain_seconds:
             found = seconds / steps / median(self.plain_seconds)
-            self.found[shape] = [*self.found[shape], found][-KEPT:]
+            # The timing gives way to what steps take in use.
+            gone = int(self.timings.get(shape) in self.found[shape])
+            self.found[shape] = [*self.found[shape], found][gone:][-KEPT:]
             self._known.clear()
 
     @property
@@ -137,16 +141,16 @@ def time_shape(plain: Callable[[int], int], drafted: Callable[[int], int]) -> li
     Returns:
         The cost of a step in plain steps, as often as `TIMED` measurements must be known.
     """
-    steps, began = 1, time.perf_counter()
+    steps, plain_steps, began = 1, 1, time.perf_counter()
     _seconds_per_step(drafted, 1)
     if _seconds_per_step(plain, 1) < LONG_STEP:
-        steps = TIMED_STEPS
+        steps, plain_steps = TIMED_STEPS, TIMED_PLAIN
     rounds: list[tuple[float, float]] = []
-    while len(rounds) < TIMED and not (rounds and time.perf_counter() - began > LONGEST_TIMING):
-        rounds.append((_seconds_per_step(plain, steps), _seconds_per_step(drafted, steps)))
-    # The fastest rounds were disturbed least.
-    best = min(each[1] for each in rounds) / min(each[0] for each in rounds)
-    return [best] * TIMED
+    while len(rounds) < ROUNDS and not (rounds and time.perf_counter() - began > LONGEST_TIMING):
+        rounds.append((_seconds_per_step(plain, plain_steps), _seconds_per_step(drafted, steps)))
+    # One disturbed round decides nothing.
+    cost = median(each[1] for each in rounds) / median(each[0] for each in rounds)
+    return [cost] * TIMED
 
 
 def _seconds_per_step(take_steps: Callable[[int], int], steps: int) -> float:
@@ -162,7 +166,10 @@ def size_key(model: CausalModel) -> str:
 
 
 def visit_cost(model: CausalModel) -> float:
-    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights."""
+    """Plain steps that a sync with the host costs: a fixed time, beside that of reading the model's weights.
+
+    In a batch steps take longer, and so does what the host does for its rows.
+    """
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
     while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
     return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))

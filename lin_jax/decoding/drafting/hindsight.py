@@ -9,6 +9,8 @@ from lin_jax.decoding.drafting.api import Drafter
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import LONG, SHORT, TextMemory
 
+# Bits of a token in the number that stands for an n-gram.
+_DIGIT = 32
 # Tokens that follow a passage of a memory without a gap, as many as come at a time: more than between two syncs.
 _READ_AT_ONCE = 2048
 
@@ -40,6 +42,10 @@ class Hindsight(Protocol):
     def matched(self) -> int:
         """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
 
+    @property
+    def idle(self) -> bool:
+        """True where there is nothing to copy from but the text itself."""
+
     def push(self, tokens: Sequence[int]) -> list[int]:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
 
@@ -64,7 +70,8 @@ class LookupHindsight:
     def __init__(self, depth: int, longest: int, lookback: int) -> None:
         self.depth, self.longest, self.lookback = depth, longest, lookback
         self.text: list[int] = []
-        self.ends: dict[tuple[int, ...], int] = {}
+        # Place of the last token of the last occurrence of every n-gram, whose tokens are digits of a number.
+        self.ends: dict[int, int] = {}
         self.accepted = 0
         self.trials: list[CopyTrial] = []
         # Tokens before the guesses that agree with those before the place that they are copied from.
@@ -73,12 +80,20 @@ class LookupHindsight:
         # many there are at most: each is looked up when its token comes, as most never do.
         self._copied: list[int] = []
         self._begin = self._period = self._most = 0
+        # The n-grams of 0, 1, ... tokens at the end of the text, and size and place of the longest known one.
+        self._grams: list[int] = [0] if longest else []
+        self._size, self._end = 0, -1
 
     @property
     def matched(self) -> int:
         """Last tokens that agree with the place from which the next guesses are copied; 0 where there are none."""
         goes_on = self._most > 0 and (self.accepted == self._most or self._guess(self.accepted) >= 0)
         return self.agreeing + self.accepted if goes_on else 0
+
+    @property
+    def idle(self) -> bool:
+        """True: it copies from the text itself alone."""
+        return True
 
     @property
     def guesses(self) -> list[int]:
@@ -89,14 +104,13 @@ class LookupHindsight:
         """Reads tokens; gives the number of accepted guesses of every step that they complete."""
         done = []
         self.trials = []
-        for token in tokens[-self.lookback :]:
+        for token in map(int, tokens[-self.lookback :]):
             guess = self._guess(self.accepted)
             if guess >= 0:
                 self.trials.append(CopyTrial(self.agreeing + self.accepted, guess == token))
                 if guess == token:
                     self.accepted += 1
                     self._append(token)
-                    self._note_end()
                     continue
             # The target's own token ends a step, and is the root of the next one.
             if self.text:
@@ -104,7 +118,6 @@ class LookupHindsight:
             self._append(token)
             self._copied, self._begin, self._period, self._most = self._copy()
             self.accepted = 0
-            self._note_end()
         return done
 
     def _guess(self, number: int) -> int:
@@ -115,32 +128,33 @@ class LookupHindsight:
         return self._copied[place] if place < len(self._copied) else -1
 
     def _append(self, token: int) -> None:
+        """Appends a token, and finds the longest n-gram at the end of the text that was there before."""
         if len(self.text) >= 2 * self.lookback:
-            kept, self.text, self.ends = self.text[-self.lookback :], [], {}
+            kept, self.text, self.ends, self._grams = self.text[-self.lookback :], [], {}, self._grams[:1]
             for each in kept:
-                self.text.append(each)
-                self._note_end()
+                self._append(each)
         self.text.append(token)
-
-    def _note_end(self) -> None:
-        """Notes that the last n-grams of the text end at its end."""
-        last = len(self.text) - 1
-        for size in range(1, min(self.longest, last + 1) + 1):
-            self.ends[tuple(self.text[-size:])] = last
+        last, grams = len(self.text) - 1, [0]
+        self._size = 0
+        for size, before in enumerate(self._grams, 1):
+            gram = (before << _DIGIT) + token + 1
+            end = self.ends.get(gram, -1)
+            if end >= 0 and last - end < self.lookback:
+                self._size, self._end = size, end
+            self.ends[gram] = last
+            grams.append(gram)
+        self._grams = grams[: self.longest]
 
     def _copy(self) -> tuple[list[int], int, int, int]:
         """Tokens that followed the last occurrence of the end of the text, over and over if they lead up to it."""
-        last = len(self.text) - 1
-        for size in range(min(self.longest, len(self.text)), 0, -1):
-            end = self.ends.get(tuple(self.text[-size:]))
-            if end is not None and last - end < self.lookback:
-                self.agreeing = size
-                while self.agreeing < min(MAX_MATCH, end + 1) and (
-                    self.text[end - self.agreeing] == self.text[last - self.agreeing]
-                ):
-                    self.agreeing += 1
-                return self.text, end + 1, last - end, self.depth
-        return [], 0, 0, 0
+        if not self._size:
+            return [], 0, 0, 0
+        last, end, self.agreeing = len(self.text) - 1, self._end, self._size
+        while self.agreeing < min(MAX_MATCH, end + 1) and (
+            self.text[end - self.agreeing] == self.text[last - self.agreeing]
+        ):
+            self.agreeing += 1
+        return self.text, end + 1, last - end, self.depth
 
 
 class MemoryHindsight(LookupHindsight):
@@ -163,6 +177,21 @@ class MemoryHindsight(LookupHindsight):
         # Place in the memory of the token before the guesses, and the texts that it is a place of.
         self.followed = -1
         self.texts: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        """True as long as the memory is empty."""
+        return not self.memory.contexts.tokens
+
+    def push(self, tokens: Sequence[int]) -> list[int]:
+        """Reads tokens; gives the number of accepted guesses of every step that they complete."""
+        if self.longest or not self.idle:
+            return super().push(tokens)
+        # Nothing can be copied, and nothing is to be learned from that.
+        self.trials, self.accepted, self.agreeing, self.followed, self._most = [], 0, 0, -1, 0
+        done = [0] * (len(tokens[-self.lookback :]) - (not self.text))
+        self.text = [*self.text, *map(int, tokens[-self.lookback :])][-self.lookback :]
+        return done
 
     def _copy(self) -> tuple[list[int], int, int, int]:
         """Tokens that followed in the memory, or else in the text itself."""

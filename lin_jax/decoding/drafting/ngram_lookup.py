@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Int
 LOOKED_UP = 3
 # Longest match at which the loop of plain steps can be told to return.
 LONGEST_ALERT = 16
+# Largest number of rows whose matches the loop watches: of more, that takes as long as a tenth of a small model's step.
+MOST_WATCHED_ROWS = 4
 
 
 class Matches(NamedTuple):
@@ -100,9 +102,9 @@ class MatchWatch(NamedTuple):
 
     def follow(self, count: Int[Array, ""], token: Int[Array, " B"]) -> "MatchWatch":
         """Reads the next token of each row, the `count`-th, counted from 0."""
-        batch, places = self.sizes.shape
-        text = jax.lax.dynamic_update_slice(self.text, token[:, None], (0, places + 1 + count))
-        before = jax.lax.dynamic_slice(text, (0, count + 1), (batch, places))
+        places = self.sizes.shape[1]
+        text = jax.lax.dynamic_update_slice_in_dim(self.text, token[:, None], count + places + 1, axis=1)
+        before = jax.lax.dynamic_slice_in_dim(text, count + 1, places, axis=1)
         agree = (before == token[:, None]) & (before >= 0)
         sizes = jnp.where(agree, jnp.minimum(self.sizes + 1, LONGEST_ALERT), 0)
         return MatchWatch(text, sizes, _looked_up(sizes, LONGEST_ALERT, LOOKED_UP))

@@ -204,9 +204,9 @@ def run(
         max_steps: largest number of steps.
         waiting: whether prompts wait for a free row.
         loss_limit: limit on what may be lost against plain decoding; None sets none.
-        alert: last tokens at which the loop returns, when of half the rows that run so many occurred earlier in the
-            text, as far back as the drafter looks: copies may pay from there; at most `MOST_WATCHED` steps are taken
-            then. None never returns for that.
+        alert: last tokens at which the loop returns, when so many occurred earlier in the text, as far back as the
+            drafter looks, of half the rows that run, or if no prompts wait, of all rows that decide when all is done:
+            copies may pay from there; at most `MOST_WATCHED` steps are taken then. None never returns for that.
         options: static options.
 
     Returns:
@@ -227,26 +227,24 @@ def run(
 
     def unfinished(carry: _Carry) -> Array:
         finished = carry.state.finished
-        goes_on = (carry.count < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
+        goes_on = (carry.steps < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
         if alert is not None and carry.watch is not None:
-            repeated = (carry.watch.found >= alert) & ~finished
-            alerted = 2 * jnp.sum(repeated) >= jnp.maximum(jnp.sum(~finished), 1)
-            goes_on &= ~(alerted & (carry.count >= STEPS_BEFORE_ALERT))
+            alerted = _is_alerted(carry.state, carry.watch.found >= alert, waiting)
+            goes_on &= ~(alerted & (carry.steps >= STEPS_BEFORE_ALERT))
         if loss_limit is None:
             return goes_on
         # The first step is allowed by the caller, who may round in another way.
-        return goes_on & ((carry.count == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
+        return goes_on & ((carry.steps == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
 
     def body(carry: _Carry) -> _Carry:
         before, lost = carry.state, carry.lost
         after = _step(model, drafter, before, stops, options)
         if loss_limit is not None:
-            tokens = after.written - before.written
-            lost = lost + loss_limit.cost - jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
+            lost = lost + loss_limit.cost - _gained(before, after, waiting)
             # What steps gain does not pay for later ones: the host is to look at what has changed.
             lost = jnp.maximum(lost, 0)
-        watch = None if carry.watch is None else carry.watch.follow(carry.count, after.root)
-        return _Carry(carry.count + 1, after, lost.astype(jnp.float32), watch)
+        watch = None if carry.watch is None else carry.watch.follow(carry.steps, after.root)
+        return _Carry(carry.steps + 1, after, lost.astype(jnp.float32), watch)
 
     begin = _Carry(jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32), watch)
     steps, state, _, _ = jax.lax.while_loop(unfinished, body, begin)
@@ -256,10 +254,32 @@ def run(
     return replace(state, finite=finite), steps
 
 
-class _Carry(NamedTuple):
-    """What the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
+def _is_alerted(state: LoopState, repeats: Bool[Array, " B"], waiting: Bool[Array, ""]) -> Bool[Array, ""]:
+    """True where half the rows that run repeat earlier text, or, if no prompts wait, all that have many tokens left."""
+    running = ~state.finished
+    left = jnp.where(running, state.limit - state.written, 0)
+    # Drafts cost two plain steps and more: they gain nothing by rows with less than half as many tokens left.
+    longest = running & (2 * left > jnp.max(left))
+    half = 2 * jnp.sum(repeats & running) >= jnp.maximum(jnp.sum(running), 1)
+    return jnp.where(waiting, half, jnp.all(repeats | ~longest))
 
-    count: Int[Array, ""]
+
+def _gained(before: LoopState, after: LoopState, waiting: Bool[Array, ""]) -> Float[Array, ""]:
+    """Plain steps that would have brought as much as one step did.
+
+    Where prompts wait, that is the mean number of tokens; where none do, by how many the row with the most tokens left
+    has fewer left: rows that finish early wait for it.
+    """
+    tokens = after.written - before.written
+    mean = jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
+    most = [jnp.max(jnp.where(each.finished, 0, each.limit - each.written)) for each in (before, after)]
+    return jnp.where(waiting, mean, jnp.minimum(most[0] - most[1], jnp.max(tokens)))
+
+
+class _Carry(NamedTuple):
+    """Values that the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
+
+    steps: Int[Array, ""]
     state: LoopState
     lost: Float[Array, ""]
     watch: MatchWatch | None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from lin_jax.decoding.autotune.account import ALLOWANCE, RATE
+from lin_jax.decoding.autotune.account import ALLOWANCE, LARGEST_GAIN, RATE
 from lin_jax.decoding.autotune.choice import Arm, Choice
 from lin_jax.decoding.autotune.chooser import FIRST_PAUSE, Chooser
 from lin_jax.decoding.autotune.evidence import Evidence, evidence_shape
@@ -172,3 +172,27 @@ def test_what_is_missing_is_compiled_in_the_order_of_its_promise() -> None:
     assert chooser.wanted(running, ()) == 3
     assert chooser.choose(running, (), 128) == chooser.choose(running, (1,), 128)
     assert chooser.choose(running, (3,), 128).arm == 3
+
+
+def test_where_no_prompts_wait_the_row_that_takes_longest_decides() -> None:
+    """Drafts that are right in some rows gain nothing by them, unless others are about to be done, or prompts wait."""
+    running, chooser = np.ones(4, bool), Chooser(ARMS, AVX2.__getitem__, 4, observed=frozenset({0, 1}))
+    for _ in range(20):
+        for row in range(4):
+            chooser.observe(row, 0, np.array([0, 0, 0, 0, 0, 0, 0, 1]) if row else np.array([1, 0, 0, 0, 0, 0, 0, 0]))
+    assert chooser.choose(running, READY, 16).arm == 3
+    assert chooser.choose(running, READY, 16, np.array([100] * 4)).arm == 0
+    assert chooser.choose(running, READY, 16, np.array([10, 100, 100, 100])).arm == 3
+    # The account sees it: eight tokens a step for three rows, and one for the row that is waited for.
+    before = chooser.balance
+    choice = chooser.choose(running, READY, 16, np.array([50, 100, 100, 100]))
+    histogram = np.zeros((4, 8), int)
+    histogram[0, 0] = histogram[1:, 7] = 10
+    chooser.update(choice, 10, histogram)
+    # 100 tokens were left, and 40 are: 60 plain steps.
+    assert chooser.balance - before == pytest.approx(min(60 * (1 + RATE) - 10 * AVX2[3], LARGEST_GAIN + 60 * RATE))
+    choice = chooser.choose(running, READY, 16, np.array([40, 20, 20, 20]))
+    before = chooser.balance
+    chooser.update(choice, 10, histogram)
+    gained = 10 - (10 * AVX2[choice.arm] if choice.arm else 10)
+    assert chooser.balance - before == pytest.approx(gained + 10 * RATE)

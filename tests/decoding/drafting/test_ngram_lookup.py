@@ -9,7 +9,13 @@ import pytest
 
 from lin_jax.decoding import DraftTree, NgramDrafter
 from lin_jax.decoding.drafting.api import DraftContext
-from lin_jax.decoding.drafting.ngram_lookup import find_matches, longest_match
+from lin_jax.decoding.drafting.ngram_lookup import (
+    LONGEST_ALERT,
+    LOOKED_UP,
+    MatchWatch,
+    find_matches,
+    longest_match,
+)
 
 Path = tuple[int, ...]
 
@@ -101,3 +107,22 @@ def test_the_longest_match_is_that_of_a_search() -> None:
 
     assert longest_match(jnp.asarray(recent), 8).tolist() == [slow(text) for text in texts]
     assert longest_match(jnp.asarray(recent), 8, 3).tolist() == [looked_up(text) for text in texts]
+
+
+def test_a_watch_finds_what_a_new_search_would() -> None:
+    """Token by token, beginning inside of texts that repeat themselves by chance, or go round in circles."""
+    rng, width, begin = np.random.default_rng(0), 120, 60
+    texts = [rng.integers(0, 3, 100) for _ in range(3)] + [np.tile(rng.integers(0, 9, 13), 9)[:100]]
+    ended = np.array([[-1] * (width - begin) + text[:begin].tolist() for text in texts], np.int32)
+    watch = MatchWatch.begin(jnp.asarray(ended), 40, jnp.asarray(True))
+    follow, search = jax.jit(MatchWatch.follow), jax.jit(lambda recent: longest_match(recent, LONGEST_ALERT, LOOKED_UP))
+    seen = set()
+    for count in range(40):
+        token = np.array([text[begin + count] for text in texts], np.int32)
+        ended = np.concatenate([ended[:, 1:], token[:, None]], axis=1)
+        watch = follow(watch, jnp.asarray(count, jnp.int32), jnp.asarray(token))
+        found = watch.found.tolist()
+        assert found == search(jnp.asarray(ended)).tolist()
+        seen |= set(found)
+    assert LONGEST_ALERT in seen
+    assert len(seen) > 4
