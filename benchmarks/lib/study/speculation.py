@@ -1,6 +1,7 @@
 """Part 5: speculation by attention, drafter and tree, and what an inexact group boundary changes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
@@ -122,7 +123,9 @@ def boundary(setup: Setup, *, model: str, drafter: str, tree: str) -> dict[str, 
 
 
 def _drafting(session: Session, drafter: str, tree: str) -> Generator:
-    return Generator(session.model, drafter=build_drafter(drafter, session.parts), tree=parse_tree(tree))
+    # The first half of the layers drafts for all of them, where the model drafts for itself.
+    parts = replace(session.parts, layers=tuple(range(max(session.model.layers.count // 2, 1))))
+    return Generator(session.model, drafter=build_drafter(drafter, parts), tree=parse_tree(tree))
 
 
 def _each(generator: Generator, texts: Sequence[Sequence[int]], new_tokens: int) -> list[Generation]:
