@@ -300,7 +300,6 @@ def made_up(both: str) -> dict[str, dict[str, Any]]:
             "text": "a good text",
         },
         "ablations/no mask": {
-            "masked": False,
             "teacher_perplexity": 4.0,
             "perplexity_with_future": 1.2,
             "perplexity_as_it_decodes": 400.0,

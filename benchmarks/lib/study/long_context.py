@@ -194,7 +194,8 @@ PART = Part(
     NAME,
     "Long context",
     "Whole novels are read from their beginning, all before a token; latency is that of one text on one machine. "
-    "Teacher and students know stories of some hundred words: how high a perplexity is says little here, how it goes on does.",
+    "Teacher and students know stories of some hundred words: how high a perplexity is says little here, how it goes "
+    "on does.",
     cells,
     table,
     plot,
