@@ -35,8 +35,8 @@ TURNS = {AUGMENTED: FIRST, NORMALISED: FIRST, SOFTMAX: BROAD, WINDOW: BROAD, "ex
 SOFTMAX_TOKENS = 16384
 # Losses of position compared, and how much better the later may be said to be for no reason.
 WARM, GROWTH = 1024, 2.0
-# Of the text behind a prefix.
-WRITTEN = 32
+# Tokens of the text behind a prefix.
+WRITTEN = 128
 
 
 def cells(setup: Setup) -> list[Cell]:
