@@ -30,8 +30,8 @@ DRAFTERS = ("ngram", "suffix", "self")
 TREES = ("chain:2", "chain:4", "chain:7", "dynamic:16:4")
 # Of these trees the one that is tried first, and attentions of the short study beside the augmented one.
 MIDDLE, IN_SHORT = "chain:4", ("flash_global", "relu", "exponential+window")
-# The boundaries are compared with right drafts: this drafter copies what plain decoding has written before, over so many
-# groups.
+# The boundaries are compared with right drafts: this drafter copies what plain decoding has written before, over so
+# many groups.
 COPIES, CROSSED = "suffix", 4
 BOUNDARY = "boundary"
 
@@ -238,10 +238,9 @@ PART = Part(
     "Speculation",
     "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. No heads are "
     "trained for drafting, students write badly after so little training, and a model this small writes a token in a "
-    "fraction of a millisecond: drafts cost here what they do not bring elsewhere (the README has figures of trained "
-    "heads and larger models). The boundary: the published code forgets the group that just ended for drafts that go on "
-    "in the next one. Its texts and acceptance are beside ours, with drafts that are all right: copies of what plain "
-    "decoding wrote.",
+    "fraction of a millisecond: what drafts cost is not won back (the README has figures of trained heads and larger "
+    "models). The boundary: the published code forgets the group that just ended for drafts that go on in the next "
+    "one. Its texts and acceptance are beside ours, with drafts that are all right: copies of what plain decoding wrote.",
     cells,
     table,
     plot,
