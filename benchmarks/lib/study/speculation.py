@@ -236,11 +236,12 @@ def published_changes(results: Results) -> tuple[bool | None, str]:
 PART = Part(
     NAME,
     "Speculation",
-    "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. No heads are "
-    "trained for drafting, students write badly after so little training, and a model this small writes a token in a "
-    "fraction of a millisecond: what drafts cost is not won back (the README has figures of trained heads and larger "
+    "Students of the first part continue held-out stories one at a time, plainly and with drafts in turns. No heads "
+    "are trained for drafting, students write badly after so little training, and a model this small writes a token in "
+    "a fraction of a millisecond: what drafts cost is not won back (the README has figures of trained heads and larger "
     "models). The boundary: the published code forgets the group that just ended for drafts that go on in the next "
-    "one. Its texts and acceptance are beside ours, with drafts that are all right: copies of what plain decoding wrote.",
+    "one. Its texts and acceptance are beside ours, with drafts that are all right: copies of what plain decoding "
+    "wrote.",
     cells,
     table,
     plot,
