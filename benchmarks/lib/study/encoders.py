@@ -27,7 +27,7 @@ from lin_jax.training.objectives.classification import REPORT_FILE
 NAME = "encoders"
 FAMILIES, TASKS = ("bert", "gpt2", "t5"), ("sst2", "mrpc", "rte")
 SEEDS = (0, 1, 2)
-MINUTES = 1.5
+MINUTES = 1.0
 # In this order: T5's padding is 0 and its end 1.
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "</s>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 LENGTH = 128

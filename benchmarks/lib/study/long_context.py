@@ -48,7 +48,7 @@ def cells(setup: Setup) -> list[Cell]:
         needs = [TEACHER] if model == OWN else []
         if attention not in (SOFTMAX, WINDOW):
             needs.append(f"{LINEARIZE}/{cell_name(model, attention, 0)}")
-        for what, run, minutes in (("perplexity", by_position, 3.0), ("latency", latency, 1.5)):
+        for what, run, minutes in (("perplexity", by_position, 0.5), ("latency", latency, 0.5)):
             cell = partial(run, model=model, attention=attention)
             turn = TURNS.get(attention, LAST)
             found.append(Cell(f"{what}/{model}/{attention}", cell, minutes, tuple(needs), turn))

@@ -22,7 +22,7 @@ REPEATED = ("softmax", "flash_global", AUGMENTED)
 # Of the others, the one that the short study has, too.
 LAST_TRIED = "relu"
 GROUPS, KERNELS = (16, 32, 128, 256), (7, 15, 31, 127)
-MINUTES = 2.0
+MINUTES = 1.5
 
 
 def cells(setup: Setup) -> list[Cell]:

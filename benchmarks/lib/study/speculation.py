@@ -50,12 +50,12 @@ def cells(setup: Setup) -> list[Cell]:
                     continue
                 run = partial(decoded, model=model, attention=attention, drafter=drafter, tree=tree)
                 turn = _turn(attention, drafter, tree)
-                found.append(Cell(f"{attention}/{drafter}/{tree}", run, 0.7, needs, turn))
+                found.append(Cell(f"{attention}/{drafter}/{tree}", run, 0.2, needs, turn))
     for tree in trees:
         run = partial(boundary, model=model, drafter=COPIES, tree=tree)
         if not tree.startswith("dynamic"):
             turn = FIRST if tree == MIDDLE else BROAD
-            found.append(Cell(f"{BOUNDARY}/{tree}", run, 0.7, _needs(model, AUGMENTED), turn))
+            found.append(Cell(f"{BOUNDARY}/{tree}", run, 0.2, _needs(model, AUGMENTED), turn))
     return found
 
 
