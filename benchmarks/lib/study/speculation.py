@@ -1,5 +1,6 @@
 """Part 5: speculation by attention, drafter and tree, and what an inexact group boundary changes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -12,7 +13,7 @@ from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results
 from lib.study.drawing import draw_bars, grouped, markdown_table
 from lib.study.linearize import NAME as LINEARIZE
 from lib.study.linearize import TEACHER, WHOLE, cell_name
-from lib.study.models import OWN, load_student, load_teacher, prompts
+from lib.study.models import OWN, held_out, load_student, load_teacher, prompts
 from lib.study.variants import PUBLISHED, register
 
 from lin_jax.decoding import Generation, Generator, Sampling
@@ -20,7 +21,9 @@ from lin_jax.decoding.drafting.drafters import build_drafter
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import parse_tree
 from lin_jax.decoding.equivalence import is_rounding_tie
+from lin_jax.evaluation.ablation import ablated
 from lin_jax.evaluation.agreement import agreement
+from lin_jax.evaluation.token_losses import ratio, token_losses
 from lin_jax.session import Session
 from lin_jax.training.model_source import with_attention
 
@@ -34,6 +37,8 @@ MIDDLE, IN_SHORT = "chain:4", ("flash_global", "relu", "exponential+window")
 # many groups.
 COPIES, CROSSED = "suffix", 4
 BOUNDARY = "boundary"
+# A memory is worth nothing where leaving it out raises perplexity by less than this share.
+NOTHING = 0.005
 
 
 def cells(setup: Setup) -> list[Cell]:
@@ -116,6 +121,9 @@ def boundary(setup: Setup, *, model: str, drafter: str, tree: str) -> dict[str, 
     subjects = {"ours": _subject(setup, model, AUGMENTED), "published": (published, Generator(published.model))}
     texts, new = prompts(setup, model), CROSSED * setup.sizes.group
     found: dict[str, Any] = {"model": model, "drafter": drafter, "boundary_tree": tree, "tokens": len(texts) * new}
+    batches = held_out(setup, model)
+    losses = [token_losses(each, batches) for each in (ablated(student.model, "memory"), student.model)]
+    found["without_memory"] = ratio(*losses).value
     for kind, (session, decoding) in subjects.items():
         plain = _each(decoding, texts, new)
         memory = TextMemory()
@@ -225,12 +233,18 @@ def lossless(results: Results) -> tuple[bool | None, str]:
 
 
 def published_changes(results: Results) -> tuple[bool | None, str]:
-    """Decides whether the published boundary changes texts."""
-    found = [each["published"] for each in results.values() if "boundary_tree" in each]
+    """Decides whether the published boundary changes texts; a student to whom its memory is nothing cannot tell."""
+    found = [each for each in results.values() if "boundary_tree" in each]
     if not found:
         return None, ""
-    changed = max(1 - each["equal"] for each in found)
-    return any(each["wrong"] for each in found), f"up to {100 * changed:.2f} % of the tokens differ"
+    changed = max(1 - each["published"]["equal"] for each in found)
+    kept = min(each["published"]["tokens_a_step"] / each["ours"]["tokens_a_step"] for each in found)
+    figures = f"up to {100 * changed:.2f} % of the tokens differ, {100 * (1 - kept):.0f} % fewer tokens a step"
+    changes = any(each["published"]["wrong"] for each in found)
+    worth = max(each.get("without_memory", math.inf) for each in found)
+    if not changes and worth < 1 + NOTHING:
+        return None, f"{figures}; but without any memory this student's perplexity is {worth:.4f} times as high"
+    return changes, figures
 
 
 PART = Part(
