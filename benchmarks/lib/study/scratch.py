@@ -123,7 +123,11 @@ def augmentation_helps(results: Results) -> tuple[bool | None, str]:
     if not pairs:
         return None, ""
     better = sum(augmented < bare for _, bare, augmented in pairs)
-    return better == len(pairs), f"lower in {better} of {len(pairs)} pairs"
+    figures = f"lower in {better} of {len(pairs)} pairs"
+    missing = [family for family in FAMILIES if family not in {key[0] for key, _, _ in pairs}]
+    if missing and better == len(pairs):
+        return None, f"{figures}; not yet run: {', '.join(missing)}"
+    return better == len(pairs), figures
 
 
 PART = Part(
