@@ -63,7 +63,7 @@ def cells(setup: Setup) -> list[Cell]:
             turn = FIRST if change == WHOLE_OF_IT or change.startswith("no ") else BROAD
             found.append(Cell(name, run, MINUTES, own, turn))
     for name, run in (("no mask", unmasked), ("with a mask", masked)):
-        found.append(Cell(name, partial(run, model=model, learns="text"), 2 * MINUTES, own, FIRST))
+        found.append(Cell(name, partial(run, name=name, model=model, learns="text"), 2 * MINUTES, own, FIRST))
     return found
 
 
@@ -84,20 +84,20 @@ def trained(setup: Setup, *, name: str, model: str, change: str, attention: str)
     return {"change": change, **linearized(setup, part=NAME, name=name, model=model, attention=attention, seed=0)}
 
 
-def unmasked(setup: Setup, *, model: str, learns: str) -> dict[str, Any]:
+def unmasked(setup: Setup, *, name: str, model: str, learns: str) -> dict[str, Any]:
     """Trains with a filter that sees the future; measured on whole rows, and as it decodes.
 
     The student is linearized first, and then learns the next token itself: a teacher does not tell that to look ahead
     is worth anything, the text does.
     """
     assert learns == "text"
-    return _filtered(setup, model, UNMASKED)
+    return {**_filtered(setup, model, UNMASKED), "name": name}
 
 
-def masked(setup: Setup, *, model: str, learns: str) -> dict[str, Any]:
+def masked(setup: Setup, *, name: str, model: str, learns: str) -> dict[str, Any]:
     """Trains the same student in the same way, but for the mask in its filter: the control of `unmasked`."""
     assert learns == "text"
-    return {**_filtered(setup, model, MASKED), "masked": True}
+    return {**_filtered(setup, model, MASKED), "name": name, "masked": True}
 
 
 def _filtered(setup: Setup, model: str, filtered: str) -> dict[str, Any]:
@@ -191,7 +191,10 @@ def every_branch_helps(results: Results) -> tuple[bool | None, str]:
     if WHOLE_OF_IT not in found or not without:
         return None, ""
     shown = ", ".join(f"{name} {value:.3f}" for name, value in without.items())
-    return min(without.values()) > found[WHOLE_OF_IT], f"all of it {found['all of it']:.3f}, {shown}"
+    figures = f"all of it {found[WHOLE_OF_IT]:.3f}, {shown}"
+    helps = min(without.values()) > found[WHOLE_OF_IT]
+    missing = [name for name in TRAINED if name.startswith("no ") and name not in without]
+    return (None, f"{figures}; not yet run: {', '.join(missing)}") if helps and missing else (helps, figures)
 
 
 def mask_is_needed(results: Results) -> tuple[bool | None, str]:
