@@ -300,7 +300,6 @@ def made_up(both: str) -> dict[str, dict[str, Any]]:
             "text": "a good text",
         },
         "ablations/no mask": {
-            "masked": False,
             "teacher_perplexity": 4.0,
             "perplexity_with_future": 1.2,
             "perplexity_as_it_decodes": 400.0,
@@ -335,7 +334,7 @@ def test_report(study: Any, tmp_path: Path) -> None:
     assert "**holds here** | 1.20 with the future in sight, 400.00 as it decodes; with a mask 5.50 both ways" in text
     assert "Without a mask it writes: `the the the`" in text
     assert "| perplexity as it decodes, a token after the other | 400.00 | 5.50 |" in text
-    assert "50 % of the time that its cells took" in text
+    assert "for 50 % of the time that its cells took" in text
     assert "| chain:4 | 10.00 %, 3 texts | 0.00 %, 0 texts |" in text
     assert "Not yet run: `teacher`" in text
     assert "quick trial" not in text

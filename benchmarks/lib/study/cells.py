@@ -172,7 +172,7 @@ class Part:
         table: lines of Markdown that show its results.
         plot: draws the results to a file; False if there are too few.
         claims: what is said beside the results.
-        timed: whether its results are speeds, which other work on the machine spoils.
+        timed: what results have that are speeds, which other work on the machine spoils; empty if none are.
     """
 
     name: str
@@ -182,4 +182,4 @@ class Part:
     table: Callable[[Results], list[str]]
     plot: Callable[[Results, Path], bool]
     claims: tuple[Claim, ...] = ()
-    timed: bool = False
+    timed: str = ""

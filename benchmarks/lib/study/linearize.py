@@ -14,7 +14,7 @@ NAME = "linearize"
 TEACHER = f"{NAME}/teacher"
 # The teacher on which all variants are tried, and the minutes that a student of each takes.
 WHOLE = "stories260K"
-MINUTES = {"stories260K": 0.6, "babyllama105": 1.0, "babyllama361": 1.0, OWN: 5.0}
+MINUTES = {"stories260K": 0.6, "babyllama105": 0.8, "babyllama361": 0.8, OWN: 5.0}
 # Teachers of the short study, and the attentions that are tried first, bare and augmented.
 IN_SHORT = ("stories260K", "babyllama105")
 EARLY = ("flash_global", "relu")

@@ -121,10 +121,13 @@ def _chapter(part: Part, store: Store, cells: Mapping[str, Cell], found: Mapping
     lines = [f"## {part.title}", "", part.about]
     if table := part.table(own):
         lines += ["", *table]
-    share = share_of_time(of_part(found, part.name).values()) if part.timed else None
-    if share is not None:
-        quiet = f"{100 * share:.0f} % of the time that its cells took, one of its processors worked for this part"
-        lines += ["", f"Other work slows what is measured here: {quiet}; on a quiet machine it is nearly all."]
+    timed = [each for each in of_part(found, part.name).values() if part.timed and part.timed in each["result"]]
+    if (share := share_of_time(timed)) is not None:
+        quiet = f"its process had a processor for {100 * share:.0f} % of the time that its cells took"
+        lines += [
+            "",
+            f"Other work slows what is measured here; while speeds were, {quiet} (nearly all if nothing else runs).",
+        ]
     if own and part.plot(own, folder / f"{part.name}.svg"):
         lines += ["", f"![{part.title}]({part.name}.svg)"]
     missing = of_part({name: cells[name] for name in _missing(cells, found)}, part.name)

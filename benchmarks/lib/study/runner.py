@@ -148,6 +148,9 @@ def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Calla
             failed.append(name)
             note(f"[{number}/{len(todo)}] {name}: left out, since what it needs has failed")
             continue
+        if store.record(name, cell) is not None:
+            # Another call, of other parts, needed it too.
+            continue
         left = pace.seconds([cells[each] for each in todo[number - 1 :]])
         note(f"[{number}/{len(todo)}] {name}: {duration(pace.seconds([cell]))}; in all {duration(left)} left")
         began = time.perf_counter()
