@@ -134,8 +134,10 @@ for line in sys.stdin:
     if name == "left":
         sys.exit(0)
     last = name in ("fails", "big")
+    # Before the answer: whoever has the last one may end this process at once.
+    with open(sys.argv[1], "a") as log:
+        print(os.getpid(), name, file=log)
     print(int(name == "fails"), *(["last"] if last else []), flush=True)
-    print(os.getpid(), name, file=open(sys.argv[1], "a"))
     if last:
         break
 """
