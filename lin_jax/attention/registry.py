@@ -556,7 +556,7 @@ def _turn(config: AttentionConfig, name: Name, turn: Turn | None) -> Turn | None
     if not name.window:
         raise UserError(
             f"attention.rotary_memory is false, and '{config.name}' has no memory beside a window; "
-            "add +window to its name"
+            "add +window to its name, or give true"
         )
     if turn is None:
         raise UserError("attention.rotary_memory is false, and this model has no rotary positions; leave it out")
