@@ -288,9 +288,8 @@ class WindowedAttention(nnx.Module):
             between_positions = per_head(bias.between(positions, key_positions), self.kv_heads)
         pairs = Pairs(tokens, masks, factors, between_positions)
         turned = self._turned(queries, positions, pairs, key_positions)
-        if 1 < positions.shape[1] <= (self.window.tokens or 0) and not self._counts_near:
-            # No node lies before the window of one below it, and few tokens of the ring do.
-            read = read + self._far_sums(queries, self._leaving(state, pairs, positions.shape[1] - 1))
+        if masks.far is not None and not self._counts_near:
+            read = read + self._sums_of_leaving(queries, pairs, state)
             pairs = pairs._replace(masks=masks._replace(far=None), factors=None)
         outputs = self._outputs(queries, pairs, read, turned)
         if self.convolution is not None and state.convolved is not None:
@@ -418,6 +417,18 @@ class WindowedAttention(nnx.Module):
         weights = self.linear.weights(queries, pairs.tokens.keys, pairs.masks.far)
         weights = weights if pairs.factors is None else weights * pairs.factors.astype(weights.dtype)
         return weighted_values(weights, self._extended(pairs.tokens.values))
+
+    def _sums_of_leaving(
+        self, queries: Float[Array, "B N K R D"], pairs: Pairs, state: WindowedState
+    ) -> Float[Array, "B N K R E"]:
+        """Sums over the far pairs of a tree: tokens that leave the window on the way to a node."""
+        nodes = queries.shape[1]
+        if nodes <= (self.window.tokens or 0):
+            # No node lies before the window of one below it, and few tokens of the ring do.
+            return self._far_sums(queries, self._leaving(state, pairs, nodes - 1))
+        # A group leaves at a time, and seldom within a tree.
+        absent = jnp.zeros_like(jax.eval_shape(lambda: self._far_sums(queries, pairs)))
+        return jax.lax.cond(jnp.any(pairs.masks.far), lambda: self._far_sums(queries, pairs), lambda: absent)
 
     def _leaving(self, state: WindowedState, pairs: Pairs, count: int) -> Pairs:
         """Those of a tree's pairs whose token is one of the `count` oldest of the ring, of a sliding window."""
