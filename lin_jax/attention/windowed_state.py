@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Int
 
 from lin_jax.attention.layout import Layout
 from pallas_kernels.chunks import first_segment_id
+from pallas_kernels.ordering import known_after
 from pallas_kernels.path_commit.xla import shift_window
 from pallas_kernels.types import WindowedState as WindowedState
 from pallas_kernels.window_verify.problem import Slots, ring_slots
@@ -140,8 +141,8 @@ def _commit_sliding(
     leaving = jax.tree.map(lambda part: part[rows, index], every)
     # Sinks are no part of the memory.
     memory = _folded_tokens(state.memory, leaving, taken & (own >= size + window.sinks), fold)
-    # Without the barrier, the compiler may keep a copy of the ring for what is read of it above.
-    after = jax.lax.optimization_barrier(replace(state, memory=memory))
+    taken = order < known_after(length, memory)[:, None]
+    after = replace(state, memory=memory)
     if window.sinks:
         after = _with_sinks(after, path, own, taken)
     if size:
@@ -152,20 +153,17 @@ def _commit_sliding(
 def _commit_within_groups(
     window: AttentionWindow, state: WindowedState, path: WindowNodes, length: Int[Array, " B"], fold: Fold
 ) -> WindowedState:
-    """The state after a path that finishes one group at the most, in two writes and without a loop over the path.
-
-    The second write takes slots of the group that leaves the window, which is therefore folded before it.
-    """
+    """The state after a path that finishes one group at the most, in one write and without a loop over the path."""
     position, order = state.position, jnp.arange(path.keys.shape[1])
     end = (position // window.group_size + 1) * window.group_size
     own, taken = position[:, None] + order, order < length[:, None]
-    begun = _written(state, path, own, taken & (own < end[:, None]))
     finished = (position + length >= end) & (end >= window.capacity)
-    memory = _folded_groups(window, replace(begun, position=end), finished, fold)
-    # Without the barrier, the compiler may keep a copy of the ring for whichever comes later.
-    begun = jax.lax.optimization_barrier(replace(begun, memory=memory))
-    after = _written(begun, path, own, taken & (own >= end[:, None]))
-    return replace(after, position=position + length.astype(position.dtype))
+    # A window of the own group alone is the group that the path finishes; of a larger one, an earlier group leaves.
+    ring = state if window.groups else _written(state, path, own, taken & (own < end[:, None]))
+    memory = _folded_groups(window, replace(ring, position=end), finished, fold)
+    taken = order < known_after(length, memory)[:, None]
+    after = _written(state, path, own, taken)
+    return replace(after, memory=memory, position=position + length.astype(position.dtype))
 
 
 def _written(

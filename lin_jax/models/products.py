@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
+from pallas_kernels.ordering import truth
 from pallas_kernels.precision import upcast
 
 # Axes of a stored matrix: inputs first, as in `nnx.Linear`, or outputs first, as in PyTorch and its checkpoints.
@@ -28,8 +29,6 @@ Layout = Literal["io", "oi"]
 ROWS = (1, 2, 4, 8, 16, 64)
 # Bits of exponent and fraction of a bfloat16.
 _BFLOAT16 = (8, 7)
-# A number that is no number anybody computes: the bits of one of the many NaN.
-_NO_NUMBER = 0x7FABCDEF
 # Weights that are rounded to int8 at a time, which takes some float32 numbers for each.
 _ROUNDED = 2**22
 # Bits of the fraction of an int8 weight's factor: its products with 7-bit integers are exact in float32.
@@ -40,12 +39,6 @@ _BLOCK = 8
 
 def _exact(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def truth(x: Array) -> Array:
-    """True, which the compiler does not know."""
-    first = jax.lax.bitcast_convert_type(x.ravel()[0].astype(jnp.float32), jnp.int32)
-    return first != _NO_NUMBER
 
 
 def _computed(x: Array) -> Array:

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lin_jax.errors import UserError
-from lin_jax.models.products import truth
 from pallas_kernels.implementations import targets_single_cpu
+from pallas_kernels.ordering import truth
 from pallas_kernels.precision import accumulation_dtype
 
 # Tokens of a row from which on their table is kept: of fewer, the table takes no longer than keeping it.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lin_jax.attention import TreeArrays, gather_nodes, max_draft_depth, tree_arrays
-from lin_jax.models.products import truth
+from pallas_kernels.ordering import truth
 
 # Nodes of a block: what is computed has the same shapes for any number of nodes.
 BLOCK = 8

@@ -20,6 +20,7 @@ from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.engine.sampling import Sampling, choose_tokens, log_probabilities
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.models import CausalModel
+from pallas_kernels.ordering import known_after
 
 
 class TokenOrigin(IntEnum):
@@ -350,6 +351,8 @@ def _step(
     state, count = _emit(state, accepted, token_log_probs, stops, options.end_tokens)
     last = jnp.take_along_axis(accepted.path, jnp.maximum(count - 1, 0)[:, None], axis=1)
     reached = jnp.take_along_axis(hidden, last[:, :, None], axis=1)[:, 0]
+    # All that reads the state is computed by then, of plain steps too, and it is changed where it lies.
+    count = known_after(count, accepted.emitted)
     return replace(
         state,
         decode_state=replace(
