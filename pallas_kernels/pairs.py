@@ -39,9 +39,9 @@ def weighted_values(
 ) -> Float[Array, "*batch T K R E"]:
     """Sums of values under the given weights, accumulated in float32 or better."""
     return jnp.einsum(
-        "...krts,...ske->...tkre",
-        weights.astype(values.dtype),
+        "...ske,...krts->...tkre",
         values,
+        weights.astype(values.dtype),
         preferred_element_type=accumulation_dtype(values.dtype),
     )
 
@@ -68,4 +68,4 @@ def recall(
     queries: Float[Array, "*batch T K R D"], memory: Float[Array, "*batch K D E"]
 ) -> Float[Array, "*batch T K R E"]:
     """The values that queries read from the memory, `q S`, in the memory's own type."""
-    return jnp.einsum("...tkrd,...kde->...tkre", queries.astype(memory.dtype), memory, precision=EXACT)
+    return jnp.einsum("...kde,...tkrd->...tkre", memory, queries.astype(memory.dtype), precision=EXACT)
