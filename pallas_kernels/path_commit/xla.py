@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.ordering import known_after
 from pallas_kernels.precision import accumulation_dtype
 from pallas_kernels.types import AugmentedState, Nodes
 
@@ -97,13 +98,17 @@ def advance_by_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]
     A path is no longer than a group, so at most one group is finished; it is folded whole, by the same operation
     that plain decoding uses, so that both leave the same bits. `fold(keys, values)` is what a group adds to the memory.
     """
-    buffer = state.keys, state.values
-    joined = join(buffer, state.position, path, length)
-    memory = state.memory
+    buffer, memory, written = (state.keys, state.values), state.memory, length
+    position = state.position + length.astype(state.position.dtype)
     if memory is not None:
-        memory = fold_finished(memory, buffer, state.position, path, joined.finished, fold)
+        size = buffer[0].shape[1]
+        finished = position // size > state.position // size
+        memory = fold_finished(memory, buffer, state.position, path, finished, fold)
+        # The unfinished group is read by then, and is changed where it lies.
+        written = known_after(length, memory)
+    buffer = join(buffer, state.position, path, written).buffer
     window = None if state.window is None else shift_window(state.window, path.values, length)
-    return AugmentedState(memory, *joined.buffer, window, joined.position)
+    return AugmentedState(memory, *buffer, window, position)
 
 
 def commit(state: AugmentedState, path: Nodes, length: Int[Array, " B"]) -> AugmentedState:
