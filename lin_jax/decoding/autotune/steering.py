@@ -11,7 +11,7 @@ from lin_jax.decoding.autotune.chooser import Chooser, Left
 from lin_jax.decoding.autotune.evidence import PRIOR, Evidence, evidence_shape
 from lin_jax.decoding.autotune.fallback import SpeculationFallback
 from lin_jax.decoding.autotune.shapes import DraftShapes
-from lin_jax.decoding.autotune.step_costs import StepCosts
+from lin_jax.decoding.autotune.step_costs import COMPARED, StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
@@ -159,7 +159,10 @@ class AdaptiveShape:
         self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], max_steps: int, left: Left = None
     ) -> Choice:
         """Chooses by expected tokens per cost, within the account of what may be lost."""
-        return self.chooser.choose(running, self._ready(ready), max_steps, left)
+        choice = self.chooser.choose(running, self._ready(ready), max_steps, left)
+        if choice.arm and self.costs.wants_plain:
+            return Choice(0, min(COMPARED, max_steps))
+        return choice
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Callable[[int], bool], left: Left = None) -> int | None:
         """Wants what should be tried, or promises most."""

@@ -39,6 +39,8 @@ LEAST_VISIT, MOST_VISIT = 0.02, 16.0
 MOST_FACTOR = 4.0
 # Fewer steps between two syncs than this say little about the cost of one.
 LEAST_STEPS = 2
+# Plain steps with which the times of drafted ones are compared, and drafted steps after which they are taken anew.
+COMPARED, COMPARED_AFTER = 8, 128
 FILE = "step_costs.json"
 
 
@@ -72,6 +74,8 @@ class StepCosts:
         self.found: list[list[float]] = [[] for _ in sizes]
         self.timings: dict[int, float] = {}
         self.plain_seconds: list[float] = []
+        # Drafted steps since the last plain ones.
+        self._drafted_steps = COMPARED_AFTER
         # Asked for at every sync.
         self._known: dict[int, float] = {}
 
@@ -117,13 +121,24 @@ class StepCosts:
         if steps < LEAST_STEPS:
             return
         if not shape:
-            self.plain_seconds = [*self.plain_seconds[-8:], seconds / steps]
-        elif self.plain_seconds:
+            self.plain_seconds, self._drafted_steps = [*self.plain_seconds[-8:], seconds / steps], 0
+            return
+        self._drafted_steps += steps
+        if self.plain_seconds:
             found = seconds / steps / median(self.plain_seconds)
             # The timing gives way to what steps take in use.
             gone = int(self.timings.get(shape) in self.found[shape])
             self.found[shape] = [*self.found[shape], found][gone:][-KEPT:]
             self._known.clear()
+
+    @property
+    def wants_plain(self) -> bool:
+        """True where times of drafted steps would be compared with none, or with those of long ago, and still count.
+
+        What else a machine does may slow drafted steps, which use all processors, and plain ones not.
+        """
+        open_shapes = (new and len(old) < ENOUGH for old, new in zip(self.earlier, self.found, strict=True))
+        return self.timed and self._drafted_steps >= COMPARED_AFTER and any(open_shapes)
 
     @property
     def measured(self) -> list[list[float]]:
