@@ -1,6 +1,6 @@
 """Speculative output against plain decoding's, token for token: real prompts, every drafter, tree and batch size.
 
-    python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16]
+    python benchmarks/lossless.py --json FILE [--model RUN_OR_FOLDER] [--dtype float64|float32|bfloat16] [--same-bits]
         [--prompts N] [--new-tokens N] [--short | --configurations NAME ...] --data FOLDER
 
 Without `--model` it is the pretrained stories260K with augmented attention in groups of 16 on its weights, or with
@@ -16,8 +16,8 @@ configurations: most of the time goes into compiling, which `JAX_DISABLE_MOST_OP
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
 than rounding, or an adaptive configuration accepted no draft: it would show nothing. Such configurations are told that
 drafts cost next to nothing, so that shapes are tried and changed all the time, on any machine alike. In bfloat16 the
-report says how far texts agree. Medusa and path heads that a run lacks begin as copies of the model's and are fitted to
-its plain texts for a moment.
+report says how far texts agree; with `--same-bits` nothing may differ in any type. Medusa and path heads that a run
+lacks begin as copies of the model's and are fitted to its plain texts for a moment.
 """
 
 import argparse
@@ -32,8 +32,7 @@ import jax
 import numpy as np
 from lib.lossless_subject import (
     ADAPTIVE,
-    MODES,
-    PIECE,
+    SAME_BITS_MODES,
     SEED,
     SHORT,
     SILENT,
@@ -96,7 +95,7 @@ def boundaries_crossed(prompt: int, origins: Sequence[int], group: int) -> int:
 
 def compare(chosen: Configuration, subject: Subject, expected: list[list[int]], found: Generation) -> dict[str, Any]:
     """Compares a configuration's texts with plain decoding's."""
-    model, sampling = subject.parts.target, MODES[chosen.mode]
+    model, sampling = subject.parts.target, subject.modes[chosen.mode]
     differences, agreeing = [], 0
     for row, (one, other) in enumerate(zip(expected, found.tokens, strict=True)):
         index = first_difference(one, other)
@@ -133,7 +132,7 @@ def try_one(chosen: Configuration, subject: Subject) -> dict[str, Any]:
     texts = [prompt.tokens for prompt in subject.prompts[:count]]
     began = time.perf_counter()
     generator = subject.generator(chosen.drafter, chosen.tree, ending)
-    sampling = MODES[chosen.mode]
+    sampling = subject.modes[chosen.mode]
     passes = [
         generator.generate(texts, subject.new_tokens, sampling=sampling, seed=SEED, slots=chosen.batch)
         for _ in range(2 if reads_memory(chosen.drafter) else 1)
@@ -172,7 +171,7 @@ class Record(NamedTuple):
 def records(generator: Generator, subject: Subject, mode: str) -> list[Record]:
     """The first prompts as they are decoded, before the first step and after every one."""
     texts = [prompt.tokens for prompt in subject.prompts[:16]]
-    scheduler = generator.stream(texts, subject.new_tokens, sampling=MODES[mode], seed=SEED, slots=len(texts))
+    scheduler = generator.stream(texts, subject.new_tokens, sampling=subject.modes[mode], seed=SEED, slots=len(texts))
     found = []
     while True:
         state = scheduler.state
@@ -185,7 +184,7 @@ def records(generator: Generator, subject: Subject, mode: str) -> list[Record]:
 
 def compare_states(chosen: Configuration, subject: Subject) -> dict[str, Any]:
     """Compares states with plain decoding's after the same tokens, step by step, without early endings."""
-    plain = records(Generator(subject.parts.target, prefill_chunk_size=PIECE), subject, chosen.mode)
+    plain = records(Generator(subject.parts.target, prefill_chunk_size=subject.piece), subject, chosen.mode)
     texts, largest, compared = plain[-1].output, 0.0, 0
     for record in records(subject.generator(chosen.drafter, chosen.tree), subject, chosen.mode):
         # A state holds all tokens but the newest; where texts have parted (never in float64), so have states.
@@ -218,6 +217,8 @@ def failed(report: dict[str, Any]) -> bool:
     """True if something differs that must not, or a configuration shows nothing."""
     dtype = report["dtype"]
     divergences = [each for result in report["results"] for each in result["divergences"]]
+    if report["same_bits"]:
+        return bool(divergences) or bool(report["adaptive_without_drafts"])
     if dtype == "bfloat16":
         divergences = []
     elif dtype == "float32":
@@ -266,6 +267,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="of prompts: see lib/prompts.py")
     parser.add_argument("--dtype", choices=STATE_ROUNDING, default="float64")
+    parser.add_argument(
+        "--same-bits",
+        action="store_true",
+        help="sum in one order for any number of nodes and rows: no text may differ in any type; greedy and sampled",
+    )
     parser.add_argument("--prompts", type=int, metavar="N", help="how many; default: 564")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     which = parser.add_mutually_exclusive_group()
@@ -285,6 +291,8 @@ def main() -> int:
     jax.config.update("jax_enable_x64", options.dtype == "float64")
     wanted = SHORT if options.short else options.configurations or [""]
     chosen = [each for each in configurations() if each.name.startswith(tuple(wanted))]
+    if options.same_bits:
+        chosen = [each for each in chosen if each.mode in SAME_BITS_MODES]
     if not chosen:
         raise UserError(f"no configuration begins with {' or '.join(wanted)}; try ngram, or {configurations()[0].name}")
     subject = prepare(options, chosen)
@@ -317,6 +325,7 @@ def describe(options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         "group_size": group_of(config.attention),
         "compiled_as_for_users": not jax.config.values["jax_disable_most_optimizations"],
         "dtype": options.dtype,
+        "same_bits": options.same_bits,
         "prompts": by_source(subject.prompts),
         "prompt_tokens": {"shortest": min(lengths), "mean": sum(lengths) / len(lengths), "longest": max(lengths)},
         "new_tokens": options.new_tokens,

@@ -357,6 +357,25 @@ def test_support_matrix(tmp_path: Path) -> None:
 
 
 @pytest.mark.thorough
+def test_verify_speed(tmp_path: Path) -> None:
+    """Steps of one node and of more take turns, with parts that they go to; too few nodes are refused in one line."""
+    file = tmp_path / "verify.json"
+    sizes = ("--hidden-size", "32", "--layers", "2", "--heads", "2", "--rounds", "2", "--steps", "4")
+    words = ("--attentions", "clustered+window/group_size=8", "--nodes", "1", "3", "--drafting", "--trace")
+    done = run_benchmark("verify_speed", *words, *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(file.read_text())["attentions"].values()
+    assert found["1"]["plain_steps"] == 1
+    assert found["3"]["milliseconds"] > 0
+    assert {each["part"] for each in found["parts"]["3"]} > {"attention", "feed-forward"}
+    done = run_benchmark("verify_speed", "--attentions", "relu", "--weights", "int8", *sizes, "--nodes", "1", "2")
+    assert done.returncode == 0, done.stderr
+    done = run_benchmark("verify_speed", "--nodes", "2", "4")
+    assert done.returncode == 2
+    assert "--nodes is 2 4; give 1 first" in done.stderr
+
+
+@pytest.mark.thorough
 def test_attention_steps(tmp_path: Path) -> None:
     """Steps take turns, and memory grows no faster than the text; an unknown option is refused in one line."""
     file = tmp_path / "steps.json"

@@ -32,7 +32,10 @@ from lin_jax.decoding.engine.programs import ProgramCompiler
 from lin_jax.decoding.engine.stop_strings import stop_automaton
 from lin_jax.hub import from_pretrained
 from lin_jax.models import CausalModel, MedusaHeads, PathHead, as_trained
+from lin_jax.models.stored_weights import WeightStorage, restored
 from lin_jax.session import Session
+from lin_jax.session.loading import draft_parts
+from lin_jax.session.session import SAME_BITS_CHUNK
 
 SEED = 11
 # Of a prompt at a time: no multiple of a group, and so short that all pieces share a program.
@@ -83,6 +86,8 @@ MODES = {
     "sampled": Sampling(0.9, top_p=0.95),
     "penalised": Sampling(0.9, min_p=0.05, repetition_penalty=1.2),
 }
+# With the same bits: sums of top-p and of penalties are outside of it.
+SAME_BITS_MODES = {"greedy": Sampling(), "sampled": Sampling(0.9)}
 ENDINGS = ("free", "end tokens", "stop string")
 # Plain steps that each node of a draft, and a look of the host, are said to cost where shapes are chosen while
 # decoding: so little that drafts are tried often and kept where they give anything, whatever they cost in this model.
@@ -121,6 +126,8 @@ class Subject(NamedTuple):
         new_tokens: limit of a text.
         plain: per mode, plain decoding's texts.
         endings: per mode, the endings by name.
+        modes: ways of sampling by name.
+        piece: tokens of a prompt that are read at a time.
     """
 
     parts: DraftParts
@@ -129,6 +136,8 @@ class Subject(NamedTuple):
     new_tokens: int
     plain: dict[str, list[list[int]]]
     endings: dict[str, dict[str, Ending]]
+    modes: dict[str, Sampling]
+    piece: int
 
     def generator(self, drafter: str, tree: str, ending: Ending | None = None) -> Generator:
         """Generator with the given drafter, tree and ending, and an empty memory."""
@@ -149,7 +158,7 @@ class Subject(NamedTuple):
             compiler=ProgramCompiler(background=False),
             end_tokens=ending.tokens,
             stops=stops,
-            prefill_chunk_size=PIECE,
+            prefill_chunk_size=self.piece,
             memory=known,
         )
 
@@ -207,11 +216,14 @@ def load(options: argparse.Namespace) -> Session:
         stir(model)
         tokenizer = read_sentencepiece(tokens, model.config.vocab_size)
         session = Session(DraftParts(model), tokenizer, ())
+    medusa, path = session.parts.medusa, session.parts.path
+    if options.same_bits:
+        model = draft_parts(model, storage=WeightStorage(same_bits=True)).target
     count = model.layers.count
     parts = DraftParts(
         target=model,
-        medusa=session.parts.medusa,
-        path=session.parts.path,
+        medusa=medusa,
+        path=path,
         model=model.with_layers(range(max(count - 1, 1))),
         layers=tuple(range(max(count - 2, 1))),
     )
@@ -288,20 +300,22 @@ def prepare(options: argparse.Namespace, chosen: Sequence[Configuration]) -> Sub
     session = load(options)
     prompts = read_prompts(options.data, session.encode_prompt, options.prompts)
     texts = [prompt.tokens for prompt in prompts]
-    generator = Generator(session.model, prefill_chunk_size=PIECE)
+    known, piece = (SAME_BITS_MODES, SAME_BITS_CHUNK) if options.same_bits else (MODES, PIECE)
+    generator = Generator(session.model, prefill_chunk_size=piece)
     plain = {}
-    modes = [mode for mode in MODES if any(each.mode == mode for each in chosen)]
+    modes = [mode for mode in known if any(each.mode == mode for each in chosen)]
     for mode in tqdm(modes, desc="plain decoding", unit="mode", disable=None):
-        found = generator.generate(texts, options.new_tokens, sampling=MODES[mode], seed=SEED, slots=16)
+        found = generator.generate(texts, options.new_tokens, sampling=known[mode], seed=SEED, slots=16)
         plain[mode] = found.tokens
     pieces = token_bytes(session.tokenizer)
     pieces += [b""] * (session.model.config.vocab_size - len(pieces))
     parts = session.parts
     if any(each.drafter.startswith(("medusa", "path")) for each in chosen):
         whole = [[*text, *rest] for text, rest in zip(texts, plain[modes[0]], strict=True)]
-        parts = fitted(parts, whole[:32])
+        learnt = fitted(replace(parts, target=restored(parts.target)), whole[:32])
+        parts = replace(learnt, target=parts.target)
     endings = {mode: choose_endings(each, pieces) for mode, each in plain.items()}
-    return Subject(parts, pieces, prompts, options.new_tokens, plain, endings)
+    return Subject(parts, pieces, prompts, options.new_tokens, plain, endings, known, piece)
 
 
 def choose_endings(texts: Sequence[Sequence[int]], pieces: Sequence[bytes]) -> dict[str, Ending]:
