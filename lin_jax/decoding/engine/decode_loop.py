@@ -168,6 +168,10 @@ def start(
     return _emit(state, accepted, token_log_probs, stops, end_tokens)[0]
 
 
+# Plain steps by which limits may be passed: one that is just what a step may lose must permit it however it is rounded.
+_ROUNDING = 1e-3
+
+
 class LossLimit(NamedTuple):
     """Limit on what the steps of one call may lose against plain decoding, in plain steps.
 
@@ -178,6 +182,10 @@ class LossLimit(NamedTuple):
 
     cost: Float[Array, ""] | np.float32
     allowance: Float[Array, ""] | np.float32
+
+    def permits(self, lost: Float[Array, ""]) -> Bool[Array, ""]:
+        """True where one more step stays within the limit, whatever it gives; to float32's rounding."""
+        return lost + self.cost - 1 <= self.allowance + _ROUNDING
 
 
 # Plain steps that the loop takes at least before it returns for a match, and at most where it watches for one.
@@ -234,8 +242,8 @@ def run(
             goes_on &= ~(alerted & (carry.steps >= STEPS_BEFORE_ALERT))
         if loss_limit is None:
             return goes_on
-        # The first step is allowed by the caller, who may round in another way.
-        return goes_on & ((carry.steps == 0) | (carry.lost + loss_limit.cost - 1 <= loss_limit.allowance))
+        # The first step is allowed by the caller.
+        return goes_on & ((carry.steps == 0) | loss_limit.permits(carry.lost))
 
     def body(carry: _Carry) -> _Carry:
         before, lost = carry.state, carry.lost
