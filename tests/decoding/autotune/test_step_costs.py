@@ -8,6 +8,8 @@ from support.samples import build_model
 
 from lin_jax.decoding.autotune import step_costs
 from lin_jax.decoding.autotune.step_costs import (
+    COMPARED,
+    COMPARED_AFTER,
     ENOUGH,
     KEPT,
     LEAST_VISIT,
@@ -144,3 +146,32 @@ def test_models_of_one_size_share_costs() -> None:
         build_model(seed=seed, layers=layers, dtype="float32") for seed, layers in ((0, 2), (1, 2), (0, 1))
     )
     assert size_key(one) == size_key(same) != size_key(other)
+
+
+def test_plain_steps_to_compare_with_are_wanted_where_there_are_none_of_late() -> None:
+    costs = StepCosts([1, 8], timed=True)
+    assert not costs.wants_plain
+    costs.take(1, [1.5] * TIMED)
+    assert costs.wants_plain
+    costs.record(0, COMPARED, 1.0)
+    assert not costs.wants_plain
+    costs.record(1, COMPARED_AFTER, 400.0)
+    assert costs.wants_plain
+    # Costs that are kept for a whole call follow from no clock.
+    settled = StepCosts([1, 8], [[], [1.5] * ENOUGH], timed=True)
+    settled.record(1, COMPARED_AFTER, 400.0)
+    assert not settled.wants_plain
+
+
+def test_disturbed_rounds_of_a_timing_count_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafted steps use all processors, of which another program has one for most of the time."""
+    clock, calls = [0.0], [0]
+    monkeypatch.setattr(step_costs.time, "perf_counter", lambda: clock[0])
+
+    def steps(seconds: float, count: int, disturbed: float) -> int:
+        calls[0] += 1
+        clock[0] += count * seconds * (disturbed if calls[0] > 4 else 1)
+        return count
+
+    found = time_shape(lambda n: steps(0.001, n, 1.3), lambda n: steps(0.0025, n, 3.0))
+    assert found == pytest.approx([2.5] * TIMED)
