@@ -263,12 +263,13 @@ def published_changes(results: Results) -> tuple[Verdict, str]:
     telling = [each for each in found if each.get("without_memory", math.inf) >= 1 + NOTHING]
     silent = {each.get("attention", AUGMENTED): each["without_memory"] for each in found if each not in telling}
     changes = any(each["published"]["wrong"] for each in found)
-    figures = [_boundary_words(each) for each in telling or found]
+    changed = max(1 - each["published"]["equal"] for each in found)
+    figures = [_boundary_words(each) for each in telling] or [f"at most {100 * changed:.2f} % of the tokens differ"]
     figures += [
-        f"nothing can be told from {name}, whose perplexity without any memory is {worth:.4f} times as high"
+        f"{name} has no use for its memory: without it, its perplexity is {worth:.3f} times as high"
         for name, worth in silent.items()
     ]
-    return (None if silent and not telling and not changes else changes), "; ".join(figures)
+    return (changes if telling or changes else None), "; ".join(figures)
 
 
 def _boundary_words(each: Mapping[str, Any]) -> str:
