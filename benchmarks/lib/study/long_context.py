@@ -178,8 +178,9 @@ def stays_good(results: Results) -> tuple[Verdict, str]:
     figures += f", more than {GROWTH:g} times as high from token {bad[0]:,} on" if bad else ""
     if NORMALISED in found and _far(found[NORMALISED]):
         first = min(place["perplexity"] for place in found[NORMALISED] if place["end"] <= WARM)
+        far = _far(found[NORMALISED])
         figures += (
-            f"; with a memory that is normalised ({NORMALISED}) {first:,.0f}, {max(_far(found[NORMALISED])):,.0f}"
+            f"; with a normalised memory ({NORMALISED}) {first:,.0f} and {max(far):,.0f}, {far[-1]:,.0f} at the end"
         )
     return not bad, figures
 

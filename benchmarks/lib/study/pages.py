@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.study.cells import LAST, Cell, Part
+from lib.study.cells import Cell, Part
 from lib.study.drawing import markdown_table
-from lib.study.registry import PARTS
+from lib.study.registry import PARTS, chosen_cells
 from lib.study.runner import Store, duration, records
 
 WARNING = (
@@ -118,10 +118,15 @@ def _counted(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any]) 
     """How many cells are finished, those of the short study apart where it is one."""
     if not store.setup.short:
         return f"{len(found)} of {len(cells)} cells"
-    own = [name for name, cell in cells.items() if cell.turn < LAST]
-    more = len(found.keys() - set(own))
-    beside = f" and {more} others" if more else ""
+    own = _asked(store, cells)
+    more = len(found.keys() - own)
+    beside = f" and {more} more" if more else ""
     return f"{len(found) - more} of {len(own)} cells of the short study{beside} ({len(cells)} in the full one)"
+
+
+def _asked(store: Store, cells: Mapping[str, Cell]) -> set[str]:
+    """Names of the cells that the study runs: all of them, or those of the short one."""
+    return set(chosen_cells(store.setup, tuple(PARTS)) if store.setup.short else cells)
 
 
 def _processor(found: Mapping[str, Any]) -> str:
@@ -184,7 +189,8 @@ def _chapter(part: Part, store: Store, cells: Mapping[str, Cell], found: Mapping
     if own and part.plot(own, folder / f"{part.name}.svg"):
         lines += ["", f"![{part.title}]({part.name}.svg)"]
     missing = of_part({name: cells[name] for name in _missing(cells, found)}, part.name)
-    asked = [name for name, cell in missing.items() if cell.turn < LAST or not store.setup.short]
+    own_names = _asked(store, cells)
+    asked = [name for name in missing if f"{part.name}/{name}" in own_names]
     if asked:
         shown = ", ".join(f"`{name}`" for name in asked[:NAMED])
         more = f" and {len(asked) - NAMED} more (`missing` in results.json)" if len(asked) > NAMED else ""
