@@ -48,7 +48,7 @@ def main() -> int:
         return serve(store, all_cells(setup))
     if options.results:
         taken = store.adopt(Path(options.results), all_cells(setup))
-        note(f"{len(taken)} results taken over from {options.results}, measured as it says")
+        note(f"{len(taken)} results taken over from {options.results}")
     chosen = chosen_cells(setup, options.parts, options.only)
     if options.list:
         for name, cell in chosen.items():
