@@ -176,12 +176,10 @@ def stays_good(results: Results) -> tuple[Verdict, str]:
     ]
     figures = f"perplexity of {best:,.0f} at best in the first {WARM:,} tokens, {worst:,.0f} at worst after them"
     figures += f", more than {GROWTH:g} times as high from token {bad[0]:,} on" if bad else ""
-    if NORMALISED in found and _far(found[NORMALISED]):
-        first = min(place["perplexity"] for place in found[NORMALISED] if place["end"] <= WARM)
-        far = _far(found[NORMALISED])
-        figures += (
-            f"; with a normalised memory ({NORMALISED}) {first:,.0f} and {max(far):,.0f}, {far[-1]:,.0f} at the end"
-        )
+    for name, what in ((NORMALISED, "with a normalised memory"), (WINDOW, "the teacher without any")):
+        if name in found and (far := _far(found[name])):
+            first = min(place["perplexity"] for place in found[name] if place["end"] <= WARM)
+            figures += f"; {what} ({name}) {first:,.0f} and {max(far):,.0f}, {far[-1]:,.0f} at the end"
     return not bad, figures
 
 
