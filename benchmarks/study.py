@@ -5,6 +5,7 @@
     python benchmarks/study.py --short                          # every claim on a small budget: 1.5 hours of one core
     python benchmarks/study.py --quick                          # tiny models, to see that everything runs
     python benchmarks/study.py --only yoso --list               # cells by a word in their names, with their minutes
+    python benchmarks/study.py --short --from docs/study/results.json   # goes on from a report, on any machine
 
 Each cell is one training or evaluation, and its result is kept when it is finished: after Ctrl-C, or when a part is
 added, the same command goes on with the cell that it was at. First come some cells for every claim, then every
@@ -45,6 +46,9 @@ def main() -> int:
         keep_programs()
         keep_freed_memory()
         return serve(store, all_cells(setup))
+    if options.results:
+        taken = store.adopt(Path(options.results), all_cells(setup))
+        note(f"{len(taken)} results taken over from {options.results}")
     chosen = chosen_cells(setup, options.parts, options.only)
     if options.list:
         for name, cell in chosen.items():
@@ -91,6 +95,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list the cells, and run none")
     parser.add_argument(
         "--data", nargs="+", default=(), metavar="NAME=PLACE", help="local copies; an unknown name lists all"
+    )
+    parser.add_argument(
+        "--from",
+        dest="results",
+        metavar="FILE",
+        help="results.json of an earlier report, whose cells are not run again",
     )
     parser.add_argument("--output", metavar="FOLDER", help=f"of the report ({FULL}; quick: {QUICK})")
     parser.add_argument(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from lib.study.attentions import AUGMENTED, sized
-from lib.study.cells import BROAD, FIRST, Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, FIRST, PARTLY, Cell, Claim, Part, Results, Setup, Verdict
 from lib.study.drawing import MOST, draw_bars, grouped, markdown_table
 from lib.study.linearize import NAME as LINEARIZE
 from lib.study.linearize import TEACHER, WHOLE, cell_name
@@ -184,20 +184,23 @@ def plot(results: Results, file: Path) -> bool:
     return draw_bars(bars, "perplexity over the teacher's", file, most=MOST)
 
 
-def every_branch_helps(results: Results) -> tuple[bool | None, str]:
+def every_branch_helps(results: Results) -> tuple[Verdict, str]:
     """Decides whether a student without a branch, trained as long, has a higher perplexity."""
     found = {change: each[0]["ratio"]["value"] for (change,), each in grouped(results, "change").items()}
     without = {name: value for name, value in found.items() if name.startswith("no ")}
     if WHOLE_OF_IT not in found or not without:
         return None, ""
     shown = ", ".join(f"{name} {value:.3f}" for name, value in without.items())
-    figures = f"all of it {found[WHOLE_OF_IT]:.3f}, {shown}"
-    helps = min(without.values()) > found[WHOLE_OF_IT]
-    missing = [name for name in TRAINED if name.startswith("no ") and name not in without]
-    return (None, f"{figures}; not yet run: {', '.join(missing)}") if helps and missing else (helps, figures)
+    figures = f"times the teacher's perplexity: {WHOLE_OF_IT} {found[WHOLE_OF_IT]:.3f}, {shown}"
+    helps = [value > found[WHOLE_OF_IT] for value in without.values()]
+    if missing := [name for name in TRAINED if name.startswith("no ") and name not in without]:
+        figures += f"; not yet run: {', '.join(missing)}"
+    if all(helps):
+        return None if missing else True, figures
+    return PARTLY if any(helps) else False, figures
 
 
-def mask_is_needed(results: Results) -> tuple[bool | None, str]:
+def mask_is_needed(results: Results) -> tuple[Verdict, str]:
     """Decides whether a filter without a mask looks better than the teacher on whole rows, and fails as it decodes.
 
     The same student with a mask, trained the same way, must not fail.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lib.study.places import TextPlace, places_of
 
@@ -14,6 +14,9 @@ FIRST, BROAD, DEEP, LAST = 1, 2, 3, 4
 # Results of cells by their names, of those that are there.
 Results = Mapping[str, Mapping[str, Any]]
 HOLDS, FAILS, NOT_RUN, UNCLEAR = "holds here", "does not hold here", "not yet run", "not decided here"
+PARTLY = "holds in part"
+# Whether a claim holds; None where results do not suffice.
+Verdict = bool | Literal["holds in part"] | None
 
 
 @dataclass(frozen=True)
@@ -146,18 +149,18 @@ class Claim:
 
     Attributes:
         text: the claim.
-        check: says from the results whether it holds, None where they do not suffice, and the figures in words if there
-            are any.
+        check: says from the results whether it holds, and the figures in words if there are any.
     """
 
     text: str
-    check: Callable[[Results], tuple[bool | None, str]]
+    check: Callable[[Results], tuple[Verdict, str]]
 
     def verdict(self, results: Results) -> tuple[str, str]:
-        """One of `holds here`, `does not hold here`, `not decided here` and `not yet run`, and the figures."""
+        """One of the words above, and the figures."""
         holds, figures = self.check(results)
-        unknown = UNCLEAR if figures else NOT_RUN
-        return (unknown if holds is None else HOLDS if holds else FAILS), figures
+        if holds is None:
+            return UNCLEAR if figures else NOT_RUN, figures
+        return holds if isinstance(holds, str) else HOLDS if holds else FAILS, figures
 
 
 @dataclass(frozen=True)

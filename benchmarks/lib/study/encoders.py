@@ -1,6 +1,7 @@
 """Part 3: the same attentions in an encoder, a decoder, and a model that is both, on tasks of GLUE."""
 
 import json
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -8,8 +9,8 @@ from typing import Any
 
 import tokenizers
 from lib.study.attentions import AUGMENTED, PAPER, both, sized
-from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
-from lib.study.drawing import draw_bars, grouped, markdown_table, spread
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup, Verdict
+from lib.study.drawing import draw_bars, grouped, markdown_table, spread, training_seconds
 from lib.study.training import resolve_from_scratch, save_tokenizer, train_resolved
 
 from lin_jax.attention import AttentionConfig
@@ -26,6 +27,8 @@ from lin_jax.training.objectives.classification import REPORT_FILE
 NAME = "encoders"
 FAMILIES, TASKS = ("bert", "gpt2", "t5"), ("sst2", "mrpc", "rte")
 SEEDS = (0, 1, 2)
+# Families that a claim compares: an encoder and a decoder.
+COMPARED = ("bert", "gpt2")
 MINUTES = 1.0
 # In this order: T5's padding is 0 and its end 1.
 SPECIAL = {"pad_token": "[PAD]", "eos_token": "</s>", "cls_token": "[CLS]", "sep_token": "[SEP]"}
@@ -157,54 +160,73 @@ def table(results: Results) -> list[str]:
             f"`{attention}`",
             spread([each["accuracy"] for each in seeds]),
             f"{seeds[0]['majority']:.3f}",
-            f"{mean(each['seconds_of_training'] for each in seeds):,.0f}",
+            training_seconds(seeds),
         ]
         for (family, task, attention), seeds in grouped(results, "family", "task", "attention").items()
     ]
     return markdown_table(head, rows)
 
 
-def losses(results: Results) -> dict[str, dict[str, float]]:
-    """By family and attention: mean over the tasks of what it loses against softmax, in points of accuracy."""
-    found = {
-        key: mean(each["accuracy"] for each in seeds)
-        for key, seeds in grouped(results, "family", "task", "attention").items()
-    }
-    lost: dict[str, dict[str, list[float]]] = {}
-    for (family, task, attention), value in found.items():
-        if attention != "softmax" and (family, task, "softmax") in found:
-            points = 100 * (found[family, task, "softmax"] - value)
-            lost.setdefault(family, {}).setdefault(attention, []).append(points)
-    return {family: {name: mean(each) for name, each in names.items()} for family, names in lost.items()}
+def losses(results: Results) -> dict[tuple[str, str], dict[str, float]]:
+    """By task and attention: what it loses against softmax in each family, in points of accuracy.
+
+    Families in which softmax itself has learned nothing are left out.
+    """
+    found = grouped(results, "family", "task", "attention")
+    lost: dict[tuple[str, str], dict[str, float]] = {}
+    for (family, task, attention), seeds in found.items():
+        best = found.get((family, task, "softmax"))
+        if attention != "softmax" and best is not None and has_learned(best):
+            points = 100 * (mean(each["accuracy"] for each in best) - mean(each["accuracy"] for each in seeds))
+            lost.setdefault((task, attention), {})[family] = points
+    return lost
+
+
+def has_learned(seeds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether classifiers are better than the commonest class by more than chance explains: two standard errors."""
+    majority, texts = seeds[0]["majority"], seeds[0]["texts"]
+    chance = 2 * (majority * (1 - majority) / texts) ** 0.5
+    return mean(each["accuracy"] for each in seeds) > majority + chance
 
 
 def plot(results: Results, file: Path) -> bool:
     """A bar for each family, task and attention."""
     found = grouped(results, "family", "task", "attention").items()
     bars = {", ".join(key): mean(each["accuracy"] for each in seeds) for key, seeds in found}
-    return draw_bars(bars, "accuracy", file, line=0.5)
+    commonest = mean(each["majority"] for each in results.values()) if results else 0.5
+    augmented = {name for name in bars if "convolution" in name}
+    title = "accuracy, augmented in orange; the line: the commonest class"
+    return draw_bars(bars, title, file, line=commonest, marked=augmented)
 
 
-def decoders_lose_more(results: Results) -> tuple[bool | None, str]:
+def decoders_lose_more(results: Results) -> tuple[Verdict, str]:
     """Decides whether bare attentions lose more accuracy in GPT-2 than in BERT, those that were tried in both.
 
-    A difference that chance explains decides nothing: twice the standard error of the difference of two means over
+    Where neither has learned anything, what it loses is softmax's success, and says nothing of the attention. A
+    difference that chance explains decides nothing: twice the standard error of the difference of two means over
     attentions, taken as if each attention were one draw.
     """
-    found = losses(results)
-    common = [name for name in PAPER if name in found.get("bert", {}) and name in found.get("gpt2", {})]
-    if not common:
-        return None, ""
-    pairs = [(found["bert"][name], found["gpt2"][name]) for name in common]
+    found, told, silent = grouped(results, "family", "task", "attention"), {}, []
+    for (task, attention), lost in losses(results).items():
+        if attention not in PAPER or not lost.keys() >= set(COMPARED):
+            continue
+        if any(has_learned(found[family, task, attention]) for family in COMPARED):
+            told.setdefault(attention, []).append([lost[family] for family in COMPARED])
+        else:
+            silent.append(f"{attention} on {task}")
+    nothing = f"; no better than the commonest class in either: {', '.join(silent)}" if silent else ""
+    if not told:
+        return None, nothing.removeprefix("; ")
+    pairs = [[mean(each) for each in zip(*tasks, strict=True)] for tasks in told.values()]
     encoder, decoder = (mean(each) for each in zip(*pairs, strict=True))
-    figures = f"mean loss of accuracy of {len(common)} attentions: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
+    figures = f"mean loss of accuracy, {', '.join(told)}: {encoder:.1f} points in BERT, {decoder:.1f} in GPT-2"
     if len(pairs) == 1:
-        return None, f"{figures}; one attention decides nothing"
+        return None, f"{figures}; one attention decides nothing{nothing}"
     apart = [after - before for before, after in pairs]
     chance = 2 * stdev(apart) / len(apart) ** 0.5
     if abs(decoder - encoder) < chance:
-        return None, f"{figures}; chance alone explains a difference of {chance:.1f}"
-    return decoder > encoder, figures
+        return None, f"{figures}; chance alone explains a difference of {chance:.1f}{nothing}"
+    return decoder > encoder, figures + nothing
 
 
 PART = Part(
@@ -212,7 +234,7 @@ PART = Part(
     "Encoders against decoders",
     "BERT, GPT-2 and T5 of equal width, trained here from scratch on tasks of GLUE, with each attention. What the same "
     "attention loses against softmax is compared between them. Classifiers from scratch know little: small differences "
-    "say nothing.",
+    "say nothing, and where an attention is no better than the commonest class, it has learned nothing at all.",
     cells,
     table,
     plot,

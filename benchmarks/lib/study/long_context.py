@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from lib.study.attentions import AUGMENTED
-from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup, Verdict
 from lib.study.drawing import draw_lines, markdown_table
 from lib.study.linearize import NAME as LINEARIZE
 from lib.study.linearize import TEACHER, WHOLE, cell_name
@@ -39,6 +39,12 @@ WARM, GROWTH = 1024, 2.0
 STEADY = 1.25
 # Tokens of the text behind a prefix.
 WRITTEN = 128
+# What is measured after a text of some length, by the head of its table.
+SHOWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "ms a token, by tokens before": lambda each: f"{each['milliseconds_per_token']:.2f}",
+    "seconds to read them": lambda each: f"{each['seconds_of_reading']:.2f}",
+    "state, bytes": lambda each: f"{each['state_bytes']:,}",
+}
 
 
 def cells(setup: Setup) -> list[Cell]:
@@ -120,31 +126,32 @@ def _times(model: CausalModel, tokens: list[int], rounds: int) -> tuple[float, f
 
 
 def table(results: Results) -> list[str]:
-    """Perplexities by position, and below them latencies by context."""
-    lines: list[str] = []
-    for key, head in (("positions", "tokens before"), ("contexts", "context")):
-        rows = [each for each in results.values() if key in each]
-        if not rows:
-            continue
-        longest = max(rows, key=lambda each: len(each[key]))[key]
-        names = [
-            f"{each['begin']:,} to {each['end']:,}" if key == "positions" else f"{each['context']:,}"
-            for each in longest
-        ]
-        shown = [[f"`{row['attention']}`", *(_shown(each) for each in row[key])] for row in rows]
-        width = len(names) + 1
-        lines += [
-            "",
-            *markdown_table([f"attention, by {head}", *names], [[*row, *["-"] * (width - len(row))] for row in shown]),
-        ]
+    """Perplexities by position; then times of a token, times of reading, and states, by the tokens before."""
+    lines = _by_place(
+        results, "positions", "perplexity, by tokens before", _span, lambda each: f"{each['perplexity']:,.2f}"
+    )
+    for head, shown in SHOWN.items():
+        lines += _by_place(results, "contexts", head, lambda each: f"{each['context']:,}", shown)
     return lines[1:]
 
 
-def _shown(each: dict[str, Any]) -> str:
-    if "perplexity" in each:
-        return f"{each['perplexity']:,.2f}"
-    size, read = f"{each['state_bytes']:,} B", f"read in {each['seconds_of_reading']:.2f} s"
-    return f"{each['milliseconds_per_token']:.2f} ms, {size}, {read}"
+def _span(each: Mapping[str, Any]) -> str:
+    return f"{each['begin']:,} to {each['end']:,}"
+
+
+def _by_place(
+    results: Results, key: str, head: str, place: Callable[[Any], str], shown: Callable[[Any], str]
+) -> list[str]:
+    """A table with a row for each place in a text, and a column for each attention."""
+    columns = [each for each in results.values() if key in each]
+    if not columns:
+        return []
+    longest = max((each[key] for each in columns), key=len)
+    rows = [
+        [place(each), *(shown(column[key][row]) if row < len(column[key]) else "-" for column in columns)]
+        for row, each in enumerate(longest)
+    ]
+    return ["", *markdown_table([head, *(f"`{each['attention']}`" for each in columns)], rows)]
 
 
 def plot(results: Results, file: Path) -> bool:
@@ -154,10 +161,10 @@ def plot(results: Results, file: Path) -> bool:
         for each in results.values()
         if "positions" in each
     }
-    return draw_lines(curves, "perplexity", "tokens before", file, high=True)
+    return draw_lines(curves, "perplexity", "tokens from the beginning", file, high=True)
 
 
-def stays_good(results: Results) -> tuple[bool | None, str]:
+def stays_good(results: Results) -> tuple[Verdict, str]:
     """Decides whether augmented attention is no worse far into a text than near its beginning."""
     found = {each["attention"]: each["positions"] for each in results.values() if "positions" in each}
     if AUGMENTED not in found or not _far(found[AUGMENTED]):
@@ -167,10 +174,12 @@ def stays_good(results: Results) -> tuple[bool | None, str]:
     bad = [
         place["begin"] for place in found[AUGMENTED] if place["begin"] >= WARM and place["perplexity"] > GROWTH * best
     ]
-    figures = f"perplexity of {best:,.0f} at best in the first {WARM:,} tokens, {worst:,.0f} at worst behind them"
-    figures += f", from token {bad[0]:,} on" if bad else ""
-    if NORMALISED in found and _far(found[NORMALISED]):
-        figures += f"; {max(_far(found[NORMALISED])):,.0f} at worst around a memory with a normaliser ({NORMALISED})"
+    figures = f"perplexity of {best:,.0f} at best in the first {WARM:,} tokens, {worst:,.0f} at worst after them"
+    figures += f", more than {GROWTH:g} times as high from token {bad[0]:,} on" if bad else ""
+    for name, what in ((NORMALISED, "with a normalised memory"), (WINDOW, "the teacher without any")):
+        if name in found and (far := _far(found[name])):
+            first = min(place["perplexity"] for place in found[name] if place["end"] <= WARM)
+            figures += f"; {what} ({name}) {first:,.0f} and {max(far):,.0f}, {far[-1]:,.0f} at the end"
     return not bad, figures
 
 
@@ -178,7 +187,7 @@ def _far(positions: Sequence[Mapping[str, Any]]) -> list[float]:
     return [place["perplexity"] for place in positions if place["begin"] >= WARM]
 
 
-def constant_time(results: Results) -> tuple[bool | None, str]:
+def constant_time(results: Results) -> tuple[Verdict, str]:
     """Decides whether a token costs the same after any text by linear attention, and the state is as large.
 
     Softmax of a window, which looks at as many tokens everywhere, tells what the machine makes of the same work.
@@ -192,9 +201,11 @@ def constant_time(results: Results) -> tuple[bool | None, str]:
         return None, ""
     worst = max(growth[name] for name in linear)
     same = all(len({each["state_bytes"] for each in rows}) == 1 for rows in linear.values())
-    figures = f"at most {worst:.2f} times as long after the longest text as after the shortest"
+    lengths = [each["context"] for each in next(iter(linear.values()))]
+    figures = f"at most {worst:.2f} times as long after {lengths[-1]:,} tokens as after {lengths[0]:,}"
     others = [f"{name} {growth[name]:.2f}" for name in (WINDOW, SOFTMAX) if name in growth]
     figures += f" ({', '.join(others)})" if others else ""
+    figures += "; a state of the same size" if same else "; a state that grows"
     return same and worst < max(STEADY, 1.1 * growth.get(WINDOW, 0)), figures
 
 
@@ -202,8 +213,8 @@ PART = Part(
     NAME,
     "Long context",
     "Whole novels are read from their beginning, all before a token; latency is that of one text on one machine. "
-    "Teacher and students know stories of some hundred words: how high a perplexity is says little here, how it goes "
-    "on does.",
+    "Teacher and students know stories of some hundred words, and novels are foreign to them: to guess evenly among "
+    "the 512 tokens of stories260K has a perplexity of 512. How high one is says little here, how it goes on does.",
     cells,
     table,
     plot,

@@ -1,13 +1,14 @@
 """The study's report: claims beside what was found, a chapter for each part, and all results as JSON."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.study.cells import LAST, Cell, Part
+from lib.study.cells import Cell, Part
 from lib.study.drawing import markdown_table
-from lib.study.registry import PARTS
+from lib.study.registry import PARTS, chosen_cells
 from lib.study.runner import Store, duration, records
 
 WARNING = (
@@ -16,6 +17,16 @@ WARNING = (
 SHORT = (
     "**This is the short study: a seventh of the training, short continuations, fewer seeds and tasks. Students are "
     "still far from their teacher; what is compared is how far each attention comes on the same budget.**"
+)
+
+# A process that has its processor for so much of the time has it to itself.
+ALONE = 0.9
+# Cells that are named, of those that have not run.
+NAMED = 40
+MIXED = "Cells ran on different processors, whose seconds do not compare and which round differently: "
+SHARED = (
+    "Seconds of training in parentheses are of cells that had a processor for less than {percent:.0f} % of their time, "
+    "or of which that is not known: other work slowed them."
 )
 
 
@@ -30,7 +41,7 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = dict(records(store, cells))
-    results = {name: record["result"] for name, record in found.items()}
+    results = {name: _result(record) for name, record in found.items()}
     chapters = [_chapter(part, store, cells, found, folder) for part in PARTS.values()]
     lines = [
         "# The study: linear attention in autoregressive decoders",
@@ -38,6 +49,8 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
         *([WARNING, ""] if store.setup.quick else [SHORT, ""] if store.setup.short else []),
         'The claims are those of You et al., "When Linear Attention Meets Autoregressive Decoding" (ICML 2024), and',
         "a few of this package's own. Each is told beside what was found here, with small models and short training.",
+        "`+local` is the branch inside a group of tokens, `+convolution` the masked filter over values: with both, an",
+        "attention is augmented.",
         "",
         *markdown_table(["claim", "", "found"], _claims(results)),
         "",
@@ -48,6 +61,12 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"command": command, "quick": store.setup.quick, "cells": found, "missing": _missing(cells, found)}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _result(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of a cell, and whether it had its processors to itself, as far as is known."""
+    share = share_of_time([record])
+    return {**record["result"], "alone": share is not None and share >= ALONE}
 
 
 def of_part(results: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -78,8 +97,11 @@ def _about(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], co
     sizes = store.setup.sizes
     rows = [
         ["command", f"`{command}`"],
-        ["commit", every("commit")],
-        ["machine", f"{every('cpu')}; cores: {every('cores')}; device: {every('device')}"],
+        ["commit", f"{every('commit')}: of each cell in results.json"],
+        [
+            "machine",
+            f"{_counts(map(machine, found.values()))}; cores: {_counts(each['cores'] for each in found.values())}",
+        ],
         ["versions", f"lin_jax {every('lin_jax')}, JAX {every('jax')}, Python {every('python')}"],
         ["seed", "0 where no other is named; of three seeds 0, 1 and 2"],
         ["finished", f"{_counted(store, cells, found)}, in {duration(seconds)}{_processor(found)}"],
@@ -96,17 +118,49 @@ def _counted(store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any]) 
     """How many cells are finished, those of the short study apart where it is one."""
     if not store.setup.short:
         return f"{len(found)} of {len(cells)} cells"
-    own = [name for name, cell in cells.items() if cell.turn < LAST]
-    more = len(found.keys() - set(own))
-    beside = f" and {more} others" if more else ""
+    own = _asked(store, cells)
+    more = len(found.keys() - own)
+    beside = f" and {more} more" if more else ""
     return f"{len(found) - more} of {len(own)} cells of the short study{beside} ({len(cells)} in the full one)"
 
 
+def _asked(store: Store, cells: Mapping[str, Cell]) -> set[str]:
+    """Names of the cells that the study runs: all of them, or those of the short one."""
+    return set(chosen_cells(store.setup, tuple(PARTS)) if store.setup.short else cells)
+
+
 def _processor(found: Mapping[str, Any]) -> str:
-    spent = [record.get("processor_seconds") for record in found.values()]
-    if not spent or None in spent:
+    spent = [each for record in found.values() if (each := record.get("processor_seconds")) is not None]
+    if not spent:
         return ""
-    return f", of which processors have worked {duration(sum(spent))}"
+    known = "" if len(spent) == len(found) else f" in the {len(spent)} of which that is known"
+    return f"; processors worked {duration(sum(spent))} of it{known}"
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    """The kind of processor or accelerator that a cell ran on, without the number of processors."""
+    words = record["device"].removeprefix("cpu, ").split(", ")
+    return ", ".join(each for each in words if not each.endswith(" processors"))
+
+
+def _counts(values: Iterable[Any]) -> str:
+    """Values with the number of cells, the commonest first."""
+    counted = Counter(map(str, values)).most_common()
+    if len(counted) < 2:
+        return counted[0][0] if counted else "-"
+    return ", ".join(f"{value} ({count} cell{'s' * (count > 1)})" for value, count in counted)
+
+
+def _machines(records: Mapping[str, Any]) -> list[str]:
+    """Which cells of a chapter ran on which kind of processor, where there are several."""
+    kinds: dict[str, list[str]] = {}
+    for name, record in records.items():
+        kinds.setdefault(machine(record), []).append(f"`{name}`")
+    if len(kinds) < 2:
+        return []
+    most = max(kinds, key=lambda each: len(kinds[each]))
+    others = [f"{', '.join(names)} on {kind}" for kind, names in kinds.items() if kind != most]
+    return ["", f"{MIXED}{'; '.join(others)}; all others on {most}."]
 
 
 def share_of_time(records: Iterable[Mapping[str, Any]]) -> float | None:
@@ -117,11 +171,15 @@ def share_of_time(records: Iterable[Mapping[str, Any]]) -> float | None:
 
 
 def _chapter(part: Part, store: Store, cells: Mapping[str, Cell], found: Mapping[str, Any], folder: Path) -> list[str]:
-    own = of_part({name: record["result"] for name, record in found.items()}, part.name)
+    records = of_part(found, part.name)
+    own = {name: _result(record) for name, record in records.items()}
     lines = [f"## {part.title}", "", part.about]
     if table := part.table(own):
         lines += ["", *table]
-    timed = [each for each in of_part(found, part.name).values() if part.timed and part.timed in each["result"]]
+    lines += _machines(records)
+    if any("| (" in line for line in table):
+        lines += ["", SHARED.format(percent=100 * ALONE)]
+    timed = [each for each in records.values() if part.timed and part.timed in each["result"]]
     if (share := share_of_time(timed)) is not None:
         quiet = f"its process had a processor for {100 * share:.0f} % of the time that its cells took"
         lines += [
@@ -131,11 +189,12 @@ def _chapter(part: Part, store: Store, cells: Mapping[str, Cell], found: Mapping
     if own and part.plot(own, folder / f"{part.name}.svg"):
         lines += ["", f"![{part.title}]({part.name}.svg)"]
     missing = of_part({name: cells[name] for name in _missing(cells, found)}, part.name)
-    asked = [name for name, cell in missing.items() if cell.turn < LAST or not store.setup.short]
+    own_names = _asked(store, cells)
+    asked = [name for name in missing if f"{part.name}/{name}" in own_names]
     if asked:
-        shown = ", ".join(f"`{name}`" for name in asked[:8])
-        more = f" and {len(asked) - 8} more (`missing` in results.json)" if len(asked) > 8 else ""
-        lines += ["", f"Not yet run: {shown}{more}."]
+        shown = ", ".join(f"`{name}`" for name in asked[:NAMED])
+        more = f" and {len(asked) - NAMED} more (`missing` in results.json)" if len(asked) > NAMED else ""
+        lines += ["", f"Not yet run: {len(asked)} cells, {shown}{more}."]
     if others := len(missing) - len(asked):
         lines += ["", f"The full study has {others} more cells of this part."]
     return lines

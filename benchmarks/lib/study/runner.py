@@ -63,6 +63,37 @@ class Store:
         found = {"settings": cell.settings, "sizes": vars(self.setup.sizes)}
         return json.loads(json.dumps(found))
 
+    def adopt(self, file: Path, cells: Mapping[str, Cell]) -> list[str]:
+        """Takes over results of an earlier report, those of the same settings that are not here yet.
+
+        Args:
+            file: the report's results.json.
+            cells: of all parts.
+
+        Returns:
+            Names of the cells whose results were taken over.
+
+        Raises:
+            UserError: the file is not a report's.
+        """
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"--from {file} is no results.json of a study; give that of an earlier report") from error
+        taken = []
+        for name, record in there.items():
+            cell = cells.get(name)
+            if cell is None or record.get("identity") != self.identity(cell) or self.record(name, cell) is not None:
+                continue
+            self._keep(name, record)
+            taken.append(name)
+        return taken
+
+    def has_model(self, name: str) -> bool:
+        """Whether the models that a cell has trained are still here."""
+        part, _, rest = name.partition("/")
+        return self.setup.folder(part, rest).is_dir()
+
     def begin(self, name: str, cell: Cell) -> None:
         """Notes what a cell is begun with; models that were begun with something else are removed."""
         file, own = self.setup.scratch / "cells" / f"{name}.begun", json.dumps(self.identity(cell))
@@ -88,11 +119,14 @@ class Store:
             "identity": self.identity(cell),
             "result": result,
         }
+        # NaN and infinities become null.
+        self._keep(name, json.loads(json_line(record)))
+
+    def _keep(self, name: str, record: Mapping[str, Any]) -> None:
         file = self.file(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        # NaN and infinities become null.
-        partial.write_text(json.dumps(json.loads(json_line(record)), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         partial.replace(file)
 
 
@@ -122,7 +156,7 @@ def run_cell(store: Store, name: str, cell: Cell) -> None:
 
 
 def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Callable[[str], None]) -> list[str]:
-    """Runs all cells that have no result yet.
+    """Runs all cells that have no result yet, and again those whose models are gone and needed.
 
     A cell that fails does not stop the others, but for those that need it.
 
@@ -138,8 +172,9 @@ def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Calla
     Raises:
         KeyboardInterrupt: it was stopped; called again, it goes on with the cell that it was at.
     """
-    todo = [name for name, cell in cells.items() if store.record(name, cell) is None]
+    todo = _unfinished(store, cells)
     note(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished before")
+    lost = {name for name in todo if store.record(name, cells[name]) is not None}
     failed: list[str] = []
     pace = _Pace()
     for number, name in enumerate(todo, 1):
@@ -148,7 +183,7 @@ def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Calla
             failed.append(name)
             note(f"[{number}/{len(todo)}] {name}: left out, since what it needs has failed")
             continue
-        if store.record(name, cell) is not None:
+        if store.record(name, cell) is not None and (name not in lost or store.has_model(name)):
             # Another call, of other parts, needed it too.
             continue
         left = pace.seconds([cells[each] for each in todo[number - 1 :]])
@@ -163,6 +198,18 @@ def run_cells(store: Store, cells: Mapping[str, Cell], start: Start, note: Calla
         else:
             pace.add(cell, time.perf_counter() - began)
     return failed
+
+
+def _unfinished(store: Store, cells: Mapping[str, Cell]) -> list[str]:
+    """Names of the cells to run, in order: without a result, or needed by one of these and without their models."""
+    chosen: set[str] = set()
+    needed: set[str] = set()
+    # What a cell needs stands before it.
+    for name, cell in reversed(cells.items()):
+        if store.record(name, cell) is None or (name in needed and not store.has_model(name)):
+            chosen.add(name)
+            needed |= set(cell.needs)
+    return [name for name in cells if name in chosen]
 
 
 class _Pace:

@@ -6,8 +6,8 @@ from statistics import mean
 from typing import Any
 
 from lib.study.attentions import AUGMENTED, PAPER, both, sized
-from lib.study.cells import BROAD, DEEP, FIRST, LAST, Cell, Claim, Part, Results, Setup
-from lib.study.drawing import draw_bars, grouped, markdown_table, spread
+from lib.study.cells import BROAD, DEEP, FIRST, LAST, PARTLY, Cell, Claim, Part, Results, Setup, Verdict
+from lib.study.drawing import draw_bars, grouped, markdown_table, spread, training_seconds
 from lib.study.models import trained_on
 
 from lin_jax.attention import AttentionConfig
@@ -23,6 +23,8 @@ REPEATED = ("softmax", "flash_global", AUGMENTED)
 LAST_TRIED = "relu"
 GROUPS, KERNELS = (16, 32, 128, 256), (7, 15, 31, 127)
 MINUTES = 1.5
+# Pairs that a claim shows.
+SHOWN = 6
 
 
 def cells(setup: Setup) -> list[Cell]:
@@ -100,7 +102,7 @@ def table(results: Results) -> list[str]:
                 str(len(seeds)),
                 spread([each["perplexity"] for each in seeds], 2),
                 f"{seeds[0]['parameters']:,}",
-                f"{mean(each['seconds_of_training'] for each in seeds):,.0f}",
+                training_seconds(seeds),
             ]
         )
     return markdown_table(head, rows)
@@ -109,10 +111,11 @@ def table(results: Results) -> list[str]:
 def plot(results: Results, file: Path) -> bool:
     """A bar for each model."""
     bars = {", ".join(key): mean(values) for key, values in _perplexities(results).items()}
-    return draw_bars(bars, "perplexity of held-out text", file, line=0)
+    augmented = {name for name in bars if "convolution" in name}
+    return draw_bars(bars, "perplexity of held-out text, augmented in orange", file, line=0, marked=augmented)
 
 
-def augmentation_helps(results: Results) -> tuple[bool | None, str]:
+def augmentation_helps(results: Results) -> tuple[Verdict, str]:
     """Decides whether each augmented attention has a lower perplexity than the bare one, in every family."""
     found = {key: mean(values) for key, values in _perplexities(results).items()}
     pairs = [
@@ -123,11 +126,13 @@ def augmentation_helps(results: Results) -> tuple[bool | None, str]:
     if not pairs:
         return None, ""
     better = sum(augmented < bare for _, bare, augmented in pairs)
-    figures = f"lower in {better} of {len(pairs)} pairs"
+    shown = [f"{', '.join(key)}: {bare:.1f} to {augmented:.1f}" for key, bare, augmented in pairs]
+    figures = f"lower in {better} of {len(pairs)} pairs ({'; '.join(shown[:SHOWN])}{'; ...' * (len(shown) > SHOWN)})"
     missing = [family for family in FAMILIES if family not in {key[0] for key, _, _ in pairs}]
-    if missing and better == len(pairs):
-        return None, f"{figures}; not yet run: {', '.join(missing)}"
-    return better == len(pairs), figures
+    figures += f"; not yet run: {', '.join(missing)}" if missing else ""
+    if better < len(pairs):
+        return PARTLY if better else False, figures
+    return None if missing else True, figures
 
 
 PART = Part(

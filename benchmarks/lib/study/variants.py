@@ -2,8 +2,8 @@
 
 `unmasked` is augmented linear attention whose convolution has no mask: a centred filter over whole rows. `masked` is
 the same with the same parameters as it decodes: no future is there, and its half of the filter reads nothing.
-`published_boundary` is augmented linear attention that verifies a draft as the published code of You et al. (2024)
-does: where a draft goes on in the next group, the group that just ended is in nobody's memory yet.
+`published_boundary` is FLASH's global attention, with what its name adds, that verifies a draft as the published code
+of You et al. (2024) does: where a draft goes on in the next group, the group that just ended is in nobody's memory yet.
 """
 
 from typing import Any
@@ -23,6 +23,8 @@ from pallas_kernels.pairs import merge_heads
 from pallas_kernels.types import QKV, AugmentedState, Nodes, TreeArrays
 
 UNMASKED, MASKED, PUBLISHED = "unmasked", "masked", "published_boundary"
+# The attention that they change.
+GLOBAL = "flash_global"
 
 
 class UnmaskedConvolution(Convolution):
@@ -67,7 +69,7 @@ class UnmaskedConvolution(Convolution):
 
 
 class PublishedBoundary(ComposedAttention):
-    """Augmented linear attention that forgets the unfinished group for all drafted tokens behind its end."""
+    """Linear attention over groups that forgets the unfinished group for all drafted tokens behind its end."""
 
     def verify(
         self, qkv: QKV, tree: TreeArrays, state: AugmentedState, bias: RelativeBias | None = None
@@ -92,8 +94,11 @@ def register() -> None:
     REGISTRY[PUBLISHED] = AttentionEntry(_published, ("causal",))
 
 
-def _augmented(config: AttentionConfig, sizes: Sizes, *, convolution: bool) -> ComposedAttention:
-    return REGISTRY["flash_global"].build(config, Name("flash_global", local=True, convolution=convolution), sizes)
+def published(attention: str) -> str:
+    """Name of FLASH's global attention with the published boundary, and with what a name of ours adds to it."""
+    base, *added = attention.split("+")
+    assert base == GLOBAL
+    return "+".join([PUBLISHED, *added])
 
 
 def _filtered(*, sees_future: bool) -> Any:
@@ -109,14 +114,14 @@ def _filtered(*, sees_future: bool) -> Any:
             convolution=filtered,
             param_dtype=sizes.param_dtype,
         )
-        base = _augmented(config, sizes, convolution=False)
+        base = REGISTRY[GLOBAL].build(config, Name(GLOBAL, local=True, convolution=False), sizes)
         return WrappedAttention(base, around, initial_alpha=None, param_dtype=sizes.param_dtype)
 
     return build
 
 
 def _published(config: AttentionConfig, name: Name, sizes: Sizes) -> PublishedBoundary:
-    exact = _augmented(config, sizes, convolution=True)
+    exact = REGISTRY[GLOBAL].build(config, name._replace(base=GLOBAL), sizes)
     return PublishedBoundary(
         sizes.kv_heads,
         sizes.head_dim,
