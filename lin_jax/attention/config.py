@@ -28,6 +28,7 @@ class Conventions:
             that the query sees, or the row's, padding included, as published for FLASH, which cannot decode.
         centred: whether a bidirectional convolution sees both sides, or the past only (FLASH).
         factor: whether the grouped branch beside a local one has a learnt factor alpha (not in FLASH).
+        relative: whether the model gives mixers a relative bias (T5, FLASH).
     """
 
     unit: bool = True
@@ -40,6 +41,7 @@ class Conventions:
     length: Literal["position", "row"] = "position"
     centred: bool = True
     factor: bool = True
+    relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class AttentionConfig:
         diagonal_layers: first layers that transnormer gives softmax attention inside groups.
         convolve_padding: let the convolution of an encoder read padding, as the published T5 does.
         implementation: of the kernels for the local and grouped branches and the convolution, and for windows with a
-            memory: xla, tpu, gpu, or the last two interpreted; None takes what suits the platform. Softmax over whole
-            rows goes through cuDNN on a GPU unless this is xla.
+            memory: xla, tpu, gpu, or the last two interpreted; None takes what suits the platform. Refused for windows
+            and decays that no kernel computes. Softmax over whole rows goes through cuDNN on a GPU unless this is xla.
         window: tokens of the sliding window of `+window`, or of softmax, the query's own among them. For `+window`,
             None is a window of groups; for softmax, all that is before it. With a window, decode states do not grow.
         window_groups: groups before the query's own in a window of groups.

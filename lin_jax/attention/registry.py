@@ -34,6 +34,7 @@ from lin_jax.attention.protocols import Form, Turn
 from lin_jax.attention.sliding import SlidingSoftmax
 from lin_jax.attention.transnormer import TransNormerAttention
 from lin_jax.attention.windowed_attention import WindowedAttention
+from lin_jax.attention.windowed_kernels import has_window_kernels
 from lin_jax.attention.yoso import YosoAttention
 from lin_jax.errors import UserError
 from pallas_kernels.windows.window import AttentionWindow
@@ -265,7 +266,14 @@ def _decayed_flash(config: AttentionConfig, name: Name, sizes: Sizes, *, local: 
     )
 
 
-def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -> WindowedAttention:
+def _windowed(
+    config: AttentionConfig, name: Name, sizes: Sizes, *, linear: LinearBranch, **parts: Any
+) -> WindowedAttention:
+    if config.implementation not in (None, "xla") and (what := _without_kernels(config, name, sizes, linear)):
+        raise UserError(
+            f"attention.implementation is '{config.implementation}', and no kernel computes {what}; "
+            "leave it out, or give 'xla' there"
+        )
     decay: Decay | None = None
     if config.decay == "constant":
         decay = ConstantDecay(sizes.kv_heads, param_dtype=sizes.param_dtype)
@@ -281,9 +289,25 @@ def _windowed(config: AttentionConfig, name: Name, sizes: Sizes, **parts: Any) -
         convolution=_convolution(config, name, sizes),
         implementation=config.implementation,
         turn=sizes.turn,
+        linear=linear,
         param_dtype=sizes.param_dtype,
         **parts,
     )
+
+
+def _without_kernels(config: AttentionConfig, name: Name, sizes: Sizes, linear: LinearBranch) -> str | None:
+    """Words for the part of a window or a decay that kernels do not know on any platform; None where they know all."""
+    if sizes.turn is not None:
+        return "a memory of keys as they were before rotary positions (attention.rotary_memory is false)"
+    if not name.window:
+        return f"attention.decay '{config.decay}' of '{config.name}', which has no +window"
+    if not has_window_kernels(linear.features):
+        return f"a window before the features of '{config.name}'"
+    if sizes.form != "causal":
+        return f"a window in {sizes.form} attention"
+    if sizes.conventions.relative:
+        return "a window where the model adds a relative bias to scores"
+    return None
 
 
 def _softmax_scale(sizes: Sizes) -> float:

@@ -121,8 +121,13 @@ def verify_by_program(
     return verify_window(*qkv, _weights(features), tree, state, **options, implementation=name)
 
 
+def has_window_kernels(features: FeatureMap) -> bool:
+    """True for the feature maps that kernels know behind a window."""
+    return isinstance(features, Exponential | Hedgehog)
+
+
 def _has_kernels(features: FeatureMap, window: AttentionWindow) -> bool:
-    return isinstance(features, Exponential | Hedgehog) and window.tokens != 0
+    return has_window_kernels(features) and window.tokens != 0
 
 
 def _options(features: FeatureMap, window: AttentionWindow) -> dict[str, Any]:

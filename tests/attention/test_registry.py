@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lin_jax.attention import QKV, REGISTRY, AttentionEntry, build_mixer, kernel_attention, register, whole_rows
+from lin_jax.attention import (
+    QKV,
+    REGISTRY,
+    AttentionConfig,
+    AttentionEntry,
+    build_mixer,
+    kernel_attention,
+    register,
+    whole_rows,
+)
+from lin_jax.attention.config import Conventions
 from lin_jax.attention.feature_maps import FeatureMap
 from lin_jax.errors import UserError
 
@@ -61,3 +71,37 @@ def test_names_that_are_refused(name, message):
     with pytest.raises(UserError, match="has no form"):
         register("mine", ENTRY._replace(forms=()))
     assert "mine" not in REGISTRY
+
+
+BIASED = Conventions(relative=True)
+
+
+def mixer_asked(name, implementation, form="causal", conventions=None, **fields):
+    config = AttentionConfig(name, 4, 3, implementation=implementation, **fields)
+    sizes = {"heads": 2, "kv_heads": 1, "head_dim": 4}
+    options = {"form": form, "conventions": conventions, **sizes}
+    return nnx.eval_shape(lambda: build_mixer(config, **options, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("augmented", {"decay": "token"}, r"attention.decay 'token' of 'augmented', which has no \+window"),
+        ("exponential", {"decay": "constant"}, r"attention.decay 'constant' of 'exponential'"),
+        ("clustered+window", {}, r"a window before the features of 'clustered\+window'"),
+        ("exponential+window", {"form": "bidirectional"}, "a window in bidirectional attention"),
+        ("exponential+window", {"conventions": BIASED}, "a window where the model adds a relative bias"),
+    ],
+)
+def test_a_window_or_decay_without_kernels_refuses_them_by_name(name, options, message):
+    wanted = f"attention.implementation is 'tpu', and no kernel computes {message}.*; leave it out, or give 'xla'"
+    with pytest.raises(UserError, match=wanted):
+        mixer_asked(name, "tpu", **options)
+    for fine in (None, "xla"):
+        mixer_asked(name, fine, **options)
+
+
+@pytest.mark.parametrize("name", ["augmented", "softmax", "performer", "exponential+window", "hedgehog+window"])
+def test_other_attentions_take_any_implementation(name):
+    """Those that have kernels, and those that stand beside them in a mix and take no notice."""
+    mixer_asked(name, "gpu")

@@ -154,6 +154,26 @@ def test_where_it_is_not_for():
         Gpt2(config, rngs=nnx.Rngs(0))
 
 
+def test_kernels_that_are_asked_for_are_refused():
+    """No kernel reads keys as they were before: a name that could not be followed is refused, not passed over."""
+
+    def shape(config):
+        single = replace(config, dtype="float32", param_dtype="float32")
+        nnx.eval_shape(lambda: Llama(single, rngs=nnx.Rngs(0)))
+
+    asked = replace(CONFIG, attention=replace(ATTENTION, name="exponential+window", implementation="gpu"))
+    with pytest.raises(UserError) as raised:
+        shape(asked)
+    assert str(raised.value) == (
+        "attention.implementation is 'gpu', and no kernel computes a memory of keys as they were before rotary "
+        "positions (attention.rotary_memory is false); leave it out, or give 'xla' there"
+    )
+    with pytest.raises(UserError, match=r"attention.rotary_memory is false"):
+        shape(replace(asked, attention=AttentionConfig(pattern=["softmax", asked.attention])))
+    shape(replace(asked, attention=replace(asked.attention, implementation="xla")))
+    shape(replace(asked, attention=replace(asked.attention, rotary_memory=True)))
+
+
 def test_layers_of_a_mix_that_have_no_window_have_nothing_to_say():
     mixed = replace(CONFIG, attention=replace(ATTENTION, layers={0: "softmax"}))
     assert [each.rotary_memory for each in mixed.attention.of_layers(2)] == [True, False]

@@ -100,4 +100,5 @@ class FlashConfig(ComputeConfig):
             length=self.length_scale,
             centred=False,
             factor=False,
+            relative=True,
         )

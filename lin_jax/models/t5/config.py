@@ -10,7 +10,9 @@ from lin_jax.models.compute import ComputeConfig, check_choice
 FEED_FORWARDS = ("relu", "gated-gelu")
 
 # The published replacement of T5's attention: unit values, the bias beside the weights, one norm over all heads.
-CONVENTIONS = Conventions(unit=True, unit_values=True, bias="weights", merged_norm=True, softmax_scale="one")
+CONVENTIONS = Conventions(
+    unit=True, unit_values=True, bias="weights", merged_norm=True, softmax_scale="one", relative=True
+)
 
 
 @dataclass(frozen=True)
