@@ -427,8 +427,10 @@ class WindowedAttention(nnx.Module):
             # No node lies before the window of one below it, and few tokens of the ring do.
             return self._far_sums(queries, self._leaving(state, pairs, nodes - 1))
         # A group leaves at a time, and seldom within a tree.
+        far = pairs.masks.far
+        assert far is not None, "checked by the caller"
         absent = jnp.zeros_like(jax.eval_shape(lambda: self._far_sums(queries, pairs)))
-        return jax.lax.cond(jnp.any(pairs.masks.far), lambda: self._far_sums(queries, pairs), lambda: absent)
+        return jax.lax.cond(jnp.any(far), lambda: self._far_sums(queries, pairs), lambda: absent)
 
     def _leaving(self, state: WindowedState, pairs: Pairs, count: int) -> Pairs:
         """Those of a tree's pairs whose token is one of the `count` oldest of the ring, of a sliding window."""

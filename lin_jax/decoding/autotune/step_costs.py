@@ -163,8 +163,8 @@ def time_shape(plain: Callable[[int], int], drafted: Callable[[int], int]) -> li
     rounds: list[tuple[float, float]] = []
     while len(rounds) < ROUNDS and not (rounds and time.perf_counter() - began > LONGEST_TIMING):
         rounds.append((_seconds_per_step(plain, plain_steps), _seconds_per_step(drafted, steps)))
-    # The least of each: what else the machine does only adds to a time, and most to that of drafted steps, which use all
-    # processors. A cost that is too low is set right by use; one that is too high would never be.
+    # The least of each: what else the machine does only adds to a time, and most to that of drafted steps, which use
+    # all processors. A cost that is too low is set right by use; one that is too high would never be.
     cost = min(each[1] for each in rounds) / min(each[0] for each in rounds)
     return [cost] * TIMED
 
