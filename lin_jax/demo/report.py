@@ -184,10 +184,14 @@ def _charts(report: Mapping[str, Any]) -> dict[str, Markup]:
     colours = {BEST: charts.BLUE}
     quality = [(name, each["ratio"], colours.get(name, charts.GREEN)) for name, each in report["students"].items()]
     quality += [(name, each["ratio"], charts.MUTED) for name, each in report["baselines"].items()]
+    softmax, plain = report["softmax_tokens_per_second"], report["plain_tokens_per_second"]
     speed = [
-        ("softmax teacher, plain", report["softmax_tokens_per_second"], charts.ORANGE),
-        (f"{BEST}, plain", report["plain_tokens_per_second"], charts.MUTED),
-        *((f"{BEST}, {name}", each["tokens_per_second"], charts.BLUE) for name, each in report["drafters"].items()),
+        ("softmax teacher, plain", softmax, softmax / plain, charts.ORANGE),
+        (f"{BEST}, plain", plain, 1.0, charts.MUTED),
+        *(
+            (f"{BEST}, {name}", each["tokens_per_second"], each["speedup"], charts.BLUE)
+            for name, each in report["drafters"].items()
+        ),
     ]
     found = {}
     for suffix, narrow in (("", False), ("_narrow", True)):
