@@ -7,7 +7,7 @@ import pytest
 
 from lin_jax.decoding.autotune.account import ALLOWANCE, CREDIT, RATE
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm
-from lin_jax.decoding.autotune.chooser import Chooser
+from lin_jax.decoding.autotune.chooser import MIN_GAIN, Chooser
 from lin_jax.decoding.autotune.evidence import MATCHES, Evidence, evidence_shape
 from lin_jax.decoding.drafting.hindsight import LookupHindsight
 
@@ -178,3 +178,16 @@ def test_plain_steps_end_at_a_match_that_would_pay() -> None:
     assert again.alert == NO_ALERT
     dear.update(again, again.steps, np.array([[again.steps]]))
     assert dear.choose(running, ready, 128).alert < NO_ALERT
+
+
+def test_a_shape_that_is_too_dear_to_be_taken_takes_no_other_ones_place() -> None:
+    """Compiled or not: a text that was written before was decoded plainly where chains of 32 nodes cost nine steps."""
+    costs = (*COSTS["small"][:-2], 5.8, ALLOWANCE + CREDIT + 2)
+    chooser = Chooser(ARMS, costs.__getitem__, 1, copies=frozenset({1}), visit_cost=VISIT)
+    chooser.observe_copies(0, 1, 40, [(32, True)] * 40)
+    running = np.ones(1, bool)
+    values = chooser.values(running)
+    assert values[6] < MIN_GAIN * values[7]
+    for ready in ((), (7,)):
+        assert chooser.wanted(running, ready) == 6
+    assert chooser.choose(running, (6, 7), 128).arm == 6
