@@ -16,8 +16,8 @@ configurations: most of the time goes into compiling, which `JAX_DISABLE_MOST_OP
 The status is 1 if a text differs in float64, or in float32 where rounding is not to blame, or a state differs by more
 than rounding, or an adaptive configuration accepted no draft: it would show nothing. Such configurations are told that
 drafts cost next to nothing, so that shapes are tried and changed all the time, on any machine alike. In bfloat16 the
-report says how far texts agree; with `--same-bits` nothing may differ in any type. Medusa and path heads that a run
-lacks begin as copies of the model's and are fitted to its plain texts for a moment.
+report says how far texts agree; with `--same-bits` nothing may differ in any type, states included. Medusa and path
+heads that a run lacks begin as copies of the model's and are fitted to its plain texts for a moment.
 """
 
 import argparse
@@ -217,13 +217,13 @@ def failed(report: dict[str, Any]) -> bool:
     """True if something differs that must not, or a configuration shows nothing."""
     dtype = report["dtype"]
     divergences = [each for result in report["results"] for each in result["divergences"]]
-    if report["same_bits"]:
-        return bool(divergences) or bool(report["adaptive_without_drafts"])
-    if dtype == "bfloat16":
+    exact = report["same_bits"]
+    if dtype == "bfloat16" and not exact:
         divergences = []
-    elif dtype == "float32":
+    elif dtype == "float32" and not exact:
         divergences = [each for each in divergences if not each["rounding_tie"]]
-    if any(each["largest_difference"] > STATE_ROUNDING[dtype] for each in report["state_equality"]):
+    most = 0.0 if exact else STATE_ROUNDING[dtype]
+    if any(each["largest_difference"] > most for each in report["state_equality"]):
         return True
     return bool(divergences) or bool(report["adaptive_without_drafts"])
 

@@ -147,8 +147,10 @@ def _print_parts(nodes: int, parts: Sequence[dict[str, Any]]) -> Sequence[dict[s
 def _options() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attentions", nargs="+", default=["augmented", "clustered+window"], metavar="NAME")
-    parser.add_argument("--nodes", nargs="+", type=int, default=[1, 2, 4, 8, 16], metavar="N", help="1 comes first")
-    parser.add_argument("--drafting", action="store_true", help="by a path head; at most 6 nodes then")
+    parser.add_argument("--nodes", nargs="+", type=int, metavar="N", help="1 comes first; default: 1 2 4 8 16")
+    parser.add_argument(
+        "--drafting", action="store_true", help="by a path head, in chains of up to 9 nodes; default: 1 2 4 8"
+    )
     parser.add_argument("--weights", choices=("float32", "int8"), default="float32")
     parser.add_argument("--hidden-size", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
@@ -158,6 +160,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--trace", action="store_true", help="tell where a step's time goes")
     parser.add_argument("--json", metavar="FILE", help="write the report there; - is standard output")
     options = parser.parse_args()
+    options.nodes = options.nodes or [1, 2, 4, 8, *([] if options.drafting else [16])]
     if options.nodes[0] != 1 or any(nodes < 2 for nodes in options.nodes[1:]):
         raise UserError(f"--nodes is {' '.join(map(str, options.nodes))}; give 1 first, then larger numbers")
     if options.rounds < 1 or options.steps < 1:

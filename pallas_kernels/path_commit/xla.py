@@ -32,10 +32,18 @@ class Joined(NamedTuple):
 def join(buffer: Buffer, position: Int[Array, " B"], path: Buffer, length: Int[Array, " B"]) -> Joined:
     """The first `length` (at most G) tokens of a path behind the unfinished group, row by row."""
     size = buffer[0].shape[1]
-    after = position + length.astype(position.dtype)
+    finished, after = _advanced(position, length, size)
     order = jnp.arange(path[0].shape[1])
     slots = jnp.where(order < length[:, None], (position[:, None] + order) % size, size)
-    return Joined(_written(buffer, path, slots), after // size > position // size, after)
+    return Joined(_written(buffer, path, slots), finished, after)
+
+
+def _advanced(
+    position: Int[Array, " B"], length: Int[Array, " B"], size: int
+) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
+    """Mask of the paths that end in another group than they begin in, and the tokens consumed after each."""
+    after = position + length.astype(position.dtype)
+    return after // size > position // size, after
 
 
 def begun_group(buffer: Buffer, position: Int[Array, " B"], path: Buffer) -> Buffer:
@@ -99,10 +107,8 @@ def advance_by_path(state: AugmentedState, path: Nodes, length: Int[Array, " B"]
     that plain decoding uses, so that both leave the same bits. `fold(keys, values)` is what a group adds to the memory.
     """
     buffer, memory, written = (state.keys, state.values), state.memory, length
-    position = state.position + length.astype(state.position.dtype)
+    finished, position = _advanced(state.position, length, buffer[0].shape[1])
     if memory is not None:
-        size = buffer[0].shape[1]
-        finished = position // size > state.position // size
         memory = fold_finished(memory, buffer, state.position, path, finished, fold)
         # The unfinished group is read by then, and is changed where it lies.
         written = known_after(length, memory)

@@ -196,7 +196,7 @@ class Chooser:
         values, allowance = self.values(running, left), self.account.allowance
         # From here on what the rows have in common is asked of those that count.
         running = decisive(running, left)
-        affordable = [arm for arm in ready if self._affords(arm, values, running)]
+        affordable = [arm for arm in ready if self._affords(arm, values, running, left)]
         best = max((0, *affordable), key=lambda arm: (values[arm], -arm))
         trial = self._due(values, values[best])
         self.trial = False
@@ -237,17 +237,17 @@ class Chooser:
             pays |= (found >= least) & (paid | (np.array(lengths) >= SURE_MATCH))
         return lengths[int(np.argmax(pays))] if pays.any() else NO_ALERT
 
-    def _affords(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"]) -> bool:
+    def _affords(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> bool:
         """True where a step of an arm may be taken, though it gave nothing but the target's own token."""
-        return self.cost(arm) - 1 <= self.account.allowance + self._credit(arm, values, running)
+        return self.cost(arm) - 1 <= self.account.allowance + self._credit(arm, values, running, left)
 
-    def _credit(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"]) -> float:
+    def _credit(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> float:
         """Plain steps by which the account may be overdrawn for an arm."""
         family = self.arms[arm].family
         if family not in self.copies or values[arm] < SURE_VALUE or not running.any():
             return 0.0
         matched = self.evidence.matched[running, family]
-        return self.credit if (np.median(matched) if self._left is None else matched.min()) >= SURE_MATCH else 0.0
+        return self.credit if (np.median(matched) if left is None else matched.min()) >= SURE_MATCH else 0.0
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
@@ -269,11 +269,11 @@ class Chooser:
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
-        self._left = left
         values, deciding = self.values(running, left), decisive(running, left)
-        # A shape that is compiled, but too dear to be taken now, takes no other one's place.
-        best = max(values[arm] for arm in (0, *ready) if not arm or self._affords(arm, values, deciding))
-        missing = [arm for arm in range(1, len(self.arms)) if arm not in ready and self._affords(arm, values, deciding)]
+        # A shape that is too dear to be taken now, compiled or not, takes no other one's place.
+        affordable = [arm for arm in range(1, len(self.arms)) if self._affords(arm, values, deciding, left)]
+        best = max(values[arm] for arm in (0, *affordable) if not arm or arm in ready)
+        missing = [arm for arm in affordable if arm not in ready]
         trial = self._due(values, best)
         if trial in missing:
             return trial
