@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 
 from lin_jax.devices import device_kind
 from lin_jax.files import write_durably
-from lin_jax.models.products import DEFAULTS, FORMS, ROWS, Layout, ProductPlan
+from lin_jax.models.products import DEFAULTS, FORMS, ROWS, Layout, ProductPlan, panels_of
 from lin_jax.user_cache import cache_folder
 
 # Numbers of rows that a session times; those between them take the next one's form. Compiling takes most of the time.
-TIMED_ROWS = (1, 8)
+TIMED_ROWS = (1, 4, 8)
 # Smaller matrices are left as they are: their products take no time.
 SMALLEST = 2**16
 # Numbers of a matrix that is timed in the place of a larger one.
@@ -88,6 +88,7 @@ class ProductTimes:
         rows: Sequence[int] = TIMED_ROWS,
         most: int = 2,
         budget: float = 0.3,
+        forms: Collection[str] = tuple(FORMS),
     ) -> None:
         """Times the shapes that nothing alike has been timed for, and keeps the result.
 
@@ -98,21 +99,29 @@ class ProductTimes:
             rows: numbers of rows.
             most: shapes that are timed at the most.
             budget: seconds after which a shape is not timed again; compiling is not counted.
+            forms: names of the forms that are timed.
         """
         done = 0
         for shape in shapes:
             if done < most and self.nearest(shape, weights, compute, ALIKE) is None:
-                self.time(shape, weights, compute, rows, budget=budget)
+                self.time(shape, weights, compute, rows, budget=budget, forms=forms)
                 done += 1
         if done:
             self.save()
 
     def time(
-        self, shape: Shape, weights: str, compute: str, rows: Sequence[int], *, budget: float = 1.0
+        self,
+        shape: Shape,
+        weights: str,
+        compute: str,
+        rows: Sequence[int],
+        *,
+        budget: float = 1.0,
+        forms: Collection[str] = tuple(FORMS),
     ) -> dict[str, dict[int, float]]:
         """Times one shape, or fewer outputs of it if it is large; arguments as in `measure`."""
         timed = bounded(shape)
-        found = time_forms(timed, weights, compute, rows, budget=budget)
+        found = time_forms(timed, weights, compute, rows, budget=budget, forms=forms)
         self.seconds[_key(timed, weights, compute)] = found
         return found
 
@@ -128,7 +137,14 @@ class ProductTimes:
             return None
         return self.seconds[best]
 
-    def plan(self, shape: Shape, weights: str, compute: str, layouts: Sequence[Layout] = ("io", "oi")) -> ProductPlan:
+    def plan(
+        self,
+        shape: Shape,
+        weights: str,
+        compute: str,
+        layouts: Sequence[Layout] = ("io", "oi"),
+        forms: Collection[str] = tuple(FORMS),
+    ) -> ProductPlan:
         """The fastest forms for a matrix: as timed, or the default where nothing was.
 
         Args:
@@ -136,10 +152,12 @@ class ProductTimes:
             weights: type of the weights.
             compute: type of the rows.
             layouts: those that it can be stored in.
+            forms: names of the forms to choose from.
         """
-        found = None if compute == "float64" else self.nearest(shape, weights, compute)
+        found = (None if compute == "float64" else self.nearest(shape, weights, compute)) or {}
+        found = {name: times for name, times in found.items() if name in forms}
         defaults = [DEFAULTS[weights, layout] for layout in layouts if (weights, layout) in DEFAULTS]
-        known = {default.layout: best for default in defaults if (best := _fastest(found or {}, default))}
+        known = {default.layout: best for default in defaults if (best := _fastest(found, default))}
         if not known:
             return defaults[0]
         # Most rows, but not at the cost of plain decoding, which has one.
@@ -150,11 +168,12 @@ class ProductTimes:
 
 
 def _fastest(times: Mapping[str, Mapping[int, float]], default: ProductPlan) -> dict[int, tuple[str, float]]:
-    """The fastest form in the default's layout and its seconds, by number of rows.
+    """The fastest form in the default's layout, or as panels, and its seconds, by number of rows.
 
     The default's own form stays where no other one is clearly faster. More rows than a form is for take a real product.
     """
-    forms = {name: found for name, found in times.items() if name in FORMS and FORMS[name].layout == default.layout}
+    layouts = (default.layout, "panels")
+    forms = {name: found for name, found in times.items() if name in FORMS and FORMS[name].layout in layouts}
     best: dict[int, tuple[str, float]] = {}
     for rows in sorted({each for found in forms.values() for each in found}):
         timed = {name: found[rows] for name, found in forms.items() if rows in found}
@@ -172,7 +191,14 @@ def _fastest(times: Mapping[str, Mapping[int, float]], default: ProductPlan) -> 
 
 
 def time_forms(
-    shape: Shape, weights: str, compute: str, rows: Sequence[int], *, rounds: int = 7, budget: float = 1.0
+    shape: Shape,
+    weights: str,
+    compute: str,
+    rows: Sequence[int],
+    *,
+    rounds: int = 7,
+    budget: float = 1.0,
+    forms: Collection[str] = tuple(FORMS),
 ) -> dict[str, dict[int, float]]:
     """Seconds of one product in every form that is worth trying; the least of several rounds that take turns.
 
@@ -183,13 +209,14 @@ def time_forms(
         rows: numbers of rows.
         rounds: number of rounds.
         budget: seconds after which no further round begins.
+        forms: names of the forms that are timed.
     """
     matrices = _matrices(shape, weights)
     programs: dict[tuple[str, int], tuple[Any, Any, Any]] = {}
     for name, form in FORMS.items():
-        if weights not in form.dtypes:
+        if weights not in form.dtypes or name not in forms:
             continue
-        ours = matrices if form.layout == "oi" else [[each.T for each in group] for group in matrices]
+        ours = [[_laid_out(each, form.layout) for each in group] for group in matrices]
         for count in rows:
             if count <= form.most:
                 x = jnp.ones((count, shape[0]), compute)
@@ -208,6 +235,13 @@ def time_forms(
             times = found.setdefault(name, {})
             times[count] = min(seconds, times.get(count, math.inf))
     return found
+
+
+def _laid_out(matrix: jax.Array, layout: str) -> jax.Array:
+    """A matrix `[O, I]` in a layout."""
+    if layout == "oi":
+        return matrix
+    return matrix.T if layout == "io" else panels_of(matrix.T)
 
 
 def _chained(x: jax.Array, group: Sequence[jax.Array], apply: Any) -> jax.Array:

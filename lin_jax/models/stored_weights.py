@@ -24,6 +24,7 @@ from lin_jax.models.medusa import MedusaHeads
 from lin_jax.models.path_head import PathHead
 from lin_jax.models.product_timing import SMALLEST, ProductTimes
 from lin_jax.models.products import (
+    FORMS,
     SAME_BITS_PLAN,
     Layout,
     ProductPlan,
@@ -37,6 +38,8 @@ from lin_jax.models.separate_layers import SeparateLayers
 from lin_jax.models.stack import LayerStack
 
 WEIGHTS = ("stored", "int8")
+# Numbers in the matrices of a model above which none is there twice.
+MOST_IN_PANELS = 2**26
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class StoredEmbedding(nnx.Module):
         if self.head is not None:
             return self.head(query)
         rows = query.reshape(-1, query.shape[-1])
-        found = multiply(rows, self.embedding[...], self.plan)
+        found = multiply(rows, self.embedding[...], self.plan.form(rows.shape[0]))
         if self.scale is not None:
             found = found * self.scale[...].astype(found.dtype)
         return found.reshape(*query.shape[:-1], -1)
@@ -168,14 +171,16 @@ class Storage:
         options: what was asked for.
         times: times of products on this machine; None is another device than a CPU, where nothing changes but what is
             asked for.
-        rewrites: write products of two numbers of one type in other forms, too. With AVX-512, XLA's own are faster in
-            whole programs, whatever a form promises alone: 1.14 ms a token and 1.90 ms for 8 nodes of the demo's model,
-            against 1.23 and 2.37 ms.
+        rewrites: write products of two numbers of one type in all forms. With AVX-512, XLA's own are faster in whole
+            programs than most, whatever a form promises alone: 1.14 ms a token and 1.90 ms for 8 nodes of the demo's
+            model, against 1.23 and 2.37 ms. There, such a product is XLA's own or one of panels.
+        panels: whether matrices may be there a second time, as panels.
     """
 
     options: WeightStorage
     times: ProductTimes | None = None
     rewrites: bool = True
+    panels: bool = True
 
     @property
     def int8(self) -> bool:
@@ -201,13 +206,20 @@ class Storage:
             return ProductPlan("oi", ((1, "product"),)) if self.int8 else None
         if not self.int8 and (shape[0] * shape[1] < SMALLEST or "float64" in (stored, compute)):
             return None
-        if not self.int8 and stored == compute and not self.rewrites:
-            return None
         if compute == "float64":
             return ProductPlan("oi", ((1, "product"),))
-        plan = self.times.plan(shape, weights, compute, layouts)
+        # What is stored by its outputs alone is a table, which has no panels.
+        forms = [name for name in self.forms(weights, compute) if name != "panels" or "io" in layouts]
+        if not any(FORMS[name].layout in layouts for name in forms):
+            return None
+        plan = self.times.plan(shape, weights, compute, layouts, forms)
         unchanged = stored == compute and {name for _, name in plan.forms} == {"product io"}
         return None if unchanged else plan
+
+    def forms(self, weights: str, compute: str) -> tuple[str, ...]:
+        """Names of the forms that a product may have, by the types of weights and rows."""
+        names = tuple(FORMS) if self.rewrites or weights != compute else ("product io", "panels")
+        return tuple(name for name in names if name != "panels" or self.panels)
 
 
 def storage_for(model: Any, options: WeightStorage, times: ProductTimes | None = None, *heads: Any) -> Storage:
@@ -222,17 +234,18 @@ def storage_for(model: Any, options: WeightStorage, times: ProductTimes | None =
     if jax.default_backend() != "cpu":
         return Storage(options)
     times = times if times is not None else ProductTimes.of_this_machine()
-    rewrites = instruction_set() != "AVX-512"
+    work: dict[tuple[tuple[int, int], str, str], int] = {}
+    for shape, stored, compute in (each for part in (model, *heads) for each in _matrices(part)):
+        if shape[0] * shape[1] >= SMALLEST and "float64" not in (stored, compute):
+            key = (shape, "int8" if options.weights == "int8" else stored, compute)
+            work[key] = work.get(key, 0) + shape[0] * shape[1]
+    storage = Storage(options, times, instruction_set() != "AVX-512", sum(work.values()) <= MOST_IN_PANELS)
     if not options.same_bits:
-        work: dict[tuple[tuple[int, int], str, str], int] = {}
-        for shape, stored, compute in (each for part in (model, *heads) for each in _matrices(part)):
-            if shape[0] * shape[1] >= SMALLEST and "float64" not in (stored, compute):
-                key = (shape, "int8" if options.weights == "int8" else stored, compute)
-                work[key] = work.get(key, 0) + shape[0] * shape[1]
-        for weights, compute in dict.fromkeys(key[1:] for key in work if rewrites or key[1] != key[2]):
+        for weights, compute in dict.fromkeys(key[1:] for key in work):
             shapes = [key[0] for key in sorted(work, key=lambda key: -work[key]) if key[1:] == (weights, compute)]
-            times.measure(shapes, weights, compute)
-    return Storage(options, times, rewrites)
+            if len(forms := storage.forms(weights, compute)) > 1:
+                times.measure(shapes, weights, compute, forms=forms)
+    return storage
 
 
 def _matrices(model: Any) -> Iterator[tuple[tuple[int, int], str, str]]:
@@ -259,7 +272,7 @@ def store(model: Any, storage: Storage) -> None:
                 matrix = StoredMatrix.of(layer.kernel.get_value(), plan)
                 put(model, path, StoredLinear(matrix, layer.bias, layer.dtype, layer.param_dtype))
                 del layer
-                _round(storage, matrix)
+                _finish(storage, matrix)
         elif isinstance(layer, FeatureMap) and storage.int8:
             for name in LEARNT_MATRICES:
                 _narrow(layer, name)
@@ -273,9 +286,14 @@ def _narrow(features: FeatureMap, name: str) -> None:
         matrix.set_value(jax.lax.reduce_precision(matrix.get_value(), exponent_bits=8, mantissa_bits=7))
 
 
-def _round(storage: Storage, matrix: StoredMatrix) -> None:
-    if storage.int8 and not isinstance(matrix.weight.get_value(), jax.ShapeDtypeStruct):
+def _finish(storage: Storage, matrix: StoredMatrix) -> None:
+    """Rounds a matrix to int8, or makes its panels, once it is there."""
+    if isinstance(matrix.weight.get_value(), jax.ShapeDtypeStruct):
+        return
+    if storage.int8:
         matrix.quantize()
+    else:
+        matrix.add_panels()
 
 
 def _store_embedding(model: Any, storage: Storage) -> None:
@@ -302,20 +320,21 @@ def store_heads(heads: Any, storage: Storage, compute: Any) -> None:
         compute: type of the hidden vectors that they read.
     """
 
+    def planned(kernel: Any) -> ProductPlan | None:
+        return storage.plan(kernel.shape[-2:], kernel.dtype, compute)
+
     def stored(kernel: Any) -> Any:
-        plan = storage.plan(kernel.shape, kernel.dtype, compute)
+        plan = planned(kernel)
         if plan is None:
             return nnx.Param(kernel)
         matrix = StoredMatrix.of(kernel, plan)
-        _round(storage, matrix)
+        _finish(storage, matrix)
         return matrix
 
-    if storage.plan((2**12, 2**12), heads.output[...].dtype, compute) is None:
-        return
     if isinstance(heads, PathHead):
         for name in ("projection", "inner", "outer", "output"):
             setattr(heads, name, stored(getattr(heads, name).get_value()))
-    elif isinstance(heads, MedusaHeads):
+    elif isinstance(heads, MedusaHeads) and (planned(heads.weight[...]) or planned(heads.output[...])):
         for name in ("weight", "output"):
             setattr(heads, name, nnx.List([stored(each) for each in getattr(heads, name)[...]]))
 
@@ -334,14 +353,14 @@ def separate_shapes(stack: LayerStack) -> SeparateLayers:
 
 
 def finish_at(model: Any, path: tuple[Any, ...], storage: Storage) -> None:
-    """Rounds the matrix or table that the variable at a path belongs to, or makes a table's head, once it is filled."""
+    """Finishes the matrix or table that the variable at a path belongs to: rounded, or a second copy, once filled."""
     holder = module_at(model, path[:-1])
     if isinstance(holder, FeatureMap) and path[-1] in LEARNT_MATRICES and storage.int8:
         _narrow(holder, path[-1])
     elif isinstance(holder, StoredEmbedding):
         holder.finish()
     elif isinstance(holder, StoredMatrix):
-        _round(storage, holder)
+        _finish(storage, holder)
 
 
 def restored(model: Any) -> Any:
@@ -363,6 +382,12 @@ def restored(model: Any) -> Any:
         model.embed.embedding = nnx.Param(numbers_of(model.embed.embedding[...]))
         model.embed.head = None
     return model
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of a model's weights; a matrix that is there as panels, too, counts once."""
+    leaves = nnx.to_flat_state(nnx.state(model))
+    return sum(leaf[...].nbytes for path, leaf in leaves if path[-1] != "panels")
 
 
 def module_at(model: Any, path: tuple[Any, ...]) -> Any:

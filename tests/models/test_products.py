@@ -17,12 +17,15 @@ from lin_jax.models.products import (
     ProductPlan,
     StoredMatrix,
     dequantized,
+    panels_of,
     quantized,
     times,
 )
 
 INPUTS, OUTPUTS = 70, 33
 NUMBERS = np.random.default_rng(0).normal(size=(OUTPUTS, INPUTS)).astype(np.float32)
+# From a matrix `[O, I]` to the layout of a form.
+LAYOUTS = {"oi": lambda weight: weight, "io": lambda weight: weight.T, "panels": lambda weight: panels_of(weight.T)}
 ROWS = np.random.default_rng(1).normal(size=(70, INPUTS)).astype(np.float32)
 
 
@@ -38,6 +41,7 @@ def stored(weights: str) -> jax.Array:
             ("columns", "bfloat16", "float32"),
             ("split", "bfloat16", "float32"),
             ("side by side io", "float32", "float32"),
+            ("panels", "float32", "float32"),
         ],
         thorough=[
             (name, weights, compute)
@@ -51,10 +55,10 @@ def test_a_form_is_the_product(name, weights, compute):
     form, weight = FORMS[name], stored(weights)
     for count in (1, 2, 5):
         x = jnp.asarray(ROWS[:count]).astype(compute)
-        found = np.asarray(form.apply(x, weight if form.layout == "oi" else weight.T), np.float64)
+        found = np.asarray(form.apply(x, LAYOUTS[form.layout](weight)), np.float64)[:, :OUTPUTS]
         expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
         # Sums in float32, whatever the types of rows and weights; XLA's own product rounds weights to the rows' type.
-        own = name in ("product", "product io", "side by side io")
+        own = name in ("product", "product io", "side by side io", "panels")
         exact = not own or compute == "float32" or weights == "bfloat16"
         assert found.shape == expected.shape
         np.testing.assert_allclose(found, expected, rtol=0, atol=(2e-6 if exact else 2e-2) * np.abs(expected).max())
@@ -114,6 +118,23 @@ def test_a_stored_matrix_multiplies_as_its_kernel_does(layout):
     assert times(x[:, :0], matrix).shape == (2, 0, OUTPUTS)
 
 
+@pytest.mark.parametrize("layout", ["io", "oi"])
+def test_few_rows_take_the_panels_of_a_matrix_and_many_the_matrix(layout):
+    many = "product io" if layout == "io" else "product"
+    matrix = StoredMatrix.of(jnp.asarray(NUMBERS.T), ProductPlan(layout, ((4, "panels"), (64, many))))
+    x = jnp.asarray(ROWS[:6])
+    # Before they are made, as in a model of shapes, all rows take the matrix.
+    expected = np.asarray(ROWS[:6] @ NUMBERS.T)
+    np.testing.assert_allclose(matrix(x[:3]), expected[:3], rtol=1e-5, atol=1e-5)
+    matrix.add_panels()
+    assert matrix.panels.shape == (2, INPUTS, 32)
+    np.testing.assert_array_equal(np.asarray(matrix.panels[0]), NUMBERS.T[:, :32])
+    np.testing.assert_allclose(matrix(x[:3]), expected[:3], rtol=1e-5, atol=1e-5)
+    matrix.panels[...] = jnp.zeros_like(matrix.panels[...])
+    assert not matrix(x[:4]).any()
+    np.testing.assert_allclose(matrix(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_plan_serves_a_number_by_the_next_one():
     plan = ProductPlan("oi", ((1, "product"), (8, "sum"), (64, "split")))
     assert [plan.name(rows) for rows in (1, 2, 8, 9, 64, 1000)] == ["product", "sum", "sum", *["split"] * 3]
@@ -138,6 +159,19 @@ def test_the_fastest_form_is_chosen_and_one_row_comes_first():
     seconds["sum"][8] = seconds["columns"][8] = 0.95
     seconds["product"] = {1: 1.0, 8: 1.0}
     assert times.plan((400, 1000), "float32", "float32").name(8) == "product"
+
+
+def test_panels_are_chosen_beside_the_layout_that_many_rows_take():
+    seconds = {"product io": {1: 1.0, 8: 2.0}, "product": {1: 1.0, 8: 3.0}, "panels": {1: 0.6, 8: 1.9}}
+    times = ProductTimes(None, {"float32 float32 384x1024": seconds})
+    plan = times.plan((384, 1024), "float32", "float32")
+    assert (plan.layout, plan.forms) == ("io", ((1, "panels"), (8, "product io")))
+    assert plan.has_panels
+    assert not times.plan((384, 1024), "float32", "float32", forms=("product io", "product")).has_panels
+    # Clearly faster for all rows that they are for: then more rows take the default.
+    seconds["panels"][8] = 1.0
+    plan = times.plan((384, 1024), "float32", "float32")
+    assert [plan.name(rows) for rows in (1, 8, 9, 64)] == ["panels", "panels", "product io", "product io"]
 
 
 def test_what_was_not_timed_has_a_default():

@@ -35,6 +35,7 @@ from lin_jax.models.stored_weights import (
     WeightStorage,
     computed_in,
     restored,
+    storage_for,
     store,
     store_heads,
 )
@@ -128,6 +129,26 @@ def test_int8_is_the_model_with_rounded_matrices(name):
         # One int8 table is read, and is the head.
         assert decoding.embed.head is None
         np.testing.assert_allclose(decoding.logits(hidden), hidden @ table.T, rtol=1e-4, atol=1e-5)
+
+
+def test_small_models_have_panels_beside_their_matrices(tmp_path, monkeypatch):
+    timed = {"product io": {1: 1.0, 8: 1.0}, "panels": {1: 0.5, 8: 1.0}, "sum": {1: 0.1, 8: 0.1}}
+    times = ProductTimes(None, {"float32 float32 16x24": timed})
+    monkeypatch.setattr("lin_jax.models.stored_weights.instruction_set", lambda: "AVX-512")
+    learning = model_of("qwen")
+    folder = save_pretrained(learning, tmp_path / "folder")
+    found = Pretrained.open(folder).load(storage=lambda model: storage_for(model, STORED, times))
+    stored = [node for _, node in nnx.iter_modules(found) if isinstance(node, StoredMatrix)]
+    assert len(stored) == 2 * 7 + 1
+    # With AVX-512, no other form than XLA's own takes the place of it.
+    assert all(node.panels.shape[1:] == (node.shape[0], 32) for node in stored)
+    assert {node.plan.forms for node in stored} == {((1, "panels"), (8, "product io"))}
+    assert isinstance(found.embed, nnx.Embed)
+    for tokens in (TOKENS, TOKENS[:1, :1]):
+        np.testing.assert_allclose(logits_of(found, tokens), logits_of(learning, tokens), rtol=1e-5, atol=1e-5)
+    assert params_fingerprint(params_of(as_trained(restored(found)))) == params_fingerprint(params_of(learning))
+    monkeypatch.setattr("lin_jax.models.stored_weights.MOST_IN_PANELS", 100)
+    assert storage_for(learning, STORED, times).forms("float32", "float32") == ("product io",)
 
 
 @pytest.mark.thorough

@@ -10,6 +10,7 @@ import numpy as np
 
 from lin_jax.devices import devices_shown
 from lin_jax.hub.sizes import context_length, parameter_count, state_bytes
+from lin_jax.models.stored_weights import weight_bytes
 from lin_jax.progress_bar import progress_bar
 from lin_jax.session import Session
 
@@ -33,7 +34,6 @@ def speed_report(options: argparse.Namespace, subject: Any) -> dict[str, Any]:
             found.append(generator.generate(prompts, options.new_tokens, slots=options.batch))
             bar.update()
     timed = found[1:]
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(session.model) if hasattr(leaf, "nbytes"))
     return {
         "read_tokens_per_second": options.batch * length / min(each.prefill_seconds for each in timed),
         "write_tokens_per_second": max(each.tokens_per_second for each in timed),
@@ -41,7 +41,7 @@ def speed_report(options: argparse.Namespace, subject: Any) -> dict[str, Any]:
         "prompt_tokens": length,
         "new_tokens": options.new_tokens,
         "state_bytes": state_bytes(subject.model, length + options.new_tokens),
-        "weight_bytes": weights,
+        "weight_bytes": weight_bytes(session.model),
         "parameters": parameter_count(subject.model),
         "device": devices_shown(),
     }

@@ -15,6 +15,7 @@ import numpy as np
 from lin_jax.devices import instruction_set
 from lin_jax.files import write_durably
 from lin_jax.models import CausalModel
+from lin_jax.models.stored_weights import weight_bytes
 from lin_jax.user_cache import cache_folder
 
 # Plain steps that one step with 1, 2, 4, 8, 16 and 32 nodes costs before anything was measured.
@@ -186,9 +187,8 @@ def visit_cost(model: CausalModel) -> float:
 
     In a batch steps take longer, and so does what the host does for its rows.
     """
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model) if hasattr(leaf, "nbytes"))
     while_reading = VISIT_BYTES.get(jax.default_backend(), VISIT_BYTES["other"])
-    return float(np.clip(while_reading / max(size, 1), LEAST_VISIT, MOST_VISIT))
+    return float(np.clip(while_reading / max(weight_bytes(model), 1), LEAST_VISIT, MOST_VISIT))
 
 
 def assumed_cost(size: int) -> float:
