@@ -39,6 +39,7 @@ from lin_jax.attention.windowed_kernels import (
 from lin_jax.attention.windowed_state import WindowedState, advance, commit_path, held, in_order, sinks_of, with_sinks
 from lin_jax.errors import UserError
 from pallas_kernels.chunks import first_segment_id
+from pallas_kernels.implementations import target_platform
 from pallas_kernels.pairs import merge_heads, split_heads, weighted_values
 from pallas_kernels.precision import accumulation_dtype, upcast
 from pallas_kernels.types import QKV, TreeArrays
@@ -426,6 +427,9 @@ class WindowedAttention(nnx.Module):
         if nodes <= (self.window.tokens or 0):
             # No node lies before the window of one below it, and few tokens of the ring do.
             return self._far_sums(queries, self._leaving(state, pairs, nodes - 1))
+        if target_platform() == "gpu":
+            # There the host would look at every condition, which takes longer than the sums.
+            return self._far_sums(queries, pairs)
         # A group leaves at a time, and seldom within a tree.
         far = pairs.masks.far
         assert far is not None, "checked by the caller"

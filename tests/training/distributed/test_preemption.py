@@ -11,6 +11,17 @@ from lin_jax.training.checkpoint.files import saved_steps
 from lin_jax.training.distributed.preemption import StopSignal
 from lin_jax.training.run import train
 
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@pytest.fixture(autouse=True)
+def not_ignored():
+    """Signals as in a terminal: under `nohup`, SIGHUP is ignored, and so is SIGINT in the background."""
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in WARNINGS}
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
+
 
 def test_ctrl_c_saves_and_a_second_one_is_not_swallowed():
     # What Python does by itself, unless it was started in the background.
@@ -44,9 +55,6 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step():
     first, second = (out.splitlines()[-1].split() for out, _ in ended)
     # Sent in step 7, voted on before step 8, heard a round later.
     assert first == second == ["9", "SIGTERM"]
-
-
-WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.mark.parametrize("number", WARNINGS)
