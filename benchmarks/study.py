@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lib.study.cells import Cell, Setup
-from lib.study.pages import write_study
+from lib.study.pages import CLAIMS_MARK, check_claims, write_claims, write_study
 from lib.study.registry import PARTS, all_cells, chosen_cells
 from lib.study.runner import Start, Store, Worker, duration, note, run_cells, serve, shown_places
 
@@ -40,6 +40,8 @@ def main() -> int:
     """Runs the chosen cells and writes the report; the status is 1 if a cell failed."""
     options = parse(sys.argv[1:])
     setup = setup_of(options)
+    if options.claims:
+        check_claims(options.claims)
     store, output = Store(setup), Path(options.output or (QUICK if options.quick else FULL))
     if options.worker:
         # Programs that are alike are compiled once, by whichever process.
@@ -57,13 +59,15 @@ def main() -> int:
         return 0
     worker = Worker(worker_command(options))
     try:
-        return study(store, chosen, worker, output, shown_command(options))
+        return study(store, chosen, worker, output, shown_command(options), options.claims)
     finally:
         worker.close()
 
 
-def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str) -> int:
-    """Runs cells, writes the report now and then and at the end, and says where it is."""
+def study(
+    store: Store, cells: Mapping[str, Cell], start: Start, output: Path, command: str, claims: Path | None = None
+) -> int:
+    """Runs cells, writes the report now and then and at the end, and says where it is; claims go to one more file."""
     everything, written = all_cells(store.setup), time.monotonic()
 
     def started(name: str) -> int:
@@ -79,6 +83,8 @@ def study(store: Store, cells: Mapping[str, Cell], start: Start, output: Path, c
     finally:
         write_study(store, everything, output, command)
         note(f"the report is {output / 'README.md'}; the same command goes on with what is missing")
+        if claims is not None:
+            write_claims(store, everything, claims)
     return 1 if failed else 0
 
 
@@ -101,6 +107,12 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         dest="results",
         metavar="FILE",
         help="results.json of an earlier report, whose cells are not run again",
+    )
+    parser.add_argument(
+        "--claims",
+        type=Path,
+        metavar="FILE",
+        help=f"whose part between two lines {CLAIMS_MARK} becomes the table of claims, such as README.md",
     )
     parser.add_argument("--output", metavar="FOLDER", help=f"of the report ({FULL}; quick: {QUICK})")
     parser.add_argument(

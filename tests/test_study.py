@@ -377,6 +377,14 @@ def test_report(study: Any, tmp_path: Path) -> None:
         store.write(name, cells[name], result, 60.0, 30.0)
     out = tmp_path / "study"
     pages.write_study(store, cells, out, "python benchmarks/study.py")
+    claims = tmp_path / "claims.md"
+    claims.write_text(f"before\n{pages.CLAIMS_MARK}\nold\n{pages.CLAIMS_MARK}\nafter\n")
+    pages.write_claims(store, cells, claims)
+    kept, table, rest = claims.read_text().split(pages.CLAIMS_MARK)
+    assert (kept, rest) == ("before\n", "\nafter\n")
+    assert table.strip() in (out / "README.md").read_text()
+    with pytest.raises(UserError, match="has not two lines <!-- study -->"):
+        pages.check_claims(out / "README.md")
     text = (out / "README.md").read_text()
     assert "| Linear attentions that work in encoders lose much in autoregressive decoders. | **holds here** |" in text
     assert "lower in 1 of 1, by up to 6.60 (relu on stories260K: 11.00 to 4.40), and then 1.10 to 1.10 times" in text
@@ -575,3 +583,9 @@ def test_quick_study(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert processor_seconds() - before < first / 2
     assert json.loads((out / "results.json").read_text())["cells"] == found["cells"]
+
+
+def test_claims_of_the_readme(study: Any) -> None:
+    """README and the study's page tell the same."""
+    table = study("pages").check_claims(ROOT / "README.md")[1]
+    assert table.strip() in (ROOT / "docs/study/README.md").read_text()

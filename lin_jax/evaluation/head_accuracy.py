@@ -1,4 +1,4 @@
-"""Accuracy of the r-th guess of draft heads at each depth, from which draft trees are chosen."""
+"""Accuracy of the r-th guess of draft heads at each depth, from which draft shapes are chosen."""
 
 import json
 from collections.abc import Iterable
@@ -35,28 +35,47 @@ class HeadAccuracy:
         table: `[K, R]` share of positions whose token k + 2 ahead is exactly guess r (from 0) at depth k (from 0): of
             Medusa's head k, or of a path head after the k + 1 tokens before, as they really come.
         counts: `[K]` positions that were tried at each depth.
+        chosen: `[K, R]` share of the same positions where guess r is what the base model itself finds likeliest there,
+            after the real text: what greedy decoding accepts. None in files of versions that did not measure it.
     """
 
     table: np.ndarray
     counts: np.ndarray
+    chosen: np.ndarray | None = None
+
+    @property
+    def accepted(self) -> Float[np.ndarray, "K R"]:
+        """`[K, R]` the better estimate of how often a guess is accepted: `chosen` where it is known."""
+        return self.table if self.chosen is None else self.chosen
 
     def save(self, path: Path) -> None:
-        """Writes `{"table": [K][R], "counts": [K]}` as JSON."""
-        path.write_text(json.dumps({"table": self.table.tolist(), "counts": self.counts.tolist()}, indent=2) + "\n")
+        """Writes `{"table": [K][R], "counts": [K], "chosen": [K][R]}` as JSON."""
+        content = {"table": self.table, "counts": self.counts, "chosen": self.chosen}
+        lists = {name: array.tolist() for name, array in content.items() if array is not None}
+        path.write_text(json.dumps(lists, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "HeadAccuracy":
         """Reads a file that `save` wrote."""
         content = json.loads(path.read_text())
-        return cls(np.asarray(content["table"]), np.asarray(content["counts"]))
+        chosen = content.get("chosen")
+        return cls(
+            np.asarray(content["table"]), np.asarray(content["counts"]), None if chosen is None else np.asarray(chosen)
+        )
 
     def __str__(self) -> str:
-        """A small text table: a line a depth, a column a guess."""
-        ranks = range(1, self.table.shape[1] + 1)
-        lines = ["depth  ahead" + "".join(f"{f'guess {rank}':>10}" for rank in ranks)]
-        for depth, row in enumerate(self.table):
-            lines.append(f"{depth:>5}{depth + 2:>7}" + "".join(f"{share:>10.3f}" for share in row))
-        return "\n".join(lines)
+        """Small text tables: a line a depth, a column a guess."""
+        parts = ["share of guesses that are the token that comes:", *_lines(self.table)]
+        if self.chosen is not None:
+            parts += ["share of guesses that are what the model itself would choose there:", *_lines(self.chosen)]
+        return "\n".join(parts)
+
+
+def _lines(table: Float[np.ndarray, "K R"]) -> list[str]:
+    lines = ["depth  ahead" + "".join(f"{f'guess {rank}':>10}" for rank in range(1, table.shape[1] + 1))]
+    for depth, row in enumerate(table):
+        lines.append(f"{depth:>5}{depth + 2:>7}" + "".join(f"{share:>10.3f}" for share in row))
+    return lines
 
 
 def head_accuracy(
@@ -73,22 +92,30 @@ def head_accuracy(
         depth: number of depths K to look at; Medusa's heads have one each.
         ranks: number of guesses R at a depth to look at.
     """
-    hits, counts = np.zeros((depth, ranks), np.int64), np.zeros(depth, np.int64)
+    hits, counts = np.zeros((2, depth, ranks), np.int64), np.zeros(depth, np.int64)
     for batch in batches:
         found, tried = _hits(model, heads, dict(batch), depth=depth, ranks=ranks)
         hits, counts = hits + np.asarray(found), counts + np.asarray(tried)
-    return HeadAccuracy(hits / np.maximum(counts, 1)[:, None], counts)
+    table, chosen = hits / np.maximum(counts, 1)[:, None]
+    return HeadAccuracy(table, counts, chosen)
 
 
 @partial(jax.jit, static_argnames=("depth", "ranks"))
 def _hits(
     model: CausalModel, heads: DraftHeads, batch: dict[str, Array], *, depth: int, ranks: int
-) -> tuple[Int[Array, "K R"], Int[Array, " K"]]:
+) -> tuple[Int[Array, "2 K R"], Int[Array, " K"]]:
+    """Guesses that are the token that comes, and those that the model would choose; and how many there are of each."""
     hidden = model.hidden(*inputs_of(batch))
     path, (ids, included) = path_ahead(batch | {"tokens": batch.get("truth", batch["tokens"])}, depth)
-    rank = _rank(heads.guess(hidden, path), ids)
-    hits = (rank[..., None] == jnp.arange(ranks)) & included[..., None]
-    return jnp.sum(hits, axis=(0, 1)), jnp.sum(included, axis=(0, 1))
+    logits, likeliest = heads.guess(hidden, path), jnp.argmax(model.logits(hidden), axis=-1)
+    ahead = [jnp.pad(likeliest[:, k + 1 :], ((0, 0), (0, k + 1))) for k in range(depth)]
+
+    def counted(tokens: Int[Array, "B T K"]) -> Int[Array, "K R"]:
+        hits = (_rank(logits, tokens)[..., None] == jnp.arange(ranks)) & included[..., None]
+        return jnp.sum(hits, axis=(0, 1))
+
+    both = jnp.stack([counted(ids), counted(jnp.stack(ahead, axis=-1))])
+    return both, jnp.sum(included, axis=(0, 1))
 
 
 def _rank(logits: Float[Array, "*batch V"], ids: Int[Array, "*batch"]) -> Int[Array, "*batch"]:

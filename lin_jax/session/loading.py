@@ -156,7 +156,7 @@ def recorded_accuracy(
         found[name] = np.zeros((0, 0))
         # Without the file, as beside published heads, or with a damaged one, nothing is known.
         with suppress(OSError, ValueError, KeyError, TypeError):
-            table = HeadAccuracy.load(source.place / ACCURACY_FILE).table.astype(float)
+            table = HeadAccuracy.load(source.place / ACCURACY_FILE).accepted.astype(float)
             if table.ndim == 2 and np.all((table >= 0) & (table <= 1)):
                 found[name] = table
     return {name: table for name, table in found.items() if table.size}

@@ -11,6 +11,8 @@ from lib.study.drawing import markdown_table
 from lib.study.registry import PARTS, chosen_cells
 from lib.study.runner import Store, duration, records
 
+from lin_jax.errors import UserError
+
 WARNING = (
     "**This is a quick trial with tiny models and few steps. It shows that everything runs; its figures say nothing.**"
 )
@@ -19,6 +21,8 @@ SHORT = (
     "still far from their teacher; what is compared is how far each attention comes on the same budget.**"
 )
 
+# What the table of claims stands between in another file.
+CLAIMS_MARK = "<!-- study -->"
 # A process that has its processor for so much of the time has it to itself.
 ALONE = 0.9
 # Cells that are named, of those that have not run.
@@ -61,6 +65,28 @@ def write_study(store: Store, cells: Mapping[str, Cell], folder: Path, command: 
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"command": command, "quick": store.setup.quick, "cells": found, "missing": _missing(cells, found)}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_claims(store: Store, cells: Mapping[str, Cell], file: Path) -> None:
+    """Puts the table of claims between the two marks of a file, which `check_claims` has seen."""
+    before, _, after = check_claims(file)
+    results = {name: _result(record) for name, record in records(store, cells)}
+    table = "\n".join(markdown_table(["claim", "", "found"], _claims(results)))
+    file.write_text(f"{before}{CLAIMS_MARK}\n{table}\n{CLAIMS_MARK}{after}", encoding="utf-8")
+
+
+def check_claims(file: Path) -> list[str]:
+    """A file's text before the first mark, between the marks, and after the second.
+
+    Raises:
+        UserError: there is no such file, or it has not two marks.
+    """
+    if not file.is_file():
+        raise UserError(f"--claims {file} is no file; name one with two lines {CLAIMS_MARK}")
+    parts = file.read_text(encoding="utf-8").split(CLAIMS_MARK)
+    if len(parts) != 3:
+        raise UserError(f"--claims {file} has not two lines {CLAIMS_MARK}, between which the table goes; add them")
+    return parts
 
 
 def _result(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lin_jax.decoding.autotune.step_costs import COMPARED, StepCosts
 from lin_jax.decoding.drafting.hindsight import Hindsight
 from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
 
-# Steps that a recorded share of right guesses counts as: few, since in what a model writes itself it is larger.
+# Steps that a recorded share of right guesses counts as: few, since every text is another one.
 RECORDED_STEPS = 4.0
 
 

@@ -110,4 +110,4 @@ def report_heads(
         path = folder / ACCURACY_FILE
         accuracy.save(path)
         written = f" ({path})"
-    return f"share of guesses that are the token that comes, in held-out text{written}:\n{accuracy}"
+    return f"accuracy in held-out text{written}\n{accuracy}"

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from lin_jax.errors import UserError
-from lin_jax.evaluation import evaluate, head_accuracy
+from lin_jax.evaluation import HeadAccuracy, evaluate, head_accuracy
 from lin_jax.losses.cross_entropy import shifted_targets
 from lin_jax.models import Llama, LlamaConfig, MedusaHeads
 from lin_jax.models.params import params_of
@@ -122,7 +124,7 @@ def test_medusa_sends_no_gradient_into_the_base(model, heads):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
-def test_head_accuracy_counts_exact_ranks(model, heads):
+def test_head_accuracy_counts_exact_ranks(model, heads, tmp_path):
     accuracy = head_accuracy(model, heads, [BATCH, BATCH], depth=2, ranks=4)
     logits = np.asarray(heads(model.hidden(TOKENS[:, :-1], DOCUMENTS[:, :-1])))
     for head in range(2):
@@ -131,6 +133,19 @@ def test_head_accuracy_counts_exact_ranks(model, heads):
         expected = [np.mean(np.array(places) == rank) for rank in range(4)]
         np.testing.assert_allclose(accuracy.table[head], expected)
         assert accuracy.counts[head] == 2 * len(places)
+    # What the model would choose after the text, in the place of what comes.
+    likeliest = np.asarray(model.logits(model.hidden(TOKENS[:, :-1], DOCUMENTS[:, :-1]))).argmax(axis=-1)
+    for head in range(2):
+        order = np.argsort(-logits[:, :, head], axis=-1, kind="stable")
+        places = [list(order[r, i]).index(likeliest[r, t - 1]) for r, i, t in pairs(head + 2)]
+        np.testing.assert_allclose(accuracy.chosen[head], [np.mean(np.array(places) == rank) for rank in range(4)])
+    np.testing.assert_array_equal(accuracy.accepted, accuracy.chosen)
+    assert "what the model itself would choose there:" in str(accuracy)
+    accuracy.save(tmp_path / "table.json")
+    np.testing.assert_allclose(HeadAccuracy.load(tmp_path / "table.json").accepted, accuracy.chosen)
+    # As earlier versions wrote it.
+    replace(accuracy, chosen=None).save(tmp_path / "table.json")
+    np.testing.assert_allclose(HeadAccuracy.load(tmp_path / "table.json").accepted, accuracy.table)
 
 
 def test_head_accuracy_against_given_tokens(model, heads):
