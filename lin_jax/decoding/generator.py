@@ -12,7 +12,7 @@ from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES
 from lin_jax.decoding.autotune.account import most_allowed
 from lin_jax.decoding.autotune.shapes import DraftShapes
 from lin_jax.decoding.autotune.steering import AdaptiveShape, FixedShape, Steering, no_evidence
-from lin_jax.decoding.autotune.step_costs import StepCosts, visit_cost
+from lin_jax.decoding.autotune.step_costs import StepCosts
 from lin_jax.decoding.drafting.api import Drafter, ScoringDrafter
 from lin_jax.decoding.drafting.drafters.none import NoDrafter
 from lin_jax.decoding.drafting.dynamic_tree import DynamicTree
@@ -90,7 +90,7 @@ class Generator:
             raise UserError(f"acceptance '{acceptance}' depends on the tree; give one, or acceptance exact")
         self.shapes = shapes
         sizes = [] if shapes is None else [each.size for each in shapes.trees]
-        self.costs = costs or cache(lambda slots: StepCosts(sizes, timed=True, visit=visit_cost(model)))
+        self.costs = costs or cache(lambda slots: StepCosts.of_model(model, sizes, slots))
         self.compiler = compiler or ProgramCompiler()
         self.learned = None if shapes is None else no_evidence(shapes)
         if shapes is not None:

@@ -390,6 +390,11 @@ def weight_bytes(model: Any) -> int:
     return sum(leaf[...].nbytes for path, leaf in leaves if path[-1] != "panels")
 
 
+def has_panels(model: Any) -> bool:
+    """True for a model some of whose matrices are there as panels, too."""
+    return any(path[-1] == "panels" for path, _ in nnx.to_flat_state(nnx.state(model)))
+
+
 def module_at(model: Any, path: tuple[Any, ...]) -> Any:
     """The module at a path: names of attributes, and numbers in lists."""
     for part in path:

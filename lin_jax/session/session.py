@@ -18,7 +18,7 @@ from lin_jax.decoding.autotune.plan import SpeculationPlan, load_plans
 from lin_jax.decoding.autotune.prompts import calibration_prompts
 from lin_jax.decoding.autotune.shapes import DraftShapes, draft_shapes
 from lin_jax.decoding.autotune.steering import recorded_evidence
-from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key, visit_cost
+from lin_jax.decoding.autotune.step_costs import CostFile, StepCosts, size_key
 from lin_jax.decoding.drafting.drafters import DraftParts, available, build_drafter, reads_memory
 from lin_jax.decoding.drafting.tree import AnyTree, tree_text
 from lin_jax.decoding.engine.programs import ProgramCompiler
@@ -345,7 +345,7 @@ class Session:
             key = f"{size_key(self.model)}, batch {slots}, {kind}, "
             names = [key + tree_text(tree) for tree in shapes.trees]
             sizes = [tree.size for tree in shapes.trees]
-            costs = StepCosts(sizes, CostFile().load(names), timed=True, visit=visit_cost(self.model))
+            costs = StepCosts.of_model(self.model, sizes, slots, CostFile().load(names))
             if plan is not None and plan.break_even_tokens is not None and plan.slots == slots:
                 costs.assumed[shapes.trees.index(plan.shape)] = plan.break_even_tokens
             self._costs[kind, slots] = names, costs

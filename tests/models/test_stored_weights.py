@@ -34,10 +34,12 @@ from lin_jax.models.stored_weights import (
     StoredLinear,
     WeightStorage,
     computed_in,
+    has_panels,
     restored,
     storage_for,
     store,
     store_heads,
+    weight_bytes,
 )
 
 AUGMENTED = AttentionConfig("augmented", group_size=4, kernel_size=5)
@@ -144,6 +146,10 @@ def test_small_models_have_panels_beside_their_matrices(tmp_path, monkeypatch):
     assert all(node.panels.shape[1:] == (node.shape[0], 32) for node in stored)
     assert {node.plan.forms for node in stored} == {((1, "panels"), (8, "product io"))}
     assert isinstance(found.embed, nnx.Embed)
+    assert has_panels(found)
+    assert not has_panels(learning)
+    # A matrix that is there twice is read once a step.
+    assert weight_bytes(found) == weight_bytes(learning)
     for tokens in (TOKENS, TOKENS[:1, :1]):
         np.testing.assert_allclose(logits_of(found, tokens), logits_of(learning, tokens), rtol=1e-5, atol=1e-5)
     assert params_fingerprint(params_of(as_trained(restored(found)))) == params_fingerprint(params_of(learning))

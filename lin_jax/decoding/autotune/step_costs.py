@@ -15,7 +15,7 @@ import numpy as np
 from lin_jax.devices import instruction_set
 from lin_jax.files import write_durably
 from lin_jax.models import CausalModel
-from lin_jax.models.stored_weights import weight_bytes
+from lin_jax.models.stored_weights import has_panels, weight_bytes
 from lin_jax.user_cache import cache_folder
 
 # Plain steps that one step with 1, 2, 4, 8, 16 and 32 nodes costs before anything was measured.
@@ -24,6 +24,8 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
     "gpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
     "tpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
     "AVX-512": (1.0, 1.35, 1.55, 1.8, 2.4, 3.6),
+    # The same with matrices that are there as panels, of one row of a batch: what makes a plain step fast.
+    "AVX-512, panels": (1.0, 1.6, 1.85, 2.6, 3.6, 5.5),
     "cpu": (1.0, 1.85, 2.15, 2.45, 3.4, 5.5),
 }
 # Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
@@ -58,6 +60,7 @@ class StepCosts:
         measured: earlier measurements of each shape, in plain steps.
         timed: whether shapes are to be timed before they are first used.
         visit: plain steps that a sync with the host costs.
+        kind: of `ASSUMED`; None is that of this device.
     """
 
     def __init__(
@@ -67,10 +70,11 @@ class StepCosts:
         *,
         timed: bool = False,
         visit: float = 0.1,
+        kind: str | None = None,
     ) -> None:
         self.timed = timed
         self.visit = visit
-        self.assumed = [assumed_cost(size) for size in sizes]
+        self.assumed = [assumed_cost(size, kind) for size in sizes]
         self.earlier = [list(each) for each in measured or [[] for _ in sizes]]
         self.found: list[list[float]] = [[] for _ in sizes]
         self.timings: dict[int, float] = {}
@@ -79,6 +83,14 @@ class StepCosts:
         self._drafted_steps = COMPARED_AFTER
         # Asked for at every sync.
         self._known: dict[int, float] = {}
+
+    @classmethod
+    def of_model(
+        cls, model: CausalModel, sizes: Sequence[int], slots: int, measured: Sequence[Sequence[float]] | None = None
+    ) -> "StepCosts":
+        """Costs that are timed, of shapes of some sizes, in a model that decodes batches of so many rows."""
+        kind = cost_kind(has_panels=slots == 1 and has_panels(model))
+        return cls(sizes, measured, timed=True, visit=visit_cost(model), kind=kind)
 
     def cost(self, shape: int) -> float:
         """Plain steps that a step of a shape costs; at least 1."""
@@ -191,11 +203,18 @@ def visit_cost(model: CausalModel) -> float:
     return float(np.clip(while_reading / max(weight_bytes(model), 1), LEAST_VISIT, MOST_VISIT))
 
 
-def assumed_cost(size: int) -> float:
-    """Plain steps that a step with `size` nodes is assumed to cost on this kind of device."""
+def assumed_cost(size: int, kind: str | None = None) -> float:
+    """Plain steps that a step with `size` nodes is assumed to cost on a kind of device; None is this one's."""
+    return float(np.interp(size, SIZES, ASSUMED[kind or cost_kind()]))
+
+
+def cost_kind(*, has_panels: bool = False) -> str:
+    """What of `ASSUMED` holds on this device, for a model whose matrices are there as panels, or not."""
     platform = jax.default_backend()
-    table = ASSUMED.get(instruction_set() if platform == "cpu" else platform, ASSUMED["cpu"])
-    return float(np.interp(size, SIZES, table))
+    kind = instruction_set() if platform == "cpu" else platform
+    if has_panels and f"{kind}, panels" in ASSUMED:
+        return f"{kind}, panels"
+    return kind if kind in ASSUMED else "cpu"
 
 
 class CostFile:

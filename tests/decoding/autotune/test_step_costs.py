@@ -20,6 +20,7 @@ from lin_jax.decoding.autotune.step_costs import (
     CostFile,
     StepCosts,
     assumed_cost,
+    cost_kind,
     size_key,
     time_shape,
     visit_cost,
@@ -175,3 +176,16 @@ def test_disturbed_rounds_of_a_timing_count_nothing(monkeypatch: pytest.MonkeyPa
 
     found = time_shape(lambda n: steps(0.001, n, 1.3), lambda n: steps(0.0025, n, 3.0))
     assert found == pytest.approx([2.5] * TIMED)
+
+
+def test_steps_of_a_model_with_panels_are_assumed_to_cost_more(monkeypatch: pytest.MonkeyPatch):
+    """Their plain steps are faster; of batches, and where nothing is known, the device's own costs are assumed."""
+    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.instruction_set", lambda: "AVX-512")
+    assert (cost_kind(), cost_kind(has_panels=True)) == ("AVX-512", "AVX-512, panels")
+    assert assumed_cost(8, cost_kind(has_panels=True)) > assumed_cost(8)
+    model = build_model("augmented", dtype="float32")
+    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.has_panels", lambda model: True)
+    one, many = (StepCosts.of_model(model, [1, 8], slots) for slots in (1, 4))
+    assert (one.cost(1), many.cost(1)) == (assumed_cost(8, "AVX-512, panels"), assumed_cost(8))
+    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.instruction_set", lambda: "AVX2")
+    assert cost_kind(has_panels=True) == "cpu"
