@@ -209,7 +209,7 @@ def assumed_cost(size: int, kind: str | None = None) -> float:
 
 
 def cost_kind(*, has_panels: bool = False) -> str:
-    """What of `ASSUMED` holds on this device, for a model whose matrices are there as panels, or not."""
+    """Key of `ASSUMED` for this device and a model, whose matrices may be there as panels."""
     platform = jax.default_backend()
     kind = instruction_set() if platform == "cpu" else platform
     if has_panels and f"{kind}, panels" in ASSUMED:
