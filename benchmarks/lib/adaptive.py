@@ -60,6 +60,8 @@ def adaptive_report(
         rows: prompts that are decoded at a time; what is listed is the ratio of each batch of them.
     """
     found = session.adaptive_generator(slots=rows, background=False)
+    # The first pass is to write all that the others will.
+    found.end_tokens = ()
     begun = deepcopy(found.learned)
     if again:
         for prompt in tqdm(prompts, desc="first pass", file=sys.stderr):
