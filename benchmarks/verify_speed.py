@@ -49,7 +49,7 @@ def main() -> int:
         _print(name, found[name])
         if options.trace:
             found[name]["parts"] = {
-                str(nodes): _print_parts(nodes, parts_of_step(generator, options.steps))
+                str(nodes): _print_parts(nodes, parts_of_step(generator, options.steps, options.rows))
                 for nodes, generator in contenders.items()
             }
     if options.json:
@@ -85,17 +85,18 @@ def contenders_of(name: str, options: argparse.Namespace) -> dict[int, Generator
     return {nodes: generator(nodes) for nodes in options.nodes}
 
 
-def begun(generator: Generator, steps: int) -> Scheduler:
-    """A text with room for as many steps, behind some that are not timed."""
-    depth = generator.tree_for(1).depth
-    scheduler = generator.stream([list(range(1, 17))], (steps + WARM_UP) * (depth + 1) + 1, slots=1)
+def begun(generator: Generator, steps: int, rows: int) -> Scheduler:
+    """Texts with room for as many steps, behind some that are not timed; each is a few tokens ahead of the next."""
+    depth = generator.tree_for(rows).depth
+    prompts = [list(range(1, 17 + 3 * row)) for row in range(rows)]
+    scheduler = generator.stream(prompts, (steps + WARM_UP) * (depth + 1) + 1, slots=rows)
     scheduler.advance(WARM_UP)
     return scheduler
 
 
-def seconds_per_step(generator: Generator, steps: int) -> float:
+def seconds_per_step(generator: Generator, steps: int, rows: int) -> float:
     """Seconds of one step."""
-    scheduler = begun(generator, steps)
+    scheduler = begun(generator, steps, rows)
     before = scheduler.decode_seconds
     scheduler.advance(steps)
     return (scheduler.decode_seconds - before) / steps
@@ -104,9 +105,10 @@ def seconds_per_step(generator: Generator, steps: int) -> float:
 def timed(contenders: dict[int, Generator], options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a step by number of nodes, and how many plain steps that is, with its spread over rounds."""
     for generator in contenders.values():
-        seconds_per_step(generator, 1)
+        seconds_per_step(generator, 1, options.rows)
     rounds = [
-        [seconds_per_step(generator, options.steps) for generator in contenders.values()] for _ in range(options.rounds)
+        [seconds_per_step(generator, options.steps, options.rows) for generator in contenders.values()]
+        for _ in range(options.rounds)
     ]
     times = np.array(rounds)
     ratios = times / times[:, :1]
@@ -120,9 +122,9 @@ def timed(contenders: dict[int, Generator], options: argparse.Namespace) -> dict
     }
 
 
-def parts_of_step(generator: Generator, steps: int) -> list[dict[str, Any]]:
+def parts_of_step(generator: Generator, steps: int, rows: int) -> list[dict[str, Any]]:
     """Milliseconds of a step by part of the model, the longest first."""
-    scheduler = begun(generator, steps)
+    scheduler = begun(generator, steps, rows)
     options = scheduler.spec.options[scheduler.steering.needed]
     program = run.lower(
         scheduler.modules, scheduler.state, None, np.int32(steps), np.bool_(False), options=options
@@ -155,6 +157,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=320)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=1, metavar="N", help="texts at a time")
     parser.add_argument("--steps", type=int, default=64, help="steps of a timing")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--trace", action="store_true", help="tell where a step's time goes")
@@ -163,8 +166,9 @@ def _options() -> argparse.Namespace:
     options.nodes = options.nodes or [1, 2, 4, 8, *([] if options.drafting else [16])]
     if options.nodes[0] != 1 or any(nodes < 2 for nodes in options.nodes[1:]):
         raise UserError(f"--nodes is {' '.join(map(str, options.nodes))}; give 1 first, then larger numbers")
-    if options.rounds < 1 or options.steps < 1:
-        raise UserError(f"--rounds {options.rounds} and --steps {options.steps} must be positive")
+    for name in ("rows", "rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be positive")
     return options
 
 

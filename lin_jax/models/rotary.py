@@ -14,7 +14,7 @@ from pallas_kernels.implementations import targets_single_cpu
 from pallas_kernels.ordering import truth
 from pallas_kernels.precision import accumulation_dtype
 
-# Tokens of a row from which on their table is kept: of fewer, the table takes no longer than keeping it.
+# Tokens from which on their table is kept: of fewer, the table takes no longer than keeping it.
 _MANY_TOKENS = 8
 
 
@@ -212,7 +212,7 @@ def computed_once(table: tuple[Array, Array], given: Float[Array, "B T E"]) -> t
         table: cosines and sines.
         given: anything that depends on the batch, and so is not known when the program is compiled.
     """
-    few = given.shape[1] < _MANY_TOKENS
+    few = given.shape[0] * given.shape[1] < _MANY_TOKENS
     if few or not targets_single_cpu():
         return table
     return jax.lax.cond(truth(given), lambda table: table, lambda table: jax.tree.map(jnp.zeros_like, table), table)
