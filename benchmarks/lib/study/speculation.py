@@ -31,6 +31,8 @@ NAME = "speculation"
 ATTENTIONS = (AUGMENTED, "flash_global", "relu", "elu", "exponential+window")
 DRAFTERS = ("ngram", "suffix", "self")
 TREES = ("chain:2", "chain:4", "chain:7", "dynamic:16:4")
+# The model's own layers draft four tokens at most; a drafter that copies guesses one token a place, and has no tree.
+BY_COPIES, BY_SCORES = ("chain:7",), ("dynamic:16:4",)
 # Of these trees the one that is tried first, and attentions of the short study beside the augmented one.
 MIDDLE, IN_SHORT = "chain:4", ("flash_global", "relu", "exponential+window")
 # The boundaries are compared with right drafts: this drafter copies what plain decoding has written before, over so
@@ -52,8 +54,7 @@ def cells(setup: Setup) -> list[Cell]:
         needs = _needs(model, attention)
         for drafter in drafters:
             for tree in trees:
-                # A drafter that guesses one token a place has no tree.
-                if tree.startswith("dynamic") and drafter != "self":
+                if (tree in BY_COPIES and drafter == "self") or (tree in BY_SCORES and drafter != "self"):
                     continue
                 run = partial(decoded, model=model, attention=attention, drafter=drafter, tree=tree)
                 turn = _turn(attention, drafter, tree)
