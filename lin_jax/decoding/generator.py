@@ -90,7 +90,7 @@ class Generator:
             raise UserError(f"acceptance '{acceptance}' depends on the tree; give one, or acceptance exact")
         self.shapes = shapes
         sizes = [] if shapes is None else [each.size for each in shapes.trees]
-        self.costs = costs or cache(lambda slots: StepCosts.of_model(model, sizes, slots))
+        self.costs = costs or cache(lambda slots: StepCosts.of_model(model, sizes))
         self.compiler = compiler or ProgramCompiler()
         self.learned = None if shapes is None else no_evidence(shapes)
         if shapes is not None:

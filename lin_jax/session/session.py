@@ -345,7 +345,7 @@ class Session:
             key = f"{size_key(self.model)}, batch {slots}, {kind}, "
             names = [key + tree_text(tree) for tree in shapes.trees]
             sizes = [tree.size for tree in shapes.trees]
-            costs = StepCosts.of_model(self.model, sizes, slots, CostFile().load(names))
+            costs = StepCosts.of_model(self.model, sizes, CostFile().load(names))
             if plan is not None and plan.break_even_tokens is not None and plan.slots == slots:
                 costs.assumed[shapes.trees.index(plan.shape)] = plan.break_even_tokens
             self._costs[kind, slots] = names, costs

@@ -24,7 +24,7 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
     "gpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
     "tpu": (1.0, 1.05, 1.08, 1.12, 1.2, 1.4),
     "AVX-512": (1.0, 1.35, 1.55, 1.8, 2.4, 3.6),
-    # The same with matrices that are there as panels, of one row of a batch: what makes a plain step fast.
+    # The same with matrices that are there as panels, which make a plain step fast; of batches nearly the same.
     "AVX-512, panels": (1.0, 1.6, 1.85, 2.6, 3.6, 5.5),
     "cpu": (1.0, 1.85, 2.15, 2.45, 3.4, 5.5),
 }
@@ -86,10 +86,10 @@ class StepCosts:
 
     @classmethod
     def of_model(
-        cls, model: CausalModel, sizes: Sequence[int], slots: int, measured: Sequence[Sequence[float]] | None = None
+        cls, model: CausalModel, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None
     ) -> "StepCosts":
-        """Costs that are timed, of shapes of some sizes, in a model that decodes batches of so many rows."""
-        kind = cost_kind(has_panels=slots == 1 and has_panels(model))
+        """Costs that are timed, of shapes of some sizes, in a model."""
+        kind = cost_kind(has_panels=has_panels(model))
         return cls(sizes, measured, timed=True, visit=visit_cost(model), kind=kind)
 
     def cost(self, shape: int) -> float:
