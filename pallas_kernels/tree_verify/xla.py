@@ -53,7 +53,7 @@ def verify(problem: VerifyProblem, *, unit_inputs: bool, local: bool) -> Float[A
 
 
 def _read(queries: Float[Array, "B N K R D"], memory: Float[Array, "B K D E"]) -> Float[Array, "B N K R E"]:
-    """What queries read from the memory."""
+    """Values that queries read from the memory."""
     if queries.shape[1] * queries.shape[3] > 1:
         return recall(queries, memory)
     return jnp.einsum("bnkrd,bkde->bnkre", queries, memory, precision="highest")
