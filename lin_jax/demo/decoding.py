@@ -24,6 +24,8 @@ from lin_jax.session import Session
 DRAFTERS = ("ngram", "path+ngram")
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
 SEED = 1
+# Nodes of a shape that any text can try.
+SMALL = 8
 # Rounds before those that count: programs are compiled, and drafts and their costs become known.
 WARM_UP = 2
 
@@ -190,22 +192,26 @@ def _adaptive(session: Session, drafter: Drafter, kinds: Sequence[str], used: Se
 
 
 def few_shapes(shapes: DraftShapes, wanted: Callable[[AnyTree], bool]) -> DraftShapes:
-    """Plain decoding, and of each family with a wanted tree the deepest: each is a program that takes long to compile.
+    """Plain decoding, and of each family with wanted trees the deepest and the deepest small one.
+
+    Each is a program that takes long to compile; but the deepest alone may cost more than may be lost at the beginning.
 
     Args:
         shapes: the shapes of a drafter.
         wanted: says of a tree whether it is.
     """
-    deepest: dict[int, int] = {}
+    chosen: dict[tuple[int, bool], int] = {}
     for number, (tree, arm) in enumerate(zip(shapes.trees, shapes.arms, strict=True)):
-        if tree.size > 1 and wanted(tree):
-            known = deepest.get(arm.family)
-            deepest[arm.family] = number if known is None or arm.depth > shapes.arms[known].depth else known
-    kept = [0, *sorted(deepest.values())]
+        for key in ((arm.family, False), (arm.family, True)):
+            fits = tree.size > 1 and wanted(tree) and (not key[1] or tree.size <= SMALL)
+            if fits and (key not in chosen or arm.depth > shapes.arms[chosen[key]].depth):
+                chosen[key] = number
+    kept = [0, *sorted(set(chosen.values()))]
+    families = {shapes.arms[number].family for number in kept[1:]}
     return DraftShapes(
         tuple(shapes.trees[number] for number in kept),
         tuple(shapes.arms[number] for number in kept),
-        {family: begin for family, begin in shapes.hindsight.items() if family in deepest},
+        {family: begin for family, begin in shapes.hindsight.items() if family in families},
     )
 
 

@@ -243,7 +243,7 @@ def test_wrong_numbers_are_refused(option, tmp_path):
 
 
 def test_few_shapes_are_compiled():
-    """Plain decoding, and of the wanted drafters of a union the longest chain and the tree."""
+    """Plain decoding, and of the wanted drafters of a union the longest chain, the longest small one, and the tree."""
     heads = PathDrafter(PathHead(8, 8, 16, rngs=nnx.Rngs(0)), depth=4)
     drafter = UnionDrafter(heads, NgramDrafter(matches=1))
     every = draft_shapes(drafter)
@@ -255,5 +255,7 @@ def test_few_shapes_are_compiled():
     ngram = few_shapes(every, lambda tree: part_of(drafter, tree) == 1)
     assert ngram.trees == (few.trees[0], few.trees[3])
     assert ngram.arms[1] == few.arms[3]
+    long = few_shapes(draft_shapes(NgramDrafter(matches=1, depth=31)), lambda tree: True)
+    assert [tree.size for tree in long.trees] == [1, 8, 32]
     none = few_shapes(every, lambda tree: False)
     assert (len(none.trees), none.hindsight) == (1, {})
