@@ -41,6 +41,8 @@ def main() -> int:
     options = parse(sys.argv[1:])
     setup = setup_of(options)
     if options.claims:
+        if options.quick:
+            raise UserError("--claims with --quick would publish figures that say nothing; leave one of them out")
         check_claims(options.claims)
     store, output = Store(setup), Path(options.output or (QUICK if options.quick else FULL))
     if options.worker:

@@ -585,6 +585,14 @@ def test_quick_study(tmp_path: Path) -> None:
     assert json.loads((out / "results.json").read_text())["cells"] == found["cells"]
 
 
+def test_quick_figures_are_not_published(tmp_path: Path) -> None:
+    """A quick trial's claims say nothing, and go to no other file."""
+    command = [sys.executable, "benchmarks/study.py", "--quick", "--claims", str(tmp_path / "page.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--claims with --quick would publish figures that say nothing" in done.stderr
+
+
 def test_claims_of_the_readme(study: Any) -> None:
     """README and the study's page tell the same."""
     table = study("pages").check_claims(ROOT / "README.md")[1]

@@ -200,19 +200,21 @@ def few_shapes(shapes: DraftShapes, wanted: Callable[[AnyTree], bool]) -> DraftS
         shapes: the shapes of a drafter.
         wanted: says of a tree whether it is.
     """
-    chosen: dict[tuple[int, bool], int] = {}
-    for number, (tree, arm) in enumerate(zip(shapes.trees, shapes.arms, strict=True)):
-        for key in ((arm.family, False), (arm.family, True)):
-            fits = tree.size > 1 and wanted(tree) and (not key[1] or tree.size <= SMALL)
-            if fits and (key not in chosen or arm.depth > shapes.arms[chosen[key]].depth):
-                chosen[key] = number
-    kept = [0, *sorted(set(chosen.values()))]
+    known = [number for number, tree in enumerate(shapes.trees) if tree.size > 1 and wanted(tree)]
+    small = [number for number in known if shapes.trees[number].size <= SMALL]
+    kept = [0, *sorted({*_deepest(shapes, known), *_deepest(shapes, small)})]
     families = {shapes.arms[number].family for number in kept[1:]}
     return DraftShapes(
         tuple(shapes.trees[number] for number in kept),
         tuple(shapes.arms[number] for number in kept),
         {family: begin for family, begin in shapes.hindsight.items() if family in families},
     )
+
+
+def _deepest(shapes: DraftShapes, numbers: Sequence[int]) -> list[int]:
+    """The deepest shape of each family, of some by number; the first of those that are as deep."""
+    by_depth = sorted(numbers, key=lambda number: (shapes.arms[number].depth, -number))
+    return list({shapes.arms[number].family: number for number in by_depth}.values())
 
 
 def part_of(drafter: Drafter, tree: AnyTree) -> int:

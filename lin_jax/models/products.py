@@ -29,7 +29,7 @@ from pallas_kernels.precision import upcast
 
 # Axes of a stored matrix: inputs first, as in `nnx.Linear`, or outputs first, as in PyTorch and its checkpoints.
 Layout = Literal["io", "oi"]
-# Outputs of a panel: with 16 or 64, one row takes 1.3 times as long (two AVX-512 cores).
+# Outputs of a panel: with 16 or 64, one row takes 1.3 and 1.6 times as long (two AVX-512 cores).
 PANEL = 32
 # Rows that forms are chosen for; a number in between is served by the form of the next one.
 ROWS = (1, 2, 4, 8, 16, 64)
