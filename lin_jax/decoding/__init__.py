@@ -17,7 +17,7 @@ from lin_jax.decoding.drafting.tree import AnyTree as AnyTree
 from lin_jax.decoding.drafting.tree import DraftTree as DraftTree
 from lin_jax.decoding.drafting.tree import chain as chain
 from lin_jax.decoding.drafting.tree import parse_tree as parse_tree
-from lin_jax.decoding.engine.decode_loop import TokenOrigin as TokenOrigin
+from lin_jax.decoding.engine.loop_state import TokenOrigin as TokenOrigin
 from lin_jax.decoding.engine.prefix_cache import Prefix as Prefix
 from lin_jax.decoding.engine.sampling import Sampling as Sampling
 from lin_jax.decoding.generator import Generator as Generator

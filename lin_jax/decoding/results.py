@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lin_jax.decoding.engine.decode_loop import RowStatus
+from lin_jax.decoding.engine.loop_state import RowStatus
 
 # Ending of a prompt that has no slot yet; others have the label of their row's status.
 WAITING = "waiting"

@@ -17,11 +17,13 @@ from lin_jax.decoding.drafting.ngram_lookup import MOST_WATCHED_ROWS
 from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import tree_text
-from lin_jax.decoding.engine.decode_loop import DecodeOptions, LoopState, LossLimit, RowStatus, run, start
+from lin_jax.decoding.engine.decode_loop import DecodeOptions, run, start
+from lin_jax.decoding.engine.loop_state import LoopState, RowStatus
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
 from lin_jax.decoding.engine.prefix_cache import Prefix
 from lin_jax.decoding.engine.programs import Flat, ProgramCompiler, blank, shapes_of
 from lin_jax.decoding.engine.slots import bucket, insert_rows, repeat_rows
+from lin_jax.decoding.engine.step_loops import LossLimit, StepCount
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.decoding.results import WAITING, Generation, Update
 from lin_jax.errors import UserError
@@ -45,6 +47,8 @@ class SchedulerSpec:
         prefill_chunk_size: tokens of a prompt that are read at a time.
         compiler: compiles the loops.
         adaptive: whether the loop leaves a tree by itself before it has lost too much.
+        copying: indices of the options whose trees are copied from the text itself: of few rows, their loop takes plain
+            steps where there is nothing to copy.
         memory: what finished outputs are added to, each with the end of its prompt; or None.
     """
 
@@ -56,6 +60,7 @@ class SchedulerSpec:
     prefill_chunk_size: int
     compiler: ProgramCompiler
     adaptive: bool = False
+    copying: frozenset[int] = frozenset()
     memory: TextMemory | None = None
 
     @property
@@ -251,11 +256,12 @@ class Scheduler:
     def _run(self, choice: Choice) -> None:
         """Runs the loop with the chosen tree, and updates the statistics."""
         before, began = np.asarray(self.state.accepted_histogram).copy(), time.perf_counter()
-        self.state, done = self._call(choice.arm, self.state, choice.steps, choice)
-        steps = int(done)
+        self.state, count = self._call(choice.arm, self.state, choice.steps, choice)
+        steps, drafted = int(count.taken), int(count.drafted)
         seconds = time.perf_counter() - began
-        self.shape_steps[choice.arm] += steps
-        self.nodes += steps * len(self.slot_to_prompt) * self.spec.options[choice.arm].tree.size
+        taken = ((0, steps - drafted), (choice.arm, drafted))
+        self.shape_steps += Counter({shape: number for shape, number in taken if number})
+        self.nodes += len(self.slot_to_prompt) * sum(each * self.spec.options[arm].tree.size for arm, each in taken)
         histogram = np.asarray(self.state.accepted_histogram) - before
         written, output = np.asarray(self.state.written).tolist(), np.asarray(self.state.output)
 
@@ -263,15 +269,15 @@ class Scheduler:
             begin, self._read[slot] = self._read[slot], written[slot]
             return output[slot, begin : written[slot]].tolist()
 
-        self.steering.update(choice, steps, seconds, histogram, new_tokens)
+        self.steering.update(choice, steps, drafted, seconds, histogram, new_tokens)
 
     def _call(
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
-    ) -> tuple[LoopState, jax.Array]:
+    ) -> tuple[LoopState, StepCount]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
         limit = alert = None
         watched = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
-        if not shape and watched:
+        if watched and (not shape or shape in self.spec.copying):
             alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
@@ -305,12 +311,13 @@ class Scheduler:
             def take_steps(count: int) -> int:
                 # Room for all that the steps could write, in every row.
                 most = max(scratch[0].output.shape[1] // (deepest + 1), 1)
+                # A tree at every step, whatever there is to copy.
+                unlimited = Choice(tree, 0, alert=0) if tree else Choice(0, 0)
                 scratch[0], done = self._call(tree, _running(scratch[0]), min(count, most), unlimited)
-                return int(done)
+                return int(done.taken)
 
             return take_steps
 
-        unlimited = Choice(shape, 0)
         scratch = [jax.tree.map(jnp.copy, self.state)]
         self.steering.take_timing(shape, time_shape(taking(0), taking(shape)))
 

@@ -7,7 +7,8 @@ from functools import partial
 import jax
 import numpy as np
 
-from lin_jax.decoding.engine.decode_loop import DecodeOptions, DraftedStep, LoopState, draft_and_verify, run, start
+from lin_jax.decoding.engine.decode_loop import DecodeOptions, DraftedStep, draft_and_verify, run, start
+from lin_jax.decoding.engine.loop_state import LoopState
 from lin_jax.decoding.engine.prefill import init_decode_state, prefill
 from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.engine.sampling import Sampling

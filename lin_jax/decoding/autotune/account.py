@@ -67,12 +67,13 @@ class LossAccount:
         self.tokens += tokens
         self.lost += self.visit_cost * share
 
-    def add_drafted(self, tokens: float, spent: float) -> None:
+    def add_drafted(self, tokens: float, spent: float, share: float = 1.0) -> None:
         """Takes in drafted steps and the sync after them.
 
         Args:
             tokens: tokens that each row was given.
             spent: plain steps that the steps cost.
+            share: share of the sync after them that plain decoding would not have made.
         """
         self.tokens += tokens
-        self.lost = max(self.lost + spent + self.visit_cost - tokens, -LARGEST_GAIN)
+        self.lost = max(self.lost + spent + self.visit_cost * share - tokens, -LARGEST_GAIN)

@@ -28,7 +28,8 @@ class Choice(NamedTuple):
         steps: number of steps at the most.
         cost: plain steps that a step of the arm costs.
         allowance: plain steps that these steps may lose against plain decoding.
-        alert: length of a match with earlier text at which plain steps end.
+        alert: length of a match with earlier text at which plain steps end. Of an arm that copies from the text, from
+            which on it copies, with plain steps elsewhere.
     """
 
     arm: int

@@ -9,7 +9,8 @@ all is done when the last row is, and a row that has finished early gains nothin
 row that takes longest is done.
 
 An account bounds what can be lost. The loop leaves an arm on the device, between two steps, as soon as the next one
-could exceed it, and leaves copies as soon as they lose.
+could exceed it, and leaves copies as soon as they lose. Of few rows, the loop of an arm that copies from the text
+itself takes plain steps where there is nothing to copy, and looks for the next match: that is left to it for long.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -29,10 +30,12 @@ from lin_jax.decoding.autotune.account import (
 )
 from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
-from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, MOST_WATCHED_ROWS
+from lin_jax.decoding.autotune.text_copies import TextCopies, choose_copies
+from lin_jax.decoding.drafting.ngram_lookup import MOST_WATCHED_ROWS
 
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
-# time, must also pay for the sync before them, the more so if plain decoding is interrupted for it.
+# time, must also pay for the sync before them; those that plain decoding is interrupted for, to be compiled, must
+# promise more.
 MIN_VALUE, MIN_COPY_VALUE, MIN_ALERT_VALUE = 1.02, 1.1, 1.3
 # Share of a sync that the first step of copies must pay for.
 SYNC_SHARE = 1.0
@@ -80,7 +83,7 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         copies: families of the observed ones that copy, and are judged by the length of the match.
-        alerting: families of these that copy from the text itself: the loop of plain steps can tell of a match.
+        from_text: families of these that copy from the text itself: the loop can tell of a match.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
         visit_cost: plain steps that a sync with the host costs.
     """
@@ -93,7 +96,7 @@ class Chooser:
         *,
         observed: frozenset[int] = frozenset(),
         copies: frozenset[int] = frozenset(),
-        alerting: frozenset[int] = frozenset(),
+        from_text: frozenset[int] = frozenset(),
         learned: Evidence | None = None,
         visit_cost: float = 0.0,
     ) -> None:
@@ -102,7 +105,10 @@ class Chooser:
         self.cost, self.rows = cost, rows
         self.observed = observed | copies
         self.copies = copies
-        self.alerting = alerting
+        self.from_text = from_text
+        # Arms whose loop changes between plain steps and copies by itself.
+        watched = from_text if rows <= MOST_WATCHED_ROWS else frozenset()
+        self.switching = [number for number, arm in enumerate(self.arms) if arm.depth and arm.family in watched]
         self.evidence = BatchEvidence(arms, rows, copies, learned)
         self.account = LossAccount(visit_cost, ALLOWANCE if rows == 1 else BATCH_ALLOWANCE)
         self.credit = CREDIT if rows == 1 else BATCH_CREDIT
@@ -204,42 +210,46 @@ class Chooser:
         if trial is not None and trial in ready and self.cost(trial) - 1 <= spare:
             self.trial = True
             return Choice(trial, min(TRIAL_STEPS, max_steps), self.cost(trial), spare)
-        if best and values[best] >= self._least(best):
-            cost, steps = self.cost(best), ARM_STEPS
-            if self.arms[best].family in self.copies:
-                known = np.min(self.evidence.matched[running, self.arms[best].family], initial=MATCHES[-1])
+        others = [arm for arm in affordable if arm not in self.switching and values[arm] >= self._least(arm)]
+        other = max((0, *others), key=lambda arm: (values[arm], -arm))
+        copies = self._text_copies(affordable, running)
+        # Other drafts that pay are left for a passage that is being repeated, not for those to come.
+        if copies is not None and (not other or values[copies.arm] >= max(values[other], MIN_COPY_VALUE)):
+            steps = COPY_STEPS if other else self._plain_steps()
+            least = self.cost(copies.arm) - 1
+            return Choice(copies.arm, min(steps, max_steps), least + 1, max(self.balance, least), copies.alert)
+        if other:
+            cost, steps = self.cost(other), ARM_STEPS
+            if self.arms[other].family in self.copies:
+                known = np.min(self.evidence.matched[running, self.arms[other].family], initial=MATCHES[-1])
                 steps = LONG_COPY_STEPS if known >= MATCHES[-1] else COPY_STEPS
                 allowance = PATIENCE * (cost - 1)
-            return Choice(best, min(steps, max_steps), cost, allowance)
+            return Choice(other, min(steps, max_steps), cost, allowance)
         steps = min(self._plain_steps(), max_steps)
         if self.alerted:
             # The match that the loop has found was no reason to draft: it is not asked at once again.
             return Choice(0, min(2 * FEWEST_PLAIN, max_steps))
-        return Choice(0, steps, alert=self._alert(running))
+        return Choice(0, steps, alert=self._alert(running, ready))
 
-    def _alert(self, running: Bool[np.ndarray, " B"]) -> int:
-        """Length of a match from which on some copy would pay and may be paid, by what all running rows have shown."""
-        allowance, visit_cost = self.account.allowance, self.account.visit_cost
-        # Those that are not compiled too, which then are wanted.
-        copying = [arm for arm in range(1, len(self.arms)) if self.arms[arm].family in self.alerting]
-        arms = [arm for arm in copying if self.cost(arm) - 1 <= allowance + self.credit]
+    def _text_copies(self, affordable: Sequence[int], running: Bool[np.ndarray, " B"]) -> TextCopies | None:
+        """The arm whose loop changes between plain steps and copies, if one pays."""
+        arms = [arm for arm in affordable if arm in self.switching]
+        return choose_copies(arms, self.arms, self.cost, self.evidence, running, MIN_COPY_VALUE)
+
+    def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
+        """Length of a match at which plain steps end, so that an arm is compiled that would pay from there."""
         # A look at many rows that finds nothing costs more than the others have left to lose.
-        unpaid = self.rows > 1 and not self.affords_sync
-        if not arms or unpaid or self.rows > MOST_WATCHED_ROWS or not running.any():
+        if self.rows > 1 and not self.affords_sync:
             return NO_ALERT
-        lengths = [length for length in MATCHES if length <= LONGEST_ALERT]
-        tokens = self.evidence.expected_copies(running, lengths, max(self.arms[arm].depth for arm in arms))
-        pays = np.zeros(len(lengths), bool)
-        for arm in arms:
-            paid = self.cost(arm) - 1 <= allowance
-            least = (MIN_ALERT_VALUE if paid else SURE_VALUE) + SYNC_SHARE * visit_cost / self.cost(arm)
-            found = tokens[self.arms[arm].family, :, self.arms[arm].depth - 1] / self.cost(arm)
-            pays |= (found >= least) & (paid | (np.array(lengths) >= SURE_MATCH))
-        return lengths[int(np.argmax(pays))] if pays.any() else NO_ALERT
+        arms = [arm for arm in self.switching if arm not in ready and self.cost(arm) - 1 <= self.balance]
+        found = choose_copies(arms, self.arms, self.cost, self.evidence, running, MIN_ALERT_VALUE)
+        return NO_ALERT if found is None else found.alert
 
     def _affords(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> bool:
         """True where a step of an arm may be taken, though it gave nothing but the target's own token."""
-        return self.cost(arm) - 1 <= self.account.allowance + self._credit(arm, values, running, left)
+        # Between plain steps and copies of the text itself there is no sync.
+        spare = self.balance if arm in self.switching else self.account.allowance
+        return self.cost(arm) - 1 <= spare + self._credit(arm, values, running, left)
 
     def _credit(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> float:
         """Plain steps by which the account may be overdrawn for an arm."""
@@ -251,8 +261,10 @@ class Chooser:
 
     def _least(self, arm: int) -> float:
         """Tokens per cost from which on an arm is taken."""
-        copies = self.arms[arm].family in self.copies
-        return MIN_COPY_VALUE + SYNC_SHARE * self.account.visit_cost / self.cost(arm) if copies else MIN_VALUE
+        if self.arms[arm].family not in self.copies:
+            return MIN_VALUE
+        sync = 0.0 if arm in self.switching else SYNC_SHARE * self.account.visit_cost
+        return MIN_COPY_VALUE + sync / self.cost(arm)
 
     def _plain_steps(self) -> int:
         """Steps of plain decoding between two choices: few as long as the account can pay for the syncs."""
@@ -261,10 +273,10 @@ class Chooser:
         if not self.copies:
             return max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN))
         balance = self.balance
-        if self.alerting and not self.evidence.has_matched(sorted(self.copies - self.alerting)):
+        if self.from_text and not self.evidence.has_matched(sorted(self.copies - self.from_text)):
             # The loop tells of matches with the text, and a memory that has never matched is not waited for.
             return MOST_PLAIN
-        fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.alerting else FEWEST_PLAIN
+        fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.from_text else FEWEST_PLAIN
         return fewest if balance > HIGH else 2 * fewest if balance > LOW else MOST_PLAIN
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:
@@ -280,12 +292,13 @@ class Chooser:
         most = max(missing, key=lambda arm: values[arm], default=0)
         return most if values[most] > max(self._least(most), MIN_GAIN * best) else None
 
-    def update(self, choice: Choice, steps: int, histogram: Int[np.ndarray, "B P"]) -> None:
+    def update(self, choice: Choice, steps: int, drafted: int, histogram: Int[np.ndarray, "B P"]) -> None:
         """Takes in the steps of the last choice.
 
         Args:
             choice: the choice.
             steps: steps taken.
+            drafted: those of them with the chosen arm; the others were plain.
             histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
         """
         counts = np.asarray(histogram, float)
@@ -298,8 +311,10 @@ class Chooser:
         if not choice.arm:
             self.account.add_plain(gained, max(1 - steps / self.most_steps, 0))
             return
-        arm, spent = self.arms[choice.arm], steps * choice.cost
-        self.account.add_drafted(gained, spent)
+        arm, spent = self.arms[choice.arm], drafted * choice.cost + steps - drafted
+        # What the loop does by itself takes no more syncs than plain decoding.
+        share = max(1 - gained / self.most_steps, 0) if choice.arm in self.switching else 1.0
+        self.account.add_drafted(gained, spent, share)
         for row in range(len(counts)):
             # Of copies every token tells in hindsight.
             if arm.family not in self.copies:

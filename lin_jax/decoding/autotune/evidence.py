@@ -185,6 +185,11 @@ class BatchEvidence:
         levels = _level(np.array(lengths)[:, None] + np.arange(depth))
         return _tokens(self._copy_shares(rows).mean(axis=0)[:, levels])
 
+    def met(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "F L"]:
+        """How many copied tokens there were after matches of each of `MATCHES`, in some rows and all earlier texts."""
+        found: Float[np.ndarray, "F L"] = self.by_row.tries[rows].sum(axis=0) + self.shared.tries[0]
+        return found[:, : len(MATCHES)]
+
     def _copy_shares(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "R F L"]:
         prior = self.shared.copy_shares(None, SHARED_WEIGHT)[0]
         return self.by_row.copy_shares(prior, SHARED_WEIGHT)[rows]

@@ -40,6 +40,17 @@ class DraftShapes:
     origins: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
+    def from_text(self) -> frozenset[int]:
+        """Families that copy from the text itself, which the loop can look for a match in."""
+        return frozenset(family for family, begin in self.hindsight.items() if begin().longest)
+
+    @property
+    def copying(self) -> frozenset[int]:
+        """Shapes that copy from the text itself."""
+        families = self.from_text
+        return frozenset(number for number, arm in enumerate(self.arms) if arm.depth and arm.family in families)
+
+    @property
     def depth(self) -> int:
         """Depth of the deepest shape."""
         return max(tree.depth for tree in self.trees)

@@ -54,6 +54,7 @@ class Steering(Protocol):
         self,
         choice: Choice,
         steps: int,
+        drafted: int,
         seconds: float,
         histogram: Int[np.ndarray, "B P"],
         tokens: Callable[[int], list[int]],
@@ -63,6 +64,7 @@ class Steering(Protocol):
         Args:
             choice: what was chosen.
             steps: steps taken.
+            drafted: those of them with the chosen shape; the others were plain.
             seconds: their time.
             histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
             tokens: new tokens of a row since they were last asked for.
@@ -109,6 +111,7 @@ class FixedShape:
         self,
         choice: Choice,
         steps: int,
+        drafted: int,
         seconds: float,
         histogram: Int[np.ndarray, "B P"],
         tokens: Callable[[int], list[int]],
@@ -135,7 +138,7 @@ class AdaptiveShape:
             costs.cost,
             rows,
             copies=frozenset(shapes.hindsight),
-            alerting=frozenset(family for family, begin in shapes.hindsight.items() if begin().longest),
+            from_text=shapes.from_text,
             learned=learned,
             visit_cost=costs.visit,
         )
@@ -180,13 +183,14 @@ class AdaptiveShape:
         self,
         choice: Choice,
         steps: int,
+        drafted: int,
         seconds: float,
         histogram: Int[np.ndarray, "B P"],
         tokens: Callable[[int], list[int]],
     ) -> None:
         """Learns acceptance, cost, and what lookups would have given."""
-        self.costs.record(choice.arm, steps, seconds)
-        self.chooser.update(choice, steps, histogram)
+        self.costs.record(choice.arm, drafted if choice.arm else steps, seconds, steps - drafted if choice.arm else 0)
+        self.chooser.update(choice, steps, drafted, histogram)
         for row, followed in enumerate(self.followed):
             if followed:
                 self.unread[row] += tokens(row)

@@ -129,9 +129,18 @@ class StepCosts:
         factor = min(max(median(factors), 1 / MOST_FACTOR), MOST_FACTOR)
         return 1 + factor * (self.assumed[shape] - 1)
 
-    def record(self, shape: int, steps: int, seconds: float) -> None:
-        """Takes the time of some steps; that of a shape is compared with plain steps of the same moments."""
-        if steps < LEAST_STEPS:
+    def record(self, shape: int, steps: int, seconds: float, plain_steps: int = 0) -> None:
+        """Takes the time of some steps; that of a shape is compared with plain steps of the same moments.
+
+        Args:
+            shape: the shape.
+            steps: steps with it.
+            seconds: their time, together with that of `plain_steps`.
+            plain_steps: plain steps between them; where they are many, nothing is learned of the shape.
+        """
+        if shape and plain_steps and self.plain_seconds:
+            seconds -= plain_steps * median(self.plain_seconds)
+        if steps < max(LEAST_STEPS, plain_steps) or seconds <= 0:
             return
         if not shape:
             self.plain_seconds, self._drafted_steps = [*self.plain_seconds[-8:], seconds / steps], 0

@@ -1,48 +1,25 @@
 """Compiled decode loop: draft, verify, accept, commit, for a batch whose rows stand at positions of their own."""
 
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from lin_jax.decoding.acceptance.longest_path import Accepted
 from lin_jax.decoding.acceptance.rules import ACCEPTANCE_RULES, Verified
 from lin_jax.decoding.drafting.api import Draft, DraftContext, Drafter, Drawing
-from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT, MatchWatch
-from lin_jax.decoding.drafting.tree import AnyTree
+from lin_jax.decoding.drafting.tree import AnyTree, DraftTree
+from lin_jax.decoding.engine.loop_state import LoopState, RowStatus, TokenOrigin
 from lin_jax.decoding.engine.prefill import DecodeState, append_recent, mark_seen
 from lin_jax.decoding.engine.programs import Flat
 from lin_jax.decoding.engine.sampling import Sampling, choose_tokens, log_probabilities
+from lin_jax.decoding.engine.step_loops import Bounds, LossLimit, StepCount, copying_steps, drafted_steps, plain_steps
 from lin_jax.decoding.engine.stop_strings import StopAutomaton
 from lin_jax.models import CausalModel
 from pallas_kernels.ordering import known_after
-
-
-class TokenOrigin(IntEnum):
-    """Source of an output token: the target's own choice, or an accepted draft; unwritten places of an array hold 0."""
-
-    TARGET = 1
-    DRAFT = 2
-
-
-class RowStatus(IntEnum):
-    """State of a row of the batch: it runs, has ended in one of three ways, or holds no sequence."""
-
-    RUNNING = 0
-    END_TOKEN = 1
-    STOP_STRING = 2
-    LENGTH = 3
-    EMPTY = 4
-
-    @property
-    def label(self) -> str:
-        """Name in plain lower-case words, as `Generation.endings` has it."""
-        return self.name.lower().replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -60,51 +37,6 @@ class DecodeOptions:
     sampling: Sampling
     acceptance: str = "exact"
     end_tokens: tuple[int, ...] = ()
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LoopState:
-    """State of the loop between two steps.
-
-    `slots` finds the leaf without rows by the name `seed`.
-
-    Attributes:
-        decode_state: state after prompt and output; the recurrent states have consumed every token but the root.
-        root: `[B]` newest token.
-        output: `[B, M]` tokens chosen so far.
-        origin: `[B, M]` source of each, a `TokenOrigin`; int8.
-        log_probs: `[B, M]` the model's log-probability of each, or None if not asked for.
-        written: `[B]` number of output tokens.
-        limit: `[B]` largest number of output tokens; 0 for an empty row.
-        rows: `[B]` index of each sequence among all that are decoded; it keys the random numbers.
-        seed: seed of the random numbers.
-        stop: `[B]` state of the automaton of stop strings.
-        status: `[B]` a `RowStatus`; int8.
-        finite: `[B]` whether the numbers behind the tokens are; as NaN stays in a recurrent state, the newest tell.
-        steps: `[B]` target steps taken.
-        accepted_histogram: `[B, P]` number of steps that gave 1, 2, ... tokens.
-    """
-
-    decode_state: DecodeState
-    root: Int[Array, " B"]
-    output: Int[Array, "B M"]
-    origin: Int[Array, "B M"]
-    log_probs: Float[Array, "B M"] | None
-    written: Int[Array, " B"]
-    limit: Int[Array, " B"]
-    rows: Int[Array, " B"]
-    seed: UInt[Array, ""]
-    stop: Int[Array, " B"]
-    status: Int[Array, " B"]
-    finite: Bool[Array, " B"]
-    steps: Int[Array, " B"]
-    accepted_histogram: Int[Array, "B P"]
-
-    @property
-    def finished(self) -> Bool[Array, " B"]:
-        """Mask of the rows that have ended or are empty."""
-        return self.status != RowStatus.RUNNING
 
 
 @partial(
@@ -168,30 +100,6 @@ def start(
     return _emit(state, accepted, token_log_probs, stops, end_tokens)[0]
 
 
-# Plain steps by which limits may be passed: one that is just what a step may lose must permit it however it is rounded.
-_ROUNDING = 1e-3
-
-
-class LossLimit(NamedTuple):
-    """Limit on what the steps of one call may lose against plain decoding, in plain steps.
-
-    Attributes:
-        cost: plain steps that a step costs.
-        allowance: plain steps that may be lost; the loop returns before a step that could exceed it.
-    """
-
-    cost: Float[Array, ""] | np.float32
-    allowance: Float[Array, ""] | np.float32
-
-    def permits(self, lost: Float[Array, ""]) -> Bool[Array, ""]:
-        """True where one more step stays within the limit, whatever it gives; to float32's rounding."""
-        return lost + self.cost - 1 <= self.allowance + _ROUNDING
-
-
-# Plain steps that the loop takes at least before it returns for a match, and at most where it watches for one.
-STEPS_BEFORE_ALERT, MOST_WATCHED = 4, 512
-
-
 @partial(jax.jit, static_argnames="options", donate_argnames="state")
 def run(
     modules: Flat,
@@ -203,7 +111,7 @@ def run(
     alert: Int[Array, ""] | None = None,
     *,
     options: DecodeOptions,
-) -> tuple[LoopState, Int[Array, ""]]:
+) -> tuple[LoopState, StepCount]:
     """Takes steps until all rows are finished, or `max_steps` are done, or a row is free while prompts are waiting.
 
     Args:
@@ -212,104 +120,29 @@ def run(
         stops: automaton of the stop strings, or None.
         max_steps: largest number of steps.
         waiting: whether prompts wait for a free row.
-        loss_limit: limit on what may be lost against plain decoding; None sets none.
-        alert: last tokens at which the loop returns, when so many occurred earlier in the text, as far back as the
-            drafter looks, of half the rows that run, or if no prompts wait, of all rows that decide when all is done:
-            copies may pay from there; at most `MOST_WATCHED` steps are taken then. None never returns for that.
+        loss_limit: limit on what drafts may lose against plain decoding, at which the loop returns; None sets none.
+        alert: number of last tokens that must occur earlier in the text, see `plain_steps`. The loop of plain steps
+            returns then; that of a tree copies from there, takes plain steps elsewhere, and returns for no loss. None
+            looks for nothing.
         options: static options.
 
     Returns:
         The new state, and the number of steps taken.
     """
     model, drafter = modules.whole()
-    begun, recent = state, state.decode_state.recent
-    watch = None
-    if alert is not None:
-        # The output's room bounds the number of tokens to come.
-        room = min(state.output.shape[1], MOST_WATCHED)
-        max_steps = jnp.minimum(max_steps, room)
-        watch = MatchWatch.begin(recent, room, alert <= LONGEST_ALERT)
-    drafts = options.tree.size > 1
-    if not drafts:
-        # Nobody looks back in plain steps: of many rows, to move the last tokens on at every step would take long.
-        state = _with_recent(state, recent[:, :0])
-
-    def unfinished(carry: _Carry) -> Array:
-        finished = carry.state.finished
-        goes_on = (carry.steps < max_steps) & ~jnp.all(finished) & ~(waiting & jnp.any(finished))
-        if alert is not None and carry.watch is not None:
-            alerted = _is_alerted(carry.state, carry.watch.found >= alert, waiting)
-            goes_on &= ~(alerted & (carry.steps >= STEPS_BEFORE_ALERT))
-        if loss_limit is None:
-            return goes_on
-        # The first step is allowed by the caller.
-        return goes_on & ((carry.steps == 0) | loss_limit.permits(carry.lost))
-
-    def body(carry: _Carry) -> _Carry:
-        before, lost = carry.state, carry.lost
-        after = _step(model, drafter, before, stops, options)
-        if loss_limit is not None:
-            lost = lost + loss_limit.cost - _gained(before, after, waiting)
-            # What steps gain does not pay for later ones: the host is to look at what has changed.
-            lost = jnp.maximum(lost, 0)
-        watch = None if carry.watch is None else carry.watch.follow(carry.steps, after.root)
-        return _Carry(carry.steps + 1, after, lost.astype(jnp.float32), watch)
-
-    begin = _Carry(jnp.zeros((), jnp.int32), state, jnp.zeros((), jnp.float32), watch)
-    steps, state, _, _ = jax.lax.while_loop(unfinished, body, begin)
-    if not drafts:
-        state = _with_recent(state, _recent_after(recent, state.output, begun.written, state.written))
+    step = partial(_step, model, drafter, stops=stops, options=options)
+    bounds, zero = Bounds(max_steps, waiting), jnp.zeros((), jnp.int32)
+    if options.tree.size == 1:
+        state, steps, _ = plain_steps(step, state, bounds, alert)
+        count = StepCount(steps, zero)
+    elif alert is None or loss_limit is None:
+        state, steps = drafted_steps(step, state, bounds, loss_limit)
+        count = StepCount(steps, steps)
+    else:
+        plain = partial(_step, model, drafter, stops=stops, options=replace(options, tree=DraftTree()))
+        state, count = copying_steps(plain, step, state, bounds, loss_limit, alert)
     finite = state.finite & jnp.all(jnp.isfinite(state.decode_state.hidden), axis=1)
-    return replace(state, finite=finite), steps
-
-
-def _is_alerted(state: LoopState, repeats: Bool[Array, " B"], waiting: Bool[Array, ""]) -> Bool[Array, ""]:
-    """True where half the rows that run repeat earlier text, or, if no prompts wait, all that have many tokens left."""
-    running = ~state.finished
-    left = jnp.where(running, state.limit - state.written, 0)
-    # Drafts cost two plain steps and more: they gain nothing by rows with less than half as many tokens left.
-    longest = running & (2 * left > jnp.max(left))
-    half = 2 * jnp.sum(repeats & running) >= jnp.maximum(jnp.sum(running), 1)
-    return jnp.where(waiting, half, jnp.all(repeats | ~longest))
-
-
-def _gained(before: LoopState, after: LoopState, waiting: Bool[Array, ""]) -> Float[Array, ""]:
-    """Plain steps that would have brought as much as one step did.
-
-    Where prompts wait, that is the mean number of tokens; where none do, by how many the row with the most tokens left
-    has fewer left: rows that finish early wait for it.
-    """
-    tokens = after.written - before.written
-    mean = jnp.sum(tokens) / jnp.maximum(jnp.sum(tokens > 0), 1)
-    most = [jnp.max(jnp.where(each.finished, 0, each.limit - each.written)) for each in (before, after)]
-    return jnp.where(waiting, mean, jnp.minimum(most[0] - most[1], jnp.max(tokens)))
-
-
-class _Carry(NamedTuple):
-    """Values that the loop hands from step to step: steps taken, state, plain steps lost, and the watch for a match."""
-
-    steps: Int[Array, ""]
-    state: LoopState
-    lost: Float[Array, ""]
-    watch: MatchWatch | None
-
-
-def _with_recent(state: LoopState, recent: Int[Array, "B W"]) -> LoopState:
-    """State with other last tokens."""
-    return replace(state, decode_state=replace(state.decode_state, recent=recent))
-
-
-def _recent_after(
-    recent: Int[Array, "B W"], output: Int[Array, "B M"], begin: Int[Array, " B"], end: Int[Array, " B"]
-) -> Int[Array, "B W"]:
-    """Last tokens of each row after those of its output from `begin` to `end`."""
-    width = recent.shape[1]
-    if not width:
-        return recent
-    place = jnp.arange(width, dtype=jnp.int32) + (end - begin)[:, None]
-    old = jnp.take_along_axis(recent, jnp.minimum(place, width - 1), axis=1)
-    index = jnp.clip(begin[:, None] + place - width, 0, output.shape[1] - 1)
-    return jnp.where(place < width, old, jnp.take_along_axis(output, index, axis=1))
+    return replace(state, finite=finite), count
 
 
 class DraftedStep(NamedTuple):
@@ -346,7 +179,7 @@ def draft_and_verify(model: CausalModel, drafter: Drafter, state: LoopState, opt
 
 
 def _step(
-    model: CausalModel, drafter: Drafter, state: LoopState, stops: StopAutomaton | None, options: DecodeOptions
+    model: CausalModel, drafter: Drafter, state: LoopState, *, stops: StopAutomaton | None, options: DecodeOptions
 ) -> LoopState:
     """Takes one target step: grows a tree, verifies it, accepts its longest valid path and commits that."""
     decode_state = state.decode_state

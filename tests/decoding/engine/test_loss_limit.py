@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from lin_jax.decoding.engine.decode_loop import LossLimit
+from lin_jax.decoding.engine.step_loops import LossLimit
 
 
 @pytest.mark.parametrize("cost", [*np.linspace(1.01, 9, 60).tolist(), 2.77])
