@@ -28,13 +28,12 @@ from lin_jax.decoding.autotune.account import (
     SURE_VALUE,
     LossAccount,
 )
-from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice
+from lin_jax.decoding.autotune.choice import NO_ALERT, Arm, Choice, TextCopies
 from lin_jax.decoding.autotune.evidence import MATCHES, BatchEvidence, Evidence
-from lin_jax.decoding.autotune.text_copies import TextCopies, choose_copies
 from lin_jax.decoding.drafting.ngram_lookup import MOST_WATCHED_ROWS
 
 # Tokens per cost above which an arm is taken: less than that is noise. Copies, of which a few steps are taken at a
-# time, must also pay for the sync before them; those that plain decoding is interrupted for, to be compiled, must
+# time, must also pay for the sync before them; those of which nothing was seen yet, or that are to be compiled, must
 # promise more.
 MIN_VALUE, MIN_COPY_VALUE, MIN_ALERT_VALUE = 1.02, 1.1, 1.3
 # Share of a sync that the first step of copies must pay for.
@@ -215,26 +214,29 @@ class Chooser:
         copies = self._text_copies(affordable, running)
         # Other drafts that pay are left for a passage that is being repeated, not for those to come.
         if copies is not None and (not other or values[copies.arm] >= max(values[other], MIN_COPY_VALUE)):
-            steps = COPY_STEPS if other else self._plain_steps()
-            least = self.cost(copies.arm) - 1
-            return Choice(copies.arm, min(steps, max_steps), least + 1, max(self.balance, least), copies.alert)
+            steps, lost = COPY_STEPS if other else self._plain_steps(), self.cost(copies.arm) - 1
+            return Choice(copies.arm, min(steps, max_steps), lost + 1, max(self.balance, lost), copies.alert)
         if other:
-            cost, steps = self.cost(other), ARM_STEPS
-            if self.arms[other].family in self.copies:
-                known = np.min(self.evidence.matched[running, self.arms[other].family], initial=MATCHES[-1])
-                steps = LONG_COPY_STEPS if known >= MATCHES[-1] else COPY_STEPS
-                allowance = PATIENCE * (cost - 1)
-            return Choice(other, min(steps, max_steps), cost, allowance)
-        steps = min(self._plain_steps(), max_steps)
+            return self._drafted(other, running, max_steps)
         if self.alerted:
             # The match that the loop has found was no reason to draft: it is not asked at once again.
             return Choice(0, min(2 * FEWEST_PLAIN, max_steps))
-        return Choice(0, steps, alert=self._alert(running, ready))
+        return Choice(0, min(self._plain_steps(), max_steps), alert=self._alert(running, ready))
+
+    def _drafted(self, arm: int, running: Bool[np.ndarray, " B"], max_steps: int) -> Choice:
+        """Steps with an arm that pays: few with copies, which are left as soon as they lose."""
+        cost = self.cost(arm)
+        if self.arms[arm].family not in self.copies:
+            return Choice(arm, min(ARM_STEPS, max_steps), cost, self.account.allowance)
+        known = np.min(self.evidence.matched[running, self.arms[arm].family], initial=MATCHES[-1])
+        steps = LONG_COPY_STEPS if known >= MATCHES[-1] else COPY_STEPS
+        return Choice(arm, min(steps, max_steps), cost, PATIENCE * (cost - 1))
 
     def _text_copies(self, affordable: Sequence[int], running: Bool[np.ndarray, " B"]) -> TextCopies | None:
         """The arm whose loop changes between plain steps and copies, if one pays."""
         arms = [arm for arm in affordable if arm in self.switching]
-        return choose_copies(arms, self.arms, self.cost, self.evidence, running, MIN_COPY_VALUE)
+        seen = self.evidence.shared.tries[:, sorted(self.from_text)].any()
+        return self.evidence.best_copies(arms, self.cost, running, MIN_COPY_VALUE if seen else MIN_ALERT_VALUE)
 
     def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
         """Length of a match at which plain steps end, so that an arm is compiled that would pay from there."""
@@ -242,7 +244,7 @@ class Chooser:
         if self.rows > 1 and not self.affords_sync:
             return NO_ALERT
         arms = [arm for arm in self.switching if arm not in ready and self.cost(arm) - 1 <= self.balance]
-        found = choose_copies(arms, self.arms, self.cost, self.evidence, running, MIN_ALERT_VALUE)
+        found = self.evidence.best_copies(arms, self.cost, running, MIN_ALERT_VALUE)
         return NO_ALERT if found is None else found.alert
 
     def _affords(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> bool:
@@ -292,14 +294,14 @@ class Chooser:
         most = max(missing, key=lambda arm: values[arm], default=0)
         return most if values[most] > max(self._least(most), MIN_GAIN * best) else None
 
-    def update(self, choice: Choice, steps: int, drafted: int, histogram: Int[np.ndarray, "B P"]) -> None:
+    def update(self, choice: Choice, steps: int, histogram: Int[np.ndarray, "B P"], drafted: int | None = None) -> None:
         """Takes in the steps of the last choice.
 
         Args:
             choice: the choice.
             steps: steps taken.
-            drafted: those of them with the chosen arm; the others were plain.
             histogram: `[B, P]` how many of them gave each row 1, 2, ... tokens.
+            drafted: those of them with the chosen arm; None if all were.
         """
         counts = np.asarray(histogram, float)
         self._known = None
@@ -311,7 +313,7 @@ class Chooser:
         if not choice.arm:
             self.account.add_plain(gained, max(1 - steps / self.most_steps, 0))
             return
-        arm, spent = self.arms[choice.arm], drafted * choice.cost + steps - drafted
+        arm, spent = self.arms[choice.arm], steps + (steps if drafted is None else drafted) * (choice.cost - 1)
         # What the loop does by itself takes no more syncs than plain decoding.
         share = max(1 - gained / self.most_steps, 0) if choice.arm in self.switching else 1.0
         self.account.add_drafted(gained, spent, share)

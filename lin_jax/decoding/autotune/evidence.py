@@ -6,13 +6,14 @@ that is right makes it longer. How often a copied token is right after a match o
 of the text, drafted or not, and the expected tokens of a chain follow from the match that there is now.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lin_jax.decoding.autotune.choice import Arm
+from lin_jax.decoding.autotune.choice import Arm, TextCopies
+from lin_jax.decoding.drafting.ngram_lookup import LONGEST_ALERT
 
 # Share of accepted guesses that is assumed before there is any evidence.
 PRIOR = 0.3
@@ -21,8 +22,9 @@ PRIOR = 0.3
 MATCHES, DOUBT, DECAY = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5, 0.8
 # Steps after which evidence counts half, of one row and of all; and weight of all rows' in a row's estimate.
 ROW_MEMORY, SHARED_MEMORY, SHARED_WEIGHT = 64.0, 256.0, 4.0
-# Copied tokens of each length of match that evidence counts as at most.
-COPY_MEMORY = 64.0
+# Copied tokens of each length of match that evidence counts as at most, and those that are assumed besides where the
+# lengths are weighed.
+COPY_MEMORY, ASSUMED = 64.0, 1.0
 
 
 @dataclass
@@ -113,6 +115,7 @@ class BatchEvidence:
     """
 
     def __init__(self, arms: Sequence[Arm], rows: int, copies: frozenset[int], learned: Evidence | None) -> None:
+        self.arms = tuple(arms)
         families, depth = evidence_shape(arms)
         self.copies = sorted(copies)
         self.judged = sorted({arm.family for arm in arms[1:]} - copies)
@@ -185,10 +188,35 @@ class BatchEvidence:
         levels = _level(np.array(lengths)[:, None] + np.arange(depth))
         return _tokens(self._copy_shares(rows).mean(axis=0)[:, levels])
 
-    def met(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "F L"]:
-        """How many copied tokens there were after matches of each of `MATCHES`, in some rows and all earlier texts."""
-        found: Float[np.ndarray, "F L"] = self.by_row.tries[rows].sum(axis=0) + self.shared.tries[0]
-        return found[:, : len(MATCHES)]
+    def best_copies(
+        self, candidates: Sequence[int], cost: Callable[[int], float], rows: Bool[np.ndarray, " R"], least: float
+    ) -> TextCopies | None:
+        """Chooses the arm, and the shortest match after which it copies, that save the most, by the matches so far.
+
+        Args:
+            candidates: arms that copy from the text itself.
+            cost: cost of a step of an arm, in plain steps.
+            rows: the rows that count.
+            least: tokens per cost that a step must promise after that match.
+
+        Returns:
+            The choice, or None where no arm pays after any match.
+        """
+        if not candidates or not rows.any():
+            return None
+        tokens = self.expected_copies(rows, MATCHES, max(self.arms[arm].depth for arm in candidates))
+        met = self.by_row.tries[rows].sum(axis=0) + self.shared.tries[0] + ASSUMED
+        found = []
+        for number in candidates:
+            arm = self.arms[number]
+            speeds = tokens[arm.family, :, arm.depth - 1] / cost(number)
+            share = met[arm.family, : len(MATCHES)] / met[arm.family, : len(MATCHES)].sum()
+            # After this match and all longer ones.
+            saved = np.cumsum((share * (1 - 1 / speeds))[::-1])[::-1]
+            for length, speed, gain in zip(MATCHES, speeds, saved, strict=True):
+                if length <= LONGEST_ALERT and speed >= least and gain > 0:
+                    found.append(TextCopies(number, length, float(gain)))
+        return max(found, key=lambda each: (each.saved, -each.arm), default=None)
 
     def _copy_shares(self, rows: Bool[np.ndarray, " R"]) -> Float[np.ndarray, "R F L"]:
         prior = self.shared.copy_shares(None, SHARED_WEIGHT)[0]

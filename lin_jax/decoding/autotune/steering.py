@@ -190,7 +190,7 @@ class AdaptiveShape:
     ) -> None:
         """Learns acceptance, cost, and what lookups would have given."""
         self.costs.record(choice.arm, drafted if choice.arm else steps, seconds, steps - drafted if choice.arm else 0)
-        self.chooser.update(choice, steps, drafted, histogram)
+        self.chooser.update(choice, steps, histogram, drafted)
         for row, followed in enumerate(self.followed):
             if followed:
                 self.unread[row] += tokens(row)

@@ -79,7 +79,7 @@ class MatchWatch(NamedTuple):
         sizes: `[B, W - 1]` last tokens that agree with the place at each distance, the farthest first, at most
             `LONGEST_ALERT`.
         found: `[B]` the same of the place that a lookup would copy from, the latest of those that agree in up to
-            `LOOKED_UP` tokens; 0 before the first new token.
+            `LOOKED_UP` tokens.
     """
 
     text: Int[Array, "B T"]
@@ -98,7 +98,7 @@ class MatchWatch(NamedTuple):
         batch, width = recent.shape
         nothing = jnp.zeros((batch, width - 1), jnp.int32)
         sizes = jax.lax.cond(wanted, lambda: _match_sizes(recent, LONGEST_ALERT), lambda: nothing)
-        return cls(jnp.pad(recent, ((0, 0), (0, room))), sizes, jnp.zeros(batch, jnp.int32))
+        return cls(jnp.pad(recent, ((0, 0), (0, room))), sizes, _looked_up(sizes, LONGEST_ALERT, LOOKED_UP))
 
     def follow(self, count: Int[Array, ""], token: Int[Array, " B"]) -> "MatchWatch":
         """Reads the next token of each row, the `count`-th, counted from 0."""

@@ -23,7 +23,7 @@ PROMPTS = [np.random.default_rng(5).integers(0, VOCABULARY, n).tolist() for n in
 class Known(StepCosts):
     """Costs that no clock changes."""
 
-    def record(self, shape: int, steps: int, seconds: float) -> None:
+    def record(self, shape: int, steps: int, seconds: float, plain_steps: int = 0) -> None:
         """Leaves them as they are."""
 
 
