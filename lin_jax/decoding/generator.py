@@ -261,7 +261,7 @@ class Generator:
             prefill_chunk_size=self.prefill_chunk_size,
             compiler=self.compiler,
             adaptive=self.shapes is not None,
-            copying=frozenset() if self.shapes is None else self.shapes.copying,
+            switching=frozenset() if self.shapes is None else self.shapes.switching,
             memory=self.memory,
         )
 

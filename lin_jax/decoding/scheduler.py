@@ -47,8 +47,8 @@ class SchedulerSpec:
         prefill_chunk_size: tokens of a prompt that are read at a time.
         compiler: compiles the loops.
         adaptive: whether the loop leaves a tree by itself before it has lost too much.
-        copying: indices of the options whose trees are copied from the text itself: of few rows, their loop takes plain
-            steps where there is nothing to copy.
+        switching: indices of the options whose trees are copied from the text itself alone: of few rows, their loop
+            takes plain steps where there is nothing to copy.
         memory: what finished outputs are added to, each with the end of its prompt; or None.
     """
 
@@ -60,7 +60,7 @@ class SchedulerSpec:
     prefill_chunk_size: int
     compiler: ProgramCompiler
     adaptive: bool = False
-    copying: frozenset[int] = frozenset()
+    switching: frozenset[int] = frozenset()
     memory: TextMemory | None = None
 
     @property
@@ -277,7 +277,7 @@ class Scheduler:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
         limit = alert = None
         watched = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
-        if watched and (not shape or shape in self.spec.copying):
+        if watched and (not shape or shape in self.spec.switching):
             alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)

@@ -24,8 +24,8 @@ from lin_jax.session import Session
 DRAFTERS = ("ngram", "path+ngram")
 SAMPLED = Sampling(temperature=0.8, top_p=0.95)
 SEED = 1
-# Nodes of a shape that any text can try.
-SMALL = 8
+# Nodes of the shapes that are tried.
+NODES = range(4, 9)
 # Rounds before those that count: programs are compiled, and drafts and their costs become known.
 WARM_UP = 2
 
@@ -192,29 +192,22 @@ def _adaptive(session: Session, drafter: Drafter, kinds: Sequence[str], used: Se
 
 
 def few_shapes(shapes: DraftShapes, wanted: Callable[[AnyTree], bool]) -> DraftShapes:
-    """Plain decoding, and of each family with wanted trees the deepest and the deepest small one.
+    """Plain decoding, and the wanted trees of middle size: each is a program that takes long to compile.
 
-    Each is a program that takes long to compile; but the deepest alone may cost more than may be lost at the beginning.
+    Two nodes gain little on a CPU, and of more than eight a model of the demo's size makes up for few.
 
     Args:
         shapes: the shapes of a drafter.
         wanted: says of a tree whether it is.
     """
-    known = [number for number, tree in enumerate(shapes.trees) if tree.size > 1 and wanted(tree)]
-    small = [number for number in known if shapes.trees[number].size <= SMALL]
-    kept = [0, *sorted({*_deepest(shapes, known), *_deepest(shapes, small)})]
-    families = {shapes.arms[number].family for number in kept[1:]}
+    fits = [number for number, tree in enumerate(shapes.trees) if tree.size in NODES and wanted(tree)]
+    kept = [0, *fits]
+    families = {shapes.arms[number].family for number in fits}
     return DraftShapes(
         tuple(shapes.trees[number] for number in kept),
         tuple(shapes.arms[number] for number in kept),
         {family: begin for family, begin in shapes.hindsight.items() if family in families},
     )
-
-
-def _deepest(shapes: DraftShapes, numbers: Sequence[int]) -> list[int]:
-    """The deepest shape of each family, of some by number; the first of those that are as deep."""
-    by_depth = sorted(numbers, key=lambda number: (shapes.arms[number].depth, -number))
-    return list({shapes.arms[number].family: number for number in by_depth}.values())
 
 
 def part_of(drafter: Drafter, tree: AnyTree) -> int:

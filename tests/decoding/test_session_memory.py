@@ -136,6 +136,8 @@ def test_what_is_chosen_while_decoding_finds_the_memory(prompts: list[list[int]]
     drafter = UnionDrafter(NgramDrafter(depth=3, lookback=64), reader)
     shapes = draft_shapes(drafter, DEPTH, memory=memory)
     assert set(shapes.hindsight) == {0, 1}
+    # What has a memory to copy from as well does not wait for a match with the text.
+    assert {shapes.arms[number].family for number in shapes.switching} == {0}
     # As in a model with weights that take longer to read than a sync with the host; no clock changes them.
     sizes = [tree.size for tree in shapes.trees]
     costs = StepCosts(sizes, [[1 + 0.2 * (size - 1)] * ENOUGH for size in sizes], visit=1.5)

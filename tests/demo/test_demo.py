@@ -243,19 +243,17 @@ def test_wrong_numbers_are_refused(option, tmp_path):
 
 
 def test_few_shapes_are_compiled():
-    """Plain decoding, and of the wanted drafters of a union the longest chain, the longest small one, and the tree."""
+    """Plain decoding, and the wanted drafters' chains and trees of four to eight nodes."""
     heads = PathDrafter(PathHead(8, 8, 16, rngs=nnx.Rngs(0)), depth=4)
-    drafter = UnionDrafter(heads, NgramDrafter(matches=1))
+    drafter = UnionDrafter(heads, NgramDrafter(matches=1, depth=31))
     every = draft_shapes(drafter)
     few = few_shapes(every, lambda tree: True)
-    assert [arm.depth for arm in few.arms] == [0, 4, 4, 7]
-    assert [tree.size for tree in few.trees] == [1, 5, 8, 8]
+    assert [arm.depth for arm in few.arms] == [0, 3, 4, 4, 3, 7]
+    assert [tree.size for tree in few.trees] == [1, 4, 5, 8, 4, 8]
     assert set(few.trees) < set(every.trees)
     assert set(few.hindsight) == set(every.hindsight)
     ngram = few_shapes(every, lambda tree: part_of(drafter, tree) == 1)
-    assert ngram.trees == (few.trees[0], few.trees[3])
-    assert ngram.arms[1] == few.arms[3]
-    long = few_shapes(draft_shapes(NgramDrafter(matches=1, depth=31)), lambda tree: True)
-    assert [tree.size for tree in long.trees] == [1, 8, 32]
+    assert ngram.trees == (few.trees[0], *few.trees[4:])
+    assert ngram.arms[1:] == few.arms[4:]
     none = few_shapes(every, lambda tree: False)
     assert (len(none.trees), none.hindsight) == (1, {})

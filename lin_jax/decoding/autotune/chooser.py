@@ -82,7 +82,8 @@ class Chooser:
         rows: rows of the batch.
         observed: families of which evidence comes without any cost: they are tried when it speaks for them.
         copies: families of the observed ones that copy, and are judged by the length of the match.
-        from_text: families of these that copy from the text itself: the loop can tell of a match.
+        alerting: families of these that copy from the text itself: the loop can tell of a match.
+        switching: arms that copy from nothing else: of few rows, their loop takes plain steps where nothing matches.
         learned: evidence of earlier texts, `[1, F, D]`, which goes on growing here; None begins anew.
         visit_cost: plain steps that a sync with the host costs.
     """
@@ -95,7 +96,8 @@ class Chooser:
         *,
         observed: frozenset[int] = frozenset(),
         copies: frozenset[int] = frozenset(),
-        from_text: frozenset[int] = frozenset(),
+        alerting: frozenset[int] = frozenset(),
+        switching: Collection[int] = (),
         learned: Evidence | None = None,
         visit_cost: float = 0.0,
     ) -> None:
@@ -104,10 +106,8 @@ class Chooser:
         self.cost, self.rows = cost, rows
         self.observed = observed | copies
         self.copies = copies
-        self.from_text = from_text
-        # Arms whose loop changes between plain steps and copies by itself.
-        watched = from_text if rows <= MOST_WATCHED_ROWS else frozenset()
-        self.switching = [number for number, arm in enumerate(self.arms) if arm.depth and arm.family in watched]
+        self.alerting = alerting if rows <= MOST_WATCHED_ROWS else frozenset()
+        self.switching = frozenset(switching if rows <= MOST_WATCHED_ROWS else ())
         self.evidence = BatchEvidence(arms, rows, copies, learned)
         self.account = LossAccount(visit_cost, ALLOWANCE if rows == 1 else BATCH_ALLOWANCE)
         self.credit = CREDIT if rows == 1 else BATCH_CREDIT
@@ -235,17 +235,27 @@ class Chooser:
     def _text_copies(self, affordable: Sequence[int], running: Bool[np.ndarray, " B"]) -> TextCopies | None:
         """The arm whose loop changes between plain steps and copies, if one pays."""
         arms = [arm for arm in affordable if arm in self.switching]
-        seen = self.evidence.shared.tries[:, sorted(self.from_text)].any()
+        seen = self.evidence.shared.tries[:, [self.arms[arm].family for arm in arms]].any()
         return self.evidence.best_copies(arms, self.cost, running, MIN_COPY_VALUE if seen else MIN_ALERT_VALUE)
 
     def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
-        """Length of a match at which plain steps end, so that an arm is compiled that would pay from there."""
+        """Length of a match at which plain steps end, for an arm that would pay from there and cannot wait by itself.
+
+        Such arms are not compiled yet, or copy from other places as well.
+        """
         # A look at many rows that finds nothing costs more than the others have left to lose.
         if self.rows > 1 and not self.affords_sync:
             return NO_ALERT
-        arms = [arm for arm in self.switching if arm not in ready and self.cost(arm) - 1 <= self.balance]
-        found = self.evidence.best_copies(arms, self.cost, running, MIN_ALERT_VALUE)
-        return NO_ALERT if found is None else found.alert
+        found = []
+        for arm, each in enumerate(self.arms):
+            switching = arm in self.switching
+            if not each.depth or each.family not in self.alerting or (switching and arm in ready):
+                continue
+            sync = 0.0 if switching else self.account.visit_cost
+            if self.cost(arm) - 1 <= self.balance - sync:
+                least = MIN_ALERT_VALUE + SYNC_SHARE * sync / self.cost(arm)
+                found.append(self.evidence.best_copies([arm], self.cost, running, least))
+        return min((each.alert for each in found if each is not None), default=NO_ALERT)
 
     def _affords(self, arm: int, values: Sequence[float], running: Bool[np.ndarray, " B"], left: Left) -> bool:
         """True where a step of an arm may be taken, though it gave nothing but the target's own token."""
@@ -275,10 +285,10 @@ class Chooser:
         if not self.copies:
             return max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN))
         balance = self.balance
-        if self.from_text and not self.evidence.has_matched(sorted(self.copies - self.from_text)):
+        if self.alerting and not self.evidence.has_matched(sorted(self.copies - self.alerting)):
             # The loop tells of matches with the text, and a memory that has never matched is not waited for.
             return MOST_PLAIN
-        fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.from_text else FEWEST_PLAIN
+        fewest = max(FEWEST_PLAIN, min(self.steps, MOST_PLAIN)) if self.alerting else FEWEST_PLAIN
         return fewest if balance > HIGH else 2 * fewest if balance > LOW else MOST_PLAIN
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:

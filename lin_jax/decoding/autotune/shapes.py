@@ -40,15 +40,15 @@ class DraftShapes:
     origins: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
-    def from_text(self) -> frozenset[int]:
-        """Families that copy from the text itself, which the loop can look for a match in."""
+    def alerting(self) -> frozenset[int]:
+        """Families that copy from the text itself, where the loop can find a match, maybe beside other places."""
         return frozenset(family for family, begin in self.hindsight.items() if begin().longest)
 
     @property
-    def copying(self) -> frozenset[int]:
-        """Shapes that copy from the text itself."""
-        families = self.from_text
-        return frozenset(number for number, arm in enumerate(self.arms) if arm.depth and arm.family in families)
+    def switching(self) -> frozenset[int]:
+        """Shapes that copy from the text itself alone, so that the loop knows where there is nothing to copy."""
+        alone = {family for family in self.alerting if not isinstance(self.hindsight[family](), MemoryHindsight)}
+        return frozenset(number for number, arm in enumerate(self.arms) if arm.depth and arm.family in alone)
 
     @property
     def depth(self) -> int:

@@ -138,7 +138,8 @@ class AdaptiveShape:
             costs.cost,
             rows,
             copies=frozenset(shapes.hindsight),
-            from_text=shapes.from_text,
+            alerting=shapes.alerting,
+            switching=shapes.switching,
             learned=learned,
             visit_cost=costs.visit,
         )

@@ -19,7 +19,7 @@ COSTS = {
     # What was measured with a model of a few layers and a window: a draft of any length costs more than two steps.
     "small": (1.0, 2.4, 2.9, 3.3, 2.9, 3.2, 4.5, 7.0),
 }
-VISIT, COPIES = 0.2, frozenset({1})
+VISIT, COPIES, SWITCHING = 0.2, frozenset({1}), (4, 5, 6, 7)
 Text = Callable[[np.random.Generator, int], list[int]]
 
 
@@ -30,8 +30,8 @@ def decode(
 
     Where it is watched for matches, the loop of copies takes plain steps between them; else the host looks for each.
     """
-    from_text = COPIES if watched else frozenset()
-    chooser = Chooser(ARMS, costs.__getitem__, 1, copies=COPIES, from_text=from_text, learned=learned, visit_cost=VISIT)
+    switches = {"alerting": COPIES, "switching": SWITCHING} if watched else {}
+    chooser = Chooser(ARMS, costs.__getitem__, 1, copies=COPIES, learned=learned, visit_cost=VISIT, **switches)
     hindsight, place, spent, arms = LookupHindsight(31, 3, 2048), 0, 0.0, []
     hindsight.push(text[:1])
     while place < len(text) - 1:
@@ -220,7 +220,8 @@ def test_texts_teach_each_other() -> None:
 
 def watching(costs: tuple[float, ...], visit_cost: float = VISIT) -> Chooser:
     """Of a loop that can look for matches itself."""
-    return Chooser(ARMS, costs.__getitem__, 1, copies=COPIES, from_text=COPIES, visit_cost=visit_cost)
+    switches = {"copies": COPIES, "alerting": COPIES, "switching": SWITCHING}
+    return Chooser(ARMS, costs.__getitem__, 1, visit_cost=visit_cost, **switches)
 
 
 def test_plain_steps_end_at_a_match_for_which_a_shape_would_be_compiled() -> None:
@@ -229,7 +230,7 @@ def test_plain_steps_end_at_a_match_for_which_a_shape_would_be_compiled() -> Non
     cheap, dear = watching(COSTS["avx512"]), watching(COSTS["small"])
     first = cheap.choose(running, (), 128)
     assert first[:2] == (0, 128)
-    assert 1 < first.alert < dear.choose(running, (), 128).alert < NO_ALERT
+    assert first.alert < dear.choose(running, (), 128).alert < NO_ALERT
     assert watching((1.0, *[40.0] * 7)).choose(running, (), 128).alert == NO_ALERT
     cheap.observe_copies(0, 1, 0, [(length, False) for length in (2, 3, 4, 6)] * 20)
     assert first.alert < cheap.choose(running, (), 128).alert

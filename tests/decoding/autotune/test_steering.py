@@ -180,12 +180,14 @@ def test_shapes_of_every_drafter() -> None:
     """Chains for each drafter of a union at ranks of its own, none deeper than can be verified."""
     ngram = draft_shapes(NgramDrafter(matches=4))
     assert [arm.depth for arm in ngram.arms] == [0, 1, 3, 7]
-    assert set(ngram.hindsight) == {0}
+    assert set(ngram.hindsight) == ngram.alerting == {0}
+    assert ngram.switching == {1, 2, 3}
     heads = KnowingDrafter(np.zeros((1, 8), np.int32), 2, 0.6)
     joined = draft_shapes(UnionDrafter(heads, NgramDrafter(matches=4)), 3, extra=ngram.trees[1])
     assert [arm.family for arm in joined.arms] == [0, 0, 0, 1, 1]
     assert [tree.paths[0] for tree in joined.trees[1:]] == [(0,), (0,), (3,), (3,)]
     assert set(joined.hindsight) == {1}
+    assert joined.switching == {3, 4}
     assert max(arm.depth for arm in joined.arms) == 3
     assert draft_shapes(heads, 0).trees == ngram.trees[:1]
     assert len(draft_shapes(heads, 3, extra=joined.trees[3]).trees) == 4
