@@ -8,6 +8,10 @@ random place of a row of filler, and its key comes again at the end. Accuracy is
 rows never seen in training, by the distance between a key and its question, in windows. Every attention is trained
 alike, from the same seed on the same rows; `window` is softmax over the window alone, what a memory has to beat, and
 `softmax` sees everything. The state's size is that of both layers for one row.
+
+So that this measures memories, and not how soon a layer learns to look back by one token, every token brings the one
+before it along (smeared keys, Olsson et al. 2022), and training begins with rows of a quarter of the length. Matrices
+are trained with Muon: AdamW alone leaves even softmax at chance for as long.
 """
 
 import argparse
@@ -84,6 +88,25 @@ def passkey(rng: np.random.Generator, rows: int, length: int, count: int) -> Row
 TASKS = {"pairs": pairs, "passkey": passkey}
 
 
+class SmearedLlama(Llama):
+    """A LLaMA each of whose tokens brings the one before it along; for whole rows.
+
+    Args:
+        config: sizes.
+        rngs: seeds of the initial numbers.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, rngs=rngs)
+        init = nnx.initializers.normal(0.02)
+        self.previous = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, embedding_init=init)
+
+    def begin(self, tokens: jax.Array, positions: jax.Array) -> Any:
+        """Embeds tokens `[B, T]` together with the ones before them; others as in `Llama`."""
+        x, tables = super().begin(tokens, positions)
+        return x + self.previous(jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]), tables
+
+
 def main() -> int:
     """Trains and measures one attention after the other; writes JSON if asked to, after each."""
     options = parse()
@@ -104,14 +127,16 @@ def parse() -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=tuple(TASKS), default="pairs")
     parser.add_argument("--attention", nargs="+", default=ATTENTIONS, metavar="NAME")
-    parser.add_argument("--window", type=int, default=16, help="tokens of windows, and of groups")
+    parser.add_argument("--window", type=int, default=4, help="tokens of windows, and of groups")
     parser.add_argument("--features", type=int, default=64, help="of exponential and clustered")
     parser.add_argument("--length", type=int, default=256, help="of rows")
-    parser.add_argument("--pairs", type=int, default=8, help="of a row")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--pairs", type=int, default=16, help="of a row")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--short-steps", type=int, default=300, help="before them, on four times as many short rows")
     parser.add_argument("--rows", type=int, default=32, help="of a step")
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW, for embeddings and norms")
+    parser.add_argument("--muon", type=float, default=0.02, help="learning rate of Muon, for matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
     return parser.parse_args()
@@ -135,11 +160,12 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
         intermediate_size=2 * options.hidden,
         num_layers=2,
         num_heads=2,
+        tie_embeddings=True,
         attention=attention_of(name, options),
     )
     make = partial(TASKS[options.task], length=options.length, count=options.pairs)
     began = time.perf_counter()
-    model, losses = trained(Llama(config, rngs=nnx.Rngs(options.seed)), make, options)
+    model, losses = trained(SmearedLlama(config, rngs=nnx.Rngs(options.seed)), options)
     state = jax.eval_shape(lambda: model.init_state(1, options.length))
     return {
         "attention": name,
@@ -150,11 +176,10 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def trained(model: Llama, make: Any, options: argparse.Namespace) -> tuple[Llama, list[float]]:
+def trained(model: Llama, options: argparse.Namespace) -> tuple[Llama, list[float]]:
     """The model after training on fresh rows: the questions' cross entropy, and a tenth of all other tokens'."""
     graph, parameters = nnx.split(model)
-    rate = optax.warmup_cosine_decay_schedule(0, options.learning_rate, options.steps // 10, options.steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+    optimizer = optimizer_of(options)
 
     def loss(parameters: Any, tokens: jax.Array, asked: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, parameters)(tokens[:, :-1])
@@ -169,11 +194,25 @@ def trained(model: Llama, make: Any, options: argparse.Namespace) -> tuple[Llama
         return optax.apply_updates(parameters, updates), memory, value
 
     rng, memory, losses = np.random.default_rng(options.seed), optimizer.init(parameters), []
-    for _ in tqdm(range(options.steps), desc=model.config.attention.name, disable=not sys.stderr.isatty()):
-        rows = make(rng, options.rows)
+    total = options.short_steps + options.steps
+    for number in tqdm(range(total), desc=model.config.attention.name, disable=not sys.stderr.isatty()):
+        part = 4 if number < options.short_steps else 1
+        make = partial(TASKS[options.task], length=options.length // part, count=options.pairs)
+        rows = make(rng, options.rows * part)
         parameters, memory, value = step(parameters, memory, rows.tokens, rows.distances > 0)
         losses.append(value)
     return nnx.merge(graph, parameters), [float(value) for value in losses]
+
+
+def optimizer_of(options: argparse.Namespace) -> optax.GradientTransformation:
+    """Muon for matrices and AdamW for all else, each with a warm-up and a cosine."""
+    steps = options.short_steps + options.steps
+    rate, matrices = (
+        optax.warmup_cosine_decay_schedule(0, each, steps // 10, steps)
+        for each in (options.learning_rate, options.muon)
+    )
+    muon = optax.contrib.muon(matrices, adam_learning_rate=rate)
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
 
 
 def accuracy(model: Llama, make: Any, options: argparse.Namespace) -> dict[int, float]:
