@@ -235,8 +235,13 @@ class Chooser:
     def _text_copies(self, affordable: Sequence[int], running: Bool[np.ndarray, " B"]) -> TextCopies | None:
         """The arm whose loop changes between plain steps and copies, if one pays."""
         arms = [arm for arm in affordable if arm in self.switching]
-        seen = self.evidence.shared.tries[:, [self.arms[arm].family for arm in arms]].any()
-        return self.evidence.best_copies(arms, self.cost, running, MIN_COPY_VALUE if seen else MIN_ALERT_VALUE)
+        least = MIN_COPY_VALUE if self._has_copied else MIN_ALERT_VALUE
+        return self.evidence.best_copies(arms, self.cost, running, least)
+
+    @property
+    def _has_copied(self) -> bool:
+        """True if something could have been copied from a text itself, in this one or earlier."""
+        return bool(self.evidence.shared.tries[:, sorted({self.arms[arm].family for arm in self.switching})].any())
 
     def _alert(self, running: Bool[np.ndarray, " B"], ready: Collection[int]) -> int:
         """Length of a match at which plain steps end, for an arm that would pay from there and cannot wait by itself.
@@ -293,14 +298,23 @@ class Chooser:
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
-        values, deciding = self.values(running, left), decisive(running, left)
+        values, deciding = list(self.values(running, left)), decisive(running, left)
         # A shape that is too dear to be taken now, compiled or not, takes no other one's place.
         affordable = [arm for arm in range(1, len(self.arms)) if self._affords(arm, values, deciding, left)]
+        # Those that wait for matches by themselves are judged by all that there were.
+        for arm in self.switching:
+            values[arm] = 1.0
         best = max(values[arm] for arm in (0, *affordable) if not arm or arm in ready)
-        missing = [arm for arm in affordable if arm not in ready]
         trial = self._due(values, best)
-        if trial in missing:
+        if trial in affordable and trial not in ready:
             return trial
+        known = self._text_copies([arm for arm in affordable if arm in ready], deciding)
+        copies = self._text_copies(affordable, deciding)
+        if known is not None:
+            best = max(best, known.speed)
+        if copies is not None and copies.arm not in ready and self._has_copied:
+            values[copies.arm] = copies.speed
+        missing = [arm for arm in affordable if arm not in ready]
         most = max(missing, key=lambda arm: values[arm], default=0)
         return most if values[most] > max(self._least(most), MIN_GAIN * best) else None
 

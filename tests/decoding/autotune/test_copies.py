@@ -259,6 +259,17 @@ def test_a_compiled_shape_waits_for_matches_by_itself() -> None:
     assert heads.choose(running, range(1, len(ARMS)), 128)[0] in ready
 
 
+def test_longer_shapes_are_compiled_where_matches_were_long() -> None:
+    """By all that there were, not by the place in the text where the host happens to look; by none in a new text."""
+    running = np.ones(1, bool)
+    for lengths, found in (((1, 2), None), ((4, 6, 8, 12, 16, 32), 5)):
+        chooser = watching(COSTS["small"])
+        assert chooser.wanted(running, ()) is None
+        chooser.observe_copies(0, 1, 0, [(length, length > 2) for length in lengths] * 30)
+        assert chooser.wanted(running, (4,)) in ((found, found + 1) if found else (None,))
+    assert chooser.wanted(running, range(4, len(ARMS))) is None
+
+
 def phrases(rng: np.random.Generator, tokens: int) -> list[int]:
     """Comes back to a few phrases of a dozen tokens, with others between them."""
     known = rng.integers(0, 300, (3, 12)).tolist()
