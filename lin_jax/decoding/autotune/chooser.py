@@ -298,25 +298,22 @@ class Chooser:
 
     def wanted(self, running: Bool[np.ndarray, " B"], ready: Collection[int], left: Left = None) -> int | None:
         """Arm to compile next: one that should be tried, or promises more than those that are ready."""
-        values, deciding = list(self.values(running, left)), decisive(running, left)
+        values, deciding = self.values(running, left), decisive(running, left)
         # A shape that is too dear to be taken now, compiled or not, takes no other one's place.
         affordable = [arm for arm in range(1, len(self.arms)) if self._affords(arm, values, deciding, left)]
+        speeds = {arm: values[arm] for arm in affordable if arm not in self.switching}
         # Those that wait for matches by themselves are judged by all that there were.
-        for arm in self.switching:
-            values[arm] = 1.0
-        best = max(values[arm] for arm in (0, *affordable) if not arm or arm in ready)
+        for arms in (affordable, [arm for arm in affordable if arm in ready]):
+            copies = self._text_copies(arms, deciding)
+            if copies is not None and self._has_copied:
+                speeds[copies.arm] = copies.speed
+        best = max([1.0, *(speed for arm, speed in speeds.items() if arm in ready)])
         trial = self._due(values, best)
         if trial in affordable and trial not in ready:
             return trial
-        known = self._text_copies([arm for arm in affordable if arm in ready], deciding)
-        copies = self._text_copies(affordable, deciding)
-        if known is not None:
-            best = max(best, known.speed)
-        if copies is not None and copies.arm not in ready and self._has_copied:
-            values[copies.arm] = copies.speed
-        missing = [arm for arm in affordable if arm not in ready]
-        most = max(missing, key=lambda arm: values[arm], default=0)
-        return most if values[most] > max(self._least(most), MIN_GAIN * best) else None
+        missing = {arm: speed for arm, speed in speeds.items() if arm not in ready}
+        most = max(missing, key=lambda arm: missing[arm], default=None)
+        return most if most is not None and missing[most] > max(self._least(most), MIN_GAIN * best) else None
 
     def update(self, choice: Choice, steps: int, histogram: Int[np.ndarray, "B P"], drafted: int | None = None) -> None:
         """Takes in the steps of the last choice.
