@@ -28,7 +28,7 @@ from lin_jax.hub.model_card import CARD_FILE, model_card
 from lin_jax.hub.tensors import uncovered
 from lin_jax.json_files import read_json, token_ids
 from lin_jax.models import MedusaHeads, as_trained
-from lin_jax.models.stored_weights import WeightStorage
+from lin_jax.models.stored_weights import WeightStorage, restored
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,7 +93,7 @@ def save_pretrained(
         UserError: the folder is not empty, or cannot be written; or the weights are unknown, or not for such a model.
     """
     int8 = WeightStorage(weights).weights == "int8"
-    model = as_trained(model)
+    model = as_trained(restored(model))
     family = family_of_model(model)
     if left := uncovered(model, family.entries(model)):
         raise UserError(f"{', '.join(left)} of the model have no names in a checkpoint; export a model without them")

@@ -101,7 +101,7 @@ def kinds(model) -> set[str]:
         thorough=[(name, stored) for name in CONFIGS for stored in ("float32", "bfloat16")],
     ),
 )
-def test_a_stored_model_computes_what_the_learning_one_does(name, stored):
+def test_a_stored_model_computes_what_the_learning_one_does(name, stored, tmp_path):
     learning = model_of(name, param_dtype=stored)
     decoding = for_decoding(learning)
     assert "Linear" not in kinds(decoding)
@@ -109,6 +109,11 @@ def test_a_stored_model_computes_what_the_learning_one_does(name, stored):
     assert types == ({"float32"} if stored == "float32" else {"bfloat16", "uint16"})
     np.testing.assert_allclose(logits_of(decoding), logits_of(learning), rtol=1e-5, atol=1e-5)
     assert params_fingerprint(params_of(as_trained(restored(decoding)))) == params_fingerprint(params_of(learning))
+    # A session's model is written as the one that learns.
+    files = [
+        save_pretrained(each, tmp_path / str(n)) / "model.safetensors" for n, each in enumerate((learning, decoding))
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("name", cells(always=["llama"], thorough=["qwen", "gpt2", "flash"]))
