@@ -32,7 +32,7 @@ from lib.report import header
 from tqdm import tqdm
 
 from lin_jax.attention import AttentionConfig
-from lin_jax.errors import OptionParser, exit_cleanly
+from lin_jax.errors import OptionParser, UserError, exit_cleanly
 from lin_jax.models import Llama, LlamaConfig
 
 ATTENTIONS = (
@@ -139,7 +139,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--muon", type=float, default=0.02, help="learning rate of Muon, for matrices")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args()
+    options = parser.parse_args()
+    # Pairs take two tokens, and so do their questions.
+    if options.task == "pairs" and options.short_steps and options.length // 4 < 4 * options.pairs:
+        raise UserError(
+            f"short rows of {options.length // 4} tokens have no room for {options.pairs} pairs and their questions; "
+            f"give --length {16 * options.pairs} or more, fewer --pairs, or --short-steps 0"
+        )
+    return options
 
 
 def attention_of(name: str, options: argparse.Namespace) -> AttentionConfig:

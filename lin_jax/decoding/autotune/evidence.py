@@ -24,7 +24,7 @@ MATCHES, DOUBT, DECAY = (1, 2, 3, 4, 6, 8, 12, 16, 32), 0.5, 0.8
 ROW_MEMORY, SHARED_MEMORY, SHARED_WEIGHT = 64.0, 256.0, 4.0
 # Copied tokens of each length of match that evidence counts as at most, and those that are assumed besides where the
 # lengths are weighed.
-COPY_MEMORY, ASSUMED = 64.0, 1.0
+COPY_MEMORY, COPY_PRIOR = 64.0, 1.0
 
 
 @dataclass
@@ -205,7 +205,7 @@ class BatchEvidence:
         if not candidates or not rows.any():
             return None
         tokens = self.expected_copies(rows, MATCHES, max(self.arms[arm].depth for arm in candidates))
-        met = self.by_row.tries[rows].sum(axis=0) + self.shared.tries[0] + ASSUMED
+        met = self.by_row.tries[rows].sum(axis=0) + self.shared.tries[0] + COPY_PRIOR
         found = []
         for number in candidates:
             arm = self.arms[number]

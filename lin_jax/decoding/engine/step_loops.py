@@ -114,7 +114,7 @@ def plain_steps(
 
 
 def drafted_steps(
-    step: Step, state: LoopState, bounds: Bounds, limit: LossLimit | None, wanted: Bool[Array, ""] | None = None
+    step: Step, state: LoopState, bounds: Bounds, limit: LossLimit | None
 ) -> tuple[LoopState, Int[Array, ""]]:
     """Takes drafted steps until one more could lose too much.
 
@@ -124,7 +124,6 @@ def drafted_steps(
         bounds: when to return in any case.
         limit: limit on what may be lost, which the first step keeps; None sets none. What steps gain does not pay for
             later ones: the caller is to look at what has changed.
-        wanted: whether to take any step; None does.
 
     Returns:
         The state, and the number of steps.
@@ -133,7 +132,7 @@ def drafted_steps(
 
     def unfinished(carry: tuple[Array, LoopState, Array]) -> Array:
         steps, state, lost = carry
-        goes_on = bounds.permit(state, steps) & (True if wanted is None else wanted)
+        goes_on = bounds.permit(state, steps)
         return goes_on if limit is None else goes_on & ((steps == 0) | limit.permits(lost))
 
     def body(carry: tuple[Array, LoopState, Array]) -> tuple[Array, LoopState, Array]:
@@ -177,8 +176,8 @@ def copying_steps(
         state, steps, alerted = plain_steps(plain, state, left, affordable, least=0)
         # A step that loses ends the copies.
         one = LossLimit(limit.cost, jnp.minimum(limit.cost - 1, limit.allowance - lost))
-        left = bounds._replace(max_steps=left.max_steps - steps)
-        after, copies = drafted_steps(drafted, state, left, one, alerted)
+        left = bounds._replace(max_steps=jnp.where(alerted, left.max_steps - steps, 0))
+        after, copies = drafted_steps(drafted, state, left, one)
         lost = jnp.maximum(lost + copies * limit.cost - _gained(state, after, bounds.waiting), 0)
         return after, StepCount(taken + steps + copies, copied + copies), lost.astype(jnp.float32)
 
