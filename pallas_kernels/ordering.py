@@ -17,6 +17,14 @@ def truth(x: Array) -> Bool[Array, ""]:
     return first != _NO_NUMBER
 
 
+def computed(x: Array) -> Array:
+    """The same array, computed before what reads it: XLA would compute an activation anew for every output.
+
+    A condition keeps the two apart; a barrier is gone before XLA joins loops.
+    """
+    return jax.lax.cond(truth(x), lambda x: x, jnp.zeros_like, x)
+
+
 def known_after(numbers: Int[Array, "*shape"], *done: Array) -> Int[Array, "*shape"]:
     """The same numbers, which are known only when other arrays are computed.
 

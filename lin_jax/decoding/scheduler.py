@@ -18,7 +18,9 @@ from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import tree_text
 from lin_jax.decoding.engine.decode_loop import DecodeOptions, run, start
+from lin_jax.decoding.engine.layers_alone import runs_by_layers
 from lin_jax.decoding.engine.loop_state import LoopState, RowStatus
+from lin_jax.decoding.engine.plain_by_layers import plain_by_layers
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
 from lin_jax.decoding.engine.prefix_cache import Prefix
 from lin_jax.decoding.engine.programs import Flat, ProgramCompiler, blank, shapes_of
@@ -123,6 +125,7 @@ class Scheduler:
         if spec.memory is not None:
             spec.memory.refresh(cheaply=spec.adaptive)
         self.model, self.modules = Flat.of(spec.model), Flat.of(spec.model, spec.drafter)
+        self._by_layers = runs_by_layers(self.modules)
         self.seed = np.uint32(seed)
         self.first_row = first_row
         self.prefix = prefix
@@ -274,10 +277,27 @@ class Scheduler:
     def _call(
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
     ) -> tuple[LoopState, StepCount]:
+        """Takes steps with a tree, in a loop on the device, or layer by layer where that is to be or is not there."""
+        if not self._has_layers(shape) or (self._watches(shape) and self._is_ready(shape)):
+            return self._loop(shape, state, steps, choice)
+        options = self.spec.options[shape]
+        return plain_by_layers(self.modules, state, self.spec.stops, steps, bool(self.waiting), options)
+
+    def _has_layers(self, shape: int) -> bool:
+        """True for plain steps of a large model, which can be taken layer by layer."""
+        return self._by_layers and self.spec.options[shape].tree.size == 1
+
+    def _watches(self, shape: int) -> bool:
+        """True for loops that watch for what there is to copy."""
+        few = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
+        return bool(few) and (not shape or shape in self.spec.switching)
+
+    def _loop(
+        self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
+    ) -> tuple[LoopState, StepCount]:
         """Calls the loop with a tree; plain decoding has nothing to lose, and no limit on that."""
         limit = alert = None
-        watched = self.spec.adaptive and self.spec.drafter.lookback and self.spec.slots <= MOST_WATCHED_ROWS
-        if watched and (not shape or shape in self.spec.switching):
+        if self._watches(shape):
             alert = np.int32(NO_ALERT if choice is None else choice.alert)
         if shape and self.spec.adaptive:
             cost, allowance = (1.0, 0.0) if choice is None else (choice.cost, choice.allowance)
@@ -291,12 +311,20 @@ class Scheduler:
         needed = self.steering.needed
         wanted = self.steering.wanted(running, self._is_ready, left)
         began = time.perf_counter()
-        if not self._is_ready(needed):
+        if self._has_layers(needed):
+            if not self.spec.compiler.is_ready(layers := f"layers, {self._keys[needed]}"):
+                # A step of rows that have no room for it.
+                self._call(needed, blank(self._shapes), 1)
+                self.spec.compiler.add(layers)
+            if self._watches(needed) and not self._is_ready(needed):
+                # Whole, it watches; until then, decoding goes on.
+                wanted = needed
+        elif not self._is_ready(needed):
             # No step at all, so that the time of decoding is that of decoding.
-            self.state, _ = self._call(needed, self.state, 0)
+            self.state, _ = self._loop(needed, self.state, 0)
             self.spec.compiler.add(self._keys[needed])
         if wanted is not None:
-            self.spec.compiler.request(self._keys[wanted], lambda: self._call(wanted, blank(self._shapes), 0))
+            self.spec.compiler.request(self._keys[wanted], lambda: self._loop(wanted, blank(self._shapes), 0))
         for shape in range(len(self._keys)):
             if self._is_ready(shape) and self.steering.is_unknown(shape):
                 self._time(shape)

@@ -42,8 +42,7 @@ class ByKind:
 
     def of_layer(self, number: int) -> Any:
         """The value of one layer."""
-        kind = self.order[number]
-        at = self.order[:number].count(kind)
+        kind, at = places(self.order)[number]
         return jax.tree.map(lambda leaf: leaf[at], self.kinds[kind])
 
     def selected(self, numbers: Sequence[int]) -> "ByKind":
@@ -65,6 +64,11 @@ class ByKind:
 def layers_of_kinds(order: Sequence[int]) -> list[list[int]]:
     """Numbers of the layers of each kind."""
     return [[number for number, kind in enumerate(order) if kind == each] for each in range(max(order) + 1)]
+
+
+def places(order: Sequence[int]) -> list[tuple[int, int]]:
+    """Kind and number among those of its kind, of each layer."""
+    return [(kind, order[:number].count(kind)) for number, kind in enumerate(order)]
 
 
 def _taken(values: Any, numbers: Sequence[int]) -> Any:

@@ -155,7 +155,7 @@ class ProductTimes:
             forms: names of the forms to choose from.
         """
         found = (None if compute == "float64" else self.nearest(shape, weights, compute)) or {}
-        found = {name: times for name, times in found.items() if name in forms}
+        found = {name: times for name, times in found.items() if name in forms and FORMS[name].fits(shape[0], weights)}
         defaults = [DEFAULTS[weights, layout] for layout in layouts if (weights, layout) in DEFAULTS]
         known = {default.layout: best for default in defaults if (best := _fastest(found, default))}
         if not known:
@@ -214,7 +214,7 @@ def time_forms(
     matrices = _matrices(shape, weights)
     programs: dict[tuple[str, int], tuple[Any, Any, Any]] = {}
     for name, form in FORMS.items():
-        if weights not in form.dtypes or name not in forms:
+        if weights not in form.dtypes or name not in forms or not form.fits(shape[0], weights):
             continue
         ours = [[_laid_out(each, form.layout) for each in group] for group in matrices]
         for count in rows:
@@ -247,7 +247,9 @@ def _laid_out(matrix: jax.Array, layout: str) -> jax.Array:
 def _chained(x: jax.Array, group: Sequence[jax.Array], apply: Any) -> jax.Array:
     """Products one after the other, as in a model: none can begin before the last one's result is there."""
     for weight in group:
-        x = x + (apply(x, weight)[:, :1] * 1e-6).astype(x.dtype)
+        # All of them, or compilers would leave out those that are not used.
+        found = jax.lax.optimization_barrier(apply(x, weight))
+        x = x + (found[:, :1] * 1e-6).astype(x.dtype)
     return x
 
 

@@ -8,7 +8,8 @@ and a `ProductPlan` says which of them serves which number of rows; `product_tim
 Order of the sums. `product` and `split` leave it to XLA's library, which may choose another one for another number of
 rows. `sum` and `columns` are one loop over the inputs for each output, unrolled and vectorised in the same way for
 every number of rows (two or more: one row is doubled), so that a row's result does not depend on the rows beside it;
-a test holds that. All forms add up in float32 or better.
+a test holds that. All forms add up in float32 or better. `lanes`, the fastest for one row of narrow weights, is in a
+file of its own.
 
 Panels. Beside its own layout, a matrix may be there a second time, cut into panels of a few outputs each, which lie in
 one piece: the few rows of a step are multiplied with them as a batch of small products, which read memory up to twice
@@ -24,7 +25,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from pallas_kernels.ordering import truth
+from lin_jax.models.lane_sums import MOST_ROWS, has_lanes, lane_sums
+from pallas_kernels.ordering import computed
 from pallas_kernels.precision import upcast
 
 # Axes of a stored matrix: inputs first, as in `nnx.Linear`, or outputs first, as in PyTorch and its checkpoints.
@@ -45,14 +47,6 @@ _BLOCK = 8
 
 def _exact(x: Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _computed(x: Array) -> Array:
-    """The same rows, computed before what reads them: XLA would compute an activation anew for every output.
-
-    A condition keeps the two apart; a barrier is gone before XLA joins loops.
-    """
-    return jax.lax.cond(truth(x), lambda x: x, jnp.zeros_like, x)
 
 
 def _doubled(x: Float[Array, "n I"]) -> Float[Array, "m I"]:
@@ -85,13 +79,13 @@ def _product(x: Float[Array, "n I"], weight: Array, axis: int) -> Float[Array, "
 
 def _sum(x: Float[Array, "n I"], weight: Array) -> Float[Array, "n O"]:
     """Multiplies and sums in one loop, row by row; weights are converted in registers."""
-    rows, exact = _doubled(_computed(x)), _exact(x)
+    rows, exact = _doubled(computed(x)), _exact(x)
     return jnp.sum(weight.astype(exact)[None] * rows.astype(exact)[:, None], axis=-1)[: x.shape[0]]
 
 
 def _columns(x: Float[Array, "n I"], weight: Array) -> Float[Array, "n O"]:
     """Multiplies and sums in one loop, output by output, so that all rows meet a weight while it is at hand."""
-    rows, exact = _doubled(_computed(x)), _exact(x)
+    rows, exact = _doubled(computed(x)), _exact(x)
     return jnp.sum(weight.astype(exact)[:, None] * rows.astype(exact)[None], axis=-1).T[: x.shape[0]]
 
 
@@ -152,12 +146,14 @@ class Form(NamedTuple):
         apply: `apply(x, weight)`, `[n, I]` with the matrix to `[n, O]`, in float32 or better.
         most: number of rows above which it is not worth trying.
         dtypes: types of weights that it is worth trying for with few rows.
+        fits: whether it is possible for a number of inputs and a type of weights.
     """
 
     layout: Layout | Literal["panels"]
     apply: Callable[[Array, Array], Array]
     most: int = 1 << 30
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    fits: Callable[[int, str], bool] = lambda size_in, weights: True
 
 
 FORMS: dict[str, Form] = {
@@ -165,6 +161,7 @@ FORMS: dict[str, Form] = {
     "sum": Form("oi", _sum, 16),
     "columns": Form("oi", _columns, 16),
     "split": Form("oi", _split, dtypes=("bfloat16",)),
+    "lanes": Form("oi", lane_sums, MOST_ROWS, ("bfloat16", "int8"), has_lanes),
     "product io": Form("io", lambda x, weight: _product(x, weight, 0), dtypes=("float32",)),
     "side by side io": Form("io", _side_by_side, 4, ("float32",)),
     "panels": Form("panels", _panels, 8, ("float32",)),
@@ -280,8 +277,8 @@ class StoredMatrix(nnx.Module):
             self.panels = nnx.data(nnx.Param(_made_panels(self.kernel)))
 
     def quantize(self) -> None:
-        """Turns the weights into int8, in place; they are stored outputs first."""
-        self.set_rounded(*quantized(self.weight[...]))
+        """Turns the weights into int8, in place, and waits for that; they are stored outputs first."""
+        self.set_rounded(*jax.block_until_ready(quantized(self.weight[...])))
 
     def set_rounded(self, weight: Int8[Array, "O I"], scale: Float[Array, " O"]) -> None:
         """Puts int8 weights and their factors in the place of the weights."""

@@ -151,7 +151,8 @@ class StoredEmbedding(nnx.Module):
         if isinstance(self.embedding.get_value(), jax.ShapeDtypeStruct):
             return
         if self.int8:
-            self.set_rounded(*quantized(self.embedding[...]))
+            # Their pages, if they are a file's, are let go of afterwards.
+            self.set_rounded(*jax.block_until_ready(quantized(self.embedding[...])))
         elif self.tied and self.embedding.dtype == jnp.uint16:
             # JAX takes memory that lies as its own arrays do without copying it.
             weight = jax.device_put(np.asarray(self.embedding[...]).view(ml_dtypes.bfloat16))

@@ -141,8 +141,12 @@ def run(
     else:
         plain = partial(_step, model, drafter, stops=stops, options=replace(options, tree=DraftTree()))
         state, count = copying_steps(plain, step, state, bounds, loss_limit, alert)
-    finite = state.finite & jnp.all(jnp.isfinite(state.decode_state.hidden), axis=1)
-    return replace(state, finite=finite), count
+    return with_finite(state), count
+
+
+def with_finite(state: LoopState) -> LoopState:
+    """The state, with the rows noted whose numbers have become NaN or infinite."""
+    return replace(state, finite=state.finite & jnp.all(jnp.isfinite(state.decode_state.hidden), axis=1))
 
 
 class DraftedStep(NamedTuple):
@@ -165,25 +169,51 @@ class DraftedStep(NamedTuple):
 
 def draft_and_verify(model: CausalModel, drafter: Drafter, state: LoopState, options: DecodeOptions) -> DraftedStep:
     """Grows a tree, verifies it, and accepts its longest valid path; the state is not changed."""
-    decode_state = state.decode_state
-    after_root = model.position(decode_state.model) + 1
-    rule = ACCEPTANCE_RULES[options.acceptance]
-    drawing = Drawing(after_root, state.rows, state.seed, options.sampling.temperature) if rule.draws else None
+    draft = grown_tree(model, drafter, state, options)
+    hidden, nodes = model.verify(jnp.maximum(draft.tokens, 0), draft.tree, state.decode_state.model)
+    return accepted_path(model, state, draft, hidden, nodes, options)
+
+
+def grown_tree(model: CausalModel, drafter: Drafter, state: LoopState, options: DecodeOptions) -> Draft:
+    """The draft tree of the next step."""
+    decode_state, drawing = state.decode_state, None
+    if ACCEPTANCE_RULES[options.acceptance].draws:
+        after_root = model.position(decode_state.model) + 1
+        drawing = Drawing(after_root, state.rows, state.seed, options.sampling.temperature)
     context = DraftContext(state.root, decode_state.hidden, decode_state.recent, decode_state.model)
-    draft = options.tree.grow(drafter, context, decode_state.drafter, drawing)
-    hidden, nodes = model.verify(jnp.maximum(draft.tokens, 0), draft.tree, decode_state.model)
-    logits = model.logits(hidden)
-    seen = None if decode_state.seen is None else _seen_on_path(decode_state.seen, draft)
+    return options.tree.grow(drafter, context, decode_state.drafter, drawing)
+
+
+def accepted_path(
+    model: CausalModel, state: LoopState, draft: Draft, hidden: Array, nodes: Any, options: DecodeOptions
+) -> DraftedStep:
+    """Accepts the longest valid path of a tree whose hidden vectors are known; `DraftedStep` has the arguments."""
+    seen = state.decode_state.seen
+    logits, after_root = model.logits(hidden), model.position(state.decode_state.model) + 1
+    seen = None if seen is None else _seen_on_path(seen, draft)
     verified = Verified(draft, logits, after_root, state.rows, state.seed, seen)
-    return DraftedStep(draft, hidden, nodes, logits, rule.accept(verified, options.tree, options.sampling))
+    accepted = ACCEPTANCE_RULES[options.acceptance].accept(verified, options.tree, options.sampling)
+    return DraftedStep(draft, hidden, nodes, logits, accepted)
 
 
 def _step(
     model: CausalModel, drafter: Drafter, state: LoopState, *, stops: StopAutomaton | None, options: DecodeOptions
 ) -> LoopState:
     """Takes one target step: grows a tree, verifies it, accepts its longest valid path and commits that."""
+    return committed(model, drafter, state, draft_and_verify(model, drafter, state, options), stops, options)
+
+
+def committed(
+    model: CausalModel,
+    drafter: Drafter,
+    state: LoopState,
+    drafted: DraftedStep,
+    stops: StopAutomaton | None,
+    options: DecodeOptions,
+) -> LoopState:
+    """The state after the accepted path of a tree."""
     decode_state = state.decode_state
-    draft, hidden, nodes, logits, accepted = draft_and_verify(model, drafter, state, options)
+    draft, hidden, nodes, logits, accepted = drafted
     token_log_probs = None
     if state.log_probs is not None:
         path_logits = jnp.take_along_axis(logits, accepted.path[:, :, None], axis=1)

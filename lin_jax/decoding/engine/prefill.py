@@ -1,7 +1,7 @@
 """Chunked prefill: prompts are read in chunks of bounded size, so that any length needs the memory of one chunk."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from lin_jax.attention import Layout, padded_rows
 from lin_jax.decoding.drafting.api import Drafter
+from lin_jax.decoding.engine.layers_alone import layers_alone, runs_by_layers
 from lin_jax.decoding.engine.programs import Flat
 from lin_jax.models import CausalModel
+from lin_jax.models.by_kind import ByKind
 
 # Smaller chunks than this cost about as much.
 _MIN_CHUNK = 32
@@ -60,15 +63,61 @@ def prefill_chunk(
     """Reads one chunk of every text, `lengths` tokens of each row; the modules are model and drafter."""
     model, drafter = modules.whole()
     outputs, state = model.prefill(tokens, lengths, decode_state.model)
+    return _after(drafter, replace(decode_state, model=state), outputs, tokens, lengths)
+
+
+def _after(drafter: Drafter, decode_state: DecodeState, outputs: Array, tokens: Array, lengths: Array) -> DecodeState:
+    """The decode state after a chunk, from one whose model has read it, and from the model's outputs."""
     last = jnp.take_along_axis(outputs, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     included = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    return DecodeState(
-        model=state,
+    return replace(
+        decode_state,
         drafter=drafter.prefill(decode_state.drafter, tokens, lengths),
         hidden=jnp.where((lengths > 0)[:, None], last, decode_state.hidden),
         recent=append_recent(decode_state.recent, tokens, lengths),
         seen=mark_seen(decode_state.seen, tokens, included),
     )
+
+
+def prefill_by_layers(
+    modules: Flat, decode_state: DecodeState, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> DecodeState:
+    """Does what `prefill_chunk` does, by one small program that every layer of a kind runs."""
+    state = decode_state.model
+    x, context, layout = _enter(modules, state.position[0], tokens, lengths)
+    kinds = list(state.kinds) if isinstance(state, ByKind) else [state]
+    aux = []
+    for each in layers_alone(modules):
+        x, kinds[each.kind] = _read(each.layer, each.place, x, context, layout, kinds[each.kind])
+        aux += [x] * each.is_aux
+    decode_state = _leave(modules, replace(decode_state, model=None), x, aux, tokens, lengths)
+    return replace(decode_state, model=replace(state, kinds=tuple(kinds)) if isinstance(state, ByKind) else kinds[0])
+
+
+@jax.jit
+def _enter(modules: Flat, position: Array, tokens: Array, lengths: Array) -> tuple[Array, Any, Layout]:
+    """Inputs of the first layer, and what all layers read."""
+    layout = padded_rows(lengths, tokens.shape[1], position)
+    return (*modules.whole()[0].begin(tokens, layout.positions), layout)
+
+
+@partial(jax.jit, donate_argnames="states")
+def _read(
+    layer: Flat, number: Int[Array, ""], x: Array, context: Any, layout: Layout, states: Any
+) -> tuple[Array, Any]:
+    """Outputs of a layer, and the states of all layers of its kind with its own after a chunk."""
+    (block,) = layer.whole()
+    x, own = block.parallel(x, context, layout, jax.tree.map(lambda leaf: leaf[number], states))
+    return x, jax.tree.map(lambda leaf, new: leaf.at[number].set(new), states, own)
+
+
+@partial(jax.jit, donate_argnames="decode_state")
+def _leave(
+    modules: Flat, decode_state: DecodeState, x: Array, aux: list[Array], tokens: Array, lengths: Array
+) -> DecodeState:
+    """The decode state after a chunk, but for the model's, from the outputs of the last layer and of `aux_layers`."""
+    model, drafter = modules.whole()
+    return _after(drafter, decode_state, model.outputs(jnp.concatenate([x, *aux], axis=-1)), tokens, lengths)
 
 
 def append_recent(recent: Int[Array, "B W"], tokens: Int[Array, "B P"], count: Int[Array, " B"]) -> Int[Array, "B W"]:
@@ -94,13 +143,14 @@ def prefill(modules: Flat, decode_state: DecodeState, texts: Sequence[Sequence[i
     """Reads texts, one for each of the first rows, at most `chunk_size` tokens at a time, with model and drafter."""
     batch = decode_state.hidden.shape[0]
     longest = max((len(text) for text in texts), default=0)
+    read = prefill_by_layers if runs_by_layers(modules) else prefill_chunk
     for begin, size in chunk_sizes(longest, chunk_size):
         tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
         for row, text in enumerate(texts):
             chunk = text[begin : begin + size]
             lengths[row] = len(chunk)
             tokens[row, : len(chunk)] = chunk
-        decode_state = prefill_chunk(modules, decode_state, tokens, lengths)
+        decode_state = read(modules, decode_state, tokens, lengths)
     return decode_state
 
 

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,6 +17,12 @@ class _Structure:
 
     def __init__(self, treedef: Any) -> None:
         self.treedef = treedef
+
+    @cached_property
+    def outline(self) -> tuple[Any, ...]:
+        """The modules with numbers of arrays in their places."""
+        modules: tuple[Any, ...] = jax.tree.unflatten(self.treedef, range(self.treedef.num_leaves))
+        return modules
 
 
 _STRUCTURES: dict[Any, _Structure] = {}
@@ -48,6 +55,11 @@ class Flat:
         """The modules."""
         modules: tuple[Any, ...] = jax.tree.unflatten(self.structure.treedef, self.leaves)
         return modules
+
+    def part(self, choose: Callable[..., Any]) -> "Flat":
+        """The part of the modules that `choose(*modules)` gives."""
+        numbers, treedef = jax.tree.flatten((choose(*self.structure.outline),))
+        return Flat(tuple(self.leaves[number] for number in numbers), _structure_of(treedef))
 
     def tree_flatten(self) -> tuple[tuple[Any], _Structure]:
         """The arrays as one tuple, and the structure."""
