@@ -27,7 +27,7 @@ _HELD = 2**21
 
 
 class Lanes(NamedTuple):
-    """How some inputs are dealt to lanes.
+    """Numbers by which inputs are dealt to lanes.
 
     Attributes:
         turns: turns of the loop over a lane's inputs.

@@ -47,6 +47,7 @@ def stored(weights: str) -> jax.Array:
             (name, weights, compute)
             for name, form in FORMS.items()
             for weights in form.dtypes
+            if form.fits(INPUTS, weights)
             for compute in ("float32", "bfloat16")
         ],
     ),

@@ -33,7 +33,7 @@ def plain_by_layers(
             break
         state = _step(modules, layers, state, stops, options)
         steps += 1
-    return state, StepCount(np.int32(steps), np.int32(0))
+    return state, StepCount(jnp.asarray(steps), jnp.asarray(0))
 
 
 def _step(

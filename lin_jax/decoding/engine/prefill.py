@@ -80,7 +80,7 @@ def _after(drafter: Drafter, decode_state: DecodeState, outputs: Array, tokens: 
 
 
 def prefill_by_layers(
-    modules: Flat, decode_state: DecodeState, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+    modules: Flat, decode_state: DecodeState, tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]
 ) -> DecodeState:
     """Does what `prefill_chunk` does, by one small program that every layer of a kind runs."""
     state = decode_state.model
@@ -95,7 +95,7 @@ def prefill_by_layers(
 
 
 @jax.jit
-def _enter(modules: Flat, position: Array, tokens: Array, lengths: Array) -> tuple[Array, Any, Layout]:
+def _enter(modules: Flat, position: Array, tokens: Any, lengths: Any) -> tuple[Array, Any, Layout]:
     """Inputs of the first layer, and what all layers read."""
     layout = padded_rows(lengths, tokens.shape[1], position)
     return (*modules.whole()[0].begin(tokens, layout.positions), layout)
@@ -113,7 +113,7 @@ def _read(
 
 @partial(jax.jit, donate_argnames="decode_state")
 def _leave(
-    modules: Flat, decode_state: DecodeState, x: Array, aux: list[Array], tokens: Array, lengths: Array
+    modules: Flat, decode_state: DecodeState, x: Array, aux: list[Array], tokens: Any, lengths: Any
 ) -> DecodeState:
     """The decode state after a chunk, but for the model's, from the outputs of the last layer and of `aux_layers`."""
     model, drafter = modules.whole()
