@@ -2,9 +2,11 @@
 
     python benchmarks/large_on_cpu.py [--layers 16] [--folder DIR] [--tokens 40] [--rounds 3] [--json FILE]
 
-The folder has random weights in bfloat16. Contenders take turns, round after round, and medians are taken: `generate`
-in bfloat16 and float32, and ours in every type asked for, with softmax and with a linear attention in its place. Every
-process says how long loading and the first token took, the tokens per second after it, and the most memory that it had.
+The folder has random weights in bfloat16, with so little in what layers add that a text repeats its last token.
+Contenders take turns, round after round, and medians are taken: `generate` in bfloat16 and float32, plain and with
+prompt lookup, and ours in every type asked for, with softmax and with a linear attention in its place, plain and with
+copies of what the text had before. Every process says how long loading and the first token took, the tokens per second
+after it, and the most memory that it had.
 """
 
 import argparse
@@ -42,9 +44,17 @@ CONFIG = {
     "torch_dtype": "bfloat16",
     "vocab_size": 128256,
 }
-CONTENDERS = ("hf:bfloat16", "hf:float32", "ours:softmax:stored", "ours:augmented:stored", "ours:augmented:int8")
+CONTENDERS = (
+    *("hf:bfloat16", "hf:float32", "hf:bfloat16:lookup"),
+    *("ours:softmax:stored", "ours:augmented:stored", "ours:augmented:int8"),
+    *("ours:augmented:stored:copies", "ours:augmented:int8:copies"),
+)
 PROMPT = 16
+# Tokens that are guessed at a time where a text is copied.
+COPIED = 7
 KILO = 1024
+# Weights of what layers add to a token's vector.
+ADDED = ("o_proj.weight", "down_proj.weight")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,10 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in tqdm(turns, file=sys.stderr, disable=not sys.stderr.isatty()):
             found[name].append(_run(folder, name, options.tokens))
     rows = {name: _medians(runs) for name, runs in found.items()}
-    print(f"{'':<24}{'load s':>10}{'first token s':>16}{'tokens/s':>12}{'peak GiB':>12}")
+    print(f"{'':<32}{'load s':>10}{'first token s':>16}{'tokens/s':>12}{'peak GiB':>12}")
     for name, row in rows.items():
         figures = row["load_seconds"], row["first_token_seconds"], row["tokens_per_second"], row["peak_bytes"] / 2**30
-        print(f"{name:<24}{figures[0]:>10.2f}{figures[1]:>16.2f}{figures[2]:>12.2f}{figures[3]:>12.2f}")
+        print(f"{name:<32}{figures[0]:>10.2f}{figures[1]:>16.2f}{figures[2]:>12.2f}{figures[3]:>12.2f}")
     if options.json:
         write({**about, "folder_bytes": size, "layers": options.layers, "rounds": options.rounds, **rows}, options.json)
     return 0
@@ -89,8 +99,8 @@ def make_folder(folder: Path, layers: int) -> None:
     numbers = np.random.default_rng(0)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in shapes.values():
-            deviation = 0.02 if len(shape) > 1 else 0.0
+        for name, shape in shapes.items():
+            deviation = 0.0 if len(shape) == 1 else 2e-4 if name.endswith(ADDED) else 0.02
             values = numbers.standard_normal(shape, np.float32) * np.float32(deviation) + np.float32(len(shape) == 1)
             file.write(values.astype(ml_dtypes.bfloat16).tobytes())
 
@@ -130,7 +140,7 @@ def _run(folder: Path, contender: str, tokens: int) -> dict[str, float]:
 def _contend(options: argparse.Namespace) -> int:
     kind, *how = options.contender.split(":")
     prompt = [1 + 7 * at % 1000 for at in range(PROMPT)]
-    figures = _theirs(options, how[0], prompt) if kind == "hf" else _ours(options, *how, prompt=prompt)
+    figures = _theirs(options, *how, prompt=prompt) if kind == "hf" else _ours(options, *how, prompt=prompt)
     print(json.dumps({**figures, "peak_bytes": _peak()}))
     return 0
 
@@ -143,7 +153,7 @@ def _peak() -> int:
     raise UserError("this system does not tell the memory of a process; run it on Linux")
 
 
-def _theirs(options: argparse.Namespace, dtype: str, prompt: list[int]) -> dict[str, float]:
+def _theirs(options: argparse.Namespace, dtype: str, lookup: str = "", *, prompt: list[int]) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -152,6 +162,8 @@ def _theirs(options: argparse.Namespace, dtype: str, prompt: list[int]) -> dict[
     loaded = time.perf_counter()
     inputs = torch.tensor([prompt])
     ask = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "attention_mask": torch.ones_like(inputs)}
+    if lookup:
+        ask["prompt_lookup_num_tokens"] = COPIED
 
     def seconds(count: int) -> float:
         start = time.perf_counter()
@@ -164,9 +176,11 @@ def _theirs(options: argparse.Namespace, dtype: str, prompt: list[int]) -> dict[
     return _figures(loaded - begun, first, options.tokens / (whole - again))
 
 
-def _ours(options: argparse.Namespace, attention: str, weights: str, *, prompt: list[int]) -> dict[str, float]:
+def _ours(
+    options: argparse.Namespace, attention: str, weights: str, copies: str = "", *, prompt: list[int]
+) -> dict[str, float]:
     from lin_jax.attention import AttentionConfig
-    from lin_jax.decoding import Generator
+    from lin_jax.decoding import Generator, NgramDrafter, chain
     from lin_jax.models.stored_weights import WeightStorage
     from lin_jax.session import load_for_decoding
     from lin_jax.training.model_source import ModelSource
@@ -174,7 +188,9 @@ def _ours(options: argparse.Namespace, attention: str, weights: str, *, prompt: 
     begun = time.perf_counter()
     source = ModelSource.open(options.folder)
     mixer = None if attention == "softmax" else AttentionConfig(attention)
-    generator = Generator(load_for_decoding(source, storage=WeightStorage(weights), attention=mixer))
+    model = load_for_decoding(source, storage=WeightStorage(weights), attention=mixer)
+    drafts = {"drafter": NgramDrafter(depth=COPIED, matches=1), "tree": chain(COPIED)} if copies else {}
+    generator = Generator(model, **drafts)
     loaded = time.perf_counter()
     generator.generate([prompt], 1)
     first = time.perf_counter() - loaded
