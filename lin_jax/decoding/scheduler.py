@@ -18,7 +18,7 @@ from lin_jax.decoding.drafting.suffix_index import MAX_MATCH
 from lin_jax.decoding.drafting.text_memory import TextMemory
 from lin_jax.decoding.drafting.tree import tree_text
 from lin_jax.decoding.engine.decode_loop import DecodeOptions, run, start
-from lin_jax.decoding.engine.layers_alone import runs_by_layers
+from lin_jax.decoding.engine.layers_alone import runs_by_layers, stays_by_layers
 from lin_jax.decoding.engine.loop_state import LoopState, RowStatus
 from lin_jax.decoding.engine.plain_by_layers import plain_by_layers
 from lin_jax.decoding.engine.prefill import DecodeState, init_decode_state, prefill
@@ -33,6 +33,8 @@ from lin_jax.models import CausalModel
 
 # Room for the output of a row, in tokens, five bytes each: shorter ones share compiled programs.
 SHORTEST_OUTPUT = 256
+# Tokens left to a row for which a loop of all layers is compiled where steps can be taken layer by layer.
+WORTH_A_LOOP = 64
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class Scheduler:
         self, shape: int, state: LoopState, steps: int, choice: Choice | None = None
     ) -> tuple[LoopState, StepCount]:
         """Takes steps with a tree, in a loop on the device, or layer by layer where that is to be or is not there."""
-        if not self._has_layers(shape) or (self._watches(shape) and self._is_ready(shape)):
+        if not self._has_layers(shape) or self._is_ready(shape):
             return self._loop(shape, state, steps, choice)
         options = self.spec.options[shape]
         return plain_by_layers(self.modules, state, self.spec.stops, steps, bool(self.waiting), options)
@@ -316,8 +318,9 @@ class Scheduler:
                 # A step of rows that have no room for it.
                 self._call(needed, blank(self._shapes), 1)
                 self.spec.compiler.add(layers)
-            if self._watches(needed) and not self._is_ready(needed):
-                # Whole, it watches; until then, decoding goes on.
+            whole = self._watches(needed) or not stays_by_layers(self.modules)
+            if whole and not self._is_ready(needed) and (left is None or left.max() >= WORTH_A_LOOP):
+                # Until that is there, decoding goes on.
                 wanted = needed
         elif not self._is_ready(needed):
             # No step at all, so that the time of decoding is that of decoding.

@@ -35,6 +35,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(plain_by_layers, "_step", noted)
     monkeypatch.setattr(layers_alone, "LARGE", 0)
+    monkeypatch.setattr(layers_alone, "VERY_LARGE", 0)
     return steps
 
 
@@ -112,6 +113,22 @@ def test_drafts_of_any_quality_change_nothing(taken: list[int]) -> None:
     assert taken
     drafter = KnowingDrafter(padded(PROMPTS, plain), 2, 0.7)
     assert Generator(model, drafter=drafter, tree=TREE, prefill_chunk_size=32).generate(PROMPTS, NEW).tokens == plain
+
+
+@pytest.mark.parametrize("new", cells([], [(50,), (200,)]))
+def test_a_model_that_is_not_very_large_gets_a_loop_for_long_texts(
+    new: int, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers_alone, "VERY_LARGE", 2**29)
+    model, compiler = build_model(), ProgramCompiler(background=False)
+    expected = Generator(model, compiler=compiler).generate(PROMPTS, new, slots=2).tokens
+    assert not taken
+    assert Generator(alone(model), compiler=compiler).generate(PROMPTS, new, slots=2).tokens == expected
+    taken.clear()
+    compiler = ProgramCompiler(background=False)
+    assert Generator(model, compiler=compiler).generate(PROMPTS, new, slots=3).tokens == expected
+    # One step compiles what the steps need.
+    assert len(taken) == (1 if new == 200 else 50)
 
 
 def test_small_models_and_those_of_the_same_bits_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
