@@ -19,11 +19,12 @@ MOST_ROWS = 2
 # By type of the weights: vectors that a lane adds up at most (compilers do not write out longer loops), numbers of them
 # that are added up in one turn of the loop, and numbers of lanes; the fastest first.
 _CHOICES = {"int8": (32, (4, 2, 1), (32, 64, 16)), "bfloat16": (8, (1,), (64, 32, 16))}
+NARROW = tuple(_CHOICES)
 _MOST_TURNS = 8
 # Vectors that a lane adds up at least, for what the lanes hold to be small beside the weights.
 _LEAST = 4
 # Numbers that the lanes of all outputs of a block hold.
-_HELD = 2**21
+_HELD = 2**22
 
 
 class Lanes(NamedTuple):

@@ -15,11 +15,14 @@ import numpy as np
 
 from lin_jax.devices import device_kind
 from lin_jax.files import write_durably
+from lin_jax.models.lane_sums import NARROW
 from lin_jax.models.products import DEFAULTS, FORMS, ROWS, Layout, ProductPlan, panels_of
 from lin_jax.user_cache import cache_folder
 
 # Numbers of rows that a session times; those between them take the next one's form. Compiling takes most of the time.
 TIMED_ROWS = (1, 4, 8)
+# The same of int8 and bfloat16 weights: two rows have a form of their own.
+TIMED_ROWS_NARROW = (1, 2, 4, 8)
 # Smaller matrices are left as they are: their products take no time.
 SMALLEST = 2**16
 # Numbers of a matrix that is timed in the place of a larger one.
@@ -85,7 +88,7 @@ class ProductTimes:
         weights: str,
         compute: str,
         *,
-        rows: Sequence[int] = TIMED_ROWS,
+        rows: Sequence[int] | None = None,
         most: int = 2,
         budget: float = 0.3,
         forms: Collection[str] = tuple(FORMS),
@@ -96,11 +99,13 @@ class ProductTimes:
             shapes: numbers of inputs and outputs, the most important first.
             weights: type of the weights.
             compute: type of the rows.
-            rows: numbers of rows.
+            rows: numbers of rows; None takes those that a session times.
             most: shapes that are timed at the most.
             budget: seconds after which a shape is not timed again; compiling is not counted.
             forms: names of the forms that are timed.
         """
+        if rows is None:
+            rows = TIMED_ROWS_NARROW if weights in NARROW else TIMED_ROWS
         done = 0
         for shape in shapes:
             if done < most and self.nearest(shape, weights, compute, ALIKE) is None:

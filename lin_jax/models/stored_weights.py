@@ -396,6 +396,11 @@ def has_panels(model: Any) -> bool:
     return any(path[-1] == "panels" for path, _ in nnx.to_flat_state(nnx.state(model)))
 
 
+def has_int8(model: Any) -> bool:
+    """True for a model some of whose matrices are in int8."""
+    return any(leaf.dtype == jnp.int8 for _, leaf in nnx.to_flat_state(nnx.state(model)))
+
+
 def module_at(model: Any, path: tuple[Any, ...]) -> Any:
     """The module at a path: names of attributes, and numbers in lists."""
     for part in path:

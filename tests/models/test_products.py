@@ -182,6 +182,15 @@ def test_what_was_not_timed_has_a_default():
     assert times.plan((384, 1024), "float32", "bfloat16", ("oi",)) == DEFAULTS["float32", "oi"]
 
 
+def test_two_rows_are_timed_where_they_have_a_form_of_their_own():
+    times = ProductTimes()
+    times.measure([(64, 8)], "int8", "float32", budget=0)
+    times.measure([(64, 8)], "float32", "float32", budget=0, forms=["product io"])
+    assert set(times.seconds["int8 float32 64x8"]["lanes"]) == {1, 2}
+    assert set(times.seconds["int8 float32 64x8"]["columns"]) == {1, 2, 4, 8}
+    assert set(times.seconds["float32 float32 64x8"]["product io"]) == {1, 4, 8}
+
+
 def test_times_are_measured_once_and_kept_by_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     times = ProductTimes.of_this_machine(tmp_path / "new")
     times.measure([(16, 8), (16, 9)], "int8", "float32", rows=(1, 2), budget=0)

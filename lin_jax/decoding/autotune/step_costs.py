@@ -15,7 +15,7 @@ import numpy as np
 from lin_jax.devices import instruction_set
 from lin_jax.files import write_durably
 from lin_jax.models import CausalModel
-from lin_jax.models.stored_weights import has_panels, weight_bytes
+from lin_jax.models.stored_weights import has_int8, has_panels, weight_bytes
 from lin_jax.user_cache import cache_folder
 
 # Plain steps that one step with 1, 2, 4, 8, 16 and 32 nodes costs before anything was measured.
@@ -26,6 +26,8 @@ ASSUMED: Mapping[str, tuple[float, ...]] = {
     "AVX-512": (1.0, 1.35, 1.55, 1.8, 2.4, 3.6),
     # The same with matrices that are there as panels, which make a plain step fast; of batches nearly the same.
     "AVX-512, panels": (1.0, 1.6, 1.85, 2.6, 3.6, 5.5),
+    # And with int8 weights, whose plain steps are the fastest.
+    "AVX-512, int8": (1.0, 1.4, 2.4, 3.0, 4.0, 6.0),
     "cpu": (1.0, 1.85, 2.15, 2.45, 3.4, 5.5),
 }
 # Measurements of a shape that are kept; with so many, those of this call change nothing before the next.
@@ -89,7 +91,7 @@ class StepCosts:
         cls, model: CausalModel, sizes: Sequence[int], measured: Sequence[Sequence[float]] | None = None
     ) -> "StepCosts":
         """Costs that are timed, of shapes of some sizes, in a model."""
-        kind = cost_kind(has_panels=has_panels(model))
+        kind = cost_kind("panels" if has_panels(model) else "int8" if has_int8(model) else "")
         return cls(sizes, measured, timed=True, visit=visit_cost(model), kind=kind)
 
     def cost(self, shape: int) -> float:
@@ -217,13 +219,12 @@ def assumed_cost(size: int, kind: str | None = None) -> float:
     return float(np.interp(size, SIZES, ASSUMED[kind or cost_kind()]))
 
 
-def cost_kind(*, has_panels: bool = False) -> str:
-    """Key of `ASSUMED` for this device and a model, whose matrices may be there as panels."""
+def cost_kind(weights: str = "") -> str:
+    """Key of `ASSUMED` for this device and a model, whose matrices may be there as panels or in int8."""
     platform = jax.default_backend()
     kind = instruction_set() if platform == "cpu" else platform
-    if has_panels and f"{kind}, panels" in ASSUMED:
-        return f"{kind}, panels"
-    return kind if kind in ASSUMED else "cpu"
+    special = f"{kind}, {weights}"
+    return special if special in ASSUMED else kind if kind in ASSUMED else "cpu"
 
 
 class CostFile:

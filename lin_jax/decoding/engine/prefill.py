@@ -17,8 +17,8 @@ from lin_jax.decoding.engine.programs import Flat
 from lin_jax.models import CausalModel
 from lin_jax.models.by_kind import ByKind
 
-# Smaller chunks than this cost about as much.
-_MIN_CHUNK = 32
+# Smaller chunks than these cost about as much: of most models, and of large ones on a CPU, which is busy earlier.
+_MIN_CHUNK, _MIN_CHUNK_BY_LAYERS = 32, 16
 
 
 @jax.tree_util.register_dataclass
@@ -143,8 +143,8 @@ def prefill(modules: Flat, decode_state: DecodeState, texts: Sequence[Sequence[i
     """Reads texts, one for each of the first rows, at most `chunk_size` tokens at a time, with model and drafter."""
     batch = decode_state.hidden.shape[0]
     longest = max((len(text) for text in texts), default=0)
-    read = prefill_by_layers if runs_by_layers(modules) else prefill_chunk
-    for begin, size in chunk_sizes(longest, chunk_size):
+    read, least = (prefill_by_layers, _MIN_CHUNK_BY_LAYERS) if runs_by_layers(modules) else (prefill_chunk, _MIN_CHUNK)
+    for begin, size in chunk_sizes(longest, chunk_size, least):
         tokens, lengths = np.zeros((batch, size), np.int32), np.zeros(batch, np.int32)
         for row, text in enumerate(texts):
             chunk = text[begin : begin + size]
@@ -154,13 +154,13 @@ def prefill(modules: Flat, decode_state: DecodeState, texts: Sequence[Sequence[i
     return decode_state
 
 
-def chunk_sizes(length: int, largest: int) -> Iterator[tuple[int, int]]:
+def chunk_sizes(length: int, largest: int, least: int = _MIN_CHUNK) -> Iterator[tuple[int, int]]:
     """Yields begin and size of each chunk of a text: a few sizes only, so that all lengths share compiled programs.
 
     Each is half the next, so that the end of a text is not read with more padding than tokens, unless it is short.
     """
-    halves = [largest // 8, largest // 4, largest // 2]
-    sizes = [*(size for size in halves if size >= _MIN_CHUNK), largest]
+    halves = [largest // (8 * _MIN_CHUNK // least), largest // 8, largest // 4, largest // 2]
+    sizes = [*(size for size in halves if size >= least), largest]
     begin = 0
     while begin < length:
         size = next((size for size in sizes if size >= length - begin), largest)

@@ -178,14 +178,16 @@ def test_disturbed_rounds_of_a_timing_count_nothing(monkeypatch: pytest.MonkeyPa
     assert found == pytest.approx([2.5] * TIMED)
 
 
-def test_steps_of_a_model_with_panels_are_assumed_to_cost_more(monkeypatch: pytest.MonkeyPatch):
-    """Their plain steps are faster; where nothing is known of panels, the device's own costs are assumed."""
+def test_steps_of_a_model_with_panels_or_in_int8_are_assumed_to_cost_more(monkeypatch: pytest.MonkeyPatch):
+    """Their plain steps are faster; where nothing is known of them, the device's own costs are assumed."""
     monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.instruction_set", lambda: "AVX-512")
-    assert (cost_kind(), cost_kind(has_panels=True)) == ("AVX-512", "AVX-512, panels")
-    assert assumed_cost(8, cost_kind(has_panels=True)) > assumed_cost(8)
+    kinds = cost_kind(), cost_kind("panels"), cost_kind("int8")
+    assert kinds == ("AVX-512", "AVX-512, panels", "AVX-512, int8")
+    assert assumed_cost(8) < assumed_cost(8, kinds[1]) < assumed_cost(8, kinds[2])
     model = build_model("augmented", dtype="float32")
     assert StepCosts.of_model(model, [1, 8]).cost(1) == assumed_cost(8)
-    monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.has_panels", lambda model: True)
-    assert StepCosts.of_model(model, [1, 8]).cost(1) == assumed_cost(8, "AVX-512, panels")
+    for kind in ("int8", "panels"):
+        monkeypatch.setattr(f"lin_jax.decoding.autotune.step_costs.has_{kind}", lambda model: True)
+        assert StepCosts.of_model(model, [1, 8]).cost(1) == assumed_cost(8, f"AVX-512, {kind}")
     monkeypatch.setattr("lin_jax.decoding.autotune.step_costs.instruction_set", lambda: "AVX2")
-    assert cost_kind(has_panels=True) == "cpu"
+    assert cost_kind("panels") == "cpu"
