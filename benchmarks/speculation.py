@@ -36,6 +36,7 @@ from lin_jax.decoding.drafting.drafters import available, build_drafter
 from lin_jax.decoding.drafting.tree import AnyTree
 from lin_jax.decoding.equivalence import is_rounding_tie
 from lin_jax.errors import UserError, exit_cleanly
+from lin_jax.models.stored_weights import WEIGHTS
 from lin_jax.session import PLAN_FILE, Session
 from lin_jax.training.config_file import load_run_config
 
@@ -48,7 +49,7 @@ LEAST, MOST, ERROR = 6, 200, 0.005
 def main() -> int:
     """Measures, prints, and writes JSON and a plot if asked to."""
     options = parse()
-    session = Session.load(options.model, tokenizer=options.tokenizer)
+    session = Session.load(options.model, tokenizer=options.tokenizer, weights=options.weights)
     if options.adaptive:
         return adaptive(session, options)
     if session.model.config.dtype != "float32":
@@ -140,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--hardest", type=int, metavar="N", help="with --adaptive: only the N of --prompts on which drafts lose most"
     )
+    parser.add_argument("--weights", choices=WEIGHTS, default="stored", help="type of our weights (default: stored)")
     parser.add_argument("--rows", type=int, default=1, metavar="N", help="with --adaptive: prompts at a time")
     parser.add_argument("--tokenizer", metavar="FILE", help="with --adaptive: tokenizer of a file of llama2.c")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="with --adaptive: folder of prompts")
