@@ -102,13 +102,11 @@ def _enter(modules: Flat, position: Array, tokens: Any, lengths: Any) -> tuple[A
 
 
 @partial(jax.jit, donate_argnames="states")
-def _read(
-    layer: Flat, number: Int[Array, ""], x: Array, context: Any, layout: Layout, states: Any
-) -> tuple[Array, Any]:
+def _read(layer: Flat, place: Int[Array, ""], x: Array, context: Any, layout: Layout, states: Any) -> tuple[Array, Any]:
     """Outputs of a layer, and the states of all layers of its kind with its own after a chunk."""
     (block,) = layer.whole()
-    x, own = block.parallel(x, context, layout, jax.tree.map(lambda leaf: leaf[number], states))
-    return x, jax.tree.map(lambda leaf, new: leaf.at[number].set(new), states, own)
+    x, own = block.parallel(x, context, layout, jax.tree.map(lambda leaf: leaf[place], states))
+    return x, jax.tree.map(lambda leaf, new: leaf.at[place].set(new), states, own)
 
 
 @partial(jax.jit, donate_argnames="decode_state")
