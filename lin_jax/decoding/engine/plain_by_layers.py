@@ -25,7 +25,16 @@ _ROOT = tree_arrays((-1,))
 def plain_by_layers(
     modules: Flat, state: LoopState, stops: StopAutomaton | None, max_steps: int, waiting: bool, options: DecodeOptions
 ) -> tuple[LoopState, StepCount]:
-    """Takes plain steps as `decode_loop.run` does, with the same arguments; the options' tree is a single node."""
+    """Takes plain steps as `decode_loop.run` does, until all rows, or with prompts waiting one row, are finished.
+
+    Args:
+        modules: the target, and a drafter, which drafts nothing.
+        state: state of the loop; its buffers are donated.
+        stops: automaton of the stop strings, or None.
+        max_steps: largest number of steps.
+        waiting: whether prompts wait for a free row.
+        options: static options; the tree is a single node.
+    """
     steps, layers = 0, list(layers_alone(modules))
     while steps < max_steps:
         finished = np.asarray(state.status) != RowStatus.RUNNING
